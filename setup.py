@@ -1,0 +1,257 @@
+"""Builds ``pixcontrast_ext._C`` by writing a ninja file for ``csrc/`` and running it.
+
+Ninja instead of setuptools' own compiler driver because a rebuild should compile only what changed, on all
+cores, and because one source is compiled once per instruction set. Nothing here imports or links torch.
+
+Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``; ``MAX_JOBS`` (parallel compilations); ``CUDA_HOME``;
+``PIXCONTRAST_CUDA`` (``1``: nvcc must be there, ``0``: leave CUDA out, unset: use nvcc if found);
+``PIXCONTRAST_DEBUG=1`` (keep symbols and line numbers).
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+]
+LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+# The one source that is compiled once per instruction set; the choice among them is made at run time.
+PER_ISA_SOURCE = "csrc/cpu/infonce.cpp"
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+PORTABLE_ISAS = {"portable": ""}
+X86_ISAS = {"avx2": AVX2, "avx512": AVX512}
+X86_OPTIONAL_ISAS = {"avx512bf16": f"{AVX512} -mavx512bf16"}  # built where the compiler knows the flags
+
+CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # those of them that the nvcc at hand can generate
+
+
+def output_of(*command):
+    """What a command prints on either stream, or None if it is missing or fails."""
+    try:
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@dataclass
+class CudaToolkit:
+    nvcc: str
+    version: str
+    archs: list  # e.g. [80, 90]
+    library_dir: str
+
+    @property
+    def targets(self):
+        """The code embedded: machine code for each architecture and PTX for whatever comes after them."""
+        return [f"sm_{arch}" for arch in self.archs] + [f"compute_{self.archs[-1]}"]
+
+    @property
+    def gencode(self):
+        return [f"-gencode=arch=compute_{target.split('_')[1]},code={target}" for target in self.targets]
+
+
+def find_cuda():
+    """The toolkit, or the reason (a string) for building without it."""
+    wish = os.environ.get("PIXCONTRAST_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise CompileError(f"PIXCONTRAST_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        return "PIXCONTRAST_CUDA=0"
+    if not wish and not any(ROOT.glob("csrc/cuda/*.cu")):
+        return "there are no csrc/cuda/*.cu"
+
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    nvcc = nvcc or shutil.which("nvcc")
+    # nvcc on PATH may be a wrapper script, so it is asked where its toolkit is.
+    dryrun = output_of(nvcc, "--dryrun", "-x", "cu", os.devnull) if nvcc else None
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun or "", re.MULTILINE)
+    if top is None:
+        reason = f"{nvcc} --dryrun names no toolkit" if nvcc else "nvcc is neither in CUDA_HOME/bin nor on PATH"
+        if wish == "1":
+            raise CompileError(f"PIXCONTRAST_CUDA=1, but {reason}")
+        return reason
+
+    toolkit = Path(top.group(1)).resolve()
+    nvcc = str(toolkit / "bin" / "nvcc")
+    known = re.findall(r"sm_(\d+)\b", output_of(nvcc, "--list-gpu-code") or "")
+    archs = [arch for arch in CUDA_ARCHS if str(arch) in known]
+    if not archs:
+        raise CompileError(f"{nvcc} generates code for none of {CUDA_ARCHS}; set PIXCONTRAST_CUDA=0")
+    libraries = [*toolkit.glob("lib64/libcudart_static.a"), *toolkit.glob("targets/*/lib/libcudart_static.a")]
+    if not libraries:
+        raise CompileError(f"no libcudart_static.a below {toolkit}; set PIXCONTRAST_CUDA=0")
+    version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version") or "")
+    return CudaToolkit(nvcc, version.group(1) if version else "unknown", archs, str(libraries[0].parent))
+
+
+def quoted(arguments):
+    return " ".join(shlex.quote(argument) for argument in arguments).replace("$", "$$")
+
+
+def string_macro(name, value):
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'-D{name}="{escaped}"'
+
+
+class NinjaBuild:
+    """The ninja file: one line per object, each with its own flags, and the link."""
+
+    def __init__(self, build_dir):
+        self.build_dir = build_dir  # relative to ROOT, where ninja runs, so no absolute path gets compiled in
+        self.cxx = shlex.split(os.environ.get("CXX", "g++"))
+        self.cuda = find_cuda()
+        self.with_cuda = isinstance(self.cuda, CudaToolkit)
+        self.cuda_sources = self.sources("csrc/cuda/*.cu") if self.with_cuda else []
+        if not self.cuda_sources:
+            reason = "there are no csrc/cuda/*.cu" if self.with_cuda else self.cuda
+            self.with_cuda = False
+            print(f"pixcontrast_ext: building for the CPU only, because {reason}", flush=True)
+        else:
+            targets = " ".join(self.cuda.targets)
+            print(f"pixcontrast_ext: building with CUDA {self.cuda.version} for {targets}", flush=True)
+        compiler = output_of(*self.cxx, "--version")
+        if compiler is None:
+            raise CompileError(f"no working C++ compiler: {shlex.join(self.cxx)!r} (CXX names another)")
+        self.compiler = compiler.splitlines()[0]
+        self.statements = []
+
+    @staticmethod
+    def sources(pattern):
+        return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+    def compiler_knows(self, flags):
+        probe = [*self.cxx, *flags.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+        return output_of(*probe) is not None
+
+    def add_object(self, rule, source, flags, variant=""):
+        target = f"{self.build_dir}/{Path(source).parent.name}_{Path(source).stem}{variant}.o"
+        self.statements.append(f"build {target}: {rule} {source}\n  flags = {quoted(flags)}")
+        return target
+
+    def pybind11_include(self):
+        """A copy of the headers inside the build directory.
+
+        Under build isolation they lie in a folder that is new each time, which would recompile the bindings
+        on every installation.
+        """
+        import pybind11
+
+        include = Path(self.build_dir) / f"pybind11-{pybind11.__version__}"
+        if not (ROOT / include).is_dir():
+            partial = ROOT / f"{include}.{os.getpid()}"
+            shutil.copytree(pybind11.get_include(), partial)
+            partial.rename(ROOT / include)
+        return include.as_posix()
+
+    def write(self):
+        """Writes build.ninja; returns its path and that of the module it makes."""
+        isas = dict(PORTABLE_ISAS)
+        config = []
+        if platform.machine() in ("x86_64", "AMD64"):
+            isas |= X86_ISAS
+            config.append("-DPXC_HAVE_X86=1")
+            for isa, flags in X86_OPTIONAL_ISAS.items():
+                if self.compiler_knows(flags):
+                    isas[isa] = flags
+                    config.append(f"-DPXC_HAVE_{isa.upper()}=1")
+        compiler = self.compiler
+        if self.with_cuda:
+            config.append("-DPXC_HAVE_CUDA=1")
+            compiler += f", nvcc {self.cuda.version}"
+        config.append(string_macro("PXC_CUDA_ARCHS", " ".join(self.cuda.targets) if self.with_cuda else ""))
+        config.append(string_macro("PXC_COMPILER", compiler))
+        includes = [f"-isystem{path}" for path in (self.pybind11_include(), sysconfig.get_path("include"))]
+
+        objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
+        for source in self.sources("csrc/cpu/*.cpp"):
+            if source == PER_ISA_SOURCE:
+                for isa, flags in isas.items():
+                    objects.append(
+                        self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")
+                    )
+            else:
+                objects.append(self.add_object("cxx", source, []))
+        for source in self.cuda_sources:
+            objects.append(self.add_object("nvcc", source, self.cuda.gencode))
+
+        module = f"{self.build_dir}/_C.so"
+        libraries = []
+        if self.with_cuda:
+            libraries = [f"-L{self.cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        self.statements.append(f"build {module}: link {' '.join(objects)}\n  libraries = {quoted(libraries)}")
+
+        debug = os.environ.get("PIXCONTRAST_DEBUG") == "1"
+        cxx_flags = CXX_FLAGS + ["-g"] * debug + shlex.split(os.environ.get("CXXFLAGS", ""))
+        link_flags = LINK_FLAGS + ["-Wl,-s"] * (not debug) + shlex.split(os.environ.get("LDFLAGS", ""))
+        cxx = quoted(self.cxx)
+        rules = [
+            f"builddir = {self.build_dir}",
+            "rule cxx",
+            f"  command = {cxx} {quoted(cxx_flags)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} $in {quoted(link_flags)} $libraries -o $out",
+        ]
+        if self.with_cuda:
+            nvcc_flags = [f"-ccbin={self.cxx[-1]}", *NVCC_FLAGS] + ["-lineinfo"] * debug
+            rules += [
+                "rule nvcc",
+                f"  command = {quoted([self.cuda.nvcc, *nvcc_flags])} $flags -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+        path = f"{self.build_dir}/build.ninja"
+        (ROOT / path).write_text("\n".join(rules + self.statements) + "\n")
+        return path, module
+
+
+class NinjaBuildExt(build_ext):
+    def build_extension(self, ext):
+        import ninja
+
+        # Not self.build_temp: an editable installation puts that in a temporary folder, and nothing would be
+        # incremental.
+        build_dir = f"build/native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI')}"
+        (ROOT / build_dir).mkdir(parents=True, exist_ok=True)
+        build_file, module = NinjaBuild(build_dir).write()
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", build_file]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise CompileError("ninja could not build pixcontrast_ext._C; the compiler's messages are above")
+        self.mkpath(os.path.dirname(self.get_ext_fullpath(ext.name)))
+        self.copy_file(str(ROOT / module), self.get_ext_fullpath(ext.name))
+
+
+setup(
+    ext_modules=[Extension("pixcontrast_ext._C", sources=["csrc/bindings.cpp"])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
