@@ -93,7 +93,9 @@ def find_cuda():
     dryrun = output_of(nvcc, "--dryrun", "-x", "cu", os.devnull) if nvcc else None
     top = re.search(r"^#\$ TOP=(.+)$", dryrun or "", re.MULTILINE)
     if top is None:
-        reason = f"{nvcc} --dryrun names no toolkit" if nvcc else "nvcc is neither in CUDA_HOME/bin nor on PATH"
+        reason = (
+            f"{nvcc} --dryrun names no toolkit" if nvcc else "nvcc is neither in CUDA_HOME/bin nor on PATH"
+        )
         if wish == "1":
             raise CompileError(f"PIXCONTRAST_CUDA=1, but {reason}")
         return reason

@@ -1,0 +1,349 @@
+"""The package as users get it: what sdist and wheel hold, what the module links, what a rebuild costs.
+
+The wheel is built once, from an sdist, in pip's ordinary isolation (so without torch). How setup.py behaves
+is tested on a tree whose csrc/ is a few lines, with a stand-in for nvcc: that is about rules, not kernels.
+"""
+
+import email
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_BEHIND = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist", "runs", "carry", "data")
+
+
+def run(*command, cwd, **environment):
+    """Runs to the end, both streams together; the test states what it expects of the exit code."""
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=600,
+    )
+
+
+def needed(module):
+    """The libraries a module names as NEEDED."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) is not installed")
+    out = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", out))
+
+
+# ---------------------------------------------------------------------------------------- sdist and wheel
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    tree = tmp_path_factory.mktemp("tree") / "pixcontrast_ext"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
+    built = run(sys.executable, "-m", "build", "--sdist", "--outdir", tree.parent, tree, cwd=tree)
+    assert built.returncode == 0, built.stdout
+    (path,) = tree.parent.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist):
+    out = sdist.parent / "wheel"
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist, cwd=sdist.parent)
+    assert built.returncode == 0, built.stdout
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel):
+    """The wheel's files unpacked: a folder to put on sys.path."""
+    folder = wheel.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_sdist_holds_what_a_build_needs(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "pixcontrast_ext/py.typed"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith("build/")]
+
+
+def test_wheel_contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "pixcontrast_ext/py.typed" in names
+    assert len([name for name in names if re.fullmatch(r"pixcontrast_ext/_C\.[^/]*so", name)]) == 1
+    foreign = [name for name in names if not re.match(r"pixcontrast_ext(/|-[\d.]+\.dist-info/)", name)]
+    assert not foreign
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".pyc"))]
+    packages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pixcontrast_ext").rglob("*.py")}
+    assert packages <= set(names)
+
+
+def test_wheel_metadata(installed):
+    (path,) = installed.glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(path.read_text())
+    requires = metadata.get_all("Requires-Dist")
+    assert {line for line in requires if "extra ==" not in line} == {"torch>=2.10", "numpy"}
+    assert {"train", "triton", "bench", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "MIT"
+    assert list(installed.glob("*.dist-info/licenses/LICENSE"))
+
+
+def test_module_links_the_language_runtimes_only(installed):
+    (module,) = installed.glob("pixcontrast_ext/_C.*so")
+    allowed = re.compile(
+        r"(libgomp|libstdc\+\+|libm|libgcc_s|libc|libdl|librt|libpthread|ld-linux.*)\.so\.\d+"
+    )
+    libraries = needed(module)
+    assert "libgomp.so.1" in libraries
+    assert not [name for name in libraries if not allowed.fullmatch(name)]
+
+
+CONTRAST_ONCE = """
+import sys; sys.path.insert(0, {folder!r})
+import torch, pixcontrast_ext
+assert pixcontrast_ext.__file__.startswith({folder!r}), pixcontrast_ext.__file__
+labels = torch.arange(8, dtype=torch.int32) % 2
+anchors = torch.nn.functional.normalize(torch.randn(8, 16), dim=1).requires_grad_()
+loss = pixcontrast_ext.infonce(anchors, labels, anchors.detach(), labels, temperature=0.1, backend="cpu")
+loss.backward()
+assert anchors.grad.isfinite().all() and anchors.grad.any()
+print("torch", torch.__version__)
+for line in open("/proc/self/maps"):
+    if any(name in line for name in ("libgomp", "libiomp", "libomp")):
+        print("openmp", line.split()[-1])
+"""
+
+
+def test_one_openmp_runtime_beside_torch(installed):
+    ran = run(sys.executable, "-c", CONTRAST_ONCE.format(folder=str(installed)), cwd=installed)
+    assert ran.returncode == 0, ran.stdout
+    runtimes = {line for line in ran.stdout.splitlines() if line.startswith("openmp ")}
+    assert len(runtimes) == 1, runtimes
+
+
+def test_same_module_beside_another_torch(installed):
+    other = os.environ.get("PIXCONTRAST_OTHER_PYTHON")
+    if not other:
+        pytest.skip("PIXCONTRAST_OTHER_PYTHON names no interpreter with another torch")
+    import torch
+
+    ran = run(other, "-c", CONTRAST_ONCE.format(folder=str(installed)), cwd=installed)
+    assert ran.returncode == 0, ran.stdout
+    assert f"torch {torch.__version__}\n" not in ran.stdout
+
+
+# ---------------------------------------------------------------------------------------------- setup.py
+
+TOY_SOURCES = {
+    "csrc/params.h": "int answer();\n",
+    # Python's own C interface: pybind11's headers take seconds, and the wheel above compiles them.
+    "csrc/bindings.cpp": """
+        #include <Python.h>
+        #include "params.h"
+        #ifndef PXC_HAVE_CUDA
+        #define PXC_HAVE_CUDA 0
+        #endif
+        static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                         nullptr, nullptr, nullptr, nullptr};
+        PyMODINIT_FUNC PyInit__C() {
+          PyObject* module = PyModule_Create(&definition);
+          PyModule_AddIntConstant(module, "answer", answer());
+          PyModule_AddIntConstant(module, "have_cuda", PXC_HAVE_CUDA);
+          PyModule_AddStringConstant(module, "cuda_archs", PXC_CUDA_ARCHS);
+          PyModule_AddStringConstant(module, "compiler", PXC_COMPILER);
+          return module;
+        }
+    """,
+    "csrc/cpu/infonce.cpp": """
+        #define JOINED(a, b) a##b
+        #define NAMED(isa) JOINED(compiled_for_, isa)
+        int NAMED(PXC_ISA)() { return 1; }
+    """,
+    "csrc/cpu/sampling.cpp": '#include "../params.h"\nint answer() { return 42; }\n',
+}
+
+# Enough of nvcc for setup.py: it names a toolkit, lists two architectures and compiles with g++.
+STAND_IN_NVCC = """#!/bin/sh
+echo "$@" >> {log}
+case "$*" in
+  *--dryrun*) echo '#$ TOP={top}' >&2 ;;
+  *--list-gpu-code*) echo sm_75; echo sm_90; echo sm_90a ;;
+  *--version*) echo 'Cuda compilation tools, release 12.9, V12.9.1' ;;
+  *) while [ $# -gt 0 ]; do
+       case "$1" in
+         -o) object=$2; shift ;;
+         -MF) depfile=$2; shift ;;
+         *.cu) source=$1 ;;
+       esac
+       shift
+     done
+     g++ -fPIC -x c++ -c "$source" -o "$object" && echo "$object: $source" > "$depfile" ;;
+esac
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """A tree with this project's setup.py and next to no sources."""
+    tree = tmp_path / "toy"
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
+    for name, text in {**TOY_SOURCES, "pixcontrast_ext/__init__.py": ""}.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    return tree
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    """A toolkit with a stand-in nvcc; the wrapper on its `bin` is not inside it, the log lists every call."""
+    top, wrapper = tmp_path / "toolkit", tmp_path / "wrapper"
+    log = tmp_path / "nvcc.log"
+    for folder in (top, wrapper):
+        script = folder / "bin" / "nvcc"
+        script.parent.mkdir(parents=True)
+        script.write_text(STAND_IN_NVCC.format(log=log, top=top))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    (top / "lib64").mkdir()
+    (top / "lib64" / "libcudart_static.a").write_bytes(b"!<arch>\n")
+    return wrapper, log
+
+
+def build(tree, **environment):
+    defaults = {"PIXCONTRAST_CUDA": None, "CUDA_HOME": None, "CXXFLAGS": None, "LDFLAGS": None}
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    return run(*command, cwd=tree, **{**defaults, **environment})
+
+
+def config_of(tree):
+    """The attributes of the built toy module."""
+    code = "from pixcontrast_ext._C import *; print(answer, have_cuda, cuda_archs, compiler, sep='|')"
+    ran = run(sys.executable, "-c", code, cwd=tree)
+    assert ran.returncode == 0, ran.stdout
+    return ran.stdout.strip().split("|")
+
+
+def test_rebuild_compiles_only_what_changed(toy):
+    first = build(toy, PIXCONTRAST_CUDA="0", MAX_JOBS="2")
+    assert first.returncode == 0, first.stdout
+    assert config_of(toy)[:3] == ["42", "0", ""]
+    assert build(toy, PIXCONTRAST_CUDA="0").stdout.count("ninja: no work to do.") == 1
+
+    (toy / "csrc/cpu/sampling.cpp").write_text('#include "../params.h"\nint answer() { return 43; }\n')
+    assert "[2/2]" in build(toy, PIXCONTRAST_CUDA="0").stdout  # one object and the link
+    assert config_of(toy)[0] == "43"
+
+    os.utime(toy / "csrc/params.h")  # known to ninja from the depfiles only: bindings, sampling, link
+    assert "[3/3]" in build(toy, PIXCONTRAST_CUDA="0").stdout
+
+
+def test_infonce_is_compiled_per_instruction_set(toy):
+    assert build(toy, PIXCONTRAST_CUDA="0").returncode == 0
+    (build_file,) = toy.glob("build/native-*/build.ninja")
+    isas = set(re.findall(r"-DPXC_ISA=(\w+)", build_file.read_text()))
+    if os.uname().machine == "x86_64":
+        assert {"portable", "avx2", "avx512"} <= isas <= {"portable", "avx2", "avx512", "avx512bf16"}
+    else:
+        assert isas == {"portable"}
+    assert str(toy) not in build_file.read_text()
+
+
+def test_failed_compilation_is_an_error(toy):
+    (toy / "csrc/cpu/sampling.cpp").write_text("#error not today\n")
+    built = build(toy, PIXCONTRAST_CUDA="0")
+    assert built.returncode != 0
+    assert "not today" in built.stdout and "ninja could not build pixcontrast_ext._C" in built.stdout
+
+
+def test_missing_compiler_is_named(toy):
+    built = build(toy, PIXCONTRAST_CUDA="0", CXX="no-such-compiler")
+    assert built.returncode != 0
+    assert "no working C++ compiler: 'no-such-compiler'" in built.stdout
+
+
+def test_cuda_demanded_without_nvcc(toy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    built = build(toy, PIXCONTRAST_CUDA="1", PATH=str(tmp_path / "empty"))
+    assert built.returncode != 0
+    assert "PIXCONTRAST_CUDA=1, but nvcc is neither in CUDA_HOME/bin nor on PATH" in built.stdout
+
+
+def test_cuda_left_out_never_calls_nvcc(toy, nvcc):
+    wrapper, log = nvcc
+    (toy / "csrc/cuda").mkdir()
+    (toy / "csrc/cuda/empty.cu").write_text("int from_cuda() { return 1; }\n")
+    path = f"{wrapper / 'bin'}:{os.environ['PATH']}"
+    built = build(toy, PIXCONTRAST_CUDA="0", CUDA_HOME=str(wrapper), PATH=path)
+    assert built.returncode == 0, built.stdout
+    assert "building for the CPU only, because PIXCONTRAST_CUDA=0" in built.stdout
+    assert not log.exists()
+
+
+def test_bad_cuda_setting_is_named(toy):
+    built = build(toy, PIXCONTRAST_CUDA="yes")
+    assert built.returncode != 0
+    assert "PIXCONTRAST_CUDA must be 0, 1 or unset, got 'yes'" in built.stdout
+
+
+def test_without_cuda_sources_it_is_a_cpu_build(toy, nvcc):
+    wrapper, _ = nvcc
+    for wish in (None, "1"):
+        built = build(toy, PIXCONTRAST_CUDA=wish, CUDA_HOME=str(wrapper))
+        assert built.returncode == 0, built.stdout
+        assert "building for the CPU only, because there are no csrc/cuda/*.cu" in built.stdout
+
+
+def test_cuda_sources_are_compiled_for_what_nvcc_lists(toy, nvcc):
+    wrapper, log = nvcc
+    (toy / "csrc/cuda").mkdir()
+    (toy / "csrc/cuda/sampling.cu").write_text("int from_cuda() { return 1; }\n")
+    path = f"{wrapper / 'bin'}:{os.environ['PATH']}"
+    built = build(toy, PATH=path)
+    assert built.returncode == 0, built.stdout
+    answer, have_cuda, archs, compiler = config_of(toy)
+    assert (answer, have_cuda, archs) == ("42", "1", "sm_90 compute_90")
+    assert compiler.endswith("nvcc 12.9")
+    compiled = log.read_text().splitlines()[-1]
+    assert "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90" in compiled
+    assert "--cudart=static" in compiled and "-fPIC" in compiled
+    assert "ninja: no work to do." in build(toy, PATH=path).stdout
+
+
+def test_editable_installation_keeps_its_objects(toy, tmp_path):
+    """pip builds in isolation, in a new environment each time; the second installation compiles nothing."""
+    site = tmp_path / "site"
+    command = (
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-v",
+        "--no-deps",
+        "--target",
+        site,
+        "--upgrade",
+        "-e",
+        ".",
+    )
+    first = run(*command, cwd=toy, PIXCONTRAST_CUDA="0")
+    assert first.returncode == 0, first.stdout
+    assert list((toy / "pixcontrast_ext").glob("_C.*so"))
+    assert "ninja: no work to do." in run(*command, cwd=toy, PIXCONTRAST_CUDA="0").stdout
