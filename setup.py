@@ -241,7 +241,7 @@ class NinjaBuildExt(build_ext):
 
         # Not self.build_temp: an editable installation puts that in a temporary folder, and nothing would be
         # incremental.
-        build_dir = f"build/native-{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI')}"
+        build_dir = f"build/native-{sysconfig.get_config_var('SOABI')}"
         (ROOT / build_dir).mkdir(parents=True, exist_ok=True)
         build_file, module = NinjaBuild(build_dir).write()
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", build_file]
