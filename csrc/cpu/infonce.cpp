@@ -1,0 +1,204 @@
+// InfoNCE between the matrix products, which are torch's and leave a tile of dot products in cache. Each step
+// reads that tile once or twice and writes it once, in place, so that it can enter the next product.
+//
+// Anchors come sorted by class, so "own class" is a range. Pass 1 (negatives) keeps a running sum of
+// exp2(score - shift) per anchor. The shift follows the running maximum lazily: it moves only once the maximum
+// has outgrown it by kSlack, because every move rescales a row of O. Any shift gives the same result as long as
+// nothing overflows, and 2^kSlack times the number of keys is far from that.
+//
+// This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
+// translation unit: no standard templates, only loops.
+#include <cmath>
+
+#include "cpu.h"
+#include "half.h"
+#include "vector_math.h"
+
+
+namespace pxc {
+namespace PXC_ISA {
+namespace {
+
+constexpr float kSlack = 8.f;
+
+template <class In>
+void widen_rows(const WidenParams& p) {
+  const In* source = static_cast<const In*>(p.source);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    const In* from = source + (p.indices ? p.indices[i] : i) * p.channels;
+    float* to = p.rows + i * p.channels;
+#pragma omp simd
+    for (int64_t d = 0; d < p.channels; ++d) to[d] = load(from + d);
+  }
+}
+
+void widen(const WidenParams& p) {
+  switch (DType(p.source_dtype)) {
+    case DType::kFloat32:
+      return widen_rows<float>(p);
+    case DType::kFloat16:
+      return widen_rows<Half>(p);
+    case DType::kBFloat16:
+      return widen_rows<BFloat16>(p);
+  }
+}
+
+// Masked: keys of the anchor's own class count as nothing.
+template <bool Masked>
+float row_maximum(const float* scores, int64_t n, const int32_t* key_labels, int32_t label) {
+  float maximum = -INFINITY;
+#pragma omp simd reduction(max : maximum)
+  for (int64_t j = 0; j < n; ++j) {
+    float score = scores[j];
+    if (Masked) score = key_labels[j] == label ? -INFINITY : score;
+    maximum = score > maximum ? score : maximum;
+  }
+  return maximum;
+}
+
+template <bool Masked>
+float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t label, float scale,
+                   float shift) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    float weight = exp2(scores[j] * scale - shift);
+    if (Masked) weight = key_labels[j] == label ? 0.f : weight;
+    scores[j] = weight;
+    sum += weight;
+  }
+  return sum;
+}
+
+template <bool Masked>
+void negatives_row(const NegativesParams& p, int64_t i) {
+  float* scores = p.scores + i * p.num_keys;
+  const int32_t label = Masked ? p.anchor_labels[i] : -1;
+  const float maximum = row_maximum<Masked>(scores, p.num_keys, p.key_labels, label) * p.scale;
+  if (maximum > p.shift[i] + kSlack || (p.shift[i] == -INFINITY && maximum > -INFINITY)) {
+    const float factor = exp2(p.shift[i] - maximum);
+    p.shift[i] = maximum;
+    p.sum[i] *= factor;
+    if (p.output) {
+      float* output = p.output + i * p.channels;
+#pragma omp simd
+      for (int64_t d = 0; d < p.channels; ++d) output[d] *= factor;
+    }
+  }
+  // No finite score yet: any shift will do, and -inf - -inf would not.
+  const float shift = p.shift[i] == -INFINITY ? 0.f : p.shift[i];
+  p.sum[i] += exponentials<Masked>(scores, p.num_keys, p.key_labels, label, p.scale, shift);
+}
+
+void negatives(const NegativesParams& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    if (p.key_labels) {
+      negatives_row<true>(p, i);
+    } else {
+      negatives_row<false>(p, i);
+    }
+  }
+}
+
+void positives(const PositivesParams& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    float* scores = p.scores + i * p.num_keys;
+    int64_t self = -1;  // at most one key is the anchor itself
+    for (int64_t j = 0; p.anchor_index && j < p.num_keys; ++j) {
+      if (p.key_index[j] == p.anchor_index[i]) self = j;
+    }
+    const float neg_lse = p.neg_lse[i];
+    float loss = 0.f, weight = 0.f;
+#pragma omp simd reduction(+ : loss, weight)
+    for (int64_t j = 0; j < p.num_keys; ++j) {
+      float softplus, sigmoid;
+      softplus_sigmoid(neg_lse - scores[j] * p.scale, &softplus, &sigmoid);
+      softplus = j == self ? 0.f : softplus;
+      sigmoid = j == self ? 0.f : sigmoid;
+      scores[j] = sigmoid;
+      loss += softplus;
+      weight += sigmoid;
+    }
+    p.loss[i] += double(loss);
+    p.pos_weight[i] += double(weight);
+    p.pos_count[i] += p.num_keys - (self >= 0);
+  }
+}
+
+void finish(const FinishParams& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    const int64_t row = p.anchor_index[i], count = p.pos_counts[i];
+    const double per_positive = count > 0 ? 1.0 / double(count) : 0.0;
+    const bool has_negative = p.sum[i] != 0.f;  // NaN counts as one
+    p.neg_lse[row] = has_negative ? float((double(p.shift[i]) + std::log2(double(p.sum[i]))) * 0.6931471805599453)
+                                  : -INFINITY;
+    p.loss[row] = count > 0 ? float(p.loss_sum[i] * per_positive) : 0.f;
+    p.pos_weight[row] = float(p.pos_weight_sum[i]);
+    p.pos_count[row] = int32_t(count);
+    if (!p.anchor_grad) continue;
+    const double per_logit = per_positive / double(p.temperature);
+    const float pull = float(-per_logit);
+    const float push = has_negative ? float(per_logit * p.pos_weight_sum[i] / double(p.sum[i])) : 0.f;
+    const float *o = p.negatives + i * p.channels, *g = p.positives + i * p.channels;
+    float* grad = p.anchor_grad + row * p.channels;
+    if (count == 0) {
+      for (int64_t d = 0; d < p.channels; ++d) grad[d] = 0.f;
+      continue;
+    }
+#pragma omp simd
+    for (int64_t d = 0; d < p.channels; ++d) grad[d] = push * o[d] + pull * g[d];
+  }
+}
+
+// ds of eq. (5) for one logit, seen from one anchor.
+inline float coefficient(float score_log2, bool positive, float neg_lse, float neg_scale, float pos_scale) {
+  const float u = neg_lse - score_log2;
+  const float e = exp2(positive ? -std::fabs(u) : -u);
+  const float r = 1.f / (1.f + e);
+  return positive ? -pos_scale * (u > 0.f ? r : e * r) : neg_scale * e;
+}
+
+template <bool Symmetric>
+void coefficients_row(const CoefficientsParams& p, int64_t i) {
+  float* scores = p.scores + i * p.num_anchors;
+  const int32_t label = p.row_labels[i];
+  const float row_neg_lse = Symmetric ? p.row_neg_lse[i] : 0.f;
+  const float row_neg_scale = Symmetric ? p.row_neg_scale[i] : 0.f;
+  const float row_pos_scale = Symmetric ? p.row_pos_scale[i] : 0.f;
+#pragma omp simd
+  for (int64_t j = 0; j < p.num_anchors; ++j) {
+    const float score = scores[j] * p.scale;
+    const bool positive = p.anchor_labels[j] == label;
+    float ds = coefficient(score, positive, p.neg_lse[j], p.neg_scale[j], p.pos_scale[j]);
+    if (Symmetric) ds += coefficient(score, positive, row_neg_lse, row_neg_scale, row_pos_scale);
+    scores[j] = ds;
+  }
+  for (int64_t j = 0; p.row_index && j < p.num_anchors; ++j) {
+    if (p.anchor_index[j] == p.row_index[i]) scores[j] = 0.f;
+  }
+}
+
+void coefficients(const CoefficientsParams& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    if (p.row_labels[i] < 0) {
+      for (int64_t j = 0; j < p.num_anchors; ++j) p.scores[i * p.num_anchors + j] = 0.f;
+    } else if (p.row_neg_lse) {
+      coefficients_row<true>(p, i);
+    } else {
+      coefficients_row<false>(p, i);
+    }
+  }
+}
+
+}  // namespace
+
+extern const InfonceSteps infonce_steps;
+const InfonceSteps infonce_steps = {widen, negatives, positives, finish, coefficients};
+
+}  // namespace PXC_ISA
+}  // namespace pxc

@@ -1,0 +1,174 @@
+// What Python hands to a kernel: one plain struct per call, filled field by field in bindings.cpp.
+// Every pointer is memory that torch owns and that outlives the call; sizes and strides count elements.
+// No struct mentions torch, so one build of the module serves any torch.
+#pragma once
+
+#include <cstdint>
+
+namespace pxc {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// A [B, D, H, W] tensor of any strides; `pixel` below always means h * W + w.
+struct EmbeddingMap {
+  const void* map;
+  int32_t map_dtype;  // DType
+  int64_t batch, channels, height, width;
+  int64_t stride_batch, stride_channel, stride_row, stride_column;
+};
+
+struct SamplingParams {
+  const int64_t* labels;       // [B, pixels]
+  const int64_t* predictions;  // [B, pixels]
+  const int32_t* priority;     // [B, pixels]
+  int64_t batch, pixels, num_classes;
+  int64_t max_samples, max_views, min_pixels, ignore_index;
+  uint64_t* pool_keys;     // [B, pixels] scratch
+  int64_t* indices;        // [max_samples] out, flat over B * pixels, 0 in padding rows
+  int32_t* anchor_labels;  // [max_samples] out, -1 in padding rows
+  int32_t* count;          // [] out, rows that are not padding
+  int32_t threads;
+};
+
+struct GatherParams : EmbeddingMap {
+  const int64_t* indices;  // [rows], flat over B * H * W
+  int64_t num_rows;
+  int32_t normalize;
+  int32_t rows_dtype;  // DType
+  void* rows;          // [rows, D] out
+  float* inv_norm;     // [rows] out, 0 where the norm is
+  int32_t threads;
+};
+
+struct GatherBackwardParams : EmbeddingMap {
+  const int64_t* indices;  // [rows]
+  int64_t num_rows;
+  int32_t normalize;
+  int32_t rows_dtype;       // DType
+  const void* grad_rows;    // [rows, D]
+  const float* inv_norm;    // [rows], from the forward
+  float* row_gradients;     // [rows, D] scratch
+  void* grad_map;           // [B, D, H, W] out, dense, map_dtype, with the four strides below
+  int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
+  int32_t threads;
+};
+
+struct CollectParams : EmbeddingMap {
+  const int64_t* labels;    // [B, pixels]
+  const int32_t* priority;  // [B, pixels]
+  int64_t num_classes, pixels_per_image, ignore_index;
+  int32_t normalize;
+  uint64_t* pool_keys;  // [B, pixels] scratch
+  float* inv_norm;      // [B, pixels] scratch
+  double* sums;         // [B, num_classes, D] scratch
+  int32_t rows_dtype;   // DType
+  void* rows;           // [B, num_classes, 1 + pixels_per_image, D] out, the region first
+  int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image] out, -1 for nothing to store
+  int32_t threads;
+};
+
+struct WriteParams {
+  const void* rows;           // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
+  const int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image]
+  int64_t batch, num_classes, pixels_per_image;
+  int64_t row_bytes;  // D elements
+  int64_t region_slots, pixel_slots;
+  void* keys;           // [num_classes, region_slots + pixel_slots, D] in and out
+  int32_t* key_labels;  // [num_classes, region_slots + pixel_slots] in and out
+  int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
+  int32_t threads;
+};
+
+// InfoNCE on the CPU is a loop over tiles whose products are torch's; these are the steps between them.
+// `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
+
+struct WidenParams {
+  const void* source;      // [?, D]
+  int32_t source_dtype;    // DType
+  const int64_t* indices;  // [rows] or null for the first rows
+  int64_t num_rows, channels;
+  float* rows;  // [rows, D] out
+  int32_t threads;
+};
+
+struct TilesParams {
+  const int32_t* key_labels;  // [K]
+  int64_t num_keys;
+  int64_t max_keys;  // of a tile
+  int64_t* tiles;    // [capacity, 3] out: first key, number of keys, their label or -1 if they differ
+  int64_t capacity;
+  int64_t* num_tiles;  // [] out
+};
+
+struct CollectKeysParams {
+  const int32_t* key_labels;  // [K]
+  int64_t num_keys, max_keys;
+  int32_t label;
+  int64_t* cursor;   // [] in and out: where to go on looking
+  int64_t* indices;  // [max_keys] out: the next keys of that label, ascending
+  int64_t* found;    // [] out
+};
+
+struct NegativesParams {
+  float* scores;                 // [rows, keys] in: dot products; out: exp2(score - shift), 0 for positives
+  int64_t num_rows, num_keys;
+  const int32_t* anchor_labels;  // [rows]
+  const int32_t* key_labels;     // [keys], or null if every key is a negative of every row
+  float scale;
+  float* shift;   // [rows] in and out: running shift, log2 units
+  float* sum;     // [rows] in and out: sum of exp2(score - shift)
+  float* output;  // [rows, D] in and out: rescaled when the shift moves; null without gradient
+  int64_t channels;
+  int32_t threads;
+};
+
+struct PositivesParams {
+  float* scores;               // [rows, keys] in: dot products; out: sigma of eq. (4), 0 for the pair (i, i)
+  int64_t num_rows, num_keys;
+  const float* neg_lse;        // [rows], log2 units
+  const int64_t* anchor_index;  // [rows], or null without exclude_self
+  const int64_t* key_index;     // [keys], or null without exclude_self
+  float scale;
+  double* loss;        // [rows] in and out: sum of eq. (2)
+  double* pos_weight;  // [rows] in and out: S of eq. (4)
+  int64_t* pos_count;  // [rows] in and out
+  int32_t threads;
+};
+
+struct FinishParams {
+  int64_t num_rows, channels;
+  const int64_t* anchor_index;  // [rows], where row i goes in the outputs
+  const float* shift;           // [rows], log2 units
+  const float* sum;             // [rows]
+  const float* negatives;       // [rows, D] O of pass 1, not yet divided by sum; null without gradient
+  const float* positives;       // [rows, D] G of pass 2; null without gradient
+  const double* loss_sum;       // [rows]
+  const double* pos_weight_sum;  // [rows]
+  const int64_t* pos_counts;     // [rows]
+  float temperature;
+  float* loss;         // [A] out, eq. (3)
+  float* neg_lse;      // [A] out, eq. (1), natural units
+  float* pos_weight;   // [A] out, eq. (4)
+  int32_t* pos_count;  // [A] out
+  float* anchor_grad;  // [A, D] out, eq. (6) without the upstream gradient; null without gradient
+  int32_t threads;
+};
+
+struct CoefficientsParams {
+  float* scores;  // [rows, anchors] in: dot products; out: ds of eq. (5), summed with its mirror if symmetric
+  int64_t num_rows, num_anchors;
+  const int32_t* row_labels;     // [rows], -1: the whole row is 0
+  const int32_t* anchor_labels;  // [anchors], all >= 0
+  const int64_t* row_index;      // [rows], or null without exclude_self
+  const int64_t* anchor_index;   // [anchors], or null without exclude_self
+  const float* neg_lse;          // [anchors], log2 units, +inf where there is no negative
+  const float* neg_scale;        // [anchors], g S / (|P| temperature)
+  const float* pos_scale;        // [anchors], g / (|P| temperature)
+  const float* row_neg_lse;      // [rows], likewise, when the rows are anchors too (symmetric); else null
+  const float* row_neg_scale;    // [rows]
+  const float* row_pos_scale;    // [rows]
+  float scale;
+  int32_t threads;
+};
+
+}  // namespace pxc

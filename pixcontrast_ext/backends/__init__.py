@@ -1,0 +1,105 @@
+"""The registry: which backend serves a call.
+
+A backend is a module of this package with one function per op, all of the same signature (`reference.py` shows them),
+and `unsupported(op, dtype)`, which tells why a call cannot be served. Precedence: the argument, then `use_backend`, then
+the environment, then the first of the tensor's device that supports the call. A backend asked for by name never falls
+back to another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
+
+# Tried in this order when none is named.
+_BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Devices whose tensors a backend takes; None: any.
+_DEVICES: dict[str, tuple[str, ...] | None] = {
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "cpu": ("cpu",),
+    "reference": None,
+}
+
+_override: ContextVar[str | None] = ContextVar("pixcontrast_backend", default=None)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} names the backend {name!r}, expected one of {', '.join(NAMES)}")
+    return name
+
+
+def get(name: str) -> ModuleType:
+    """The module of a backend."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _reason_off(name: str, op: str = "", dtype: torch.dtype | None = None) -> str | None:
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return "this version has no kernels for it"
+    reason: str | None = get(name).unsupported(op, dtype)
+    return reason
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with None if it is ready and the reason if it is off."""
+    return {name: _reason_off(name) for name in NAMES}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, calls without a `backend` argument use this one.
+
+    Raises:
+        ValueError: if there is no backend of that name, or it is off, with the reason.
+    """
+    reason = _reason_off(_check_name(name, "use_backend()"))
+    if reason is not None:
+        raise ValueError(f"backend {name!r} is off: {reason}")
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def _reason_against(name: str, op: str, device: str, dtype: torch.dtype | None) -> str | None:
+    devices = _DEVICES[name]
+    if devices is not None and device not in devices:
+        return f"it takes tensors on {' or '.join(devices)}, got {device}"
+    return _reason_off(name, op, dtype)
+
+
+# A constant under torch.compile: a graph keeps the backend that it was traced with.
+@torch.compiler.assume_constant_result
+def resolve(requested: str | None, op: str, device: str, dtype: torch.dtype | None) -> str:
+    """The name of the backend that serves `op` on tensors of this device type and dtype.
+
+    Raises:
+        ValueError: if one is asked for by name and cannot serve the call, with the reason.
+    """
+    named, source = requested, "backend="
+    if named is None:
+        named, source = _override.get(), "use_backend()"
+    if named is None:
+        named, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if named is not None:
+        reason = _reason_against(_check_name(named, source), op, device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend {named!r} cannot serve {op} on {device} tensors of {dtype}: {reason}")
+        return named
+    for name in _BY_DEVICE.get(device, ("reference",)):
+        if _reason_against(name, op, device, dtype) is None:
+            return name
+    raise ValueError(f"no backend serves {op} on {device} tensors of {dtype}")

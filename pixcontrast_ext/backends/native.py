@@ -1,0 +1,76 @@
+"""The seam to the compiled module: everything that crosses it is checked and turned into pointers here.
+
+Kernels get raw pointers, so the memory-safety checks (device, dtype, contiguity) are this file's whole duty; what a
+user may pass is checked earlier, in `ops/`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch  # first: its OpenMP runtime then serves the compiled module too
+from torch import Tensor
+
+try:
+    from pixcontrast_ext import _C
+except ImportError as error:  # a source tree that was never built, or a build for another Python
+    _C = None
+    unavailable: str | None = f"the compiled module is missing or does not load: {error}"
+else:
+    unavailable = None
+
+BadValue: type[ValueError] = ValueError if _C is None else _C.BadValue
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+INSTRUCTION_SET_VARIABLE = "PIXCONTRAST_CPU_ISA"
+
+if _C is not None and os.environ.get(INSTRUCTION_SET_VARIABLE):
+    try:
+        _C.select_instruction_set(os.environ[INSTRUCTION_SET_VARIABLE])
+    except ValueError as error:
+        raise ValueError(f"{INSTRUCTION_SET_VARIABLE}: {error}") from None
+
+
+def launch(kernel: str, **fields: Any) -> None:
+    """Call a CPU kernel; tensors become pointers, the thread count is torch's.
+
+    Every tensor must be a contiguous CPU tensor; strided maps go through `map_fields`.
+    """
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            if not value.is_contiguous() or value.device.type != "cpu":
+                raise ValueError(
+                    f"{kernel}: {name} must be a contiguous CPU tensor, "
+                    f"got shape {tuple(value.shape)}, strides {value.stride()}, on {value.device}"
+                )
+            fields[name] = value.data_ptr()
+        elif value is None:
+            fields[name] = 0
+    getattr(_C, kernel)(**fields)
+
+
+def threads() -> int:
+    """How many threads a CPU kernel may use."""
+    return torch.get_num_threads()
+
+
+def map_fields(embeddings: Tensor) -> dict[str, int]:
+    """The `EmbeddingMap` part of a struct, for a `[B, D, H, W]` CPU tensor of any strides."""
+    if embeddings.device.type != "cpu" or embeddings.dim() != 4:
+        raise ValueError(f"expected a [B, D, H, W] CPU tensor, got {tuple(embeddings.shape)} on {embeddings.device}")
+    batch, channels, height, width = embeddings.shape
+    stride_batch, stride_channel, stride_row, stride_column = embeddings.stride()
+    return {
+        "map": embeddings.data_ptr(),
+        "map_dtype": DTYPE_CODES[embeddings.dtype],
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "stride_batch": stride_batch,
+        "stride_channel": stride_channel,
+        "stride_row": stride_row,
+        "stride_column": stride_column,
+    }

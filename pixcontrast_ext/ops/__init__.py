@@ -1,0 +1,86 @@
+"""The three jobs as torch ops, and the public functions around them.
+
+Ops live in the `pixcontrast` namespace and are not differentiable; an autograd Function stands around those that carry
+a gradient. Each is given to torch as a schema, an allocator and a backend function that fills what the allocator made:
+the allocator alone is the op's fake, so shapes are stated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixcontrast_ext import backends
+
+_LIBRARY = torch.library.Library("pixcontrast", "DEF")
+
+
+def define(schema: str, allocate: Callable[..., Any], fill: Callable[..., None]) -> None:
+    """Register an op whose last argument is the backend's name.
+
+    `allocate(*args)` makes the outputs (None if the op only mutates); `fill(module, *args, outputs)` computes them with
+    the backend's module.
+    """
+    name = schema[: schema.index("(")]
+
+    def run(*args: Any) -> Any:
+        outputs = allocate(*args)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        with torch.amp.autocast(device.type, enabled=False):  # the reference and the CPU backend call matmul
+            fill(backends.get(args[-1]), *args[:-1], outputs)
+        return outputs
+
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pixcontrast::{name}", allocate, lib=_LIBRARY)
+
+
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `labels` are integers of this shape on this device."""
+    if not isinstance(labels, Tensor) or not is_integer(labels):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"{name} must be on {device}, got {labels.device}")
+
+
+def check_embeddings(embeddings: Tensor) -> None:
+    """Raise TypeError or ValueError unless this is a [B, D, H, W] floating-point map with D >= 1."""
+    if not isinstance(embeddings, Tensor) or not embeddings.dtype.is_floating_point:
+        got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise TypeError(f"embeddings must be a floating-point tensor, got {got}")
+    if embeddings.dim() != 4 or embeddings.shape[1] < 1:
+        raise ValueError(f"embeddings must have shape [B, D, H, W] with D >= 1, got {tuple(embeddings.shape)}")
+    if embeddings.shape[2] * embeddings.shape[3] >= 2**32:
+        raise ValueError(f"embeddings may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}")
+
+
+def check_at_least(minimum: int, **values: int | None) -> None:
+    """Raise TypeError or ValueError for the first value that is not an integer of at least `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def draw_priority(labels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """All the randomness of a selection: int32, of the shape of `labels`."""
+    return torch.randint(
+        torch.iinfo(torch.int32).max, labels.shape, dtype=torch.int32, device=labels.device, generator=generator
+    )
+
+
+def check_priority(priority: Tensor, labels: Tensor) -> None:
+    check_labels("priority", priority, tuple(labels.shape), labels.device)
+    if priority.dtype != torch.int32:
+        raise TypeError(f"priority must be int32, got {priority.dtype}")

@@ -1,0 +1,273 @@
+"""Blockwise InfoNCE: the contrastive loss of anchors against keys, without their A x K matrix."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pixcontrast_ext import backends, ops
+
+_ForwardOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _allocate_forward(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    temperature: float,
+    exclude_self: bool,
+    with_grad: bool,
+    backend: str,
+) -> _ForwardOutputs:
+    size, channels = anchors.shape
+    dtype = _accumulator(anchors.dtype)
+    return (
+        anchors.new_empty(size, dtype=dtype),  # loss
+        anchors.new_empty(size, dtype=dtype),  # neg_lse
+        anchors.new_empty(size, dtype=dtype),  # pos_weight
+        anchors.new_empty(size, dtype=torch.int32),  # pos_count
+        anchors.new_empty(size if with_grad else 0, channels, dtype=dtype),  # anchor_grad
+    )
+
+
+def _fill_forward(
+    module: ModuleType,
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    temperature: float,
+    exclude_self: bool,
+    with_grad: bool,
+    outputs: _ForwardOutputs,
+) -> None:
+    module.infonce_forward(
+        anchors.contiguous(),
+        anchor_labels.contiguous(),
+        keys.contiguous(),
+        key_labels.contiguous(),
+        temperature,
+        exclude_self,
+        *outputs[:4],
+        outputs[4] if with_grad else None,
+    )
+
+
+def _allocate_backward_keys(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    neg_lse: Tensor,
+    pos_weight: Tensor,
+    grad_scale: Tensor,
+    temperature: float,
+    exclude_self: bool,
+    backend: str,
+) -> Tensor:
+    return keys.new_empty(keys.shape, dtype=_accumulator(keys.dtype))
+
+
+def _fill_backward_keys(module: ModuleType, *args: Any) -> None:
+    *tensors, temperature, exclude_self, key_grad = args
+    module.infonce_backward_keys(*(t.contiguous() for t in tensors), temperature, exclude_self, key_grad)
+
+
+def _allocate_backward_symmetric(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    neg_lse: Tensor,
+    pos_weight: Tensor,
+    grad_scale: Tensor,
+    temperature: float,
+    exclude_self: bool,
+    backend: str,
+) -> Tensor:
+    return anchors.new_empty(anchors.shape, dtype=_accumulator(anchors.dtype))
+
+
+def _fill_backward_symmetric(module: ModuleType, *args: Any) -> None:
+    *tensors, temperature, exclude_self, anchor_grad = args
+    module.infonce_backward_symmetric(*(t.contiguous() for t in tensors), temperature, exclude_self, anchor_grad)
+
+
+ops.define(
+    "infonce_forward(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, float temperature, "
+    "bool exclude_self, bool with_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _allocate_forward,
+    _fill_forward,
+)
+ops.define(
+    "infonce_backward_keys(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor neg_lse, "
+    "Tensor pos_weight, Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
+    _allocate_backward_keys,
+    _fill_backward_keys,
+)
+ops.define(
+    "infonce_backward_symmetric(Tensor anchors, Tensor anchor_labels, Tensor neg_lse, Tensor pos_weight, "
+    "Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
+    _allocate_backward_symmetric,
+    _fill_backward_symmetric,
+)
+
+
+class BlockwiseInfoNCE(torch.autograd.Function):
+    """Loss per anchor [A] and |P| [A].
+
+    Keys other than the anchors: the forward finishes the anchors' gradient, so the backward only scales it, and nothing
+    of the keys is kept unless they need a gradient themselves. `keys=None` contrasts the anchors with each other: the
+    scores are symmetric, and one recomputing backward serves both roles.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        anchors: Tensor,
+        anchor_labels: Tensor,
+        keys: Tensor | None,
+        key_labels: Tensor | None,
+        temperature: float,
+        exclude_self: bool,
+        grad_enabled: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        symmetric = keys is None
+        with_grad = grad_enabled and ctx.needs_input_grad[0] and not symmetric
+        loss, neg_lse, pos_weight, pos_count, anchor_grad = torch.ops.pixcontrast.infonce_forward(
+            anchors,
+            anchor_labels,
+            anchors if keys is None else keys,
+            anchor_labels if key_labels is None else key_labels,
+            temperature,
+            exclude_self,
+            with_grad,
+            backend,
+        )
+        if symmetric:
+            ctx.save_for_backward(pos_count, anchors, anchor_labels, neg_lse, pos_weight)
+        elif ctx.needs_input_grad[2]:
+            ctx.save_for_backward(
+                pos_count, anchor_grad, anchors, anchor_labels, keys, key_labels, neg_lse, pos_weight
+            )
+        else:
+            ctx.save_for_backward(pos_count, anchor_grad)
+        ctx.symmetric, ctx.dtype = symmetric, anchors.dtype
+        ctx.temperature, ctx.exclude_self, ctx.backend = temperature, exclude_self, backend
+        ctx.mark_non_differentiable(pos_count)
+        return loss, pos_count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pos_count, *saved = ctx.saved_tensors
+        grad_scale = grad_loss / pos_count.clamp(min=1)
+        settings = (ctx.temperature, ctx.exclude_self, ctx.backend)
+        grad_anchors = grad_keys = None
+        if ctx.symmetric:
+            grad_anchors = torch.ops.pixcontrast.infonce_backward_symmetric(
+                *saved, grad_scale, *settings
+            ).to(ctx.dtype)
+        else:
+            anchor_grad, *inputs = saved
+            if ctx.needs_input_grad[0]:
+                grad_anchors = (anchor_grad * grad_loss[:, None]).to(ctx.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_keys = torch.ops.pixcontrast.infonce_backward_keys(*inputs, grad_scale, *settings).to(ctx.dtype)
+        return grad_anchors, None, grad_keys, None, None, None, None, None
+
+
+def _check_rows(name: str, rows: Tensor) -> None:
+    if not isinstance(rows, Tensor) or not rows.dtype.is_floating_point:
+        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if rows.dim() != 2 or rows.shape[1] < 1:
+        raise ValueError(f"{name} must have shape [rows, D] with D >= 1, got {tuple(rows.shape)}")
+
+
+def infonce(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A]
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K]
+    *,
+    temperature: float,
+    reduction: str = "mean",
+    exclude_self: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Pixel contrast of eq. (3) in arXiv 2101.11939: every positive against all negatives of its anchor.
+
+    Replaces, without the A x K matrix and with the gradient of the anchors finished in the forward:
+
+        scores = anchors @ keys.T / temperature
+        same = anchor_labels[:, None] == key_labels[None, :]
+        neg_lse = scores.masked_fill(same, -inf).logsumexp(1, keepdim=True)
+        loss = (F.softplus(neg_lse - scores) * same).sum(1) / same.sum(1)
+
+    Rows of label < 0 on either side take no part. An anchor without positives has loss 0 and stays out of the mean; without
+    negatives each of its positives has loss 0. Sums are in fp32 and in a fixed order. Differentiable once, in anchors and
+    keys; passing one tensor as both (with the same labels) takes a cheaper, symmetric path.
+
+    Args:
+        anchors, keys: of one dtype, fp32, fp16 or bf16 (fp64 on the reference backend); usually of unit norm.
+        anchor_labels, key_labels: any integer dtype, values within int32.
+        temperature: divides the scores.
+        reduction: "mean" over the anchors that have a positive (0 if none has), or "none".
+        exclude_self: key i is not a positive of anchor i.
+        backend: see `available_backends`.
+
+    Returns:
+        Scalar for "mean", [A] for "none"; fp32 whatever the input's dtype (fp64 for fp64).
+
+    Raises:
+        TypeError: rows that are not floating point or differ in dtype, labels that are not integers.
+        ValueError: shapes that do not fit, mixed devices, a temperature that is not positive and finite, an unknown
+            reduction, a backend that cannot serve the call.
+    """
+    _check_rows("anchors", anchors)
+    _check_rows("keys", keys)
+    if anchors.dtype != keys.dtype:
+        raise TypeError(f"anchors and keys must have one dtype, got {anchors.dtype} and {keys.dtype}")
+    if anchors.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"anchors and keys must have the same width, got {tuple(anchors.shape)} and {tuple(keys.shape)}"
+        )
+    if anchors.device != keys.device:
+        raise ValueError(f"anchors and keys must be on one device, got {anchors.device} and {keys.device}")
+    ops.check_labels("anchor_labels", anchor_labels, (anchors.shape[0],), anchors.device)
+    ops.check_labels("key_labels", key_labels, (keys.shape[0],), keys.device)
+    check_temperature("temperature", temperature)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+
+    name = backends.resolve(backend, "infonce", anchors.device.type, anchors.dtype)
+    in_batch = keys is anchors and key_labels is anchor_labels
+    loss, pos_count = BlockwiseInfoNCE.apply(
+        anchors,
+        anchor_labels.int(),
+        None if in_batch else keys,
+        None if in_batch else key_labels.int(),
+        float(temperature),
+        exclude_self,
+        torch.is_grad_enabled(),
+        name,
+    )
+    if reduction == "none":
+        return loss
+    return loss.sum() / (pos_count > 0).sum().clamp(min=1)
+
+
+def check_temperature(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")

@@ -1,0 +1,138 @@
+"""Hard-anchor sampling: which pixels of a batch become anchors."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pixcontrast_ext import backends, ops
+
+
+class AnchorSample(NamedTuple):
+    """The outcome of `hard_anchor_sampling`; A is `max_samples`."""
+
+    indices: Tensor  # [A] int64, flat over B * H * W; 0 in padding rows
+    labels: Tensor  # [A] int32; -1 in padding rows
+    count: Tensor  # [] int32, the rows that are not padding; stays on the device
+
+
+_Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _allocate(
+    labels: Tensor,
+    predictions: Tensor,
+    priority: Tensor,
+    num_classes: int,
+    max_samples: int,
+    max_views: int,
+    min_pixels: int,
+    ignore_index: int,
+    backend: str,
+) -> _Outputs:
+    return (
+        labels.new_empty(max_samples, dtype=torch.int64),
+        labels.new_empty(max_samples, dtype=torch.int32),
+        labels.new_empty((), dtype=torch.int32),
+    )
+
+
+def _fill(
+    module: ModuleType,
+    labels: Tensor,
+    predictions: Tensor,
+    priority: Tensor,
+    num_classes: int,
+    max_samples: int,
+    max_views: int,
+    min_pixels: int,
+    ignore_index: int,
+    outputs: _Outputs,
+) -> None:
+    module.hard_anchor_sampling(
+        labels.contiguous(),
+        predictions.contiguous(),
+        priority.contiguous(),
+        num_classes,
+        max_samples,
+        max_views,
+        min_pixels,
+        ignore_index,
+        *outputs,
+    )
+
+
+ops.define(
+    "hard_anchor_sampling(Tensor labels, Tensor predictions, Tensor priority, int num_classes, int max_samples, "
+    "int max_views, int min_pixels, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    _allocate,
+    _fill,
+)
+
+
+def hard_anchor_sampling(
+    labels: Tensor,  # [B, H, W]
+    predictions: Tensor,  # [B, H, W]
+    *,
+    num_classes: int,
+    max_samples: int = 1024,
+    max_views: int = 100,
+    min_pixels: int | None = None,
+    ignore_index: int = 255,
+    priority: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> AnchorSample:
+    """Choose up to `max_samples` pixels to be anchors, half of them hard (mispredicted) where there are enough.
+
+    Every (image, class) of at least `min_pixels` pixels gives the same number of anchors, at most `max_views`. The shape
+    is fixed and nothing waits for the device. `backends/reference.py` states the rules in full. Source: arXiv 2101.11939,
+    section 3.3 (hard example sampling).
+
+    Args:
+        labels: ground truth, any integer dtype.
+        predictions: predicted classes, any integer dtype.
+        num_classes: classes are 0 to num_classes - 1.
+        max_samples: A, the number of rows returned.
+        max_views: the most anchors of one class in one image.
+        min_pixels: the fewest pixels of a class in an image for it to take part; None means max_views + 1.
+        ignore_index: label of pixels that do not count.
+        priority: [B, H, W] int32; pixels of small priority are chosen first. Drawn by `torch.randint` if None. The same
+            priority gives the same anchors on every backend.
+        generator: for that draw.
+        backend: see `available_backends`.
+
+    Returns:
+        `AnchorSample`, rows ordered by class, image, hard before easy, pixel, then padding.
+
+    Raises:
+        TypeError: labels or predictions that are not integers, priority that is not int32.
+        ValueError: shapes or devices that differ; a number out of range; on the CPU also a label that is neither a class
+            nor `ignore_index` (on a GPU such a pixel is ignored).
+    """
+    ops.check_labels("labels", labels, tuple(labels.shape), labels.device)
+    if labels.dim() != 3:
+        raise ValueError(f"labels must have shape [B, H, W], got {tuple(labels.shape)}")
+    ops.check_labels("predictions", predictions, tuple(labels.shape), labels.device)
+    ops.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
+    if min_pixels is None:
+        min_pixels = max_views + 1
+    ops.check_at_least(0, min_pixels=min_pixels)
+    if priority is None:
+        priority = ops.draw_priority(labels, generator)
+    ops.check_priority(priority, labels)
+    chosen = torch.ops.pixcontrast.hard_anchor_sampling(
+        labels.long(),
+        predictions.long(),
+        priority,
+        num_classes,
+        max_samples,
+        max_views,
+        min_pixels,
+        ignore_index,
+        backends.resolve(backend, "hard_anchor_sampling", labels.device.type, None),
+    )
+    return AnchorSample(*chosen)
