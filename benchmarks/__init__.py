@@ -1,0 +1,1 @@
+"""Each op timed beside the baselines it has to beat: ``python -m benchmarks [op ...]``."""

@@ -1,0 +1,1 @@
+"""What the ops are compared with, each written as its users would write it."""

@@ -1,0 +1,57 @@
+"""A baseline that computes something else is no baseline: each against a plain formulation of its own."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .baselines import loops
+from .baselines.bare import BareProducts
+from .baselines.dense import dense_infonce
+from .harness import contrast_inputs, embedding_map, scenes
+
+
+def test_dense_loss_is_the_double_loop():
+    anchors, anchor_labels, keys, key_labels = contrast_inputs(7, 30, 5, torch.float64, num_classes=3)
+    key_labels[::7] = -1
+    anchor_labels[0] = 17  # has no positive
+    temperature, losses = 0.3, []
+    for anchor, label in zip(anchors, anchor_labels, strict=True):
+        similarity = [math.exp(float(anchor @ key) / temperature) for key in keys]
+        pairs = list(zip(similarity, key_labels.tolist(), strict=True))
+        negatives = sum(s for s, other in pairs if other >= 0 and other != label)
+        positives = [-math.log(s / (s + negatives)) for s, other in pairs if other == label]
+        if positives:
+            losses.append(sum(positives) / len(positives))
+    dense = dense_infonce(anchors, anchor_labels, keys, key_labels, temperature=temperature)
+    assert len(losses) == 6
+    assert math.isclose(dense.item(), sum(losses) / len(losses), rel_tol=1e-12)
+
+
+def test_bare_products_cover_all_keys():
+    anchors, _, keys, _ = contrast_inputs(6, 50, 8, torch.float64)
+    torch.testing.assert_close(BareProducts(anchors, keys, tile=16).both(), anchors @ keys.T @ keys)
+
+
+def test_loops_sample_what_they_say():
+    labels, predictions = scenes(2, 32, 48, num_classes=4)
+    indices, chosen = loops.sample(labels, predictions, max_samples=100, max_views=10)
+    assert torch.equal(labels.flatten()[indices], chosen)
+    assert len(indices.unique()) == len(indices)
+    pairs = (indices // (32 * 48) * 4 + chosen).bincount()
+    assert set(pairs.tolist()) <= {0, min(100 // int((pairs > 0).sum()), 10)}
+    embeddings = embedding_map(2, 6, 32, 48)
+    row = embeddings[indices[5] // (32 * 48), :, indices[5] % (32 * 48) // 48, indices[5] % 48]
+    torch.testing.assert_close(loops.gather(embeddings, indices)[5], row)
+
+
+def test_loops_enqueue_regions_and_pixels():
+    labels, _ = scenes(2, 16, 16, num_classes=3)
+    embeddings = embedding_map(2, 6, 16, 16)
+    bank = loops.Bank(3, 6, slots=8, pixels_per_image=5)
+    bank.enqueue(embeddings, labels)
+    label = int(labels[0].min())
+    own = embeddings[0][:, labels[0] == label]
+    torch.testing.assert_close(bank.regions[label, 0], F.normalize(own.mean(dim=1), dim=0))
+    assert ((bank.pixels[label, 0] - own.T).abs().amax(dim=1) < 1e-6).sum() == 1
+    assert int(bank.pixel_fill[label]) <= 8 and int(bank.region_fill[label]) <= 2
