@@ -46,12 +46,12 @@ def test_loops_sample_what_they_say():
 
 
 def test_loops_enqueue_regions_and_pixels():
-    labels, _ = scenes(2, 16, 16, num_classes=3)
-    embeddings = embedding_map(2, 6, 16, 16)
-    bank = loops.Bank(3, 6, slots=8, pixels_per_image=5)
+    labels, _ = scenes(2, 32, 32, num_classes=3)
+    embeddings = embedding_map(2, 6, 32, 32)
+    bank = loops.Bank(3, 6, slots=16, pixels_per_image=5)
     bank.enqueue(embeddings, labels)
     label = int(labels[0].min())
     own = embeddings[0][:, labels[0] == label]
     torch.testing.assert_close(bank.regions[label, 0], F.normalize(own.mean(dim=1), dim=0))
     assert ((bank.pixels[label, 0] - own.T).abs().amax(dim=1) < 1e-6).sum() == 1
-    assert int(bank.pixel_fill[label]) <= 8 and int(bank.region_fill[label]) <= 2
+    assert int(bank.pixel_fill[label]) <= 10 and int(bank.region_fill[label]) <= 2
