@@ -30,7 +30,7 @@ def verdict(name: str, value: float) -> tuple[str, bool]:
 def show(section: Section, console: Console) -> None:
     console.print(f"\n[bold]{section.title}[/bold]")
     for fact in section.facts:
-        console.print(f"  {fact}", style="dim", highlight=False)
+        console.print(f"  {fact}", style="dim", highlight=False, soft_wrap=True)
     table = Table("method", *(("min ms", "median ms", section.unit)), box=None, padding=(0, 2))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -65,13 +65,14 @@ def main() -> int:
         f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}; "
         f"{settings.rounds} interleaved rounds",
         highlight=False,
+        soft_wrap=True,
     )
     sections, failures = [], []
     for op in arguments.ops or OPS:
         try:
             section = import_module(f".{op}", __package__).run(settings)
         except Incorrect as error:
-            console.print(f"[bold red]incorrect[/bold red] {error}")
+            console.print(f"[bold red]incorrect[/bold red] {error}", soft_wrap=True)
             failures.append(str(error))
             continue
         sections.append(section)
@@ -84,7 +85,7 @@ def main() -> int:
         if not verdict(name, value)[1]
     ]
     for line in missed:
-        console.print(f"[red]missed:[/red] {line}", highlight=False)
+        console.print(f"[red]missed:[/red] {line}", highlight=False, soft_wrap=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             report = {
