@@ -178,7 +178,7 @@ void coefficients_row(const CoefficientsParams& p, int64_t i) {
     scores[j] = ds;
   }
   for (int64_t j = 0; p.row_index && j < p.num_anchors; ++j) {
-    if (p.anchor_index[j] == p.row_index[i]) scores[j] = 0.f;
+    if (p.anchor_index[j] == p.row_index[i] && p.anchor_labels[j] == label) scores[j] = 0.f;
   }
 }
 

@@ -9,6 +9,7 @@ back to another.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -45,8 +46,13 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+@functools.cache
+def _exists(name: str) -> bool:
+    return importlib.util.find_spec(f"{__name__}.{name}") is not None
+
+
 def _reason_off(name: str, op: str = "", dtype: torch.dtype | None = None) -> str | None:
-    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+    if not _exists(name):
         return "this version has no kernels for it"
     reason: str | None = get(name).unsupported(op, dtype)
     return reason

@@ -7,19 +7,24 @@ number of keys.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from pixcontrast_ext.backends import native
 
-# Measured at D = 256 on 2 cores: a 1024 x 512 fp32 tile of scores (2 MiB) and its keys (0.5 MiB) stay in the shared
-# cache, and the products are at their peak rate.
-BLOCK_A = 1024
+# A tile of scores has to stay in the caches of the cores that share it. Measured at D = 256: a quarter more time with
+# tiles twice as high, as much with tiles twice as wide.
 BLOCK_K = 512
+
+
+def _block_a() -> int:
+    """Anchors in a tile. Rows do not depend on each other, so this may follow the thread count."""
+    return min(512 * native.threads(), 2048)
+
 
 LOG2_E = math.log2(math.e)
 
@@ -202,9 +207,19 @@ def enqueue_write(
     )
 
 
-def _fp32_products() -> AbstractContextManager:
-    """torch may run fp32 products on the CPU in bf16 or TF32 when the user allows it elsewhere; logits cannot bear it."""
-    return torch.backends.mkldnn.flags(fp32_precision="ieee")  # type: ignore[no-any-return]
+@contextlib.contextmanager
+def _fp32_products() -> Iterator[None]:
+    """`torch.set_float32_matmul_precision("medium")` allows bf16 products on a CPU, which logits cannot bear."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
 
 
 def _widen(source: Tensor, indices: Tensor | None, rows: Tensor) -> Tensor:
@@ -285,7 +300,7 @@ class _Keys:
 
 
 class _AnchorBlock:
-    """Up to BLOCK_A anchors that have a label, sorted by class and widened to fp32."""
+    """Some anchors that have a label, sorted by class and widened to fp32."""
 
     def __init__(self, anchors: Tensor, anchor_labels: Tensor, order: Tensor):
         self.index = order  # [n], row of each in the caller's tensors
@@ -308,8 +323,9 @@ class _AnchorBlock:
 def _anchor_blocks(anchors: Tensor, anchor_labels: Tensor) -> Iterator[_AnchorBlock]:
     order = torch.argsort(anchor_labels, stable=True)
     order = order[int((anchor_labels < 0).sum()) :]
-    for start in range(0, order.shape[0], BLOCK_A):
-        yield _AnchorBlock(anchors, anchor_labels, order[start : start + BLOCK_A])
+    size = _block_a()
+    for start in range(0, order.shape[0], size):
+        yield _AnchorBlock(anchors, anchor_labels, order[start : start + size])
 
 
 def infonce_forward(
@@ -485,7 +501,7 @@ def infonce_backward_keys(
 ) -> None:
     key_grad.zero_()
     tiles = _Keys(keys, key_labels)
-    scores = torch.empty(BLOCK_K * min(BLOCK_A, anchors.shape[0]))
+    scores = torch.empty(BLOCK_K * min(_block_a(), anchors.shape[0]))
     with _fp32_products():
         for block in _anchor_blocks(anchors, anchor_labels):
             scales = _Scales(block, neg_lse, pos_weight, grad_scale, temperature)

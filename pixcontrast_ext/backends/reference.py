@@ -308,8 +308,10 @@ def gather_backward(
         grad = torch.where((grad == 0).all(dim=1, keepdim=True), 0.0, projected)
     batch, channels, height, width = embeddings.shape
     dense = grad.new_zeros(batch * height * width, channels)
-    # index_put_ adds rows of one pixel in their order, on every device
-    dense.index_put_((indices,), grad, accumulate=True)
+    if dense.device.type == "cpu":
+        dense.index_add_(0, indices, grad)  # in row order
+    else:
+        dense.index_put_((indices,), grad, accumulate=True)  # sorts, where index_add_ is atomic
     grad_embeddings.copy_(dense.view(batch, height, width, channels).permute(0, 3, 1, 2))
 
 
