@@ -27,6 +27,10 @@ def verdict(name: str, value: float) -> tuple[str, bool]:
     return f"{side} {bar:g}", value >= bar if side == ">=" else value <= bar
 
 
+def digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def show(section: Section, console: Console) -> None:
     console.print(f"\n[bold]{section.title}[/bold]")
     for fact in section.facts:
@@ -35,7 +39,7 @@ def show(section: Section, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, timing in section.timings.items():
-        table.add_row(name, f"{timing.minimum_ms:.3g}", f"{timing.median_ms:.3g}", f"{timing.rate:.3g}")
+        table.add_row(name, *map(digits, (timing.minimum_ms, timing.median_ms, timing.rate)))
     console.print(table)
     table = Table("ratio", "value", "bar", "", box=None, padding=(0, 2))
     table.columns[1].justify = "right"
