@@ -13,6 +13,7 @@ from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.ops.gather import gather_embeddings
 from pixcontrast_ext.ops.infonce import check_temperature, infonce
 from pixcontrast_ext.ops.sampling import hard_anchor_sampling
+from pixcontrast_ext.ops.warmup import WarmUp
 
 
 def _nearest(size: int, target: int, device: torch.device) -> Tensor:
@@ -174,16 +175,6 @@ class PixelContrastLoss(nn.Module):
             self.bank.enqueue(embeddings.detach(), labels, backend=self.backend)
 
 
-class _Progress:
-    """Steps done, on the host, so that no step waits for the device.
-
-    An object of its own because torch.compile takes an integer of a module for a constant and would compile every step anew.
-    """
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-
 class PixelContrastCrossEntropyLoss(nn.Module):
     """Cross-entropy + `weight` x `PixelContrastLoss`.
 
@@ -220,7 +211,14 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         self.weight, self.warmup_steps = weight, warmup_steps
         self.register_buffer("class_weights", class_weights)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._progress = _Progress()
+        self._warmup = WarmUp(warmup_steps, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_warmup": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy or a pickle: it counts on its own
+        super().__setstate__(state)
+        self._warmup = WarmUp(self.warmup_steps, int(self.step))
 
     @property
     def bank(self) -> MemoryBank | None:
@@ -247,12 +245,11 @@ class PixelContrastCrossEntropyLoss(nn.Module):
                 f"logits must have shape [{labels.shape[0]}, {contrast.num_classes}, h, w], got {tuple(logits.shape)}"
             )
         loss = self._cross_entropy(logits, labels)
-        if self.weight > 0 and (not self.training or self._progress.steps >= self.warmup_steps):
+        if self.weight > 0 and (not self.training or self._warmup.over):
             loss = loss + self.weight * contrast._contrast(embeddings, picked, logits)
         contrast._enqueue(embeddings, picked)
-        if self.training and self._progress.steps < self.warmup_steps:
-            self.step += 1
-            self._progress.steps += 1
+        if self.training and not self._warmup.over:
+            self._warmup.advance(self.step)
         return loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -281,4 +278,4 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._progress.steps = int(self.step)
+        self._warmup = WarmUp(self.warmup_steps, int(self.step))

@@ -24,7 +24,6 @@ def define(schema: str, allocate: Callable[..., Any], fill: Callable[..., None])
     `allocate(*args)` makes the outputs (None if the op only mutates); `fill(module, *args, outputs)` computes them with
     the backend's module.
     """
-    name = schema[: schema.index("(")]
 
     def run(*args: Any) -> Any:
         outputs = allocate(*args)
@@ -33,9 +32,19 @@ def define(schema: str, allocate: Callable[..., Any], fill: Callable[..., None])
             fill(backends.get(args[-1]), *args[:-1], outputs)
         return outputs
 
+    _register(schema, run, allocate)
+
+
+def define_mutation(schema: str, run: Callable[..., None]) -> None:
+    """Register an op that returns nothing and needs no backend."""
+    _register(schema, run, lambda *args: None)
+
+
+def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pixcontrast::{name}", allocate, lib=_LIBRARY)
+    torch.library.register_fake(f"pixcontrast::{name}", fake, lib=_LIBRARY)
 
 
 def is_integer(tensor: Tensor) -> bool:
