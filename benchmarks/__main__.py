@@ -6,6 +6,7 @@ The exit code is 1 if a result is wrong, and with --check also if a ratio misses
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 from importlib import import_module
@@ -64,10 +65,11 @@ def main() -> int:
     settings = Settings(rounds=arguments.rounds, num_keys=arguments.num_keys)
 
     console = Console()
+    load_average = os.getloadavg()[0]  # beside other work, thread barriers wait for whole time slices
     console.print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}; "
-        f"{settings.rounds} interleaved rounds",
+        f"{settings.rounds} interleaved rounds; load average {load_average:.1f} before",
         highlight=False,
         soft_wrap=True,
     )
@@ -94,6 +96,7 @@ def main() -> int:
         with open(arguments.json, "w") as file:
             report = {
                 "torch": torch.__version__,
+                "load_average_before": load_average,
                 "threads": torch.get_num_threads(),
                 "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                 "settings": dataclasses.asdict(settings),
