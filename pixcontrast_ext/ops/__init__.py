@@ -7,6 +7,7 @@ the allocator alone is the op's fake, so shapes are stated once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,30 @@ def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pixcontrast::{name}", fake, lib=_LIBRARY)
+
+
+def _twice_is_an_error(grad: Tensor) -> Tensor:
+    message = "pixcontrast_ext can be differentiated once: its ops have no double backward"
+    marked: Tensor = torch._C._functions.DelayedError(message, 1)(grad)
+    return marked
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a Function: differentiating its result raises, instead of leaving out a term.
+
+    `torch.autograd.function.once_differentiable` raises only if the incoming gradient itself requires grad; ours depends
+    on the inputs as well.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # enabled: create_graph=True
+            return results
+        return tuple(None if r is None else _twice_is_an_error(r.requires_grad_()) for r in results)
+
+    return wrapper
 
 
 def is_integer(tensor: Tensor) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pixcontrast_ext import backends, ops
 
@@ -84,7 +83,7 @@ class GatherEmbeddings(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @once_differentiable
+    @ops.differentiable_once
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         embeddings, indices, inv_norm = ctx.saved_tensors
         grad = torch.ops.pixcontrast.gather_backward(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pixcontrast_ext import backends, ops
 
@@ -167,7 +166,7 @@ class BlockwiseInfoNCE(torch.autograd.Function):
         return loss, pos_count
 
     @staticmethod
-    @once_differentiable
+    @ops.differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         pos_count, *saved = ctx.saved_tensors
         grad_scale = grad_loss / pos_count.clamp(min=1)

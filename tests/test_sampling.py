@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+from pixcontrast_ext import hard_anchor_sampling
+
+
+def draw(batch, height, width, classes, *, ignored=0.2, wrong=0.4, priorities=1000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (batch, height, width), generator=generator)
+    flip = torch.rand(labels.shape, generator=generator) < wrong
+    predictions = torch.where(flip, torch.randint(0, classes, labels.shape, generator=generator), labels)
+    labels[torch.rand(labels.shape, generator=generator) < ignored] = 255
+    priority = torch.randint(-priorities, priorities, labels.shape, dtype=torch.int32, generator=generator)
+    return labels, predictions, priority
+
+
+def check(labels, predictions, priority, backend, **settings):
+    sample = hard_anchor_sampling(labels, predictions, priority=priority, backend=backend, **settings)
+    min_pixels = settings.get("min_pixels")
+    indices, anchor_labels = oracle.sampling(
+        labels,
+        predictions,
+        priority,
+        settings["num_classes"],
+        settings["max_samples"],
+        settings["max_views"],
+        settings["max_views"] + 1 if min_pixels is None else min_pixels,
+        settings.get("ignore_index", 255),
+    )
+    padding = settings["max_samples"] - len(indices)
+    assert sample.indices.tolist() == indices + [0] * padding
+    assert sample.labels.tolist() == anchor_labels + [-1] * padding
+    assert sample.count.item() == len(indices)
+    assert (sample.indices.dtype, sample.labels.dtype, sample.count.dtype) == (torch.int64, torch.int32, torch.int32)
+    return len(indices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((3, 17, 23, 5), dict(max_samples=64, max_views=10)),
+        ((2, 8, 9, 6), dict(max_samples=5, max_views=3, min_pixels=1)),  # fewer samples than pairs
+        ((4, 16, 31, 19), dict(max_samples=1024, max_views=100, min_pixels=1)),  # more than there are pixels of a class
+        ((1, 5, 7, 3), dict(max_samples=100, max_views=100, min_pixels=1)),  # more samples than pixels
+        ((1, 1, 1, 1), dict(max_samples=1, max_views=1, min_pixels=0)),
+        ((2, 13, 11, 2), dict(max_samples=1, max_views=1, min_pixels=1)),
+    ],
+)
+@pytest.mark.parametrize("priorities", [3, 2**31 - 1])  # many ties, hardly any
+def test_chooses_what_the_rules_say(backend, poison, shape, settings, priorities):
+    *size, classes = shape
+    ignored = 0.2 if size[1] > 1 else 0.0
+    maps = draw(*size, classes, ignored=ignored, priorities=priorities)
+    assert check(*maps, backend, num_classes=classes, **settings) > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
+    st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
+)  # fmt: skip
+def test_any_input(batch, height, width, classes, max_samples, max_views, min_pixels, ignored, wrong, priorities, seed):
+    maps = draw(batch, height, width, classes, ignored=ignored, wrong=wrong, priorities=priorities, seed=seed)
+    for backend in ("reference", "cpu"):
+        check(
+            *maps, backend, num_classes=classes, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels
+        )
+
+
+def test_all_hard_and_all_easy(backend):
+    labels, _, priority = draw(2, 9, 9, 3)
+    for predictions in (labels.clone(), torch.full_like(labels, 77)):
+        assert check(labels, predictions, priority, backend, num_classes=3, max_samples=30, max_views=8, min_pixels=1) == 30
+
+
+def test_half_are_hard_where_both_kinds_suffice(backend):
+    labels = torch.zeros(1, 20, 20, dtype=torch.int64)
+    predictions = torch.zeros_like(labels)
+    predictions[:, :10] = 1
+    sample = hard_anchor_sampling(labels, predictions, num_classes=2, max_samples=50, max_views=50, backend=backend)
+    hard = predictions.flatten()[sample.indices] != sample.labels
+    assert hard.sum() == 25 and hard[:25].all()
+
+
+def test_authors_rule_needs_more_pixels_than_views(backend):
+    labels = torch.full((1, 4, 4), 255)
+    labels.view(-1)[:10] = 0
+    empty = hard_anchor_sampling(labels, labels, num_classes=1, max_samples=20, max_views=10, backend=backend)
+    labels.view(-1)[10] = 0
+    full = hard_anchor_sampling(labels, labels, num_classes=1, max_samples=20, max_views=10, backend=backend)
+    assert (empty.count, full.count) == (0, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
+@pytest.mark.parametrize("ignore_index", [-100, 3, 100])
+def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
+    if ignore_index < 0 and not dtype.is_signed:
+        ignore_index = 101
+    labels, predictions, priority = draw(2, 7, 9, 5)
+    labels[labels == 255] = ignore_index  # 3 is a class otherwise: its pixels are then ignored too
+    check(
+        labels.to(dtype), predictions.to(dtype), priority, backend,
+        num_classes=5, max_samples=40, max_views=6, min_pixels=1, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def test_non_contiguous_maps(backend):
+    labels, predictions, priority = draw(3, 14, 10, 4)
+    transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (labels, predictions, priority)]
+    assert not transposed[0].is_contiguous()
+    check(*transposed, backend, num_classes=4, max_samples=40, max_views=6, min_pixels=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
+def test_empty_maps(backend, poison, shape):
+    labels = torch.zeros(shape, dtype=torch.int64)
+    sample = hard_anchor_sampling(labels, labels, num_classes=3, max_samples=7, backend=backend)
+    assert sample.indices.tolist() == [0] * 7 and sample.labels.tolist() == [-1] * 7 and sample.count == 0
+
+
+def test_seed_and_generator_govern_the_choice(backend):
+    labels, predictions, _ = draw(2, 16, 16, 3)
+    arguments = dict(num_classes=3, max_samples=30, max_views=5, backend=backend)
+    torch.manual_seed(5)
+    first = hard_anchor_sampling(labels, predictions, **arguments)
+    torch.manual_seed(5)
+    again = hard_anchor_sampling(labels, predictions, **arguments)
+    other = hard_anchor_sampling(labels, predictions, **arguments)
+    own = hard_anchor_sampling(labels, predictions, generator=torch.Generator().manual_seed(5), **arguments)
+    assert torch.equal(first.indices, again.indices) and torch.equal(first.indices, own.indices)
+    assert not torch.equal(first.indices, other.indices)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_matter(threads):
+    maps = draw(5, 40, 30, 19)
+    before = torch.get_num_threads()
+    arguments = dict(num_classes=19, max_samples=300, max_views=9, priority=maps[2])
+    expected = hard_anchor_sampling(*maps[:2], backend="reference", **arguments)
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            found = hard_anchor_sampling(*maps[:2], backend="cpu", **arguments)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(labels=torch.rand(2, 4, 4)), TypeError, "labels must be an integer tensor, got torch.float32"),
+        (dict(labels=torch.zeros(2, 4, 4, dtype=torch.bool)), TypeError, "labels must be an integer tensor"),
+        (dict(labels=torch.zeros(4, 4, dtype=torch.int64)), ValueError, r"labels must have shape \[B, H, W\], got \(4, 4\)"),
+        (dict(predictions=torch.zeros(2, 4, 5, dtype=torch.int64)), ValueError, r"\(2, 4, 4\), got \(2, 4, 5\)"),
+        (dict(predictions=torch.rand(2, 4, 4)), TypeError, "predictions must be an integer tensor"),
+        (dict(priority=torch.zeros(2, 4, 4, dtype=torch.int64)), TypeError, "priority must be int32, got torch.int64"),
+        (dict(priority=torch.zeros(2, 4, 3, dtype=torch.int32)), ValueError, r"priority must have shape \(2, 4, 4\)"),
+        (dict(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
+        (dict(max_samples=0), ValueError, "max_samples must be at least 1, got 0"),
+        (dict(max_views=-3), ValueError, "max_views must be at least 1, got -3"),
+        (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
+        (dict(max_samples=2.5), TypeError, "max_samples must be an int, got 2.5"),
+        (dict(labels=torch.full((2, 4, 4), 9)), ValueError, r"labels\[0, 0, 0\] is 9, expected 0 <= label < num_classes=3"),
+        (dict(labels=torch.full((2, 4, 4), -1)), ValueError, r"labels\[0, 0, 0\] is -1"),
+        (dict(backend="gpu"), ValueError, "names the backend 'gpu', expected one of"),
+    ],
+)
+def test_bad_input(backend, change, error, message):
+    maps = torch.zeros(2, 4, 4, dtype=torch.int64)
+    arguments = dict(labels=maps, predictions=maps, num_classes=3, backend=backend) | change
+    with pytest.raises(error, match=message):
+        hard_anchor_sampling(**arguments)
+
+
+def test_bad_label_is_named_with_its_place(backend):
+    labels = torch.zeros(2, 4, 5, dtype=torch.int64)
+    labels[1, 2, 3] = 19
+    labels[1, 3, 3] = 20
+    with pytest.raises(ValueError, match=r"labels\[1, 2, 3\] is 19, expected 0 <= label < num_classes=19 or ignore_index=255"):
+        hard_anchor_sampling(labels, labels, num_classes=19, backend=backend)
