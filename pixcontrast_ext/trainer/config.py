@@ -1,0 +1,230 @@
+"""What a run is made of, as dataclasses, and how it is written down.
+
+Every field is a command-line flag of the same name (`batch_size` is `--batch-size`), and a config file is
+those flags as one flat JSON object: `{"dataset": "camvid", "lr": 0.02}`. So a file is checked by the very
+parser that checks the command line, and the file saved with a run can be handed back with `--config`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and labels come from and how they are varied."""
+
+    dataset: str = "synthetic"
+    """synthetic (generated, needs no files) or camvid."""
+    root: Path | None = None
+    """Folder of a dataset that is read from files."""
+    size: tuple[int, int] | None = None
+    """Height and width to resize to (synthetic: to draw at; 96 96 unless given)."""
+    scale: float = 1.0
+    """Resize by this factor instead, e.g. 0.5 for half size. Labels are resized to the nearest pixel."""
+    data_seed: int = 0
+    """Seed of the synthetic scenes."""
+    synthetic_images: tuple[int, int] = (512, 96)
+    """How many synthetic scenes to train and to validate on."""
+    workers: int = 0
+    """Processes that load data, per rank; 0 loads in the training process."""
+    augment: bool = True
+    """Flip, zoom, rotate, shift and recolour the training images."""
+    crop: tuple[int, int] | None = None
+    """Height and width of a random training crop; the whole image unless given."""
+    zoom: tuple[float, float] = (0.75, 1.5)
+    """Range of the random zoom."""
+    rotate: float = 5.0
+    """Largest random rotation, in degrees."""
+    jitter: float = 0.2
+    """Strength of the random change of brightness, contrast and saturation; 0 for none."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    model: str = "compact"
+    """Name in the registry of models."""
+    embed_dim: int = 256
+    """Width of the pixel embeddings."""
+    head: Literal["convmlp", "linear"] = "convmlp"
+    """Kind of projection head."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Cross-entropy and pixel contrast."""
+
+    contrast: Literal["off", "batch", "bank"] = "bank"
+    """off: cross-entropy alone. batch: contrast within the batch. bank: contrast with the memory bank."""
+    weight: float = 0.1
+    """Weight of the contrast term."""
+    warmup_steps: int = 0
+    """Steps of cross-entropy alone (the bank fills meanwhile)."""
+    temperature: float = 0.1
+    """Temperature of the contrast."""
+    max_samples: int = 1024
+    """Anchors per step."""
+    max_views: int = 50
+    """Anchors per class and image, at most."""
+    min_pixels: int | None = 5
+    """A class with fewer pixels in an image gives no anchors there; None for max_views + 1."""
+    region_slots: int = 500
+    """Region embeddings the bank keeps per class."""
+    pixel_slots: int = 500
+    """Pixel embeddings the bank keeps per class."""
+    pixels_per_image: int = 10
+    """Pixel embeddings the bank takes per class and image."""
+    backend: str | None = None
+    """Backend of the loss; the best that is available unless given."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule: lr x (1 - step / steps) ** power after a linear rise."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has Nesterov momentum."""
+    lr: float = 0.05
+    """Highest learning rate."""
+    lr_warmup: int = 0
+    """Steps over which the learning rate rises."""
+    power: float = 0.9
+    """Power of the polynomial decay; 0 keeps the rate constant."""
+    momentum: float = 0.9
+    """Momentum (sgd)."""
+    weight_decay: float = 1e-4
+    """Weight decay of the convolution weights."""
+    clip: float = 0.0
+    """Largest gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides a training run."""
+
+    out: Path = Path("runs/train")
+    """Folder of the run."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 8
+    """Images per step, over all ranks."""
+    seed: int = 0
+    """Seed of the weights, the data order and the augmentation."""
+    amp: Literal["off", "bf16"] = "off"
+    """Mixed precision of the model."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    device: str = "auto"
+    """cuda, cpu, or auto for cuda where there is one."""
+    log_every: int = 10
+    """Steps between rows of train.csv."""
+    eval_every: int = 200
+    """Steps between evaluations on val (and one at the end)."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints (and one at the end)."""
+    keep_checkpoints: int = 3
+    """Checkpoints to keep."""
+    pictures: bool = True
+    """Draw pictures at the end."""
+    data: DataConfig = field(default_factory=DataConfig)
+    net: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def validate(self) -> None:
+        """Raises ValueError that names the first option out of range and its value."""
+        loss, optim, data = self.loss, self.optim, self.data
+        at_least_one = {
+            "steps": self.steps, "batch-size": self.batch_size, "log-every": self.log_every,
+            "eval-every": self.eval_every, "checkpoint-every": self.checkpoint_every,
+            "keep-checkpoints": self.keep_checkpoints, "embed-dim": self.net.embed_dim,
+        }  # fmt: skip
+        not_negative = {
+            "seed": self.seed, "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
+            "jitter": data.jitter, "weight": loss.weight, "warmup-steps": loss.warmup_steps,
+            "lr-warmup": optim.lr_warmup, "power": optim.power, "momentum": optim.momentum,
+            "weight-decay": optim.weight_decay, "clip": optim.clip,
+        }  # fmt: skip
+        for name, value in at_least_one.items():
+            _require(value >= 1, name, value, "at least 1")
+        for name, number in not_negative.items():
+            _require(math.isfinite(number) and number >= 0, name, number, "finite and not negative")
+        _require(math.isfinite(optim.lr) and optim.lr > 0, "lr", optim.lr, "finite and above 0")
+        _require(math.isfinite(data.scale) and data.scale > 0, "scale", data.scale, "finite and above 0")
+        _require(0 < data.zoom[0] <= data.zoom[1] < math.inf, "zoom", data.zoom, "0 < low <= high")
+        _require(min(data.synthetic_images) >= 1, "synthetic-images", data.synthetic_images, "at least 1")
+        for name, extent in (("size", data.size), ("crop", data.crop)):
+            _require(extent is None or min(extent) >= 1, name, extent, "at least 1 by 1")
+        _require(data.size is None or data.scale == 1.0, "scale", data.scale, "left out where --size is given")
+
+
+def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"--{name} is {value!r}, must be {wanted}")
+
+
+def parse_flags(command: type[Config], args: Sequence[str], *, prog: str | None = None) -> Config:
+    """The dataclass `command` from command-line flags. Prints usage and exits on a flag that does not fit."""
+    return tyro.cli(command, args=list(args), prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Nested dataclass -> flat, JSON-ready dict of its leaves."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            flat.update(flatten(value))
+        else:
+            flat[item.name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write `config` as a flat JSON file that `--config` and `load_config` read back."""
+    path.write_text(json.dumps(flatten(config), indent=2) + "\n")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a config file. Options it leaves out keep their defaults. Errors: see `flags_of_file`."""
+    return parse_flags(TrainConfig, flags_of_file(path), prog=str(path))
+
+
+def flags_of_file(path: Path) -> list[str]:
+    """A config file as command-line flags, to be put before those of the command line, which so override it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON object, or has a key that is no option; both name the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config file {path} does not exist")
+    try:
+        options = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"config file {path} is not valid JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"config file {path} must hold one JSON object of options, found {type(options).__name__}")
+    unknown = sorted(set(options) - set(flatten(TrainConfig())))
+    if unknown:
+        raise ValueError(f"config file {path} has unknown options: {', '.join(unknown)}")
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{flag}", *(str(each) for each in values)]
+    return flags

@@ -1,0 +1,64 @@
+"""Mean and per-class IoU of a model, by torchmetrics, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from pixcontrast_ext.trainer.data import IGNORE, Sample, eval_loader, to_device
+from pixcontrast_ext.trainer.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Scores:
+    """IoU of each class (NaN for a class that neither truth nor prediction has) and their mean."""
+
+    miou: float
+    class_iou: dict[str, float]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients, for the length of the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def predict(model: nn.Module, images: Tensor, size: tuple[int, int], amp: str = "off") -> Tensor:
+    """Class of every pixel, [B, *size] int64, for images [B, 3, H, W] in [0, 1]."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16"):
+        logits = model(images)["seg"]
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False).argmax(1)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Sample],
+    classes: tuple[str, ...],
+    ranks: Ranks,
+    *,
+    batch_size: int = 8,
+    amp: str = "off",
+) -> Scores:
+    """IoU over the whole dataset, each rank predicting its share. Pixels labelled `IGNORE` do not count."""
+    metric = MulticlassJaccardIndex(
+        num_classes=len(classes), average="none", ignore_index=IGNORE, zero_division=float("nan"), validate_args=False
+    ).to(ranks.device)
+    with evaluating(model):
+        for batch in eval_loader(dataset, batch_size, rank=ranks.rank, world=ranks.world):
+            images, labels = to_device(batch, ranks.device)
+            metric.update(predict(model, images, tuple(labels.shape[-2:]), amp), labels)
+    iou = metric.compute()
+    return Scores(float(iou.nanmean()), dict(zip(classes, iou.tolist(), strict=True)))
