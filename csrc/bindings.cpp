@@ -70,14 +70,14 @@ void read(Fields& fields, SamplingParams& p) {
 
 void read(Fields& fields, GatherParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
-  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype) PXC_FIELD(rows)
+  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(wide) PXC_FIELD(rows_dtype) PXC_FIELD(rows)
       PXC_FIELD(inv_norm) PXC_FIELD(threads);
 }
 
 void read(Fields& fields, GatherBackwardParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
   fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype) PXC_FIELD(grad_rows)
-      PXC_FIELD(inv_norm) PXC_FIELD(row_gradients) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
+      PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
           PXC_FIELD(grad_stride_channel) PXC_FIELD(grad_stride_row) PXC_FIELD(grad_stride_column)
               PXC_FIELD(threads);
 }
@@ -85,7 +85,7 @@ void read(Fields& fields, GatherBackwardParams& p) {
 void read(Fields& fields, CollectParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
   fields PXC_FIELD(labels) PXC_FIELD(priority) PXC_FIELD(num_classes) PXC_FIELD(pixels_per_image)
-      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(inv_norm) PXC_FIELD(sums)
+      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(sums) PXC_FIELD(wide)
           PXC_FIELD(rows_dtype) PXC_FIELD(rows) PXC_FIELD(row_labels) PXC_FIELD(threads);
 }
 
@@ -215,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pixcontrast_ext; called through pixcontrast_ext.backends.native only.";
   m.attr("compiler") = PXC_COMPILER;
   m.attr("cuda_archs") = PXC_CUDA_ARCHS;
+  m.attr("stripes") = kStripes;
 
   // args = (position, value); the caller knows what they mean.
   static py::exception<BadValue> bad_value(m, "BadValue", PyExc_ValueError);

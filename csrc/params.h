@@ -34,6 +34,7 @@ struct GatherParams : EmbeddingMap {
   const int64_t* indices;  // [rows], flat over B * H * W
   int64_t num_rows;
   int32_t normalize;
+  float* wide;         // [rows, D] scratch
   int32_t rows_dtype;  // DType
   void* rows;          // [rows, D] out
   float* inv_norm;     // [rows] out, 0 where the norm is
@@ -47,11 +48,13 @@ struct GatherBackwardParams : EmbeddingMap {
   int32_t rows_dtype;       // DType
   const void* grad_rows;    // [rows, D]
   const float* inv_norm;    // [rows], from the forward
-  float* row_gradients;     // [rows, D] scratch
+  float* wide;              // [rows, D] scratch
   void* grad_map;           // [B, D, H, W] out, dense, map_dtype, with the four strides below
   int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
   int32_t threads;
 };
+
+constexpr int64_t kStripes = 4;  // of an image, whose class sums are added up in order
 
 struct CollectParams : EmbeddingMap {
   const int64_t* labels;    // [B, pixels]
@@ -59,8 +62,8 @@ struct CollectParams : EmbeddingMap {
   int64_t num_classes, pixels_per_image, ignore_index;
   int32_t normalize;
   uint64_t* pool_keys;  // [B, pixels] scratch
-  float* inv_norm;      // [B, pixels] scratch
-  double* sums;         // [B, num_classes, D] scratch
+  double* sums;         // [B, kStripes, num_classes, D] scratch
+  float* wide;          // [B, num_classes, pixels_per_image, D] scratch
   int32_t rows_dtype;   // DType
   void* rows;           // [B, num_classes, 1 + pixels_per_image, D] out, the region first
   int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image] out, -1 for nothing to store

@@ -1,70 +1,56 @@
-// Gathering chosen pixels out of the strided map, and scattering their gradient back into a dense one.
-// The gradient is zeroed and filled once. Several rows may name one pixel; they add up in row order, whatever
-// the thread count, because the second loop below gives each thread channels and not rows.
+// Gathering chosen pixels out of the strided map, and scattering their gradient back into a dense one, which is
+// zeroed and filled once. Several rows may name one pixel; they add up in row order, whatever the thread count.
 #include <cstring>
 
 #include "cpu.h"
-#include "map.h"
-#include "pools.h"
+#include "pixels.h"
 
 namespace pxc {
 namespace {
 
-void check_index(const EmbeddingMap& m, const int64_t* indices, int64_t row) {
-  if (indices[row] < 0 || indices[row] >= m.batch * m.height * m.width) throw BadValue{row, indices[row]};
+void check_indices(const EmbeddingMap& m, const int64_t* indices, int64_t num_rows) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (indices[i] < 0 || indices[i] >= m.batch * m.height * m.width) throw BadValue{i, indices[i]};
+  }
 }
 
-template <class In, class Out>
-void gather_rows(const GatherParams& p) {
-  const In* map = static_cast<const In*>(p.map);
-  Out* rows = static_cast<Out*>(p.rows);
-  FirstBadValue bad;
+template <class Out>
+void store_rows(const GatherParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
-    bad.guard([&] {
-      check_index(p, p.indices, i);
-      p.inv_norm[i] = copy_pixel(map + pixel_offset(p, p.indices[i]), p.stride_channel, p.channels,
-                                 p.normalize, rows + i * p.channels);
-    });
+    const float* from = p.wide + i * p.channels;
+    Out* to = static_cast<Out*>(p.rows) + i * p.channels;
+    const float scale = p.normalize ? inverse_norm(from, p.channels) : 1.f;
+    for (int64_t d = 0; d < p.channels; ++d) store(to + d, from[d] * scale);
+    p.inv_norm[i] = scale;
   }
-  bad.rethrow();
 }
 
 // d(x / |x|): the gradient less its part along the row. A row without gradient stays exactly zero, so that
 // padding cannot carry a NaN pixel into the map's gradient.
-template <class In, class Row>
+template <class Row>
 void differentiate_rows(const GatherBackwardParams& p) {
-  const In* map = static_cast<const In*>(p.map);
-  const Row* grad_rows = static_cast<const Row*>(p.grad_rows);
-  FirstBadValue bad;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
-    bad.guard([&] {
-      check_index(p, p.indices, i);
-      const In* pixel = map + pixel_offset(p, p.indices[i]);
-      const Row* grad = grad_rows + i * p.channels;
-      float* out = p.row_gradients + i * p.channels;
-      bool any = false;
-      for (int64_t d = 0; d < p.channels; ++d) {
-        out[d] = load(grad + d);
-        any |= out[d] != 0.f;
-      }
-      if (!p.normalize || !any) return;
-      const float scale = p.inv_norm[i];
-      float along = 0.f;
-      for (int64_t d = 0; d < p.channels; ++d) along += out[d] * (load(pixel + d * p.stride_channel) * scale);
-      for (int64_t d = 0; d < p.channels; ++d) {
-        out[d] = scale * (out[d] - along * (load(pixel + d * p.stride_channel) * scale));
-      }
-    });
+    const Row* grad = static_cast<const Row*>(p.grad_rows) + i * p.channels;
+    float* row = p.wide + i * p.channels;  // in: the pixel; out: its gradient
+    const float scale = p.inv_norm[i];
+    float along = 0.f;
+    bool any = false;
+    for (int64_t d = 0; d < p.channels; ++d) {
+      along += load(grad + d) * (row[d] * scale);
+      any |= load(grad + d) != 0.f;
+    }
+    for (int64_t d = 0; d < p.channels; ++d) {
+      const float g = load(grad + d);
+      row[d] = !any ? 0.f : p.normalize ? scale * (g - along * (row[d] * scale)) : g;
+    }
   }
-  bad.rethrow();
 }
 
-template <class In>
+template <class Element>
 void scatter(const GatherBackwardParams& p) {
-  In* grad = static_cast<In*>(p.grad_map);
-  const int64_t bytes = p.batch * p.channels * p.height * p.width * int64_t(sizeof(In));
+  const int64_t bytes = p.batch * p.channels * p.height * p.width * int64_t(sizeof(Element));
   constexpr int64_t kChunk = 1 << 20;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t start = 0; start < bytes; start += kChunk) {
@@ -72,41 +58,33 @@ void scatter(const GatherBackwardParams& p) {
   }
   EmbeddingMap target = p;
   target.stride_batch = p.grad_stride_batch;
+  target.stride_channel = p.grad_stride_channel;
   target.stride_row = p.grad_stride_row;
   target.stride_column = p.grad_stride_column;
-  constexpr int64_t kChannels = 16;
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t first = 0; first < p.channels; first += kChannels) {
-    const int64_t last = std::min(first + kChannels, p.channels);
-    for (int64_t i = 0; i < p.num_rows; ++i) {
-      In* pixel = grad + pixel_offset(target, p.indices[i]);
-      const float* row = p.row_gradients + i * p.channels;
-      for (int64_t d = first; d < last; ++d) {
-        if (row[d] == 0.f) continue;  // most rows of a small batch are padding
-        In* element = pixel + d * p.grad_stride_channel;
-        store(element, load(element) + row[d]);
-      }
-    }
-  }
+  visit_pixels(target, p.indices, p.num_rows, static_cast<Element*>(p.grad_map), p.threads,
+               [&](int64_t row, int64_t d, Element* element) {
+                 const float grad = p.wide[row * p.channels + d];
+                 if (grad != 0.f) store(element, load(element) + grad);  // most of a small batch is padding
+               });
 }
 
 }  // namespace
 
 void gather(const GatherParams& p) {
+  check_indices(p, p.indices, p.num_rows);
   with_dtype(p.map_dtype, [&](auto* in) {
-    with_dtype(p.rows_dtype, [&](auto* out) {
-      gather_rows<std::remove_pointer_t<decltype(in)>, std::remove_pointer_t<decltype(out)>>(p);
-    });
+    read_pixels<std::remove_pointer_t<decltype(in)>>(p, p.indices, p.num_rows, p.wide, p.threads);
   });
+  with_dtype(p.rows_dtype, [&](auto* out) { store_rows<std::remove_pointer_t<decltype(out)>>(p); });
 }
 
 void gather_backward(const GatherBackwardParams& p) {
+  check_indices(p, p.indices, p.num_rows);
   with_dtype(p.map_dtype, [&](auto* in) {
-    using In = std::remove_pointer_t<decltype(in)>;
-    with_dtype(p.rows_dtype, [&](auto* row) {
-      differentiate_rows<In, std::remove_pointer_t<decltype(row)>>(p);
-    });
-    scatter<In>(p);
+    using Element = std::remove_pointer_t<decltype(in)>;
+    read_pixels<Element>(p, p.indices, p.num_rows, p.wide, p.threads);
+    with_dtype(p.rows_dtype, [&](auto* row) { differentiate_rows<std::remove_pointer_t<decltype(row)>>(p); });
+    scatter<Element>(p);
   });
 }
 

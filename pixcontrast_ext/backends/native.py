@@ -38,22 +38,32 @@ def launch(kernel: str, **fields: Any) -> None:
 
     Every tensor must be a contiguous CPU tensor; strided maps go through `map_fields`.
     """
-    for name, value in fields.items():
-        if isinstance(value, Tensor):
-            if not value.is_contiguous() or value.device.type != "cpu":
-                raise ValueError(
-                    f"{kernel}: {name} must be a contiguous CPU tensor, "
-                    f"got shape {tuple(value.shape)}, strides {value.stride()}, on {value.device}"
-                )
-            fields[name] = value.data_ptr()
-        elif value is None:
-            fields[name] = 0
-    getattr(_C, kernel)(**fields)
+    # `fields` keeps the tensors alive until the kernel is done: for scratch memory it is the only owner.
+    arguments = {name: _argument(kernel, name, value) for name, value in fields.items()}
+    getattr(_C, kernel)(**arguments)
+
+
+def _argument(kernel: str, name: str, value: Any) -> Any:
+    if value is None:
+        return 0
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_contiguous() or value.device.type != "cpu":
+        raise ValueError(
+            f"{kernel}: {name} must be a contiguous CPU tensor, "
+            f"got shape {tuple(value.shape)}, strides {value.stride()}, on {value.device}"
+        )
+    return value.data_ptr()
 
 
 def threads() -> int:
     """How many threads a CPU kernel may use."""
     return torch.get_num_threads()
+
+
+def stripes() -> int:
+    """Into how many runs the kernels cut an image to sum up its classes."""
+    return int(_C.stripes)
 
 
 def map_fields(embeddings: Tensor) -> dict[str, int]:

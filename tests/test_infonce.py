@@ -1,0 +1,443 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import oracle
+from pixcontrast_ext import infonce
+from pixcontrast_ext.backends import cpu, reference
+
+BANK, RANDOM, BLOCKS = "bank", "random", "blocks"
+
+
+def draw(a, k, d, classes, *, order=RANDOM, dtype=torch.float32, unlabelled=0.1):
+    """Unit vectors and labels; keys in a bank's order, in any, or in short and long runs."""
+    anchors, keys = (F.normalize(torch.randn(n, d), dim=1).to(dtype) for n in (a, k))
+    anchor_labels, key_labels = torch.randint(0, classes, (a,)), torch.randint(0, classes, (k,))
+    if order == BANK:
+        anchor_labels, key_labels = anchor_labels.sort().values, key_labels.sort().values
+    elif order == BLOCKS:
+        runs = torch.randint(0, classes, (k,)).repeat_interleave(torch.randint(1, 150, (k,)))
+        key_labels = runs[:k]
+    anchor_labels[torch.rand(a) < unlabelled] = -1
+    key_labels[torch.rand(k) < unlabelled] = -1
+    return anchors, anchor_labels, keys, key_labels
+
+
+def run(inputs, backend, *, temperature=0.1, exclude_self=False, weights=None):
+    """Loss per anchor and both gradients."""
+    anchors, anchor_labels, keys, key_labels = inputs
+    anchors, keys = anchors.clone().requires_grad_(), keys.clone().requires_grad_()
+    loss = infonce(
+        anchors, anchor_labels, keys, key_labels,
+        temperature=temperature, exclude_self=exclude_self, reduction="none", backend=backend,
+    )  # fmt: skip
+    loss.backward(torch.ones_like(loss) if weights is None else weights.to(loss.dtype))
+    return loss.detach(), anchors.grad, keys.grad
+
+
+def exact(inputs, *, temperature=0.1, exclude_self=False, weights=None):
+    """The same in fp64, by autograd of eq. (1) to (3)."""
+    anchors, anchor_labels, keys, key_labels = inputs
+    anchors, keys = anchors.double().requires_grad_(), keys.double().requires_grad_()
+    loss, _ = reference.infonce_per_anchor(anchors, anchor_labels, keys, key_labels, temperature, exclude_self)
+    loss.backward(torch.ones_like(loss) if weights is None else weights.double())
+    return loss.detach(), anchors.grad, keys.grad
+
+
+def error(found, expected):
+    """Relative L2."""
+    scale = expected.norm()
+    return ((found.double() - expected).norm() / scale).item() if scale > 0 else found.abs().max().item()
+
+
+# --- the specification -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("shape", [(9, 13, 3, 3), (7, 7, 4, 2), (5, 6, 2, 1), (1, 1, 1, 1), (3, 0, 2, 2)])
+def test_reference_is_the_definition(shape, exclude_self):
+    anchors, anchor_labels, keys, key_labels = draw(*shape, dtype=torch.float64)
+    loss, count = reference.infonce_per_anchor(anchors, anchor_labels, keys, key_labels, 0.2, exclude_self)
+    expected, expected_count = oracle.infonce(anchors, anchor_labels, keys, key_labels, 0.2, exclude_self)
+    assert count.tolist() == expected_count
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("classes", [3, 1])
+def test_gradcheck_in_double(classes, exclude_self):
+    anchors, anchor_labels, keys, key_labels = draw(6, 8, 3, classes, dtype=torch.float64)
+    anchors.requires_grad_(), keys.requires_grad_()
+    by_autograd = lambda a, k: reference.infonce_per_anchor(a, anchor_labels, k, key_labels, 0.3, exclude_self)[0]  # noqa: E731
+    by_equations = lambda a, k: infonce(  # noqa: E731
+        a, anchor_labels, k, key_labels,
+        temperature=0.3, exclude_self=exclude_self, reduction="none", backend="reference",
+    )  # fmt: skip
+    in_batch = lambda a: infonce(  # noqa: E731
+        a, anchor_labels, a, anchor_labels,
+        temperature=0.3, exclude_self=exclude_self, reduction="none", backend="reference",
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(by_autograd, (anchors, keys))
+    assert torch.autograd.gradcheck(by_equations, (anchors, keys))
+    assert torch.autograd.gradcheck(in_batch, (anchors,))
+
+
+# --- accuracy --------------------------------------------------------------------------------------------------------
+
+# Ragged on purpose: no dimension is a multiple of a tile or of a vector.
+SHAPES = [(1, 1, 1, 1), (3, 5, 7, 2), (300, 2011, 65, 7), (130, 1500, 33, 171), (1100, 700, 16, 19), (65, 513, 257, 1)]
+
+
+@pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_accuracy(backend, poison, shape, exclude_self, order):
+    inputs = draw(*shape, order=order)
+    weights = torch.randn(shape[0])
+    settings = dict(temperature=0.07, exclude_self=exclude_self, weights=weights)
+    found, expected = run(inputs, backend, **settings), exact(inputs, **settings)
+    assert error(found[0], expected[0]) <= 1e-6
+    assert error(found[1], expected[1]) <= 2e-6
+    assert error(found[2], expected[2]) <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 2), (300, 2011, 65, 7), (65, 513, 257, 1)])
+def test_every_instruction_set(instruction_set, poison, shape):
+    for order in (BANK, RANDOM):
+        inputs = draw(*shape, order=order)
+        found, expected = run(inputs, "cpu", exclude_self=True), exact(inputs, exclude_self=True)
+        for index, bar in enumerate((1e-6, 2e-6, 2e-6)):
+            assert error(found[index], expected[index]) <= bar
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", [BANK, RANDOM])
+def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):
+    """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may show."""
+    inputs = draw(300, 1999, 65, 7, order=order, dtype=dtype)
+    found, expected = run(inputs, backend), exact(inputs)
+    assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
+    assert error(found[0], expected[0]) <= 1e-6
+    for grad, truth in zip(found[1:], expected[1:], strict=True):
+        assert error(grad, truth) <= error(truth.to(dtype), truth) * 1.01 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradient_before_rounding(backend, dtype):
+    anchors, anchor_labels, keys, key_labels = draw(200, 900, 64, 5, dtype=dtype)
+    inputs = (anchors, anchor_labels.int(), keys, key_labels.int())
+    *_, anchor_grad = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, backend)
+    _, expected, _ = exact(inputs)
+    assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.07, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_extreme_logits(backend, temperature, scale):
+    """Logits up to 1e6 with embeddings far from unit norm: no overflow, no lost digits beyond fp32's."""
+    anchors, anchor_labels, keys, key_labels = draw(40, 300, 24, 3)
+    inputs = (anchors * scale, anchor_labels, keys * scale, key_labels)
+    found, expected = run(inputs, backend, temperature=temperature), exact(inputs, temperature=temperature)
+    logit = scale * scale / temperature
+    assert all(x.isfinite().all() for x in found)
+    assert error(found[0], expected[0]) <= 1e-6
+    # the rounding of a logit is the relative error of its exponential
+    assert error(found[1], expected[1]) <= 2e-6 + 1e-6 * logit
+    assert error(found[2], expected[2]) <= 2e-6 + 1e-6 * logit
+
+
+def test_in_batch_uses_symmetry(backend):
+    for exclude_self in (True, False):
+        anchors, anchor_labels, _, _ = draw(777, 1, 40, 6)
+        weights = torch.randn(777)
+        shared = anchors.clone().requires_grad_()
+        loss = infonce(
+            shared, anchor_labels, shared, anchor_labels,
+            temperature=0.1, exclude_self=exclude_self, reduction="none", backend=backend,
+        )  # fmt: skip
+        loss.backward(weights)
+        truth = anchors.double().requires_grad_()
+        expected, _ = reference.infonce_per_anchor(truth, anchor_labels, truth, anchor_labels, 0.1, exclude_self)
+        expected.backward(weights.double())
+        assert error(loss.detach(), expected.detach()) <= 1e-6
+        assert error(shared.grad, truth.grad) <= 2e-6
+
+
+def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
+    anchors, anchor_labels, _, key_labels = draw(80, 80, 12, 4)
+    shared, truth = anchors.clone().requires_grad_(), anchors.double().requires_grad_()
+    infonce(shared, anchor_labels, shared, key_labels, temperature=0.1, reduction="none", backend=backend).sum().backward()
+    reference.infonce_per_anchor(truth, anchor_labels, truth, key_labels, 0.1, False)[0].sum().backward()
+    assert error(shared.grad, truth.grad) <= 2e-6
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_does_not_reach_the_logits(backend, precision):
+    inputs = draw(300, 1000, 64, 5)
+    expected, before = exact(inputs), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = run(inputs, "cpu")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error(found[0], expected[0]) <= 1e-6 and error(found[1], expected[1]) <= 2e-6
+
+
+def test_autocast_does_not_reach_the_logits(backend):
+    inputs = draw(100, 400, 64, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(inputs, backend)
+    assert found[0].dtype == torch.float32 and error(found[0], exact(inputs)[0]) <= 1e-6
+
+
+# --- reduction and empty sets ----------------------------------------------------------------------------------------
+
+
+def test_mean_is_over_anchors_with_a_positive(backend):
+    inputs = draw(50, 60, 8, 30)
+    loss, _, _ = run(inputs, backend)
+    _, anchor_labels, _, key_labels = inputs
+    has_positive = torch.tensor([y >= 0 and y in key_labels.tolist() for y in anchor_labels.tolist()])
+    mean = infonce(*inputs, temperature=0.1, backend=backend)
+    assert 0 < has_positive.sum() < 50
+    torch.testing.assert_close(mean, loss[has_positive].mean())
+    assert (loss[~has_positive] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ([-1, -1, -1], [0, 1]),  # no anchor
+        ([0, 1, 2], [-1, -1]),  # no key
+        ([0, 0, 1], [2, 2]),  # no positive
+        ([], [0, 1]),
+        ([0, 1, 2], []),
+        ([], []),
+    ],
+)
+def test_nothing_to_contrast_is_a_differentiable_zero(backend, poison, labels):
+    anchor_labels, key_labels = (torch.tensor(x, dtype=torch.int64) for x in labels)
+    anchors, keys = (torch.randn(len(x), 5, requires_grad=True) for x in labels)
+    loss = infonce(anchors, anchor_labels, keys, key_labels, temperature=0.1, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert (anchors.grad == 0).all() and (keys.grad == 0).all()
+
+
+def test_one_class_only_has_loss_zero(backend, poison):
+    """Without negatives every positive has probability 1."""
+    anchors, keys = (torch.randn(n, 5, requires_grad=True) for n in (4, 700))
+    labels = [torch.zeros(n, dtype=torch.int64) for n in (4, 700)]
+    loss = infonce(anchors, labels[0], keys, labels[1], temperature=0.1, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert (loss == 0).all() and (anchors.grad == 0).all() and (keys.grad == 0).all()
+
+
+def test_anchor_alone_with_itself_has_no_positive(backend):
+    anchors = torch.randn(3, 4, requires_grad=True)
+    labels = torch.tensor([0, 1, 2])
+    loss = infonce(anchors, labels, anchors, labels, temperature=0.1, exclude_self=True, backend=backend)
+    loss.backward()
+    assert loss.item() == 0 and (anchors.grad == 0).all()
+
+
+# --- what must not leak ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_without_a_label_may_hold_anything(backend, order, value):
+    inputs = draw(200, 1500, 16, 5, order=order, unlabelled=0.3)
+    expected = run(inputs, backend, exclude_self=True)
+    anchors, anchor_labels, keys, key_labels = inputs
+    anchors, keys = anchors.clone(), keys.clone()
+    anchors[anchor_labels < 0] = value
+    keys[key_labels < 0] = value
+    found = run((anchors, anchor_labels, keys, key_labels), backend, exclude_self=True)
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(a, b, msg=lambda m, i=index: f"output {i}: {m}")
+    assert (found[1][anchor_labels < 0] == 0).all() and (found[2][key_labels < 0] == 0).all()
+
+
+def test_nan_propagates(backend):
+    for side in (0, 2):
+        inputs = draw(30, 600, 16, 5, unlabelled=0.0)
+        inputs[side][3, 2] = math.nan
+        loss, _, _ = run(inputs, backend)
+        assert loss[3 if side == 0 else slice(None)].isnan().all()
+
+
+def test_inf_gives_no_finite_loss(backend):
+    inputs = draw(30, 600, 16, 5, unlabelled=0.0)
+    inputs[0][3] = math.inf
+    loss, _, _ = run(inputs, backend)
+    assert not loss[3].isfinite() and loss[4].isfinite()
+
+
+# --- memory and layout -----------------------------------------------------------------------------------------------
+
+
+def test_non_contiguous_inputs(backend):
+    anchors, anchor_labels, keys, key_labels = draw(60, 300, 24, 4)
+    expected = run((anchors, anchor_labels, keys, key_labels), backend)
+    strided = (
+        anchors.T.contiguous().T,
+        anchor_labels.repeat_interleave(2)[::2],
+        F.pad(keys, (3, 2, 1, 0))[1:, 3:-2],
+        key_labels.repeat_interleave(3)[::3],
+    )
+    assert not any(x.is_contiguous() for x in strided)
+    for a, b in zip(run(strided, backend), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_anchors_in_any_order(backend):
+    anchors, anchor_labels, keys, key_labels = draw(400, 900, 24, 9, order=BANK)
+    expected = run((anchors, anchor_labels, keys, key_labels), backend)
+    shuffle = torch.randperm(400)
+    found = run((anchors[shuffle], anchor_labels[shuffle], keys, key_labels), backend)
+    torch.testing.assert_close(found[0], expected[0][shuffle])
+    torch.testing.assert_close(found[1], expected[1][shuffle])
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
+    inputs = draw(20, 50, 8, 3)
+    asked = []
+    module = {"cpu": cpu, "reference": reference}[backend]
+    forward = module.infonce_forward
+    monkeypatch.setattr(module, "infonce_forward", lambda *args: (asked.append(args[-1] is not None), forward(*args)))
+    infonce(*inputs, temperature=0.1, backend=backend)
+    inputs[0].requires_grad_()
+    with torch.no_grad():
+        infonce(*inputs, temperature=0.1, backend=backend)
+    infonce(*inputs, temperature=0.1, backend=backend)
+    assert asked == [False, False, True]
+
+
+def test_nothing_saved_aliases_the_keys(backend):
+    """A bank is overwritten between forward and backward."""
+    anchors, anchor_labels, keys, key_labels = draw(50, 200, 8, 4)
+    gradients = []
+    for overwrite in (False, True):
+        anchors, bank = anchors.detach().clone().requires_grad_(), keys.clone()
+        loss = infonce(anchors, anchor_labels, bank, key_labels, temperature=0.1, backend=backend)
+        if overwrite:
+            bank.fill_(math.nan)
+        loss.backward()
+        gradients.append(anchors.grad)
+    assert torch.equal(*gradients)
+
+
+def test_repeats_bit_for_bit(poison):
+    for order, in_batch in ((BANK, False), (RANDOM, False), (RANDOM, True)):
+        inputs = draw(150, 700, 40, 7, order=order)
+        if in_batch:
+            inputs = (inputs[0], inputs[1], inputs[0], inputs[1])
+        first = run(inputs, "cpu", exclude_self=in_batch)
+        for _ in range(100):
+            again = run(inputs, "cpu", exclude_self=in_batch)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_own_loops_do_not_depend_on_threads():
+    scores = torch.randn(64, 301)
+    results = []
+    for threads in (1, 2, 5):
+        weights, shift, total, output = scores.clone(), torch.full((64,), -math.inf), torch.zeros(64), torch.randn(64, 9)
+        torch.manual_seed(0)
+        output = torch.randn(64, 9)
+        cpu.native.launch(
+            "infonce_negatives", scores=weights, num_rows=64, num_keys=301, anchor_labels=torch.arange(64).int() % 4,
+            key_labels=torch.arange(301).int() % 4, scale=3.0, shift=shift, sum=total, output=output, channels=9,
+            threads=threads,
+        )  # fmt: skip
+        results.append((weights, shift, total, output))
+    assert all(torch.equal(a, b) for found in results for a, b in zip(found, results[0], strict=True))
+
+
+@pytest.mark.slow
+def test_more_than_2_31_products():
+    """A x K beyond 2^31, and K x D beyond it, on memory that is shared by all rows."""
+    keys = torch.zeros(1, 4).expand(2**29 + 5, 4)  # contiguous copies of it would take 8 GiB
+    labels = torch.zeros(1, dtype=torch.int32).expand(2**29 + 5)
+    assert keys.numel() > 2**31
+    tiles, count = torch.empty(2**21, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    cpu.native.launch(
+        "plan_tiles", key_labels=labels.contiguous(), num_keys=labels.shape[0], max_keys=512, tiles=tiles,
+        capacity=tiles.shape[0], num_tiles=count,
+    )  # fmt: skip
+    assert tiles[: int(count), 1].sum() == labels.shape[0] and tiles[int(count) - 1, 0] > 2**29 - 512
+    last = tiles[int(count) - 1]
+    assert last[0] + last[1] == labels.shape[0]
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 5000])
+def test_tiles_hold_every_labelled_key_once(order, size):
+    _, _, keys, key_labels = draw(1, size, 4, 6, order=order)
+    tiles = cpu._Keys(keys, key_labels.int()).tiles
+    seen = torch.zeros(size, dtype=torch.int64)
+    for first, count, label in tiles:
+        assert 0 < count <= cpu.BLOCK_K
+        seen[first : first + count] += 1
+        if label >= 0:
+            assert (key_labels[first : first + count] == label).all()
+    assert (seen[key_labels >= 0] == 1).all() and (seen <= 1).all()
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+_ROWS = torch.zeros(3, 4)
+_LABELS = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (dict(anchors=_LABELS), TypeError, "anchors must be a floating-point tensor, got torch.int64"),
+        (dict(anchors=[1.0]), TypeError, "anchors must be a floating-point tensor, got list"),
+        (dict(keys=torch.zeros(3)), ValueError, r"keys must have shape \[rows, D\] with D >= 1, got \(3,\)"),
+        (dict(keys=torch.zeros(3, 5)), ValueError, r"same width, got \(3, 4\) and \(3, 5\)"),
+        (dict(keys=torch.zeros(3, 4).half()), TypeError, "one dtype, got torch.float32 and torch.float16"),
+        (dict(keys=torch.zeros(3, 4, device="meta")), ValueError, "on one device, got cpu and meta"),
+        (dict(anchor_labels=torch.zeros(3)), TypeError, "anchor_labels must be an integer tensor, got torch.float32"),
+        (dict(anchor_labels=_LABELS[:2]), ValueError, r"anchor_labels must have shape \(3,\), got \(2,\)"),
+        (dict(key_labels=_LABELS[None]), ValueError, r"key_labels must have shape \(3,\), got \(1, 3\)"),
+        (dict(temperature=0), ValueError, "temperature must be positive and finite, got 0"),
+        (dict(temperature=-0.1), ValueError, "temperature must be positive and finite, got -0.1"),
+        (dict(temperature=math.nan), ValueError, "temperature must be positive and finite, got nan"),
+        (dict(temperature=math.inf), ValueError, "temperature must be positive and finite, got inf"),
+        (dict(temperature="hot"), ValueError, "temperature must be positive and finite, got 'hot'"),
+        (dict(reduction="sum"), ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
+    ],
+)
+def test_bad_input(backend, change, kind, message):
+    arguments = dict(
+        anchors=_ROWS, anchor_labels=_LABELS, keys=_ROWS, key_labels=_LABELS, temperature=0.1, backend=backend
+    )
+    with pytest.raises(kind, match=message):
+        infonce(**(arguments | change))
+
+
+def test_double_needs_the_reference():
+    rows = torch.zeros(3, 4, dtype=torch.float64)
+    assert infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1).dtype == torch.float64
+    with pytest.raises(ValueError, match="backend 'cpu' cannot serve infonce on cpu tensors of torch.float64"):
+        infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1, backend="cpu")
+
+
+def test_differentiating_twice_is_refused(backend):
+    inputs = draw(20, 50, 8, 3)
+    anchors = inputs[0].requires_grad_()
+    loss = infonce(*inputs, temperature=0.1, backend=backend)
+    (grad,) = torch.autograd.grad(loss, anchors, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        (grad.square().sum() + anchors.sum()).backward()
