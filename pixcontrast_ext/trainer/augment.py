@@ -5,8 +5,11 @@ Everything is drawn from torch's global generator, which the training loop seeds
 
 from __future__ import annotations
 
+from typing import Any
+
 import kornia.augmentation as K
 import torch
+from kornia.constants import DataKey
 from torch import Tensor, nn
 
 from pixcontrast_ext.trainer.config import DataConfig
@@ -16,22 +19,24 @@ from pixcontrast_ext.trainer.data import IGNORE
 class Augment(nn.Module):
     """Flip, zoom, rotate, shift, crop and recolour a batch.
 
-    `forward(images [B, 3, H, W] float in [0, 1], labels [B, H, W] int64)` returns both, at the crop's size if there
-    is one. Labels take the nearest pixel; what comes from outside the image is black and labelled `IGNORE`.
+    `forward(images [B, 3, H, W] float in [0, 1], labels [B, H, W] int64)` returns both, at the crop's
+    size if there is one. Labels take the nearest pixel; what lies outside the image is black and `IGNORE`.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
         jitter = config.jitter
         # Shifts this large let a zoomed image show any of its parts.
-        geometry: list[nn.Module] = [
+        geometry: list[Any] = [
             K.RandomHorizontalFlip(p=0.5),
             K.RandomAffine(degrees=config.rotate, translate=(0.2, 0.2), scale=config.zoom, p=1.0),
         ]
         if config.crop is not None:
             geometry.append(K.RandomCrop(config.crop, pad_if_needed=True, p=1.0))
-        nearest = {"resample": "nearest", "align_corners": False}
-        self.move = K.AugmentationSequential(*geometry, data_keys=["input", "mask"], extra_args={"mask": nearest})
+        nearest: Any = {"resample": "nearest", "align_corners": False}
+        self.move = K.AugmentationSequential(
+            *geometry, data_keys=["input", "mask"], extra_args={DataKey.MASK: nearest}
+        )
         self.recolour = K.ColorJiggle(jitter, jitter, jitter, 0.0, p=1.0) if jitter else nn.Identity()
 
     @torch.no_grad()

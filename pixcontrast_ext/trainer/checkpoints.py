@@ -40,7 +40,7 @@ class CheckpointStore:
         return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` (tensors and plain values only) as the checkpoint of `step`; drop those beyond `keep`."""
+        """Write `state` (tensors and plain values) as the checkpoint of `step`; drop those beyond `keep`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
@@ -91,7 +91,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} does not exist")
     match = _NAME.fullmatch(path.name)
     if match and _digest(path) != match[2]:
-        raise CheckpointError(f"checkpoint {path} is damaged: its content does not match the checksum in its name")
+        raise CheckpointError(
+            f"checkpoint {path} is damaged: its content does not match the checksum in its name"
+        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads it into

@@ -166,7 +166,9 @@ class TrainConfig:
         _require(min(data.synthetic_images) >= 1, "synthetic-images", data.synthetic_images, "at least 1")
         for name, extent in (("size", data.size), ("crop", data.crop)):
             _require(extent is None or min(extent) >= 1, name, extent, "at least 1 by 1")
-        _require(data.size is None or data.scale == 1.0, "scale", data.scale, "left out where --size is given")
+        _require(
+            data.size is None or data.scale == 1.0, "scale", data.scale, "left out where --size is given"
+        )
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
@@ -201,6 +203,11 @@ def load_config(path: Path) -> TrainConfig:
     return parse_flags(TrainConfig, flags_of_file(path), prog=str(path))
 
 
+def config_of(options: dict[str, Any], where: Path) -> TrainConfig:
+    """The config of a flat dict of options, as `flatten` gives it; errors name `where` it is from."""
+    return parse_flags(TrainConfig, _flags(options, where), prog=str(where))
+
+
 def flags_of_file(path: Path) -> list[str]:
     """A config file as command-line flags, to be put before those of the command line, which so override it.
 
@@ -215,16 +222,22 @@ def flags_of_file(path: Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f"config file {path} is not valid JSON: {error}") from error
     if not isinstance(options, dict):
-        raise ValueError(f"config file {path} must hold one JSON object of options, found {type(options).__name__}")
+        raise ValueError(
+            f"config file {path} must hold one JSON object of options, found {type(options).__name__}"
+        )
+    return _flags(options, path)
+
+
+def _flags(options: dict[str, Any], where: Path) -> list[str]:
     unknown = sorted(set(options) - set(flatten(TrainConfig())))
     if unknown:
-        raise ValueError(f"config file {path} has unknown options: {', '.join(unknown)}")
+        raise ValueError(f"{where} has unknown options: {', '.join(unknown)}")
     flags: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            values = value if isinstance(value, list) else [value]
+            values = value if isinstance(value, (list, tuple)) else [value]
             flags += [f"--{flag}", *(str(each) for each in values)]
     return flags

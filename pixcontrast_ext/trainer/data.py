@@ -1,7 +1,7 @@
 """Datasets: images with a class per pixel, their class names and colours, and the order they are trained in.
 
-A dataset yields `(image [3, H, W] uint8 RGB, label [H, W] uint8)`, the label a class index or `IGNORE`, and is
-a pure function of the index: whatever is random happens later, on the batch, from the seed of the step.
+A dataset yields `(image [3, H, W] uint8 RGB, label [H, W] uint8)`, a label being a class or `IGNORE`, and is a
+pure function of the index: whatever is random happens later, on the batch, from the seed of the step.
 A new dataset is a class like `CamVid` and a line in `DATASETS`.
 """
 
@@ -28,9 +28,9 @@ Sample = tuple[Tensor, Tensor]
 class Synthetic(Dataset[Sample]):
     """Scenes drawn from a seed, whose classes a local view confuses.
 
-    Water is a `river` if it crosses the image and a `pond` if it is closed. Objects share their paint, so that
-    `disc` and `ring`, `plate` and `frame` look the same at their outer edge, and a small disc is a `boat` on
-    water and a `stone` on land. Colours of land, water and objects change from scene to scene, everything is
+    Water is a `river` if it crosses the image and a `pond` if it is closed. Objects share their paint, so
+    that `disc` and `ring`, `plate` and `frame` look the same at their outer edge, and a small disc is a `boat`
+    on water and a `stone` on land. Colours of land, water and objects change from scene to scene, everything is
     noisy, and half of the scenes have a patch of noise without a label.
 
     Args:
@@ -99,7 +99,7 @@ class _Scene:
         for _ in range(2):
             self._place("boat", paint, radius=rng.uniform(4, 5.5), within=on_water)
         self.taken |= on_water
-        for name in rng.permutation(["disc", "ring", "plate", "frame", "stone", "stone"]):
+        for name in rng.permutation(["disc", "ring", "plate", "frame", "stone"] * 2):
             radius = rng.uniform(4, 5.5) if name == "stone" else rng.uniform(10, 14)
             self._place(str(name), paint, radius, within=~on_water)
 
@@ -140,7 +140,7 @@ class _Scene:
         return np.zeros_like(apart_from)
 
     def _place(self, name: str, paint: np.ndarray, radius: float, within: np.ndarray) -> None:
-        """Paint one object where it and a margin around it lie `within` and on nothing taken; maybe nowhere."""
+        """Paint one object where it and a margin lie `within` and on nothing taken; maybe nowhere."""
         turn = self.rng.uniform(0, np.pi / 2)
         for _ in range(_TRIES):
             y, x = self._spot(radius)
@@ -181,7 +181,8 @@ class CamVid(Dataset[Sample]):
     """
 
     CLASSES = (
-        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+        "bicyclist",
     )  # fmt: skip
     COLOURS = (
         (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
@@ -213,10 +214,12 @@ class CamVid(Dataset[Sample]):
         image = _open(image_path).convert("RGB")
         label = _open(label_path)
         if label.mode not in ("L", "P", "I"):
-            raise ValueError(f"label {label_path} must have one channel of class indices, its mode is {label.mode}")
+            raise ValueError(
+                f"label {label_path} must have one channel of class indices, its mode is {label.mode}"
+            )
         if label.size != image.size:
             raise ValueError(
-                f"label {label_path} is {label.size[0]}x{label.size[1]}, its image {image.size[0]}x{image.size[1]}"
+                f"label {label_path} is {'x'.join(map(str, label.size))}, its image {'x'.join(map(str, image.size))}"
             )
         width, height = image.size
         if self.size is not None:
@@ -280,7 +283,15 @@ class StepBatches:
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, steps: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        steps: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if batch_size % world:
             raise ValueError(f"--batch-size is {batch_size}, must be a multiple of the {world} ranks")
@@ -318,7 +329,9 @@ def to_device(batch: Sample, device: torch.device) -> Sample:
     return images.to(device, non_blocking=True).float() / 255, labels.to(device, non_blocking=True).long()
 
 
-def eval_loader(dataset: Dataset[Sample], batch_size: int, *, rank: int = 0, world: int = 1) -> DataLoader[Sample]:
+def eval_loader(
+    dataset: Dataset[Sample], batch_size: int, *, rank: int = 0, world: int = 1
+) -> DataLoader[Sample]:
     """Loader over this rank's share of a dataset: every image on exactly one rank, in order."""
     share = list(range(rank, len(dataset), world))  # type: ignore[arg-type]
     batches = [share[at : at + batch_size] for at in range(0, len(share), batch_size)]

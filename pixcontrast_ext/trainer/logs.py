@@ -1,7 +1,7 @@
 """The record of a run: `train.csv` and `val.csv`, and TensorBoard beside them.
 
-The CSV files are the record, TensorBoard is drawn from them. To resume at step s, rows after s are dropped and
-TensorBoard is written anew from what is left, so that no step appears twice in either.
+The CSV files are the record, TensorBoard is drawn from them. To resume at step s, rows after s are dropped
+and TensorBoard is written anew from what is left, so that no step appears twice in either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FILES = ("train", "val")
 
 
 class RunLog:
-    """Appends rows to `{folder}/train.csv`, `{folder}/val.csv` and TensorBoard events in `{folder}/tensorboard`.
+    """Appends rows to train.csv and val.csv in `folder`, and to TensorBoard events in `folder`/tensorboard.
 
     Args:
         folder: of the run; made if needed.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,7 +72,7 @@ class SegmentationModel(nn.Module):
 
 def drop_embed_head(model: nn.Module) -> nn.Module:
     """Take the projection head off: inference, and training without contrast, pay nothing for it."""
-    model.embed_head = None
+    model.embed_head = None  # type: ignore[assignment]
     return model
 
 
@@ -106,7 +105,9 @@ class CompactBackbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv_norm(3, 32, stride=2), nn.ReLU(), _conv_norm(32, 64, stride=2), nn.ReLU())
+        self.stem = nn.Sequential(
+            _conv_norm(3, 32, stride=2), nn.ReLU(), _conv_norm(32, 64, stride=2), nn.ReLU()
+        )
         self.stage4 = _Residual(64)
         self.stage8 = nn.Sequential(_conv_norm(64, 128, stride=2), nn.ReLU(), _Residual(128))
         self.stage16 = nn.Sequential(

@@ -1,0 +1,91 @@
+"""The demo: one model trained twice on synthetic scenes, without and with the contrast, all else equal."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from pixcontrast_ext.trainer.data import dataset_spec
+from pixcontrast_ext.trainer.distributed import join_ranks
+from pixcontrast_ext.trainer.evaluate import load_model
+from pixcontrast_ext.trainer.pictures import draw_curves, draw_panels, draw_tsne, pixel_features
+from pixcontrast_ext.trainer.train import Result, train
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a small model on synthetic scenes without and with the contrast, and show both."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the demo; an earlier demo in it is replaced."""
+    steps: int = 450
+    """Optimiser steps of each run."""
+    seed: int = 0
+    """Seed of both runs: same weights at the start, same images in the same order, same augmentation."""
+    batch_size: int = 8
+    """Images per step."""
+    synthetic_images: tuple[int, int] = (400, 96)
+    """How many synthetic scenes to train and to validate on."""
+
+
+def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
+    """The config of one of the two runs; they differ in `contrast` and in their folder alone."""
+    return TrainConfig(
+        out=demo.out / contrast,
+        steps=demo.steps,
+        seed=demo.seed,
+        log_every=5,
+        batch_size=demo.batch_size,
+        eval_every=-(-demo.steps // 6),
+        checkpoint_every=demo.steps,
+        pictures=False,
+        data=DataConfig(synthetic_images=demo.synthetic_images),
+        net=ModelConfig(embed_dim=128),
+        loss=LossConfig(contrast=contrast, region_slots=200, pixel_slots=200),  # type: ignore[arg-type]
+        optim=OptimConfig(optimizer="adamw", lr=2e-3, lr_warmup=20, weight_decay=1e-2, clip=5.0),
+    )
+
+
+def demo(config: DemoConfig) -> dict[str, Result]:
+    """Train both, draw the pictures, print the table. Returns the results by name: "off" and "bank"."""
+    configs = {contrast: run_config(config, contrast) for contrast in ("off", "bank")}
+    results = {}
+    for name, run in configs.items():
+        if (run.out / "config.json").exists():
+            shutil.rmtree(run.out)
+        results[name] = train(run)
+
+    with join_ranks() as ranks:
+        if not ranks.is_first:
+            return results
+        spec = dataset_spec("synthetic")
+        scenes = spec.build(configs["off"].data, "val")
+        models = {
+            name: load_model(run.out, ranks.device, with_embed_head=True)[0] for name, run in configs.items()
+        }
+        clouds = {
+            "off: features": pixel_features(models["off"], scenes, ranks.device),
+            "bank: features": pixel_features(models["bank"], scenes, ranks.device),
+            "bank: embeddings": pixel_features(models["bank"], scenes, ranks.device, embeddings=True),
+        }
+        pictures = [
+            draw_curves({name: run.out for name, run in configs.items()}, config.out / "curves.png"),
+            draw_panels(models, scenes, spec, config.out / "panels.png", ranks.device),
+            draw_tsne(clouds, spec, config.out / "tsne.png"),
+        ]
+    print(table(results))
+    print("\nPictures:", *pictures, sep="\n  ")
+    return results
+
+
+def table(results: dict[str, Result]) -> str:
+    """Mean and per-class IoU on val and the time of a step, a column per run."""
+    rows = [["", *results]]
+    rows.append(["mIoU", *(f"{result.miou:.3f}" for result in results.values())])
+    for name in next(iter(results.values())).class_iou:
+        rows.append([f"  {name}", *(f"{result.class_iou[name]:.3f}" for result in results.values())])
+    rows.append(["ms per step", *(f"{result.seconds_per_step * 1e3:.0f}" for result in results.values())])
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows)

@@ -1,0 +1,179 @@
+"""Pictures of runs: training curves, predictions beside the truth, and t-SNE of pixel features.
+
+All take several runs by name and show them side by side; one run is a dictionary of one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from pixcontrast_ext.trainer.data import IGNORE, DatasetSpec, Sample, stack, to_device
+from pixcontrast_ext.trainer.evaluate import evaluating, predict
+from pixcontrast_ext.trainer.logs import read_rows
+
+PixelFeatures = tuple[np.ndarray, np.ndarray]
+"""Features [N, D] float32, unit length, and their classes [N]."""
+
+
+def draw_run(
+    model: nn.Module, dataset: Dataset[Sample], spec: DatasetSpec, out: Path, device: torch.device
+) -> list[Path]:
+    """curves.png, panels.png and tsne.png of one run in `out`/pictures. Returns their paths."""
+    folder = out / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    clouds = {"features": pixel_features(model, dataset, device)}
+    if model.embed_head is not None:
+        clouds["embeddings"] = pixel_features(model, dataset, device, embeddings=True)
+    return [
+        draw_curves({out.name: out}, folder / "curves.png"),
+        draw_panels({"prediction": model}, dataset, spec, folder / "panels.png", device),
+        draw_tsne(clouds, spec, folder / "tsne.png"),
+    ]
+
+
+def draw_curves(runs: dict[str, Path], path: Path) -> Path:
+    """Training cross-entropy (faint: each row; strong: smoothed) and mIoU on val, over steps, of several runs."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, miou = figure.subplots(1, 2)
+    for number, (name, folder) in enumerate(runs.items()):
+        rows = read_rows(folder / "train.csv")
+        steps, values = [row["step"] for row in rows], np.array([row["cross_entropy"] for row in rows])
+        loss.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=1)
+        loss.plot(steps, _smooth(values), color=f"C{number}", label=name)
+        rows = read_rows(folder / "val.csv")
+        miou.plot(
+            [row["step"] for row in rows], [row["miou"] for row in rows], "o-", color=f"C{number}", label=name
+        )
+    loss.set(title="Cross-entropy, training", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
+    miou.set(title="Mean IoU, validation", xlabel="step", ylabel="mIoU", ylim=(0, 1))
+    for axes in (loss, miou):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_panels(
+    models: dict[str, nn.Module],
+    dataset: Dataset[Sample],
+    spec: DatasetSpec,
+    path: Path,
+    device: torch.device,
+    count: int = 4,
+) -> Path:
+    """A row per image, spread over the dataset: image | truth | prediction of each model. Void is black."""
+    samples = _spread(dataset, count)
+    columns = ["image", "truth", *models]
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(spec.colours)] = spec.colours
+    height, width = samples[0][1].shape
+    cell = 2.6
+    figure = Figure(
+        figsize=(cell * len(columns), cell * height / width * len(samples) + 1.2), layout="constrained"
+    )
+    grid = figure.subplots(len(samples), len(columns), squeeze=False)
+    for row, sample in zip(grid, samples, strict=True):
+        image, label = sample
+        shown = [image.permute(1, 2, 0).numpy(), palette[label.numpy()]]
+        for model in models.values():
+            images, _ = to_device(stack([sample]), device)
+            with evaluating(model):
+                shown.append(palette[predict(model, images, label.shape)[0].cpu().numpy()])
+        for axes, picture in zip(row, shown, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_axis_off()
+    for axes, title in zip(grid[0], columns, strict=True):
+        axes.set_title(title)
+    _class_legend(figure, spec, void=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_tsne(clouds: dict[str, PixelFeatures], spec: DatasetSpec, path: Path) -> Path:
+    """t-SNE of pixel features, coloured by true class, a panel for each cloud."""
+    figure = Figure(figsize=(4.6 * len(clouds), 5.4), layout="constrained")
+    grid = figure.subplots(1, len(clouds), squeeze=False)[0]
+    for axes, (title, (features, labels)) in zip(grid, clouds.items(), strict=True):
+        _scatter(axes, features, labels, spec)
+        axes.set_title(f"{title}\n{len(labels)} pixels")
+    _class_legend(figure, spec, void=False)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def pixel_features(
+    model: nn.Module,
+    dataset: Dataset[Sample],
+    device: torch.device,
+    *,
+    embeddings: bool = False,
+    images: int = 32,
+    per_class: int = 100,
+) -> PixelFeatures:
+    """Up to `per_class` pixels of each class from some images, the same pixels for every model.
+
+    Features are what both heads read, so that runs with and without contrast compare; `embeddings` asks for
+    the output of the projection head instead.
+    """
+    features, classes = [], []
+    with evaluating(model):
+        for sample in _spread(dataset, images):
+            batch, labels = to_device(stack([sample]), device)
+            maps = model(batch)["embed"] if embeddings else model.backbone(batch)  # type: ignore[operator]
+            picked = F.interpolate(labels[:, None].float(), maps.shape[-2:], mode="nearest").flatten()
+            features.append(F.normalize(maps[0].flatten(1).T.float(), dim=1).cpu())
+            classes.append(picked.long().cpu())
+    every, label = torch.cat(features), torch.cat(classes)
+    chosen = torch.cat(
+        [_some(torch.nonzero(label == value)[:, 0], per_class) for value in label.unique() if value != IGNORE]
+    )
+    return every[chosen].numpy(), label[chosen].numpy()
+
+
+def _some(indices: Tensor, count: int) -> Tensor:
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    return indices[order[:count]]
+
+
+def _scatter(axes: Axes, features: np.ndarray, labels: np.ndarray, spec: DatasetSpec) -> None:
+    perplexity = min(30.0, max(1.0, (len(features) - 1) / 3))
+    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
+    colours = np.array(spec.colours)[labels] / 255
+    axes.scatter(places[:, 0], places[:, 1], c=colours, s=9, linewidths=0)
+    axes.set(xticks=[], yticks=[])
+
+
+def _class_legend(figure: Figure, spec: DatasetSpec, *, void: bool) -> None:
+    handles: list[Patch | Line2D] = [
+        Patch(facecolor=(red / 255, green / 255, blue / 255), label=name)
+        for name, (red, green, blue) in zip(spec.classes, spec.colours, strict=True)
+    ]
+    if void:
+        handles.append(Patch(facecolor="black", label="void"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average over about a tenth of the values, without the bias of its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 10)
+    smoothed, weight, total = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(total / weight)
+    return np.array(smoothed)
+
+
+def _spread(dataset: Dataset[Sample], count: int) -> list[Sample]:
+    length = len(dataset)  # type: ignore[arg-type]
+    return [dataset[int(index)] for index in np.linspace(0, length - 1, min(count, length))]

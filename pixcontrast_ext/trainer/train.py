@@ -1,0 +1,332 @@
+"""The training loop.
+
+Each step seeds every random generator from (seed, step, rank) before it draws anything, and the images of a
+step are a function of (seed, step). So there is no random state to save: a run resumed at step s draws what the
+unbroken run draws, and two runs that differ in their loss alone see the same weights, images, augmentations.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.trainer.augment import Augment
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore
+from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
+from pixcontrast_ext.trainer.data import IGNORE, StepBatches, dataset_spec, stack, to_device
+from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
+from pixcontrast_ext.trainer.evaluate import evaluate
+from pixcontrast_ext.trainer.logs import RunLog, read_rows
+from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
+from pixcontrast_ext.trainer.pictures import draw_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    out: Path
+    miou: float
+    class_iou: dict[str, float]
+    seconds_per_step: float
+    """Median over the rows of train.csv."""
+
+
+class CrossEntropy(nn.Module):
+    """Cross-entropy on logits upsampled to the labels, without contrast. 0 if no pixel has a label."""
+
+    def forward(self, logits: Tensor, embeddings: Tensor | None, labels: Tensor) -> Tensor:
+        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def build_criterion(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Module:
+    """The criterion of `--contrast`: called with logits, embeddings and labels, it returns a scalar."""
+    if config.contrast == "off":
+        return CrossEntropy()
+    bank = None
+    if config.contrast == "bank":
+        bank = MemoryBank(
+            num_classes,
+            embed_dim,
+            region_slots=config.region_slots,
+            pixel_slots=config.pixel_slots,
+            pixels_per_image=config.pixels_per_image,
+            ignore_index=IGNORE,
+        )
+    return PixelContrastCrossEntropyLoss(
+        num_classes,
+        weight=config.weight,
+        warmup_steps=config.warmup_steps,
+        temperature=config.temperature,
+        max_samples=config.max_samples,
+        max_views=config.max_views,
+        min_pixels=config.min_pixels,
+        ignore_index=IGNORE,
+        bank=bank,
+        backend=config.backend,
+    )
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum or AdamW. Weight decay is for weights, not for biases and norms."""
+    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
+    others = [weight for weight in model.parameters() if weight.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The rate of `step` in 0..steps-1: a linear rise over `lr_warmup` steps times a decay to 0."""
+    rise = min(1.0, (step + 1) / config.lr_warmup) if config.lr_warmup else 1.0
+    return config.lr * rise * (1 - step / steps) ** config.power
+
+
+def seed_all(*key: int) -> None:
+    """Seed torch (kornia draws from it), numpy and random from a tuple of integers."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Result:
+    """Train a model and leave config, logs, checkpoints and pictures in `config.out`.
+
+    Under torchrun, every rank calls this and takes its share of each batch.
+
+    Args:
+        config: see `TrainConfig`.
+        resume: go on from the newest whole checkpoint in `config.out`, to the same numbers as an unbroken
+            run; from the start if there is none yet.
+
+    Raises:
+        ValueError: an option that is out of range or does not fit the data, with its value.
+        FileExistsError: `config.out` holds a run already and `resume` is false.
+        CheckpointError: resuming, and every checkpoint is damaged.
+        FloatingPointError: the loss is no longer finite.
+    """
+    config.validate()
+    with join_ranks(config.device) as ranks:
+        if not resume and (config.out / "config.json").exists():
+            raise FileExistsError(f"{config.out} holds a run already: --resume it or choose another --out")
+        ranks.wait()  # before the first rank makes that very file
+        return _Run(config, ranks, resume).finish()
+
+
+class _Run:
+    """The parts of one run on one rank."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, resume: bool) -> None:
+        self.config, self.ranks = config, ranks
+        self.spec = dataset_spec(config.data.dataset)
+        self.train_set = self.spec.build(config.data, "train")
+        self.val_set = self.spec.build(config.data, "val")
+        num_classes = len(self.spec.classes)
+
+        seed_all(config.seed)
+        model = build_model(config.net.model, num_classes, config.net.embed_dim, config.net.head)
+        if config.loss.contrast == "off":
+            drop_embed_head(model)
+        self.model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.criterion = build_criterion(config.loss, num_classes, config.net.embed_dim).to(ranks.device)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.augment = Augment(config.data) if config.data.augment else None
+
+        self.checkpoints = CheckpointStore(config.out / "checkpoints", config.keep_checkpoints)
+        self.start = self._restore() if resume else 0
+        batches = StepBatches(
+            len(self.train_set),  # type: ignore[arg-type]
+            config.batch_size,
+            steps=config.steps,
+            seed=config.seed,
+            start=self.start,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        self.loader = DataLoader(
+            self.train_set,
+            batch_sampler=batches,
+            collate_fn=stack,
+            num_workers=config.data.workers,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        if config.compile:
+            self.model.compile()
+        # The criterion stays outside: its bank keeps the ranks in step by itself.
+        self.replica = DistributedDataParallel(self.model) if ranks.world > 1 else self.model
+        self.log: RunLog | None = None
+        if ranks.is_first:
+            config.out.mkdir(parents=True, exist_ok=True)
+            save_config(config, config.out / "config.json")
+            self.log = RunLog(config.out, self.start)
+
+    def finish(self) -> Result:
+        """Train to the last step, draw the pictures and read the result from the record."""
+        config = self.config
+        self.model.train()
+        self.criterion.train()
+        window_start, window_steps = time.perf_counter(), 0
+        progress = tqdm(
+            total=config.steps,
+            initial=self.start,
+            desc=config.loss.contrast,
+            disable=None if self.ranks.is_first else True,  # None: only a terminal gets a bar
+        )
+        for step, batch in enumerate(self.loader, start=self.start):
+            done = step + 1
+            logs = done % config.log_every == 0 or done == config.steps
+            evaluates = done % config.eval_every == 0 or done == config.steps
+            saves = done % config.checkpoint_every == 0 or done == config.steps
+            row = self._step(step, batch, measure=logs or saves)
+            window_steps += 1
+            progress.update()
+            if logs:
+                row["seconds_per_step"] = (time.perf_counter() - window_start) / window_steps
+                self._write("train", row)
+                progress.set_postfix(loss=f"{row['loss']:.3f}")
+            if logs or evaluates or saves:
+                if evaluates:
+                    self._evaluate(done)
+                if saves:
+                    self._save(done)
+                window_start, window_steps = time.perf_counter(), 0
+        progress.close()
+        if self.ranks.is_first and config.pictures:
+            draw_run(self.model, self.val_set, self.spec, config.out, self.ranks.device)
+        if self.log is not None:
+            self.log.close()
+        self.ranks.wait()
+        return read_result(config.out, self.spec.classes)
+
+    def _step(self, step: int, batch: Any, *, measure: bool) -> dict[str, float]:
+        """One optimiser step. Returns the row for the record if `measure`, which waits for the device."""
+        config, ranks = self.config, self.ranks
+        seed_all(config.seed, step, ranks.rank)
+        images, labels = to_device(batch, ranks.device)
+        if self.augment is not None:
+            images, labels = self.augment(images, labels)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
+            outputs = self.replica(images)
+        logits, embeddings = outputs["seg"].float(), outputs.get("embed")
+        loss = self.criterion(logits, embeddings, labels)
+        objective = loss
+        if embeddings is not None and (step < config.loss.warmup_steps or config.loss.weight == 0):
+            # Without a gradient for its head, a rank under DDP would wait for one for ever.
+            objective = loss + embeddings[:0].sum()
+
+        rate = learning_rate(config.optim, step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip or math.inf)
+        self.optimizer.step()
+
+        if not measure:
+            return {}
+        with torch.no_grad():
+            cross_entropy = CrossEntropy()(logits, None, labels)
+        values = ranks.mean(torch.stack([loss.detach().float(), cross_entropy, norm.float()])).tolist()
+        if not math.isfinite(values[0]):
+            raise FloatingPointError(
+                f"the loss is {values[0]} at step {step + 1} (learning rate {rate:.3g}, "
+                f"gradient norm {values[2]:.3g}): try a lower --lr or --clip"
+            )
+        return {
+            "step": step + 1,
+            "lr": rate,
+            "loss": values[0],
+            "cross_entropy": values[1],
+            "contrast": values[0] - values[1],
+            "gradient_norm": values[2],
+        }
+
+    def _write(self, name: str, row: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log.add(name, row)
+
+    def _evaluate(self, step: int) -> None:
+        scores = evaluate(
+            self.model,
+            self.val_set,
+            self.spec.classes,
+            self.ranks,
+            batch_size=max(1, self.config.batch_size // self.ranks.world),
+            amp=self.config.amp,
+        )
+        self._write("val", {"step": step, "miou": scores.miou, **scores.class_iou})
+        if self.ranks.is_first:
+            tqdm.write(
+                f"{self.config.loss.contrast}: step {step} of {self.config.steps}, mIoU {scores.miou:.3f} on val"
+            )
+
+    def _save(self, step: int) -> None:
+        if self.log is not None:
+            self.log.sync()
+            state = {
+                "step": step,
+                "model": self.model.state_dict(),
+                "criterion": self.criterion.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "config": flatten(self.config),
+            }
+            self.checkpoints.save(step, state)
+        self.ranks.wait()
+
+    def _restore(self) -> int:
+        """Load the newest whole checkpoint; returns its step, 0 if there is none."""
+        found = self.checkpoints.load_latest()
+        if found is None:
+            log.warning("no checkpoint in %s yet: starting from step 0", self.checkpoints.folder)
+            return 0
+        path, state = found
+        changed = {
+            name: (state["config"].get(name), value)
+            for name, value in flatten(self.config).items()
+            if state["config"].get(name) != value and name != "out"
+        }
+        if self.ranks.is_first:
+            log.warning("resuming from %s", path)
+            for name, (before, now) in changed.items():
+                log.warning("--%s was %r, is now %r", name.replace("_", "-"), before, now)
+        if state["step"] > self.config.steps:
+            raise ValueError(f"--steps is {self.config.steps}, but {path} is of step {state['step']}")
+        load_weights(self.model, state["model"])
+        try:
+            self.criterion.load_state_dict(state["criterion"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} does not fit the options of this run: {error}") from error
+        return int(state["step"])
+
+
+def read_result(out: Path, classes: tuple[str, ...]) -> Result:
+    """The result of a finished run, from its record."""
+    last = read_rows(out / "val.csv")[-1]
+    seconds = [row["seconds_per_step"] for row in read_rows(out / "train.csv")]
+    return Result(out, last["miou"], {name: last[name] for name in classes}, float(np.median(seconds)))
