@@ -1,7 +1,7 @@
 """Datasets: images with a class per pixel, their class names and colours, and the order they are trained in.
 
-A dataset yields `(image [3, H, W] uint8 RGB, label [H, W] uint8)`, a label being a class or `IGNORE`, and is a
-pure function of the index: whatever is random happens later, on the batch, from the seed of the step.
+A dataset yields `(image [3, H, W] uint8 RGB, label [H, W] uint8)`, a label being a class or `IGNORE`. It
+is a pure function of the index: what is random happens later, on the batch, from the seed of the step.
 A new dataset is a class like `CamVid` and a line in `DATASETS`.
 """
 
@@ -29,9 +29,9 @@ class Synthetic(Dataset[Sample]):
     """Scenes drawn from a seed, whose classes a local view confuses.
 
     Water is a `river` if it crosses the image and a `pond` if it is closed. Objects share their paint, so
-    that `disc` and `ring`, `plate` and `frame` look the same at their outer edge, and a small disc is a `boat`
-    on water and a `stone` on land. Colours of land, water and objects change from scene to scene, everything is
-    noisy, and half of the scenes have a patch of noise without a label.
+    that `disc` and `ring`, `plate` and `frame` look the same at their outer edge, and a small disc is a
+    `boat` on water and a `stone` on land. Colours of land, water and objects change from scene to scene, all
+    is noisy, and half of the scenes have a patch of noise without a label.
 
     Args:
         split: "train" or "val"; their scenes come from different random streams.
@@ -218,9 +218,8 @@ class CamVid(Dataset[Sample]):
                 f"label {label_path} must have one channel of class indices, its mode is {label.mode}"
             )
         if label.size != image.size:
-            raise ValueError(
-                f"label {label_path} is {'x'.join(map(str, label.size))}, its image {'x'.join(map(str, image.size))}"
-            )
+            sizes = ["x".join(map(str, each.size)) for each in (label, image)]
+            raise ValueError(f"label {label_path} is {sizes[0]}, its image {sizes[1]}")
         width, height = image.size
         if self.size is not None:
             height, width = self.size

@@ -43,7 +43,7 @@ def draw_run(
 
 
 def draw_curves(runs: dict[str, Path], path: Path) -> Path:
-    """Training cross-entropy (faint: each row; strong: smoothed) and mIoU on val, over steps, of several runs."""
+    """Training cross-entropy (faint: each row; strong: smoothed) and mIoU on val over steps, for all runs."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     loss, miou = figure.subplots(1, 2)
     for number, (name, folder) in enumerate(runs.items()):

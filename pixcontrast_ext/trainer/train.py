@@ -1,8 +1,9 @@
 """The training loop.
 
 Each step seeds every random generator from (seed, step, rank) before it draws anything, and the images of a
-step are a function of (seed, step). So there is no random state to save: a run resumed at step s draws what the
-unbroken run draws, and two runs that differ in their loss alone see the same weights, images, augmentations.
+step are a function of (seed, step). So there is no random state to save: a run resumed at step s draws what
+the unbroken run draws, and two runs that differ in their loss alone see the same weights, images and
+augmentations.
 """
 
 from __future__ import annotations
@@ -281,9 +282,8 @@ class _Run:
         )
         self._write("val", {"step": step, "miou": scores.miou, **scores.class_iou})
         if self.ranks.is_first:
-            tqdm.write(
-                f"{self.config.loss.contrast}: step {step} of {self.config.steps}, mIoU {scores.miou:.3f} on val"
-            )
+            name, steps = self.config.loss.contrast, self.config.steps
+            tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val")
 
     def _save(self, step: int) -> None:
         if self.log is not None:

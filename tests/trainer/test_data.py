@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixcontrast_ext.trainer.config import DataConfig
+from pixcontrast_ext.trainer.data import (
+    DATASETS,
+    IGNORE,
+    CamVid,
+    StepBatches,
+    Synthetic,
+    dataset_spec,
+    eval_loader,
+    stack,
+    to_device,
+)
+
+
+def test_synthetic_scenes_are_a_function_of_seed_split_and_index():
+    image, label = Synthetic("train", 9, seed=3)[7]
+    again = Synthetic("train", 20, seed=3)  # neither length nor what was drawn before matters
+    _ = again[2]
+    assert torch.equal(image, again[7][0]) and torch.equal(label, again[7][1])
+    assert not torch.equal(image, Synthetic("val", 9, seed=3)[7][0])
+    assert not torch.equal(image, Synthetic("train", 9, seed=4)[7][0])
+    assert not torch.equal(image, again[6][0])
+
+
+@pytest.mark.parametrize("size", [(96, 96), (32, 32), (65, 101), (128, 40)])
+def test_synthetic_scenes_hold_classes_and_void_only(size):
+    scenes = Synthetic("train", 24, size)
+    labels = torch.stack([scenes[index][1] for index in range(24)])
+    assert labels.shape == (24, *size) and labels.dtype == scenes[0][0].dtype == torch.uint8
+    assert scenes[0][0].shape == (3, *size)
+    values = set(labels.unique().tolist())
+    assert values <= {*range(9), IGNORE}
+    assert {0, 1, IGNORE} <= values
+    if size == (96, 96):
+        assert values == {*range(9), IGNORE}
+
+
+def test_synthetic_classes_do_not_differ_in_colour():
+    """Water is water and paint is paint: the classes that share one have the same mean colour in a scene."""
+    scenes = Synthetic("train", 40)
+    compared = 0
+    for index in range(40):
+        image, label = scenes[index]
+        for one, other in (("river", "pond"), ("disc", "stone"), ("plate", "frame"), ("boat", "stone")):
+            masks = [label == Synthetic.CLASSES.index(name) for name in (one, other)]
+            if all(mask.sum() > 60 for mask in masks):
+                means = [image[:, mask].float().mean(1) for mask in masks]
+                assert (means[0] - means[1]).abs().max() < 22  # stripes of +-14 and noise
+                compared += 1
+    assert compared > 40
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("test", 3), "split is 'test', must be one of train, val"),
+        (("train", 0), "at least 1 scene, got 0"),
+        (("train", 3, (31, 96)), "at least 32 by 32 pixels, got 31 by 96"),
+    ],
+)
+def test_synthetic_refuses(args, message):
+    with pytest.raises(ValueError, match=message):
+        Synthetic(*args)
+
+
+def test_synthetic_ends():
+    scenes = Synthetic("val", 3)
+    assert len(list(scenes)) == 3
+    with pytest.raises(IndexError):
+        scenes[3]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_camvid_reads_both_layouts(camvid, suffix):
+    dataset = CamVid(camvid(suffix), "val")
+    image, label = dataset[1]
+    assert len(dataset) == 4
+    assert image.shape == (3, 36, 48) and image.dtype == torch.uint8
+    assert label[0, 0] == 0 and label[20, 20] == 3 and label[35, 0] == IGNORE
+    assert set(label.unique().tolist()) == {0, 3, IGNORE}
+    assert image[2, 5, 5] > 200 and image[2, 25, 25] < 130  # blue sky, grey road
+
+
+@pytest.mark.parametrize(("options", "size"), [({"scale": 0.5}, (18, 24)), ({"size": (20, 30)}, (20, 30))])
+def test_camvid_resizes_labels_to_the_nearest(camvid, options, size):
+    image, label = CamVid(camvid(), "train", **options)[0]
+    assert image.shape == (3, *size) and label.shape == size
+    assert set(label.unique().tolist()) == {0, 3, IGNORE}
+    middle = size[0] // 2
+    assert (label[: middle - 1] == 0).all() and label[middle + 1, -1] == 3
+
+
+def test_camvid_names_what_is_missing(camvid):
+    with pytest.raises(ValueError, match="--root"):
+        CamVid(None, "train")
+    root = camvid()
+    with pytest.raises(FileNotFoundError, match=r"nowhere.train does not exist"):
+        CamVid(root / "nowhere", "train")
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        CamVid(root, "dev")
+    (root / "trainannot" / "train2.png").unlink()
+    with pytest.raises(ValueError, match=r"image .*train2\.png has no label .*trainannot.train2\.png"):
+        CamVid(root, "train")
+    (root / "val" / "val1.png").unlink()
+    with pytest.raises(ValueError, match=r"label .*val1\.png has no image"):
+        CamVid(root, "val")
+    for path in (root / "test").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="test holds no .png or .jpg or .jpeg files"):
+        CamVid(root, "test")
+
+
+def test_camvid_refuses_two_images_of_one_name(camvid):
+    root = camvid()
+    (root / "train" / "train0.jpg").write_bytes((root / "train" / "train0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"train0\.jpg and .*train0\.png have the same name"):
+        CamVid(root, "train")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.full((36, 48), 12, np.uint8), r"train1\.png has values \[12\] outside 0\.\.11"),
+        (np.zeros((36, 48, 3), np.uint8), r"train1\.png must have one channel.*RGB"),
+        (np.zeros((36, 40), np.uint8), r"train1\.png is 40x36, its image 48x36"),
+    ],
+)
+def test_camvid_refuses_bad_labels(camvid, label, message):
+    root = camvid()
+    Image.fromarray(label).save(root / "trainannot" / "train1.png")
+    with pytest.raises(ValueError, match=message):
+        CamVid(root, "train")[1]
+
+
+def test_camvid_names_an_unreadable_file(camvid):
+    root = camvid()
+    path = root / "train" / "train1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"train1\.png cannot be read as an image"):
+        CamVid(root, "train")[1]
+
+
+def test_registry_describes_every_dataset(camvid):
+    root = camvid()
+    for name, spec in DATASETS.items():
+        assert len(spec.classes) == len(spec.colours) == len(set(spec.colours))
+        for split in spec.splits:
+            image, label = spec.build(DataConfig(root=root), split)[0]
+            assert image.shape[1:] == label.shape, name
+    assert len(dataset_spec("camvid").classes) == 11
+    with pytest.raises(ValueError, match="--dataset is 'nope', must be one of synthetic, camvid"):
+        dataset_spec("nope")
+    with pytest.raises(ValueError, match="--scale is 0.5"):
+        dataset_spec("synthetic").build(DataConfig(scale=0.5), "train")
+
+
+def test_batches_cover_each_epoch_and_resume_in_its_middle():
+    whole = list(StepBatches(11, 3, steps=8, seed=1))
+    assert [len(batch) for batch in whole] == [3] * 8
+    for epoch in (whole[0:3], whole[3:6]):
+        assert len({index for batch in epoch for index in batch}) == 9
+    assert whole[0:3] != whole[3:6]
+    assert whole != list(StepBatches(11, 3, steps=8, seed=2))
+    for start in range(9):
+        assert list(StepBatches(11, 3, steps=8, seed=1, start=start)) == whole[start:]
+        assert len(StepBatches(11, 3, steps=8, seed=1, start=start)) == 8 - start
+
+
+def test_ranks_share_the_batch_of_one_process():
+    whole = list(StepBatches(20, 6, steps=7, seed=0))
+    shares = [list(StepBatches(20, 6, steps=7, seed=0, rank=rank, world=3)) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        assert [len(share[step]) for share in shares] == [2, 2, 2]
+        assert sorted(index for share in shares for index in share[step]) == sorted(batch)
+
+
+def test_batches_refuse_what_cannot_be_shared():
+    with pytest.raises(ValueError, match="--batch-size is 8, must be a multiple of the 3 ranks"):
+        StepBatches(20, 8, steps=1, seed=0, world=3)
+    with pytest.raises(ValueError, match="--batch-size is 8, but there are only 7 training images"):
+        StepBatches(7, 8, steps=1, seed=0)
+
+
+def test_evaluation_sees_every_image_once():
+    scenes = Synthetic("val", 7, (32, 32))
+    seen = [images for rank in range(3) for images, _ in eval_loader(scenes, 2, rank=rank, world=3)]
+    assert sorted(torch.cat(seen).sum((1, 2, 3)).tolist()) == sorted(int(image.sum()) for image, _ in scenes)
+
+
+def test_batches_are_floats_and_class_indices():
+    scenes = Synthetic("val", 2, (32, 40))
+    images, labels = to_device(stack([scenes[0], scenes[1]]), torch.device("cpu"))
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64
+    assert torch.equal((images[1] * 255).round().byte(), scenes[1][0])
+    other = Synthetic("val", 2, (40, 40))
+    with pytest.raises(ValueError, match=r"differ in size: \[\(32, 40\), \(40, 40\)\]; give --size"):
+        stack([scenes[0], other[0]])

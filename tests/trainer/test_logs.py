@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections import Counter
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pixcontrast_ext.trainer.logs import RunLog, read_rows
+
+
+def board(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+def write(folder, steps, start=0, value=1.0):
+    log = RunLog(folder, start)
+    for step in steps:
+        log.add("train", {"step": step, "loss": value})
+        if step % 2 == 0:
+            log.add("val", {"step": step, "miou": value, "river": float("nan")})
+    log.sync()
+    return log
+
+
+def test_resuming_drops_what_comes_after_and_repeats_nothing(tmp_path):
+    write(tmp_path, [1, 2, 3, 4, 5])  # not closed: killed
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write("6,0.1")  # and in the middle of a row
+    write(tmp_path, [4, 5, 6], start=3, value=2.0).close()
+    rows = read_rows(tmp_path / "train.csv")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [row["step"] for row in read_rows(tmp_path / "val.csv")] == [2, 4, 6]
+    scalars = board(tmp_path)
+    assert scalars["train/loss"] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert max(Counter(step for step, _ in scalars["val/miou"]).values()) == 1
+
+
+def test_a_row_cut_short_is_not_read(tmp_path):
+    write(tmp_path, [1, 2]).close()
+    path = tmp_path / "train.csv"
+    whole = path.read_text()
+    for length in range(len("step,loss\n1,1.0\n"), len(whole)):
+        path.write_text(whole[:length])
+        assert [row["step"] for row in read_rows(path)] == [1]
+    assert read_rows(tmp_path / "absent.csv") == []

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pixcontrast_ext.trainer.demo import DemoConfig, demo
+from pixcontrast_ext.trainer.logs import read_rows
+
+TINY = ["--size", 32, 48, "--synthetic-images", 8, 3, "--batch-size", 4, "--embed-dim", 8, "--no-pictures"]
+
+
+def test_help_lists_the_commands(trainer):
+    done = trainer("--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in ("train", "eval", "demo"))
+    assert trainer("fly").returncode == 2
+    done = trainer("train", "--help")
+    assert done.returncode == 0 and "--contrast {off,batch,bank}" in done.stdout
+
+
+def test_train_then_resume_then_eval(trainer, tmp_path):
+    out = tmp_path / "run"
+    done = trainer("train", "--out", out, "--steps", 2, *TINY)
+    assert done.returncode == 0, done.stderr
+    done = trainer("train", "--out", out, "--resume", "--steps", 3)  # all else from the run's own config
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "config.json").read_text())["size"] == [32, 48]
+    miou = read_rows(out / "val.csv")[-1]["miou"]
+    assert f"mIoU {miou:.4f}" in done.stdout
+
+    done = trainer("eval", "--checkpoint", out, "--out", tmp_path / "scores")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "scores" / "val.json").read_text())
+    assert scores["step"] == 3 and scores["miou"] == pytest.approx(miou, abs=1e-6)
+    assert (tmp_path / "scores" / "val.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--dataset", "camvid"], "error: camvid is read from files: give its folder with --root"),
+        (["train", "--steps", "0"], "error: --steps is 0, must be at least 1"),
+        (["train", "--config", "absent.json"], "error: config file absent.json does not exist"),
+        (["eval", "--checkpoint", "absent.pt"], "error: checkpoint absent.pt does not exist"),
+        (["train", "--contrast", "maybe"], "invalid choice 'maybe'"),
+    ],
+)
+def test_bad_input_is_a_message_not_a_traceback(trainer, args, message):
+    done = trainer(*args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_demo_draws_and_prints(tmp_path, capsys):
+    config = DemoConfig(out=tmp_path / "demo", steps=4, synthetic_images=(8, 4))
+    demo(config)
+    results = demo(config)  # replaces the first
+    printed = capsys.readouterr().out
+    for name, result in results.items():
+        assert f"{result.miou:.3f}" in printed and name in printed
+    for name in ("curves", "panels", "tsne"):
+        assert str(config.out / f"{name}.png") in printed
+        assert (config.out / f"{name}.png").stat().st_size > 20_000
+
+
+def test_without_the_extra_the_import_names_the_command(environment):
+    code = (
+        "import importlib.util as util\n"
+        "real = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'kornia' else real(name, *rest)\n"
+        "import pixcontrast_ext.trainer\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ImportError: pixcontrast_ext.trainer needs kornia: pip install" in done.stderr
+    assert "pip install pixcontrast-ext[train]" in done.stderr

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixcontrast_ext.trainer.data import IGNORE, Synthetic, dataset_spec
+from pixcontrast_ext.trainer.logs import RunLog
+from pixcontrast_ext.trainer.models import build_model
+from pixcontrast_ext.trainer.pictures import draw_curves, draw_panels, draw_tsne, pixel_features
+
+CPU = torch.device("cpu")
+
+
+def colours_of(path):
+    """How many pixels of each colour a picture has."""
+    pixels = np.array(Image.open(path).convert("RGB")).reshape(-1, 3)
+    values, counts = np.unique(pixels, axis=0, return_counts=True)
+    return dict(zip(map(tuple, values.tolist()), counts.tolist(), strict=True))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return build_model("compact", 9, 16)
+
+
+def test_panels_show_truth_in_the_class_colours(model, tmp_path):
+    scenes = Synthetic("val", 6)
+    spec = dataset_spec("synthetic")
+    path = draw_panels({"one": model, "two": model}, scenes, spec, tmp_path / "panels.png", CPU, count=3)
+    shown = colours_of(path)
+    labels = torch.stack([scenes[index][1] for index in (0, 2, 5)])
+    for value, colour in enumerate(spec.colours):
+        if (labels == value).sum() > 100:
+            assert shown.get(colour, 0) > 300, spec.classes[value]  # far more than its square in the legend
+    assert model.training  # as it was
+
+
+def test_curves_have_a_line_for_each_run(tmp_path):
+    for name, height in (("off", 2.0), ("bank", 1.0)):
+        log = RunLog(tmp_path / name)
+        for step in range(1, 40):
+            log.add("train", {"step": step, "cross_entropy": height / step**0.5})
+        log.add("val", {"step": 39, "miou": 0.5})
+        log.close()
+    path = draw_curves({name: tmp_path / name for name in ("off", "bank")}, tmp_path / "curves.png")
+    shown = colours_of(path)
+    assert shown.get((31, 119, 180), 0) > 200 and shown.get((255, 127, 14), 0) > 200  # C0 and C1
+
+
+def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
+    scenes = Synthetic("val", 4)
+    spec = dataset_spec("synthetic")
+    clouds = {
+        "features": pixel_features(model, scenes, CPU, per_class=12),
+        "embeddings": pixel_features(model, scenes, CPU, per_class=12, embeddings=True),
+    }
+    for features, labels in clouds.values():
+        assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+        assert IGNORE not in labels and np.bincount(labels).max() == 12
+    assert clouds["features"][0].shape[1] == 128 and clouds["embeddings"][0].shape[1] == 16
+    assert np.array_equal(clouds["features"][1], clouds["embeddings"][1])
+    path = draw_tsne(clouds, spec, tmp_path / "tsne.png")
+    shown = colours_of(path)
+    present = [spec.colours[value] for value in np.unique(clouds["features"][1])]
+    assert all(shown.get(colour, 0) > 100 for colour in present)
+    image = np.array(Image.open(path).convert("L"))
+    half = image.shape[1] // 2
+    assert (image[:, :half] < 250).sum() > 1000 and (image[:, half:] < 250).sum() > 1000

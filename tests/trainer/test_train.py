@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore
+from pixcontrast_ext.trainer.config import DataConfig, OptimConfig, flatten, load_config, save_config
+from pixcontrast_ext.trainer.data import IGNORE
+from pixcontrast_ext.trainer.evaluate import load_model
+from pixcontrast_ext.trainer.logs import read_rows
+from pixcontrast_ext.trainer.train import CrossEntropy, learning_rate, train
+
+
+def final(config):
+    return CheckpointStore(config.out / "checkpoints").load_latest()[1]
+
+
+def leaves(tree, path=""):
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from leaves(value, f"{path}/{name}")
+    elif isinstance(tree, list):
+        yield from leaves(dict(enumerate(tree)), path)
+    else:
+        yield path, tree
+
+
+def assert_same_state(one, other, *, parts=("step", "model", "criterion", "optimizer")):
+    first = dict(leaves({part: one[part] for part in parts}))
+    second = dict(leaves({part: other[part] for part in parts}))
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        same = torch.equal(value, second[path]) if isinstance(value, torch.Tensor) else value == second[path]
+        assert same, path
+
+
+def assert_same_record(one, other):
+    for name in ("train.csv", "val.csv"):
+        rows = [
+            [
+                {key: str(value) for key, value in row.items() if key != "seconds_per_step"}
+                for row in read_rows(out / name)
+            ]
+            for out in (one, other)
+        ]
+        assert rows[0] == rows[1]
+        steps = [row["step"] for row in rows[0]]
+        assert steps and len(set(steps)) == len(steps)
+
+
+def keep_until(config, step):
+    """Turn a finished run into one that was killed after its checkpoint of `step`; its record runs on, as it may."""
+    store = CheckpointStore(config.out / "checkpoints")
+    for path in store.paths():
+        if int(path.name.split("-")[1]) > step:
+            path.unlink()
+    assert store.load_latest()[1]["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("contrast", "changes"),
+    [
+        ("bank", {}),
+        ("bank", {"optim": OptimConfig(optimizer="adamw", lr=1e-3, clip=0.5, lr_warmup=3), "amp": "bf16"}),
+        ("batch", {}),
+        ("off", {}),
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tiny, contrast, changes):
+    config = tiny("unbroken", contrast, keep_checkpoints=9, **changes)
+    train(config)
+    resumed = replace(config, out=config.out.with_name("resumed"))
+    shutil.copytree(config.out, resumed.out)
+    keep_until(resumed, 4)  # the middle of the second epoch
+    train(resumed, resume=True)
+    assert_same_state(final(config), final(resumed))
+    assert_same_record(config.out, resumed.out)
+    if contrast == "bank":
+        assert (final(config)["criterion"]["contrast.bank.key_labels"] >= 0).any()
+
+
+def test_resuming_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, caplog):
+    config = tiny("unbroken", keep_checkpoints=9)
+    train(config)
+    resumed = replace(config, out=config.out.with_name("resumed"))
+    shutil.copytree(config.out, resumed.out)
+    keep_until(resumed, 6)
+    newest = CheckpointStore(resumed.out / "checkpoints").paths()[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train(resumed, resume=True)
+    assert newest.name in caplog.text and "step-00000004" in caplog.text
+    assert_same_state(final(config), final(resumed))
+    assert_same_record(config.out, resumed.out)
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny):
+    config = tiny(contrast="off")
+    first = train(config)
+    before = final(config)
+    again = train(config, resume=True)
+    assert again.miou == first.miou
+    assert_same_state(before, final(config))
+
+
+def test_kill_9_then_resume_is_the_unbroken_run(tiny, environment):
+    """A real process, killed at whatever it is doing, three times over."""
+    config = tiny("unbroken", steps=24, checkpoint_every=3, log_every=1)
+    train(config)
+    killed = replace(config, out=config.out.with_name("killed"))
+    save_config(killed, killed.out.parent / "killed.json")
+    command = [
+        sys.executable,
+        "-m",
+        "pixcontrast_ext.trainer",
+        "train",
+        "--config",
+        str(killed.out.parent / "killed.json"),
+    ]
+    rows, kills = 0, 0
+    for target in (4, 11, 17):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if kills else [])],
+            env=environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while rows < target and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+            rows = len(read_rows(killed.out / "train.csv"))
+        assert rows >= target, process.stderr.read() if process.poll() is not None else "too slow"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        saved = final(killed)["step"]
+        assert saved >= rows - 3 - 1  # at most the steps since the last checkpoint (and one on its way)
+        rows = saved
+    assert kills >= 2
+    train(killed, resume=True)
+    assert_same_state(final(config), final(killed))
+    assert_same_record(config.out, killed.out)
+
+
+def test_runs_with_and_without_contrast_start_alike(tiny):
+    """Same weights, same images: during warm-up only the criterion's name differs."""
+    runs = {name: tiny(name, name, steps=1, log_every=1, checkpoint_every=1) for name in ("off", "bank")}
+    for config in runs.values():
+        train(config)
+    off, bank = (read_rows(config.out / "train.csv")[0] for config in runs.values())
+    assert off["loss"] == off["cross_entropy"] == bank["cross_entropy"]
+    weights = {name: final(config)["model"] for name, config in runs.items()}
+    for name, value in weights["off"].items():
+        assert torch.equal(value, weights["bank"][name]), name
+
+
+@pytest.mark.parametrize("contrast", ["off", "batch", "bank"])
+def test_training_lowers_the_loss_and_raises_the_score(tiny, contrast):
+    config = tiny(
+        contrast=contrast,
+        steps=60,
+        log_every=1,
+        eval_every=30,
+        checkpoint_every=60,
+        data=DataConfig(size=(32, 48), synthetic_images=(16, 4), augment=False),
+        optim=OptimConfig(optimizer="adamw", lr=3e-3),
+    )
+    result = train(config)
+    values = [row["cross_entropy"] for row in read_rows(config.out / "train.csv")]
+    assert sum(values[-10:]) < 0.5 * sum(values[:10])
+    assert result.miou > 0.2  # all land is below 0.1
+    if contrast != "off":
+        terms = [row["contrast"] for row in read_rows(config.out / "train.csv")]
+        assert abs(terms[0]) < 1e-5 and max(terms) > 0.05  # warm-up, then not
+
+
+def test_bf16_and_compile_train(tiny):
+    plain = tiny("plain", steps=3, log_every=1)
+    train(plain)
+    for name, changes in (("bf16", {"amp": "bf16"}), ("compiled", {"compile": True})):
+        config = tiny(name, steps=3, log_every=1, **changes)
+        train(config)
+        losses = [[row["loss"] for row in read_rows(run.out / "train.csv")] for run in (plain, config)]
+        assert losses[0] != losses[1]  # it did something else
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)  # that is nearly the same
+        assert final(config)["model"].keys() == final(plain)["model"].keys()
+
+
+def test_camvid_trains(tiny, camvid):
+    config = tiny(
+        data=DataConfig(dataset="camvid", root=camvid(".jpg"), scale=0.75, crop=(24, 24)), pictures=True
+    )
+    result = train(config)
+    rows = read_rows(config.out / "val.csv")
+    assert [row["step"] for row in rows] == [4, 8, 9]
+    assert result.class_iou["road"] > 0 and result.miou == rows[-1]["miou"]
+    for name in ("curves", "panels", "tsne"):
+        assert (config.out / "pictures" / f"{name}.png").stat().st_size > 10_000
+
+
+def torchrun(environment, world, *args):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command += ["-m", "pixcontrast_ext.trainer", *map(str, args)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_ranks_train_resume_and_evaluate(tiny, environment, trainer):
+    config = tiny("two", steps=6, keep_checkpoints=9)
+    path = config.out.parent / "two.json"
+    save_config(config, path)
+    done = torchrun(environment, 2, "train", "--config", path)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_rows(config.out / "train.csv")] == [2, 4, 6]
+
+    resumed = replace(config, out=config.out.with_name("resumed"))
+    shutil.copytree(config.out, resumed.out)
+    keep_until(resumed, 4)
+    done = torchrun(environment, 2, "train", "--out", resumed.out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_state(final(config), final(resumed))
+    assert_same_record(config.out, resumed.out)
+
+    scores = [torchrun(environment, 2, "eval", "--checkpoint", config.out).stdout]
+    scores.append(trainer("eval", "--checkpoint", config.out).stdout)
+    assert scores[0] == scores[1] and f"{read_rows(config.out / 'val.csv')[-1]['miou']:.4f}" in scores[0]
+
+    alone = replace(config, out=config.out.with_name("alone"))
+    train(alone)
+    for one, two in zip(*(read_rows(run.out / "train.csv") for run in (alone, config)), strict=True):
+        assert one["cross_entropy"] == pytest.approx(
+            two["cross_entropy"], rel=0.3
+        )  # other augmentation and norms
+
+
+def test_a_run_is_not_overwritten(tiny):
+    config = tiny(contrast="off", steps=1)
+    train(config)
+    with pytest.raises(FileExistsError, match="run holds a run already: --resume it or choose another --out"):
+        train(config)
+
+
+def test_resume_before_the_first_checkpoint_starts(tiny, caplog):
+    config = tiny(contrast="off", steps=2)
+    train(config, resume=True)
+    assert "no checkpoint in" in caplog.text
+    assert final(config)["step"] == 2
+
+
+def test_resume_names_changed_options_and_refuses_what_cannot_be(tiny, caplog):
+    config = tiny(steps=2)
+    train(config)
+    train(replace(config, steps=4), resume=True)
+    assert "--steps was 2, is now 4" in caplog.text
+    with pytest.raises(ValueError, match=r"--steps is 3, but .*step-00000004.* is of step 4"):
+        train(replace(config, steps=3), resume=True)
+    with pytest.raises(ValueError, match=r"step-00000004.* does not fit the options of this run"):
+        train(replace(config, steps=4, loss=replace(config.loss, pixel_slots=9)), resume=True)
+
+
+def test_a_loss_that_blows_up_stops_the_run(tiny):
+    config = tiny(contrast="off", optim=OptimConfig(lr=1e20), steps=9, log_every=1)
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step .* --lr"):
+        train(config)
+    assert all(
+        path.name.split("-")[1] < "00000009" for path in CheckpointStore(config.out / "checkpoints").paths()
+    )
+
+
+def test_bad_options_are_named(tiny):
+    with pytest.raises(ValueError, match="--batch-size is 40, but there are only 15 training images"):
+        train(tiny(batch_size=40))
+    with pytest.raises(ValueError, match="--device is 'tpu'"):
+        train(tiny(device="tpu"))
+    with pytest.raises(ValueError, match="--dataset is 'nope'"):
+        train(tiny(data=DataConfig(dataset="nope")))
+
+
+def test_inference_needs_no_head(tiny):
+    config = tiny(steps=2)
+    train(config)
+    model, saved, step = load_model(config.out, torch.device("cpu"))
+    assert (
+        model.embed_head is None
+        and step == 2
+        and flatten(saved) == flatten(load_config(config.out / "config.json"))
+    )
+    assert load_model(config.out, torch.device("cpu"), with_embed_head=True)[0].embed_head is not None
+
+
+def test_cross_entropy_of_a_batch_without_labels_is_zero():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = CrossEntropy()(logits, None, torch.full((2, 8, 8), IGNORE))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_learning_rate_rises_and_decays():
+    config = OptimConfig(lr=0.1, lr_warmup=4, power=0.9)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[0] == pytest.approx(0.025) and max(rates) == rates[3] and rates[3] < 0.1
+    assert rates[10] == pytest.approx(0.1 * 0.5**0.9) and 0 < rates[-1] < 0.01
+    assert learning_rate(OptimConfig(lr=0.1, power=0), 19, 20) == 0.1
