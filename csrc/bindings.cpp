@@ -85,7 +85,7 @@ void read(Fields& fields, GatherBackwardParams& p) {
 void read(Fields& fields, CollectParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
   fields PXC_FIELD(labels) PXC_FIELD(priority) PXC_FIELD(num_classes) PXC_FIELD(pixels_per_image)
-      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(sums) PXC_FIELD(wide)
+      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(weights) PXC_FIELD(sums) PXC_FIELD(wide)
           PXC_FIELD(rows_dtype) PXC_FIELD(rows) PXC_FIELD(row_labels) PXC_FIELD(threads);
 }
 
@@ -215,7 +215,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pixcontrast_ext; called through pixcontrast_ext.backends.native only.";
   m.attr("compiler") = PXC_COMPILER;
   m.attr("cuda_archs") = PXC_CUDA_ARCHS;
-  m.attr("stripes") = kStripes;
 
   // args = (position, value); the caller knows what they mean.
   static py::exception<BadValue> bad_value(m, "BadValue", PyExc_ValueError);

@@ -54,15 +54,14 @@ struct GatherBackwardParams : EmbeddingMap {
   int32_t threads;
 };
 
-constexpr int64_t kStripes = 4;  // of an image, whose class sums are added up in order
-
 struct CollectParams : EmbeddingMap {
   const int64_t* labels;    // [B, pixels]
   const int32_t* priority;  // [B, pixels]
   int64_t num_classes, pixels_per_image, ignore_index;
   int32_t normalize;
   uint64_t* pool_keys;  // [B, pixels] scratch
-  double* sums;         // [B, kStripes, num_classes, D] scratch
+  float* weights;       // [B * pixels + 15] scratch: groups of 16 may end behind the last pixel
+  double* sums;         // [B, num_classes, D] scratch
   float* wide;          // [B, num_classes, pixels_per_image, D] scratch
   int32_t rows_dtype;   // DType
   void* rows;           // [B, num_classes, 1 + pixels_per_image, D] out, the region first

@@ -2,9 +2,10 @@
 // and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the candidates that
 // are labelled go into the rings, in image order.
 //
-// The map is read once, in blocks of pixels that stay in cache for two looks: norms, then sums by class. Every
-// image is cut into kStripes runs of blocks whose sums are added up in order, so that no sum depends on the
-// thread count.
+// The map is read twice, each time straight along its memory, channel plane by channel plane (or pixel by pixel
+// where the channels are innermost): once for the norms, once for the class sums and the chosen pixels. Reading
+// it once, in blocks that stay in cache, was slower: a block is a small piece of every plane, each on a page of
+// its own. No sum is shared between threads, so none depends on their number.
 #include <cstring>
 
 #include "cpu.h"
@@ -14,138 +15,31 @@
 namespace pxc {
 namespace {
 
+// Four floats that stay in a register: left to itself the compiler spills the sums between two loops.
+using Four = float __attribute__((vector_size(16)));
+using FourBits = uint32_t __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 16;
-constexpr int64_t kBlock = 512;
+constexpr int64_t kFlush = 1024;   // groups summed in fp32 before they go into doubles
+constexpr int64_t kShare = 4096;   // pixels that a thread takes at a time in the first reading
+constexpr int64_t kChannels = 16;  // channels, in the second
 
-// Among kLanes consecutive pixels of a block, those of one class.
+// Of kLanes consecutive pixels of an image those that belong to one class.
 struct Group {
   int64_t label;
-  int64_t first;            // pixel of the block
-  uint32_t member[kLanes];  // all ones or zero: a select by `and` keeps a NaN pixel out of the other classes
+  int64_t first;
+  bool whole;                   // all of them do
+  FourBits member[kLanes / 4];  // all ones or zero: a select by `and` keeps a NaN out of the other classes
 };
 
-// One thread's view of a block: fp32, channel by channel, its pixels contiguous and padded to whole groups.
-struct Block {
-  const float* pixels;
-  int64_t stride;  // between channels
-  int64_t size;
-  std::vector<float> copy;
-  float weights[kBlock];  // 1 / norm of each pixel
-  std::vector<Group> groups;
-};
-
-template <class In>
-void fetch(const CollectParams& p, int64_t first_pixel, int64_t size, Block& block) {
-  const In* map = static_cast<const In*>(p.map);
-  const bool plain = p.stride_column == 1 && p.stride_row == p.width && size % kLanes == 0;
-  block.size = size;
-  if constexpr (std::is_same_v<In, float>) {
-    if (plain) {
-      block.pixels = map + pixel_offset(p, first_pixel);
-      block.stride = p.stride_channel;
-      return;
-    }
-  }
-  block.copy.resize(p.channels * kBlock);
-  block.pixels = block.copy.data();
-  block.stride = kBlock;
-  float* copy = block.copy.data();
-  if (p.stride_channel == 1) {
-    for (int64_t i = 0; i < size; ++i) {
-      const In* pixel = map + pixel_offset(p, first_pixel + i);
-      for (int64_t d = 0; d < p.channels; ++d) copy[d * kBlock + i] = load(pixel + d);
-    }
-  } else {
-    int64_t offsets[kBlock];
-    for (int64_t i = 0; i < size; ++i) offsets[i] = pixel_offset(p, first_pixel + i);
-    for (int64_t d = 0; d < p.channels; ++d) {
-      const In* channel = map + d * p.stride_channel;
-      for (int64_t i = 0; i < size; ++i) copy[d * kBlock + i] = load(channel + offsets[i]);
-    }
-  }
-}
-
-void weigh(const CollectParams& p, Block& block) {
-  std::fill(block.weights, block.weights + kBlock, p.normalize ? 0.f : 1.f);
-  if (!p.normalize) return;
-  for (int64_t d = 0; d < p.channels; ++d) {
-    const float* channel = block.pixels + d * block.stride;
-    for (int64_t i = 0; i < block.size; ++i) block.weights[i] += channel[i] * channel[i];
-  }
-  for (int64_t i = 0; i < block.size; ++i) block.weights[i] = inverse_norm(block.weights[i]);
-}
-
-// The block's classes as groups, those of one class together.
-void group(const CollectParams& p, const int64_t* labels, Block& block) {
-  block.groups.clear();
-  for (int64_t first = 0; first < block.size; first += kLanes) {
-    const size_t start = block.groups.size();
-    for (int64_t lane = 0; lane < std::min(kLanes, block.size - first); ++lane) {
-      const int64_t label = labels[first + lane];
-      if (label == p.ignore_index) continue;
-      size_t g = start;
-      while (g < block.groups.size() && block.groups[g].label != label) ++g;
-      if (g == block.groups.size()) block.groups.push_back({label, first, {}});
-      block.groups[g].member[lane] = ~0u;
-    }
-  }
-  std::stable_sort(block.groups.begin(), block.groups.end(),
-                   [](const Group& a, const Group& b) { return a.label < b.label; });
-}
-
-void add_to_sums(const CollectParams& p, const Block& block, double* sums) {
-  for (int64_t d = 0; d < p.channels; ++d) {
-    const float* channel = block.pixels + d * block.stride;
-    for (size_t g = 0; g < block.groups.size();) {
-      const int64_t label = block.groups[g].label;
-      float lanes[kLanes] = {};
-      for (; g < block.groups.size() && block.groups[g].label == label; ++g) {
-        const Group& group = block.groups[g];
-        const float *pixels = channel + group.first, *weights = block.weights + group.first;
-        for (int64_t j = 0; j < kLanes; ++j) {
-          const uint32_t bits = __builtin_bit_cast(uint32_t, pixels[j] * weights[j]) & group.member[j];
-          lanes[j] += __builtin_bit_cast(float, bits);
-        }
-      }
-      for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-        for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-      }
-      sums[label * p.channels + d] += double(lanes[0]);
-    }
-  }
-}
-
-// sums [B, kStripes, C, D]
-template <class In>
-void sum_classes(const CollectParams& p) {
-  const int64_t pixels = p.height * p.width, blocks = (pixels + kBlock - 1) / kBlock;
-#pragma omp parallel num_threads(p.threads)
-  {
-    Block block;
-#pragma omp for schedule(static) collapse(2)
-    for (int64_t image = 0; image < p.batch; ++image) {
-      for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
-        double* sums = p.sums + (image * kStripes + stripe) * p.num_classes * p.channels;
-        std::fill(sums, sums + p.num_classes * p.channels, 0.0);
-        const int64_t last = blocks * (stripe + 1) / kStripes;
-        for (int64_t index = blocks * stripe / kStripes; index < last; ++index) {
-          const int64_t first = image * pixels + index * kBlock;
-          fetch<In>(p, first, std::min(kBlock, pixels - index * kBlock), block);
-          group(p, p.labels + first, block);
-          weigh(p, block);
-          add_to_sums(p, block, sums);
-        }
-      }
-    }
-  }
-}
-
-// What one image offers: how many pixels each class has, and which of them become candidates.
+// What one image offers.
 struct Offer {
-  std::vector<int64_t> counts;         // [C]
-  std::vector<int64_t> indices, rows;  // flat over B * pixels; rows of [B, C, 1 + pixels_per_image]
+  std::vector<int64_t> counts;  // [C] pixels of each class
+  std::vector<int64_t> pixels;  // chosen ones, within the image
+  std::vector<int64_t> rows;    // of [B, C, 1 + pixels_per_image], where those go
+  std::vector<Group> groups;    // in the order of the pixels
 };
 
+// Label, priority and pool work: which pixels are candidates.
 void choose_pixels(const CollectParams& p, int64_t image, Offer& offer) {
   const int64_t pixels = p.height * p.width, first = image * pixels;
   offer.counts.assign(p.num_classes, 0);
@@ -168,19 +62,119 @@ void choose_pixels(const CollectParams& p, int64_t image, Offer& offer) {
     keep_smallest(pool, offer.counts[label], keep);
     const int64_t region = (image * p.num_classes + label) * (1 + p.pixels_per_image);
     for (int64_t i = 0; i < keep; ++i) {
-      offer.indices.push_back(first + pixel_of(pool[i]));
+      offer.pixels.push_back(pixel_of(pool[i]));
       offer.rows.push_back(region + 1 + i);
     }
   }
 }
 
+void group_pixels(const CollectParams& p, int64_t image, Offer& offer) {
+  const int64_t pixels = p.height * p.width;
+  const int64_t* labels = p.labels + image * pixels;
+  for (int64_t first = 0; first < pixels; first += kLanes) {
+    const size_t start = offer.groups.size();
+    const int64_t size = std::min(kLanes, pixels - first);
+    for (int64_t lane = 0; lane < size; ++lane) {
+      const int64_t label = labels[first + lane];
+      if (label == p.ignore_index) continue;
+      size_t g = start;
+      while (g < offer.groups.size() && offer.groups[g].label != label) ++g;
+      if (g == offer.groups.size()) offer.groups.push_back({label, first, false, {}});
+      offer.groups[g].member[lane / 4][lane % 4] = ~0u;
+    }
+    const bool one_class = offer.groups.size() == start + 1;
+    if (one_class) offer.groups[start].whole = std::count(labels + first, labels + first + size, labels[first]) == kLanes;
+  }
+}
+
+bool has_planes(const CollectParams& p) { return p.stride_column == 1 && p.stride_row == p.width; }
+
+// 1 / norm of every pixel of an image, or 1. A thread takes some consecutive pixels.
+template <class In>
+void weigh(const CollectParams& p, int64_t first, int64_t size, float* weights) {
+  if (!p.normalize) return std::fill(weights, weights + size, 1.f);
+  const In* map = static_cast<const In*>(p.map);
+  if (!has_planes(p)) {
+    for (int64_t i = 0; i < size; ++i) {
+      const In* pixel = map + pixel_offset(p, first + i);
+      float sum = 0.f;
+      for (int64_t d = 0; d < p.channels; ++d) {
+        const float value = load(pixel + d * p.stride_channel);
+        sum += value * value;
+      }
+      weights[i] = inverse_norm(sum);
+    }
+    return;
+  }
+  const In* source = map + pixel_offset(p, first);
+  std::fill(weights, weights + size, 0.f);
+  int64_t d = 0;
+  for (; d + 2 <= p.channels; d += 2) {  // two at a time: half the traffic of the weights
+    const In *a = source + d * p.stride_channel, *b = a + p.stride_channel;
+    for (int64_t i = 0; i < size; ++i) weights[i] += load(a + i) * load(a + i) + load(b + i) * load(b + i);
+  }
+  for (; d < p.channels; ++d) {
+    const In* a = source + d * p.stride_channel;
+    for (int64_t i = 0; i < size; ++i) weights[i] += load(a + i) * load(a + i);
+  }
+  for (int64_t i = 0; i < size; ++i) weights[i] = inverse_norm(weights[i]);
+}
+
+// Per class the sum over its pixels in `Planes` channels, each pixel times its weight, in kLanes strands.
+template <int Planes>
+struct Strands {
+  Four of[Planes][kLanes / 4];
+
+  // Adds its value to sums[d] for each channel d, and starts anew.
+  void flush(double* sums) {
+    for (int n = 0; n < Planes; ++n) {
+      const Four total = (of[n][0] + of[n][1]) + (of[n][2] + of[n][3]);
+      sums[n] += double((total[0] + total[1]) + (total[2] + total[3]));
+    }
+    *this = {};
+  }
+};
+
+template <int Planes>
+void sum_classes(const CollectParams& p, const Offer& offer, const float* const* planes, const float* weights,
+                 Strands<Planes>* strands, double* sums) {
+  const auto flush = [&] {
+    for (int64_t label = 0; label < p.num_classes; ++label) {
+      if (offer.counts[label] > 0) strands[label].flush(sums + label * p.channels);
+    }
+  };
+  const size_t size = offer.groups.size();
+  for (size_t g = 0; g < size;) {
+    const size_t end = std::min(size, g + size_t(kFlush));
+    while (g < end) {
+      const int64_t label = offer.groups[g].label;
+      Strands<Planes> sum = strands[label];  // in registers along a run of one class
+      for (; g < end && offer.groups[g].label == label; ++g) {
+        const Group& group = offer.groups[g];
+        for (int j = 0; j < kLanes / 4; ++j) {
+          Four scale;
+          std::memcpy(&scale, weights + group.first + 4 * j, sizeof(Four));
+          for (int n = 0; n < Planes; ++n) {
+            Four pixels;
+            std::memcpy(&pixels, planes[n] + group.first + 4 * j, sizeof(Four));
+            pixels *= scale;
+            sum.of[n][j] += group.whole ? pixels : Four(FourBits(pixels) & group.member[j]);
+          }
+        }
+      }
+      strands[label] = sum;
+    }
+    flush();
+  }
+}
+
 // Stores a row unless its norm, as stored, is zero or not finite.
 template <class Out>
-void store_row(const CollectParams& p, int64_t row, const float* values, float scale) {
+void store_row(const CollectParams& p, int64_t row, const float* values) {
   Out* stored = static_cast<Out*>(p.rows) + row * p.channels;
   float squares = 0.f;
   for (int64_t d = 0; d < p.channels; ++d) {
-    store(stored + d, values[d] * scale);
+    store(stored + d, values[d]);
     squares += load(stored + d) * load(stored + d);
   }
   if (squares > 0.f && std::isfinite(squares)) {
@@ -190,42 +184,107 @@ void store_row(const CollectParams& p, int64_t row, const float* values, float s
   }
 }
 
+// One thread's memory for read_channels.
+struct Scratch {
+  std::vector<float> copies[2];
+  std::vector<Strands<2>> two;
+  std::vector<Strands<1>> one;
+};
+
+// A channel of one image in fp32, its pixels side by side up to whole groups: the map itself where it is so.
+template <class In>
+const float* plane_of(const CollectParams& p, const In* channel, std::vector<float>& copy) {
+  const int64_t pixels = p.height * p.width;
+  if constexpr (std::is_same_v<In, float>) {
+    if (has_planes(p) && pixels % kLanes == 0) return channel;
+  }
+  copy.resize((pixels + kLanes - 1) / kLanes * kLanes);
+  for (int64_t h = 0, i = 0; h < p.height; ++h) {
+    const In* line = channel + h * p.stride_row;
+    for (int64_t w = 0; w < p.width; ++w, ++i) copy[i] = load(line + w * p.stride_column);
+  }
+  return copy.data();
+}
+
+// Class sums [B, C, D] and chosen pixels [.., D] of some channels of one image.
+template <class In>
+void read_channels(const CollectParams& p, int64_t image, int64_t first, int64_t last, const Offer& offer,
+                   float* wide, Scratch& scratch) {
+  const In* map = static_cast<const In*>(p.map) + image * p.stride_batch;
+  const float* weights = p.weights + image * p.height * p.width;
+  double* sums = p.sums + image * p.num_classes * p.channels;
+  for (int64_t d = first; d < last;) {
+    const int count = d + 2 <= last ? 2 : 1;
+    const float* planes[2];
+    for (int n = 0; n < count; ++n) planes[n] = plane_of(p, map + (d + n) * p.stride_channel, scratch.copies[n]);
+    if (count == 2) {
+      sum_classes(p, offer, planes, weights, scratch.two.data(), sums + d);
+    } else {
+      sum_classes(p, offer, planes, weights, scratch.one.data(), sums + d);
+    }
+    for (size_t i = 0; i < offer.pixels.size(); ++i) {
+      const int64_t pixel = offer.pixels[i];
+      for (int n = 0; n < count; ++n) wide[int64_t(i) * p.channels + d + n] = planes[n][pixel] * weights[pixel];
+    }
+    d += count;
+  }
+}
+
 template <class Out>
-void store_regions(const CollectParams& p, int64_t image, const std::vector<int64_t>& counts) {
+void store_candidates(const CollectParams& p, int64_t image, const Offer& offer, const float* wide) {
   std::vector<float> mean(p.channels);
   for (int64_t label = 0; label < p.num_classes; ++label) {
-    if (counts[label] == 0) continue;
-    std::vector<double> sum(p.channels, 0.0);
+    if (offer.counts[label] == 0) continue;
+    const int64_t pair = image * p.num_classes + label;
+    const double* sum = p.sums + pair * p.channels;
     double squares = 0.0;
-    for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
-      const double* part = p.sums + ((image * kStripes + stripe) * p.num_classes + label) * p.channels;
-      for (int64_t d = 0; d < p.channels; ++d) sum[d] += part[d];
-    }
-    for (double value : sum) squares += value * value;
+    for (int64_t d = 0; d < p.channels; ++d) squares += sum[d] * sum[d];
     // A zero or NaN sum needs no scale: store_row refuses it.
-    const double scale = !p.normalize ? 1.0 / double(counts[label]) : squares > 0.0 ? 1.0 / std::sqrt(squares) : 1.0;
+    const double to_unit = squares > 0.0 ? 1.0 / std::sqrt(squares) : 1.0;
+    const double scale = p.normalize ? to_unit : 1.0 / double(offer.counts[label]);
     for (int64_t d = 0; d < p.channels; ++d) mean[d] = float(sum[d] * scale);
-    store_row<Out>(p, (image * p.num_classes + label) * (1 + p.pixels_per_image), mean.data(), 1.f);
+    store_row<Out>(p, pair * (1 + p.pixels_per_image), mean.data());
+  }
+  for (size_t i = 0; i < offer.pixels.size(); ++i) {
+    store_row<Out>(p, offer.rows[i], wide + int64_t(i) * p.channels);
   }
 }
 
 template <class In, class Out>
-void store_candidates(const CollectParams& p, const std::vector<Offer>& offers) {
-  std::vector<int64_t> indices, rows;
-  for (const Offer& offer : offers) {
-    indices.insert(indices.end(), offer.indices.begin(), offer.indices.end());
-    rows.insert(rows.end(), offer.rows.begin(), offer.rows.end());
+void collect_rows(const CollectParams& p, const std::vector<Offer>& offers) {
+  const int64_t pixels = p.height * p.width, parts = (pixels + kShare - 1) / kShare;
+  const int64_t channel_blocks = (p.channels + kChannels - 1) / kChannels;
+  std::vector<int64_t> first_row(p.batch + 1, 0);
+  for (int64_t image = 0; image < p.batch; ++image) {
+    first_row[image + 1] = first_row[image] + int64_t(offers[image].pixels.size());
   }
-  read_pixels<In>(p, indices.data(), int64_t(indices.size()), p.wide, p.threads);
-  const int64_t num_rows = p.batch * p.num_classes * (1 + p.pixels_per_image);
-  std::fill(p.row_labels, p.row_labels + num_rows, -1);
-  std::memset(p.rows, 0, size_t(num_rows * p.channels) * sizeof(Out));
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t image = 0; image < p.batch; ++image) store_regions<Out>(p, image, offers[image].counts);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t i = 0; i < int64_t(rows.size()); ++i) {
-    const float* pixel = p.wide + i * p.channels;
-    store_row<Out>(p, rows[i], pixel, p.normalize ? inverse_norm(pixel, p.channels) : 1.f);
+  const int64_t rows = p.batch * p.num_classes * (1 + p.pixels_per_image);
+  std::fill(p.row_labels, p.row_labels + rows, -1);
+  std::memset(p.rows, 0, size_t(rows * p.channels) * sizeof(Out));
+  std::fill(p.sums, p.sums + p.batch * p.num_classes * p.channels, 0.0);
+#pragma omp parallel num_threads(p.threads)
+  {
+    Scratch scratch;
+    scratch.two.resize(p.num_classes);
+    scratch.one.resize(p.num_classes);
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t image = 0; image < p.batch; ++image) {
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t first = image * pixels + part * kShare;
+        weigh<In>(p, first, std::min(kShare, pixels - part * kShare), p.weights + first);
+      }
+    }
+#pragma omp for schedule(static) collapse(2)
+    for (int64_t image = 0; image < p.batch; ++image) {
+      for (int64_t block = 0; block < channel_blocks; ++block) {
+        read_channels<In>(p, image, block * kChannels, std::min((block + 1) * kChannels, p.channels), offers[image],
+                          p.wide + first_row[image] * p.channels, scratch);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t image = 0; image < p.batch; ++image) {
+      store_candidates<Out>(p, image, offers[image], p.wide + first_row[image] * p.channels);
+    }
   }
 }
 
@@ -236,14 +295,16 @@ void collect(const CollectParams& p) {
   FirstBadValue bad;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t image = 0; image < p.batch; ++image) {
-    bad.guard([&] { choose_pixels(p, image, offers[image]); });
+    bad.guard([&] {
+      choose_pixels(p, image, offers[image]);
+      group_pixels(p, image, offers[image]);
+    });
   }
   bad.rethrow();
   with_dtype(p.map_dtype, [&](auto* in) {
-    using In = std::remove_pointer_t<decltype(in)>;
-    sum_classes<In>(p);
-    with_dtype(p.rows_dtype,
-               [&](auto* out) { store_candidates<In, std::remove_pointer_t<decltype(out)>>(p, offers); });
+    with_dtype(p.rows_dtype, [&](auto* out) {
+      collect_rows<std::remove_pointer_t<decltype(in)>, std::remove_pointer_t<decltype(out)>>(p, offers);
+    });
   });
 }
 

@@ -61,11 +61,6 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def stripes() -> int:
-    """Into how many runs the kernels cut an image to sum up its classes."""
-    return int(_C.stripes)
-
-
 def map_fields(embeddings: Tensor) -> dict[str, int]:
     """The `EmbeddingMap` part of a struct, for a `[B, D, H, W]` CPU tensor of any strides."""
     if embeddings.device.type != "cpu" or embeddings.dim() != 4:
