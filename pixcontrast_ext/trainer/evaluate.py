@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchmetrics.classification import MulticlassJaccardIndex
 
 from pixcontrast_ext.trainer.checkpoints import CheckpointError, CheckpointStore, read_checkpoint
 from pixcontrast_ext.trainer.config import TrainConfig, config_of
@@ -57,6 +56,9 @@ def evaluate(
     amp: str = "off",
 ) -> Scores:
     """IoU over the whole dataset, each rank predicting its share. Pixels labelled `IGNORE` do not count."""
+    # Here, not above: this import takes seconds, which --help and a mistyped option need not wait for.
+    from torchmetrics.classification import MulticlassJaccardIndex
+
     metric = MulticlassJaccardIndex(
         num_classes=len(classes),
         average="none",

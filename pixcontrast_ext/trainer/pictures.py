@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from sklearn.manifold import TSNE
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -147,6 +146,8 @@ def _some(indices: Tensor, count: int) -> Tensor:
 
 
 def _scatter(axes: Axes, features: np.ndarray, labels: np.ndarray, spec: DatasetSpec) -> None:
+    from sklearn.manifold import TSNE  # here: it takes seconds, --help should not
+
     perplexity = min(30.0, max(1.0, (len(features) - 1) / 3))
     places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
     colours = np.array(spec.colours)[labels] / 255

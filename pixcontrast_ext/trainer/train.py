@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,7 @@ class _Run:
         self._write("val", {"step": step, "miou": scores.miou, **scores.class_iou})
         if self.ranks.is_first:
             name, steps = self.config.loss.contrast, self.config.steps
-            tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val")
+            tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val", file=sys.stderr)
 
     def _save(self, step: int) -> None:
         if self.log is not None:
