@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 
 def infonce(
-    anchors: Tensor, anchor_labels: Tensor, keys: Tensor, key_labels: Tensor, temperature: float, exclude_self: bool
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor,
+    key_labels: Tensor,
+    temperature: float,
+    exclude_self: bool,
 ) -> tuple[list[float], list[int]]:
     """Loss and number of positives of each anchor."""
     a, k = anchors.double().tolist(), keys.double().tolist()
@@ -75,16 +79,24 @@ def sampling(
 class Rings:
     """A bank as lists: per class the regions and the pixels, oldest first."""
 
-    def __init__(self, num_classes: int, region_slots: int, pixel_slots: int, pixels_per_image: int):
+    def __init__(
+        self,
+        num_classes: int,
+        region_slots: int,
+        pixel_slots: int,
+        pixels_per_image: int,
+        normalize: bool = True,
+    ):
         self.slots = {"region": region_slots, "pixel": pixel_slots}
-        self.pixels_per_image = pixels_per_image
+        self.pixels_per_image, self.normalize = pixels_per_image, normalize
         self.rows = {kind: [[] for _ in range(num_classes)] for kind in self.slots}
 
     def enqueue(self, embeddings: Tensor, labels: Tensor, priority: Tensor, ignore_index: int = 255) -> None:
         batch, channels = embeddings.shape[:2]
         for b in range(batch):
             rows = embeddings[b].double().reshape(channels, -1).T
-            rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+            if self.normalize:
+                rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
             y, r = labels[b].flatten().tolist(), priority[b].flatten().tolist()
             for c in range(len(self.rows["region"])):
                 mine = [i for i in range(len(y)) if y[i] == c and c != ignore_index]
@@ -98,7 +110,7 @@ class Rings:
     def _push(self, kind: str, c: int, row: Tensor) -> None:
         norm = row.norm()
         if norm > 0 and norm.isfinite():
-            self.rows[kind][c].append(row / norm)
+            self.rows[kind][c].append(row / norm if self.normalize else row)
 
     def expected(self, kind: str, c: int) -> tuple[int, int, dict[int, Tensor]]:
         """Pointer, fill and the row of every used slot of one ring."""
