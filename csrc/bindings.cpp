@@ -1,6 +1,6 @@
 // The one file that knows Python. Every kernel is exposed as a function of keyword arguments named like the
-// fields of its struct in params.h; pointers travel as integers. A missing or superfluous field is a TypeError,
-// the GIL is released while a kernel runs, and no struct outlives its call.
+// fields of its struct in params.h; pointers travel as integers. A missing or superfluous field is a
+// TypeError, the GIL is released while a kernel runs, and no struct outlives its call.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -45,7 +45,8 @@ class Fields {
   }
 
   void done() const {
-    if (used_ != values_.size()) throw py::type_error("superfluous fields: " + std::to_string(values_.size() - used_));
+    if (used_ != values_.size())
+      throw py::type_error("superfluous fields: " + std::to_string(values_.size() - used_));
   }
 
  private:
@@ -70,23 +71,23 @@ void read(Fields& fields, SamplingParams& p) {
 
 void read(Fields& fields, GatherParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
-  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(wide) PXC_FIELD(rows_dtype) PXC_FIELD(rows)
-      PXC_FIELD(inv_norm) PXC_FIELD(threads);
+  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(wide) PXC_FIELD(rows_dtype)
+      PXC_FIELD(rows) PXC_FIELD(inv_norm) PXC_FIELD(threads);
 }
 
 void read(Fields& fields, GatherBackwardParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
-  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype) PXC_FIELD(grad_rows)
-      PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
-          PXC_FIELD(grad_stride_channel) PXC_FIELD(grad_stride_row) PXC_FIELD(grad_stride_column)
-              PXC_FIELD(threads);
+  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype)
+      PXC_FIELD(grad_rows) PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(grad_map)
+          PXC_FIELD(grad_stride_batch) PXC_FIELD(grad_stride_channel) PXC_FIELD(grad_stride_row)
+              PXC_FIELD(grad_stride_column) PXC_FIELD(threads);
 }
 
 void read(Fields& fields, CollectParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
   fields PXC_FIELD(labels) PXC_FIELD(priority) PXC_FIELD(num_classes) PXC_FIELD(pixels_per_image)
-      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(weights) PXC_FIELD(sums) PXC_FIELD(wide)
-          PXC_FIELD(rows_dtype) PXC_FIELD(rows) PXC_FIELD(row_labels) PXC_FIELD(threads);
+      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(weights) PXC_FIELD(sums)
+          PXC_FIELD(wide) PXC_FIELD(rows_dtype) PXC_FIELD(rows) PXC_FIELD(row_labels) PXC_FIELD(threads);
 }
 
 void read(Fields& fields, WriteParams& p) {
@@ -205,7 +206,8 @@ void select_instruction_set(const std::string& name) {
       return;
     }
   }
-  throw py::value_error("instruction set '" + name + "' is unknown or not supported by this processor; supported: " +
+  throw py::value_error("instruction set '" + name +
+                        "' is unknown or not supported by this processor; supported: " +
                         py::str(instruction_sets()).cast<std::string>());
 }
 

@@ -45,11 +45,11 @@ struct GatherBackwardParams : EmbeddingMap {
   const int64_t* indices;  // [rows]
   int64_t num_rows;
   int32_t normalize;
-  int32_t rows_dtype;       // DType
-  const void* grad_rows;    // [rows, D]
-  const float* inv_norm;    // [rows], from the forward
-  float* wide;              // [rows, D] scratch
-  void* grad_map;           // [B, D, H, W] out, dense, map_dtype, with the four strides below
+  int32_t rows_dtype;     // DType
+  const void* grad_rows;  // [rows, D]
+  const float* inv_norm;  // [rows], from the forward
+  float* wide;            // [rows, D] scratch
+  void* grad_map;         // [B, D, H, W] out, dense, map_dtype, with the four strides below
   int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
   int32_t threads;
 };
@@ -112,7 +112,7 @@ struct CollectKeysParams {
 };
 
 struct NegativesParams {
-  float* scores;                 // [rows, keys] in: dot products; out: exp2(score - shift), 0 for positives
+  float* scores;  // [rows, keys] in: dot products; out: exp2(score - shift), 0 for positives
   int64_t num_rows, num_keys;
   const int32_t* anchor_labels;  // [rows]
   const int32_t* key_labels;     // [keys], or null if every key is a negative of every row
@@ -125,9 +125,9 @@ struct NegativesParams {
 };
 
 struct PositivesParams {
-  float* scores;               // [rows, keys] in: dot products; out: sigma of eq. (4), 0 for the pair (i, i)
+  float* scores;  // [rows, keys] in: dot products; out: sigma of eq. (4), 0 for the pair (i, i)
   int64_t num_rows, num_keys;
-  const float* neg_lse;        // [rows], log2 units
+  const float* neg_lse;         // [rows], log2 units
   const int64_t* anchor_index;  // [rows], or null without exclude_self
   const int64_t* key_index;     // [keys], or null without exclude_self
   float scale;
@@ -139,12 +139,12 @@ struct PositivesParams {
 
 struct FinishParams {
   int64_t num_rows, channels;
-  const int64_t* anchor_index;  // [rows], where row i goes in the outputs
-  const float* shift;           // [rows], log2 units
-  const float* sum;             // [rows]
-  const float* negatives;       // [rows, D] O of pass 1, not yet divided by sum; null without gradient
-  const float* positives;       // [rows, D] G of pass 2; null without gradient
-  const double* loss_sum;       // [rows]
+  const int64_t* anchor_index;   // [rows], where row i goes in the outputs
+  const float* shift;            // [rows], log2 units
+  const float* sum;              // [rows]
+  const float* negatives;        // [rows, D] O of pass 1, not yet divided by sum; null without gradient
+  const float* positives;        // [rows, D] G of pass 2; null without gradient
+  const double* loss_sum;        // [rows]
   const double* pos_weight_sum;  // [rows]
   const int64_t* pos_counts;     // [rows]
   float temperature;

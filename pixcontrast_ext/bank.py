@@ -15,16 +15,16 @@ from pixcontrast_ext.ops import enqueue
 class MemoryBank(nn.Module):
     """Per class a ring of region embeddings and a ring of pixel embeddings (arXiv 2101.11939, section 3.3).
 
-    A region is the mean embedding of one class in one image. The state is buffers only, so the bank moves, saves and loads
-    with the model that holds it:
+    A region is the mean embedding of one class in one image. The state is buffers only, so the bank moves,
+    saves and loads with the model that holds it:
 
         keys          [C, R + P, D]  regions first; zeros until filled
         key_labels    [C, R + P]     int32, -1 until filled
         region_ptr, region_fill, pixel_ptr, pixel_fill  [C] int64: next slot to write, and slots in use
 
-    In a distributed job every rank must call `enqueue` at every step; candidates are exchanged in rank order and all banks
-    stay bit-identical. Keep the bank outside of `DistributedDataParallel`, or list its buffers among those to ignore:
-    broadcasting them is harmless but a waste.
+    In a distributed job every rank must call `enqueue` at every step; candidates are exchanged in rank order
+    and all banks stay bit-identical. Keep the bank outside of `DistributedDataParallel`, or list its buffers
+    among those to ignore: broadcasting them is harmless but a waste.
 
     Args:
         num_classes: C.
@@ -97,7 +97,9 @@ class MemoryBank(nn.Module):
 
     def _check_no_grad(self) -> None:
         if self.keys.requires_grad:
-            raise ValueError("the bank's keys must not require grad: they are written between forward and backward")
+            raise ValueError(
+                "the bank's keys must not require grad: they are written between forward and backward"
+            )
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -116,10 +118,12 @@ class MemoryBank(nn.Module):
         priority: Tensor | None = None,
         backend: str | None = None,
     ) -> None:
-        """Add one region and up to `pixels_per_image` pixels for every (image, class) that occurs, in image order.
+        """Add one region and up to `pixels_per_image` pixels for every (image, class) that occurs, in image
+        order.
 
-        Pixels are those of the smallest (priority, pixel index), in pixel order. Rings wrap; of more than a ring holds the
-        last ones stay. A row whose norm is zero or not finite is never stored. Nothing waits for the device.
+        Pixels are those of the smallest (priority, pixel index), in pixel order. Rings wrap; of more than a
+        ring holds the last ones stay. A row whose norm is zero or not finite is never stored. Nothing waits
+        for the device.
 
         Args:
             embeddings: any strides, need not be normalised; on the device of the bank.
@@ -128,15 +132,19 @@ class MemoryBank(nn.Module):
             backend: see `available_backends`.
 
         Raises:
-            TypeError: embeddings that are not floating point, labels that are not integers, priority that is not int32.
-            ValueError: shapes or devices that do not fit; a bank that requires grad; on the CPU also a label that is
-                neither a class nor `ignore_index`; in a distributed job a batch larger than the first one.
+            TypeError: embeddings that are not floating point, labels that are not integers, priority that is
+                not int32.
+            ValueError: shapes or devices that do not fit; a bank that requires grad; on the CPU also a label
+                that is neither a class nor `ignore_index`; in a distributed job a batch larger than the first
+                one.
         """
         ops.check_embeddings(embeddings)
         if embeddings.shape[1] != self.embed_dim:
             raise ValueError(f"embeddings must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
         if embeddings.device != self.keys.device:
-            raise ValueError(f"embeddings must be on the bank's device {self.keys.device}, got {embeddings.device}")
+            raise ValueError(
+                f"embeddings must be on the bank's device {self.keys.device}, got {embeddings.device}"
+            )
         self._check_no_grad()
         rows, row_labels = enqueue.collect(
             embeddings,
@@ -167,14 +175,14 @@ class MemoryBank(nn.Module):
         """The group to exchange with, or None if there is none or it has one rank."""
         if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
             return None
-        group = dist.group.WORLD if self.process_group == "default" else self.process_group
+        group = dist.group.WORLD if isinstance(self.process_group, str) else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
     def _exchange(self, rows: Tensor, row_labels: Tensor) -> tuple[Tensor, Tensor]:
         """All ranks' candidates, in rank order.
 
-        The shape of an exchange has to be known on every rank without asking, so the largest batch of the first exchange
-        sets it; smaller batches are padded with rows that nobody stores.
+        The shape of an exchange has to be known on every rank without asking, so the largest batch of the
+        first exchange sets it; smaller batches are padded with rows that nobody stores.
         """
         group = self._group()
         if group is None:

@@ -10,8 +10,8 @@ from pixcontrast_ext import ops
 class ProjectionHead(nn.Module):
     """Two 1x1 convolutions from features [B, in_channels, H, W] to embeddings [B, embed_dim, H, W].
 
-    It does not normalise: the loss does that, for the few pixels it reads. Used in training only. Source: arXiv 2101.11939,
-    section 3.4.
+    It does not normalise: the loss does that, for the few pixels it reads. Used in training only. Source:
+    arXiv 2101.11939, section 3.4.
 
     Args:
         in_channels: of the features.

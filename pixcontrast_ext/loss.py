@@ -17,13 +17,17 @@ from pixcontrast_ext.ops.warmup import WarmUp
 
 
 def _nearest(size: int, target: int, device: torch.device) -> Tensor:
-    """Which of `size` positions each of `target` takes, by the rule of `F.interpolate(mode="nearest")`: in fp32."""
+    """Which of `size` positions each of `target` takes, by the rule of `F.interpolate(mode="nearest")`: in
+    fp32.
+    """
     positions = torch.arange(target, dtype=torch.float32, device=device)
     return (positions * (size / target)).floor().long().clamp(max=size - 1)
 
 
 def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pick [..., h, w] out of [..., H, W] like `F.interpolate(mode="nearest")`, on any dtype, integers included."""
+    """Pick [..., h, w] out of [..., H, W] like `F.interpolate(mode="nearest")`, on any dtype, integers
+    included.
+    """
     height, width = maps.shape[-2:]
     if height != size[0]:
         maps = maps.index_select(-2, _nearest(height, size[0], maps.device))
@@ -35,8 +39,9 @@ def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
 class PixelContrastLoss(nn.Module):
     """Pixel contrast of a batch against a memory bank, or within the batch (arXiv 2101.11939, section 3.2).
 
-    Chooses anchors (`hard_anchor_sampling`), reads their embeddings (`gather_embeddings`) and contrasts them (`infonce`) with
-    the bank, or with each other if there is none. In training mode the batch is enqueued afterwards.
+    Chooses anchors (`hard_anchor_sampling`), reads their embeddings (`gather_embeddings`) and contrasts them
+    (`infonce`) with the bank, or with each other if there is none. In training mode the batch is enqueued
+    afterwards.
 
     Args:
         num_classes: classes are 0 to num_classes - 1.
@@ -97,8 +102,8 @@ class PixelContrastLoss(nn.Module):
             predictions: predicted classes [B, H', W'], or logits [B, C, H', W']; likewise.
 
         Raises:
-            TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label that is neither a
-                class nor `ignore_index`.
+            TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label that is
+                neither a class nor `ignore_index`.
         """
         labels = self._labels_at(embeddings, labels)
         loss = self._contrast(embeddings, labels, predictions)
@@ -116,8 +121,8 @@ class PixelContrastLoss(nn.Module):
     def _check_map(self, name: str, value: Tensor, dims: int, embeddings: Tensor) -> None:
         if value.dim() != dims or value.shape[0] != embeddings.shape[0]:
             raise ValueError(
-                f"{name} {tuple(value.shape)} do not fit embeddings {tuple(embeddings.shape)}: expected {dims} dimensions "
-                f"and the same batch"
+                f"{name} {tuple(value.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
+                f"expected {dims} dimensions and the same batch"
             )
         if value.device != embeddings.device:
             raise ValueError(f"{name} must be on {embeddings.device}, got {value.device}")
@@ -178,13 +183,14 @@ class PixelContrastLoss(nn.Module):
 class PixelContrastCrossEntropyLoss(nn.Module):
     """Cross-entropy + `weight` x `PixelContrastLoss`.
 
-    During the first `warmup_steps` calls in training mode the contrast is not computed (a weight of zero would not keep a
-    NaN out) while the bank already fills.
+    During the first `warmup_steps` calls in training mode the contrast is not computed (a weight of zero
+    would not keep a NaN out) while the bank already fills.
 
     Args:
         num_classes: channels of the logits.
         weight: of the contrast.
-        warmup_steps: how many training steps do without it; counted in the buffer `step`, so resuming goes on counting.
+        warmup_steps: how many training steps do without it; counted in the buffer `step`, so resuming goes on
+            counting.
         class_weights: [C], for the cross-entropy.
         **contrast: for `PixelContrastLoss`.
     """
@@ -207,7 +213,9 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             raise ValueError(f"weight must be finite and not negative, got {weight!r}")
         ops.check_at_least(0, warmup_steps=warmup_steps)
         if class_weights is not None and tuple(class_weights.shape) != (num_classes,):
-            raise ValueError(f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}")
+            raise ValueError(
+                f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
+            )
         self.weight, self.warmup_steps = weight, warmup_steps
         self.register_buffer("class_weights", class_weights)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

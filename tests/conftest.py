@@ -1,4 +1,6 @@
-"""What the tests share: the backends that run here, and tensors that no kernel may read or leave unwritten carelessly."""
+"""What the tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
+carelessly.
+"""
 
 from __future__ import annotations
 

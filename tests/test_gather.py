@@ -49,7 +49,9 @@ def test_rows_and_gradient(backend, poison, shape, layout, dtype, normalize):
     torch.testing.assert_close(rows.double(), expected, rtol=0, atol=scale * TOLERANCE[dtype])
     scale = exact.grad.abs().max().item()
     # a sum of rows that is rounded at every step
-    torch.testing.assert_close(embeddings.grad.double(), exact.grad, rtol=0, atol=scale * 4 * TOLERANCE[dtype] + 1e-6)
+    torch.testing.assert_close(
+        embeddings.grad.double(), exact.grad, rtol=0, atol=scale * 4 * TOLERANCE[dtype] + 1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -60,7 +62,9 @@ def test_rows_of_another_dtype(backend, dtype, rows_dtype):
     rows = gather_embeddings(embeddings, indices, dtype=rows_dtype, backend=backend)
     assert rows.dtype == rows_dtype
     # Normalised in fp32 and rounded once: not twice through the map's dtype.
-    torch.testing.assert_close(rows, truth(embeddings, indices).to(rows_dtype), rtol=0, atol=torch.finfo(rows_dtype).eps / 2)
+    torch.testing.assert_close(
+        rows, truth(embeddings, indices).to(rows_dtype), rtol=0, atol=torch.finfo(rows_dtype).eps / 2
+    )
     rows.float().sum().backward()
     assert embeddings.grad.dtype == dtype and embeddings.grad.abs().sum() > 0
 
@@ -177,19 +181,41 @@ def test_differentiating_twice_is_refused(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(embeddings=torch.zeros(1, 2, 3, 4, dtype=torch.int64)), TypeError, "embeddings must be a floating-point"),
+        (
+            dict(embeddings=torch.zeros(1, 2, 3, 4, dtype=torch.int64)),
+            TypeError,
+            "embeddings must be a floating-point",
+        ),
         (dict(embeddings=torch.zeros(2, 3, 4)), ValueError, r"\[B, D, H, W\] with D >= 1, got \(2, 3, 4\)"),
         (dict(embeddings=torch.zeros(2, 0, 3, 4)), ValueError, r"got \(2, 0, 3, 4\)"),
-        (dict(indices=torch.zeros(3, dtype=torch.int32)), TypeError, "indices must be int64, got torch.int32"),
-        (dict(indices=torch.zeros(3, 1, dtype=torch.int64)), ValueError, r"indices must have shape \[A\], got \(3, 1\)"),
-        (dict(indices=torch.tensor([0, 24])), ValueError, r"indices\[1\] is 24, expected 0 <= index < B\*H\*W=24"),
+        (
+            dict(indices=torch.zeros(3, dtype=torch.int32)),
+            TypeError,
+            "indices must be int64, got torch.int32",
+        ),
+        (
+            dict(indices=torch.zeros(3, 1, dtype=torch.int64)),
+            ValueError,
+            r"indices must have shape \[A\], got \(3, 1\)",
+        ),
+        (
+            dict(indices=torch.tensor([0, 24])),
+            ValueError,
+            r"indices\[1\] is 24, expected 0 <= index < B\*H\*W=24",
+        ),
         (dict(indices=torch.tensor([-1])), ValueError, r"indices\[0\] is -1"),
-        (dict(indices=torch.zeros(3, dtype=torch.int64, device="meta")), ValueError, "indices must be on cpu, got meta"),
+        (
+            dict(indices=torch.zeros(3, dtype=torch.int64, device="meta")),
+            ValueError,
+            "indices must be on cpu, got meta",
+        ),
         (dict(dtype=torch.int32), TypeError, "dtype must be floating point, got torch.int32"),
     ],
 )
 def test_bad_input(backend, change, error, message):
-    arguments = dict(embeddings=torch.zeros(2, 5, 3, 4), indices=torch.zeros(3, dtype=torch.int64), backend=backend)
+    arguments = dict(
+        embeddings=torch.zeros(2, 5, 3, 4), indices=torch.zeros(3, dtype=torch.int64), backend=backend
+    )
     with pytest.raises(error, match=message):
         gather_embeddings(**(arguments | change))
 

@@ -43,7 +43,9 @@ def exact(inputs, *, temperature=0.1, exclude_self=False, weights=None):
     """The same in fp64, by autograd of eq. (1) to (3)."""
     anchors, anchor_labels, keys, key_labels = inputs
     anchors, keys = anchors.double().requires_grad_(), keys.double().requires_grad_()
-    loss, _ = reference.infonce_per_anchor(anchors, anchor_labels, keys, key_labels, temperature, exclude_self)
+    loss, _ = reference.infonce_per_anchor(
+        anchors, anchor_labels, keys, key_labels, temperature, exclude_self
+    )
     loss.backward(torch.ones_like(loss) if weights is None else weights.double())
     return loss.detach(), anchors.grad, keys.grad
 
@@ -54,7 +56,8 @@ def error(found, expected):
     return ((found.double() - expected).norm() / scale).item() if scale > 0 else found.abs().max().item()
 
 
-# --- the specification -----------------------------------------------------------------------------------------------
+# --- the specification
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
@@ -72,24 +75,35 @@ def test_reference_is_the_definition(shape, exclude_self):
 def test_gradcheck_in_double(classes, exclude_self):
     anchors, anchor_labels, keys, key_labels = draw(6, 8, 3, classes, dtype=torch.float64)
     anchors.requires_grad_(), keys.requires_grad_()
-    by_autograd = lambda a, k: reference.infonce_per_anchor(a, anchor_labels, k, key_labels, 0.3, exclude_self)[0]  # noqa: E731
-    by_equations = lambda a, k: infonce(  # noqa: E731
-        a, anchor_labels, k, key_labels,
-        temperature=0.3, exclude_self=exclude_self, reduction="none", backend="reference",
-    )  # fmt: skip
-    in_batch = lambda a: infonce(  # noqa: E731
-        a, anchor_labels, a, anchor_labels,
-        temperature=0.3, exclude_self=exclude_self, reduction="none", backend="reference",
-    )  # fmt: skip
+
+    def by_autograd(a, k):
+        return reference.infonce_per_anchor(a, anchor_labels, k, key_labels, 0.3, exclude_self)[0]
+
+    def by_equations(a, k):
+        settings = dict(temperature=0.3, exclude_self=exclude_self, reduction="none", backend="reference")
+        return infonce(a, anchor_labels, k, key_labels, **settings)
+
+    def in_batch(a):
+        settings = dict(temperature=0.3, exclude_self=exclude_self, reduction="none", backend="reference")
+        return infonce(a, anchor_labels, a, anchor_labels, **settings)
+
     assert torch.autograd.gradcheck(by_autograd, (anchors, keys))
     assert torch.autograd.gradcheck(by_equations, (anchors, keys))
     assert torch.autograd.gradcheck(in_batch, (anchors,))
 
 
-# --- accuracy --------------------------------------------------------------------------------------------------------
+# --- accuracy
+# --------------------------------------------------------------------------------------------------------
 
 # Ragged on purpose: no dimension is a multiple of a tile or of a vector.
-SHAPES = [(1, 1, 1, 1), (3, 5, 7, 2), (300, 2011, 65, 7), (130, 1500, 33, 171), (1100, 700, 16, 19), (65, 513, 257, 1)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 5, 7, 2),
+    (300, 2011, 65, 7),
+    (130, 1500, 33, 171),
+    (1100, 700, 16, 19),
+    (65, 513, 257, 1),
+]
 
 
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
@@ -117,7 +131,9 @@ def test_every_instruction_set(instruction_set, poison, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("order", [BANK, RANDOM])
 def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):
-    """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may show."""
+    """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may
+    show.
+    """
     inputs = draw(300, 1999, 65, 7, order=order, dtype=dtype)
     found, expected = run(inputs, backend), exact(inputs)
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
@@ -161,7 +177,9 @@ def test_in_batch_uses_symmetry(backend):
         )  # fmt: skip
         loss.backward(weights)
         truth = anchors.double().requires_grad_()
-        expected, _ = reference.infonce_per_anchor(truth, anchor_labels, truth, anchor_labels, 0.1, exclude_self)
+        expected, _ = reference.infonce_per_anchor(
+            truth, anchor_labels, truth, anchor_labels, 0.1, exclude_self
+        )
         expected.backward(weights.double())
         assert error(loss.detach(), expected.detach()) <= 1e-6
         assert error(shared.grad, truth.grad) <= 2e-6
@@ -170,7 +188,9 @@ def test_in_batch_uses_symmetry(backend):
 def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
     anchors, anchor_labels, _, key_labels = draw(80, 80, 12, 4)
     shared, truth = anchors.clone().requires_grad_(), anchors.double().requires_grad_()
-    infonce(shared, anchor_labels, shared, key_labels, temperature=0.1, reduction="none", backend=backend).sum().backward()
+    infonce(
+        shared, anchor_labels, shared, key_labels, temperature=0.1, reduction="none", backend=backend
+    ).sum().backward()
     reference.infonce_per_anchor(truth, anchor_labels, truth, key_labels, 0.1, False)[0].sum().backward()
     assert error(shared.grad, truth.grad) <= 2e-6
 
@@ -195,7 +215,8 @@ def test_autocast_does_not_reach_the_logits(backend):
     assert found[0].dtype == torch.float32 and error(found[0], exact(inputs)[0]) <= 1e-6
 
 
-# --- reduction and empty sets ----------------------------------------------------------------------------------------
+# --- reduction and empty sets
+# ----------------------------------------------------------------------------------------
 
 
 def test_mean_is_over_anchors_with_a_positive(backend):
@@ -246,7 +267,8 @@ def test_anchor_alone_with_itself_has_no_positive(backend):
     assert loss.item() == 0 and (anchors.grad == 0).all()
 
 
-# --- what must not leak ----------------------------------------------------------------------------------------------
+# --- what must not leak
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
@@ -279,7 +301,8 @@ def test_inf_gives_no_finite_loss(backend):
     assert not loss[3].isfinite() and loss[4].isfinite()
 
 
-# --- memory and layout -----------------------------------------------------------------------------------------------
+# --- memory and layout
+# -----------------------------------------------------------------------------------------------
 
 
 def test_non_contiguous_inputs(backend):
@@ -310,7 +333,9 @@ def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
     asked = []
     module = {"cpu": cpu, "reference": reference}[backend]
     forward = module.infonce_forward
-    monkeypatch.setattr(module, "infonce_forward", lambda *args: (asked.append(args[-1] is not None), forward(*args)))
+    monkeypatch.setattr(
+        module, "infonce_forward", lambda *args: (asked.append(args[-1] is not None), forward(*args))
+    )
     infonce(*inputs, temperature=0.1, backend=backend)
     inputs[0].requires_grad_()
     with torch.no_grad():
@@ -348,7 +373,12 @@ def test_own_loops_do_not_depend_on_threads():
     scores = torch.randn(64, 301)
     results = []
     for threads in (1, 2, 5):
-        weights, shift, total, output = scores.clone(), torch.full((64,), -math.inf), torch.zeros(64), torch.randn(64, 9)
+        weights, shift, total, output = (
+            scores.clone(),
+            torch.full((64,), -math.inf),
+            torch.zeros(64),
+            torch.randn(64, 9),
+        )
         torch.manual_seed(0)
         output = torch.randn(64, 9)
         cpu.native.launch(
@@ -376,7 +406,8 @@ def test_more_than_2_31_products():
     assert last[0] + last[1] == labels.shape[0]
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
+# --- tiles
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
@@ -393,7 +424,8 @@ def test_tiles_hold_every_labelled_key_once(order, size):
     assert (seen[key_labels >= 0] == 1).all() and (seen <= 1).all()
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# --- bad input
+# -------------------------------------------------------------------------------------------------------
 
 _ROWS = torch.zeros(3, 4)
 _LABELS = torch.zeros(3, dtype=torch.int64)
@@ -408,7 +440,11 @@ _LABELS = torch.zeros(3, dtype=torch.int64)
         (dict(keys=torch.zeros(3, 5)), ValueError, r"same width, got \(3, 4\) and \(3, 5\)"),
         (dict(keys=torch.zeros(3, 4).half()), TypeError, "one dtype, got torch.float32 and torch.float16"),
         (dict(keys=torch.zeros(3, 4, device="meta")), ValueError, "on one device, got cpu and meta"),
-        (dict(anchor_labels=torch.zeros(3)), TypeError, "anchor_labels must be an integer tensor, got torch.float32"),
+        (
+            dict(anchor_labels=torch.zeros(3)),
+            TypeError,
+            "anchor_labels must be an integer tensor, got torch.float32",
+        ),
         (dict(anchor_labels=_LABELS[:2]), ValueError, r"anchor_labels must have shape \(3,\), got \(2,\)"),
         (dict(key_labels=_LABELS[None]), ValueError, r"key_labels must have shape \(3,\), got \(1, 3\)"),
         (dict(temperature=0), ValueError, "temperature must be positive and finite, got 0"),
@@ -430,7 +466,9 @@ def test_bad_input(backend, change, kind, message):
 def test_double_needs_the_reference():
     rows = torch.zeros(3, 4, dtype=torch.float64)
     assert infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1).dtype == torch.float64
-    with pytest.raises(ValueError, match="backend 'cpu' cannot serve infonce on cpu tensors of torch.float64"):
+    with pytest.raises(
+        ValueError, match="backend 'cpu' cannot serve infonce on cpu tensors of torch.float64"
+    ):
         infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1, backend="cpu")
 
 

@@ -36,7 +36,11 @@ def check(labels, predictions, priority, backend, **settings):
     assert sample.indices.tolist() == indices + [0] * padding
     assert sample.labels.tolist() == anchor_labels + [-1] * padding
     assert sample.count.item() == len(indices)
-    assert (sample.indices.dtype, sample.labels.dtype, sample.count.dtype) == (torch.int64, torch.int32, torch.int32)
+    assert (sample.indices.dtype, sample.labels.dtype, sample.count.dtype) == (
+        torch.int64,
+        torch.int32,
+        torch.int32,
+    )
     return len(indices)
 
 
@@ -45,7 +49,10 @@ def check(labels, predictions, priority, backend, **settings):
     [
         ((3, 17, 23, 5), dict(max_samples=64, max_views=10)),
         ((2, 8, 9, 6), dict(max_samples=5, max_views=3, min_pixels=1)),  # fewer samples than pairs
-        ((4, 16, 31, 19), dict(max_samples=1024, max_views=100, min_pixels=1)),  # more than there are pixels of a class
+        (
+            (4, 16, 31, 19),
+            dict(max_samples=1024, max_views=100, min_pixels=1),
+        ),  # more than there are pixels of a class
         ((1, 5, 7, 3), dict(max_samples=100, max_views=100, min_pixels=1)),  # more samples than pixels
         ((1, 1, 1, 1), dict(max_samples=1, max_views=1, min_pixels=0)),
         ((2, 13, 11, 2), dict(max_samples=1, max_views=1, min_pixels=1)),
@@ -64,25 +71,46 @@ def test_chooses_what_the_rules_say(backend, poison, shape, settings, priorities
     st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
     st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
 )  # fmt: skip
-def test_any_input(batch, height, width, classes, max_samples, max_views, min_pixels, ignored, wrong, priorities, seed):
+def test_any_input(
+    batch, height, width, classes, max_samples, max_views, min_pixels, ignored, wrong, priorities, seed
+):
     maps = draw(batch, height, width, classes, ignored=ignored, wrong=wrong, priorities=priorities, seed=seed)
     for backend in ("reference", "cpu"):
         check(
-            *maps, backend, num_classes=classes, max_samples=max_samples, max_views=max_views, min_pixels=min_pixels
+            *maps,
+            backend,
+            num_classes=classes,
+            max_samples=max_samples,
+            max_views=max_views,
+            min_pixels=min_pixels,
         )
 
 
 def test_all_hard_and_all_easy(backend):
     labels, _, priority = draw(2, 9, 9, 3)
     for predictions in (labels.clone(), torch.full_like(labels, 77)):
-        assert check(labels, predictions, priority, backend, num_classes=3, max_samples=30, max_views=8, min_pixels=1) == 30
+        assert (
+            check(
+                labels,
+                predictions,
+                priority,
+                backend,
+                num_classes=3,
+                max_samples=30,
+                max_views=8,
+                min_pixels=1,
+            )
+            == 30
+        )
 
 
 def test_half_are_hard_where_both_kinds_suffice(backend):
     labels = torch.zeros(1, 20, 20, dtype=torch.int64)
     predictions = torch.zeros_like(labels)
     predictions[:, :10] = 1
-    sample = hard_anchor_sampling(labels, predictions, num_classes=2, max_samples=50, max_views=50, backend=backend)
+    sample = hard_anchor_sampling(
+        labels, predictions, num_classes=2, max_samples=50, max_views=50, backend=backend
+    )
     hard = predictions.flatten()[sample.indices] != sample.labels
     assert hard.sum() == 25 and hard[:25].all()
 
@@ -96,7 +124,9 @@ def test_authors_rule_needs_more_pixels_than_views(backend):
     assert (empty.count, full.count) == (0, 10)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
+)
 @pytest.mark.parametrize("ignore_index", [-100, 3, 100])
 def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
     if ignore_index < 0 and not dtype.is_signed:
@@ -156,17 +186,37 @@ def test_threads_do_not_matter(threads):
     [
         (dict(labels=torch.rand(2, 4, 4)), TypeError, "labels must be an integer tensor, got torch.float32"),
         (dict(labels=torch.zeros(2, 4, 4, dtype=torch.bool)), TypeError, "labels must be an integer tensor"),
-        (dict(labels=torch.zeros(4, 4, dtype=torch.int64)), ValueError, r"labels must have shape \[B, H, W\], got \(4, 4\)"),
-        (dict(predictions=torch.zeros(2, 4, 5, dtype=torch.int64)), ValueError, r"\(2, 4, 4\), got \(2, 4, 5\)"),
+        (
+            dict(labels=torch.zeros(4, 4, dtype=torch.int64)),
+            ValueError,
+            r"labels must have shape \[B, H, W\], got \(4, 4\)",
+        ),
+        (
+            dict(predictions=torch.zeros(2, 4, 5, dtype=torch.int64)),
+            ValueError,
+            r"\(2, 4, 4\), got \(2, 4, 5\)",
+        ),
         (dict(predictions=torch.rand(2, 4, 4)), TypeError, "predictions must be an integer tensor"),
-        (dict(priority=torch.zeros(2, 4, 4, dtype=torch.int64)), TypeError, "priority must be int32, got torch.int64"),
-        (dict(priority=torch.zeros(2, 4, 3, dtype=torch.int32)), ValueError, r"priority must have shape \(2, 4, 4\)"),
+        (
+            dict(priority=torch.zeros(2, 4, 4, dtype=torch.int64)),
+            TypeError,
+            "priority must be int32, got torch.int64",
+        ),
+        (
+            dict(priority=torch.zeros(2, 4, 3, dtype=torch.int32)),
+            ValueError,
+            r"priority must have shape \(2, 4, 4\)",
+        ),
         (dict(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
         (dict(max_samples=0), ValueError, "max_samples must be at least 1, got 0"),
         (dict(max_views=-3), ValueError, "max_views must be at least 1, got -3"),
         (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
         (dict(max_samples=2.5), TypeError, "max_samples must be an int, got 2.5"),
-        (dict(labels=torch.full((2, 4, 4), 9)), ValueError, r"labels\[0, 0, 0\] is 9, expected 0 <= label < num_classes=3"),
+        (
+            dict(labels=torch.full((2, 4, 4), 9)),
+            ValueError,
+            r"labels\[0, 0, 0\] is 9, expected 0 <= label < num_classes=3",
+        ),
         (dict(labels=torch.full((2, 4, 4), -1)), ValueError, r"labels\[0, 0, 0\] is -1"),
         (dict(backend="gpu"), ValueError, "names the backend 'gpu', expected one of"),
     ],
@@ -182,5 +232,7 @@ def test_bad_label_is_named_with_its_place(backend):
     labels = torch.zeros(2, 4, 5, dtype=torch.int64)
     labels[1, 2, 3] = 19
     labels[1, 3, 3] = 20
-    with pytest.raises(ValueError, match=r"labels\[1, 2, 3\] is 19, expected 0 <= label < num_classes=19 or ignore_index=255"):
+    with pytest.raises(
+        ValueError, match=r"labels\[1, 2, 3\] is 19, expected 0 <= label < num_classes=19 or ignore_index=255"
+    ):
         hard_anchor_sampling(labels, labels, num_classes=19, backend=backend)

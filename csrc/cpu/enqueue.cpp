@@ -1,11 +1,11 @@
-// Enqueue in two steps. Collect: per image and class, the mean of the normalised pixel embeddings (the region)
-// and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the candidates that
-// are labelled go into the rings, in image order.
+// Enqueue in two steps. Collect: per image and class, the mean of the normalised pixel embeddings (the
+// region) and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the
+// candidates that are labelled go into the rings, in image order.
 //
-// The map is read twice, each time straight along its memory, channel plane by channel plane (or pixel by pixel
-// where the channels are innermost): once for the norms, once for the class sums and the chosen pixels. Reading
-// it once, in blocks that stay in cache, was slower: a block is a small piece of every plane, each on a page of
-// its own. No sum is shared between threads, so none depends on their number.
+// The map is read twice, each time straight along its memory, channel plane by channel plane (or pixel by
+// pixel where the channels are innermost): once for the norms, once for the class sums and the chosen pixels.
+// Reading it once, in blocks that stay in cache, was slower: a block is a small piece of every plane, each on
+// a page of its own. No sum is shared between threads, so none depends on their number.
 #include <cstring>
 
 #include "cpu.h"
@@ -83,7 +83,8 @@ void group_pixels(const CollectParams& p, int64_t image, Offer& offer) {
       offer.groups[g].member[lane / 4][lane % 4] = ~0u;
     }
     const bool one_class = offer.groups.size() == start + 1;
-    if (one_class) offer.groups[start].whole = std::count(labels + first, labels + first + size, labels[first]) == kLanes;
+    if (one_class)
+      offer.groups[start].whole = std::count(labels + first, labels + first + size, labels[first]) == kLanes;
   }
 }
 
@@ -216,7 +217,8 @@ void read_channels(const CollectParams& p, int64_t image, int64_t first, int64_t
   for (int64_t d = first; d < last;) {
     const int count = d + 2 <= last ? 2 : 1;
     const float* planes[2];
-    for (int n = 0; n < count; ++n) planes[n] = plane_of(p, map + (d + n) * p.stride_channel, scratch.copies[n]);
+    for (int n = 0; n < count; ++n)
+      planes[n] = plane_of(p, map + (d + n) * p.stride_channel, scratch.copies[n]);
     if (count == 2) {
       sum_classes(p, offer, planes, weights, scratch.two.data(), sums + d);
     } else {
@@ -224,7 +226,8 @@ void read_channels(const CollectParams& p, int64_t image, int64_t first, int64_t
     }
     for (size_t i = 0; i < offer.pixels.size(); ++i) {
       const int64_t pixel = offer.pixels[i];
-      for (int n = 0; n < count; ++n) wide[int64_t(i) * p.channels + d + n] = planes[n][pixel] * weights[pixel];
+      for (int n = 0; n < count; ++n)
+        wide[int64_t(i) * p.channels + d + n] = planes[n][pixel] * weights[pixel];
     }
     d += count;
   }
@@ -277,8 +280,8 @@ void collect_rows(const CollectParams& p, const std::vector<Offer>& offers) {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t image = 0; image < p.batch; ++image) {
       for (int64_t block = 0; block < channel_blocks; ++block) {
-        read_channels<In>(p, image, block * kChannels, std::min((block + 1) * kChannels, p.channels), offers[image],
-                          p.wide + first_row[image] * p.channels, scratch);
+        read_channels<In>(p, image, block * kChannels, std::min((block + 1) * kChannels, p.channels),
+                          offers[image], p.wide + first_row[image] * p.channels, scratch);
       }
     }
 #pragma omp for schedule(static)

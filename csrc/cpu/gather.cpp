@@ -1,5 +1,6 @@
-// Gathering chosen pixels out of the strided map, and scattering their gradient back into a dense one, which is
-// zeroed and filled once. Several rows may name one pixel; they add up in row order, whatever the thread count.
+// Gathering chosen pixels out of the strided map, and scattering their gradient back into a dense one, which
+// is zeroed and filled once. Several rows may name one pixel; they add up in row order, whatever the thread
+// count.
 #include <cstring>
 
 #include "cpu.h"

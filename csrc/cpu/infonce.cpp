@@ -2,9 +2,9 @@
 // reads that tile once or twice and writes it once, in place, so that it can enter the next product.
 //
 // Anchors come sorted by class, so "own class" is a range. Pass 1 (negatives) keeps a running sum of
-// exp2(score - shift) per anchor. The shift follows the running maximum lazily: it moves only once the maximum
-// has outgrown it by kSlack, because every move rescales a row of O. Any shift gives the same result as long as
-// nothing overflows, and 2^kSlack times the number of keys is far from that.
+// exp2(score - shift) per anchor. The shift follows the running maximum lazily: it moves only once the
+// maximum has outgrown it by kSlack, because every move rescales a row of O. Any shift gives the same result
+// as long as nothing overflows, and 2^kSlack times the number of keys is far from that.
 //
 // This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
 // translation unit: no standard templates, only loops.
@@ -13,7 +13,6 @@
 #include "cpu.h"
 #include "half.h"
 #include "vector_math.h"
-
 
 namespace pxc {
 namespace PXC_ISA {
@@ -134,8 +133,9 @@ void finish(const FinishParams& p) {
     const int64_t row = p.anchor_index[i], count = p.pos_counts[i];
     const double per_positive = count > 0 ? 1.0 / double(count) : 0.0;
     const bool has_negative = p.sum[i] != 0.f;  // NaN counts as one
-    p.neg_lse[row] = has_negative ? float((double(p.shift[i]) + std::log2(double(p.sum[i]))) * 0.6931471805599453)
-                                  : -INFINITY;
+    p.neg_lse[row] = has_negative
+                         ? float((double(p.shift[i]) + std::log2(double(p.sum[i]))) * 0.6931471805599453)
+                         : -INFINITY;
     p.loss[row] = count > 0 ? float(p.loss_sum[i] * per_positive) : 0.f;
     p.pos_weight[row] = float(p.pos_weight_sum[i]);
     p.pos_count[row] = int32_t(count);

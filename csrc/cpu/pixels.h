@@ -35,9 +35,9 @@ inline float inverse_norm(const float* row, int64_t channels) {
   return inverse_norm(sum);
 }
 
-// Calls visit(row, channel, element) for every channel of the pixels at `indices`, a few channels of one image at
-// a time: where channels are planes, that stays within a few pages, and a pixel at a time would touch one for
-// every channel. No two threads get the same (row, channel), and each gets its rows in order.
+// Calls visit(row, channel, element) for every channel of the pixels at `indices`, a few channels of one
+// image at a time: where channels are planes, that stays within a few pages, and a pixel at a time would
+// touch one for every channel. No two threads get the same (row, channel), and each gets its rows in order.
 template <class Element, class Visit>
 void visit_pixels(const EmbeddingMap& m, const int64_t* indices, int64_t num_rows, Element* map, int threads,
                   Visit visit) {
@@ -67,8 +67,9 @@ void visit_pixels(const EmbeddingMap& m, const int64_t* indices, int64_t num_row
 // wide[i] = the pixel at indices[i], in fp32.
 template <class In>
 void read_pixels(const EmbeddingMap& m, const int64_t* indices, int64_t num_rows, float* wide, int threads) {
-  visit_pixels(m, indices, num_rows, static_cast<const In*>(m.map), threads,
-               [=](int64_t row, int64_t d, const In* element) { wide[row * m.channels + d] = load(element); });
+  visit_pixels(
+      m, indices, num_rows, static_cast<const In*>(m.map), threads,
+      [=](int64_t row, int64_t d, const In* element) { wide[row * m.channels + d] = load(element); });
 }
 
 }  // namespace

@@ -13,8 +13,8 @@ enum Kind { kHard = 0, kEasy = 1, kKinds = 2 };
 struct Pool {
   int64_t size = 0;
   int64_t keep = 0;
-  int64_t offset = 0;      // of its keys within the image's
-  int64_t first_row = 0;   // of the output
+  int64_t offset = 0;       // of its keys within the image's
+  int64_t first_row = 0;    // of the output
   int64_t first_pixel = 0;  // of the pair, in raster order; kept with the hard pool
 };
 
@@ -42,8 +42,8 @@ int64_t plan(const SamplingParams& p, std::vector<Pair>& pairs) {
     if (pairs[i].size() > 0 && pairs[i].size() >= p.min_pixels) eligible.push_back(i);
   }
   if (eligible.empty()) return 0;
-  const int64_t views = std::max<int64_t>(
-      1, std::min<int64_t>(p.max_samples / int64_t(eligible.size()), p.max_views));
+  const int64_t views =
+      std::max<int64_t>(1, std::min<int64_t>(p.max_samples / int64_t(eligible.size()), p.max_views));
   if (int64_t(eligible.size()) > p.max_samples) {
     const auto priority = [&](int64_t i) {
       return p.priority[i / p.num_classes * p.pixels + pairs[i].pools[kHard].first_pixel];

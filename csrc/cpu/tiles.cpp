@@ -1,5 +1,5 @@
-// Which keys the tiles of InfoNCE hold. Banks keep the keys of one class together; a tile that holds one class
-// only needs no masks and can leave out the anchors of that class altogether.
+// Which keys the tiles of InfoNCE hold. Banks keep the keys of one class together; a tile that holds one
+// class only needs no masks and can leave out the anchors of that class altogether.
 #include <algorithm>
 
 #include "cpu.h"

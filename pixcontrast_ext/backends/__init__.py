@@ -1,9 +1,9 @@
 """The registry: which backend serves a call.
 
-A backend is a module of this package with one function per op, all of the same signature (`reference.py` shows them),
-and `unsupported(op, dtype)`, which tells why a call cannot be served. Precedence: the argument, then `use_backend`, then
-the environment, then the first of the tensor's device that supports the call. A backend asked for by name never falls
-back to another.
+A backend is a module of this package with one function per op, all of the same signature (`reference.py`
+shows them), and `unsupported(op, dtype)`, which tells why a call cannot be served. Precedence: the argument,
+then `use_backend`, then the environment, then the first of the tensor's device that supports the call. A
+backend asked for by name never falls back to another.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The C++ backend for CPU tensors.
 
-Sampling, gather and enqueue are one native call each. InfoNCE is a loop over tiles of anchors x keys small enough to
-stay in cache: the products are torch's, the steps between them are native. Extra memory is a few tiles, whatever the
-number of keys.
+Sampling, gather and enqueue are one native call each. InfoNCE is a loop over tiles of anchors x keys small
+enough to
+stay in cache: the products are torch's, the steps between them are native. Extra memory is a few tiles,
+whatever the number of keys.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from pixcontrast_ext.backends import native
 
-# A tile of scores has to stay in the caches of the cores that share it. Measured at D = 256: a quarter more time with
-# tiles twice as high, as much with tiles twice as wide.
+# A tile of scores has to stay in the caches of the cores that share it. Measured at D = 256: a quarter more
+# time with tiles twice as high, as much with tiles twice as wide.
 BLOCK_K = 512
 
 
@@ -42,7 +43,8 @@ def _bad_label(labels: Tensor, error: ValueError, num_classes: int, ignore_index
     position, value = error.args
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(position), labels.shape))
     return ValueError(
-        f"labels{list(place)} is {value}, expected 0 <= label < num_classes={num_classes} or ignore_index={ignore_index}"
+        f"labels{list(place)} is {value}, "
+        f"expected 0 <= label < num_classes={num_classes} or ignore_index={ignore_index}"
     )
 
 
@@ -211,8 +213,10 @@ def enqueue_write(
 
 @contextlib.contextmanager
 def _fp32_products() -> Iterator[None]:
-    """`torch.set_float32_matmul_precision("medium")` allows bf16 products on a CPU, which logits cannot bear."""
-    setting = torch.backends.mkldnn.matmul
+    """`torch.set_float32_matmul_precision("medium")` allows bf16 products on a CPU, which logits cannot
+    bear.
+    """
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     if before in ("none", "ieee"):
         yield
@@ -248,7 +252,9 @@ class _Keys:
         self._indices = torch.empty(BLOCK_K, dtype=torch.int64)
         self._cursor = torch.empty(2, dtype=torch.int64)
         tiles = self._plan(keys.shape[0] // BLOCK_K * 2 + 64)
-        self.tiles: list[tuple[int, int, int]] = [tuple(tile) for tile in tiles.tolist()]  # (first, size, label)
+        self.tiles: list[tuple[int, int, int]] = [
+            tuple(tile) for tile in tiles.tolist()
+        ]  # (first, size, label)
 
     def _plan(self, capacity: int) -> Tensor:
         tiles, count = torch.empty(capacity, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
@@ -269,7 +275,9 @@ class _Keys:
         return rows if rows.dtype == torch.float32 else _widen(rows, None, self._buffer[:size])
 
     def labelled(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """Of consecutive keys those that have a label, and their labels: the others may hold anything, even NaN."""
+        """Of consecutive keys those that have a label, and their labels: the others may hold anything, even
+        NaN.
+        """
         labels = self.key_labels[first : first + size]
         if (labels >= 0).all():
             return self.rows(first, size), labels
@@ -379,7 +387,9 @@ def _forward_block(
             tile, labels = keys.labelled(first, size_of_tile)
         count = tile.shape[0]
         for start, stop in block.other_than(label):
-            weights = torch.mm(block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count))
+            weights = torch.mm(
+                block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
+            )
             native.launch(
                 "infonce_negatives",
                 scores=weights,
@@ -405,7 +415,9 @@ def _forward_block(
     for label, (start, stop) in block.ranges.items():
         for tile, indices in keys.of_class(label):
             count = tile.shape[0]
-            sigma = torch.mm(block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count))
+            sigma = torch.mm(
+                block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
+            )
             native.launch(
                 "infonce_positives",
                 scores=sigma,
@@ -446,12 +458,15 @@ def _forward_block(
 
 
 class _Scales:
-    """Per anchor of a block, what eq. (5) needs: log-sum-exp in log2 units, and g / (|P| temperature) with and without S.
+    """Per anchor of a block, what eq. (5) needs: log-sum-exp in log2 units, and g / (|P| temperature) with
+    and without S.
 
     An anchor without negatives has sigma = 0; +inf with zero scales gives it that without a special case.
     """
 
-    def __init__(self, block: _AnchorBlock, neg_lse: Tensor, pos_weight: Tensor, grad_scale: Tensor, temperature: float):
+    def __init__(
+        self, block: _AnchorBlock, neg_lse: Tensor, pos_weight: Tensor, grad_scale: Tensor, temperature: float
+    ):
         per_logit = grad_scale[block.index] / temperature
         lse = neg_lse[block.index]
         alone = lse == -math.inf

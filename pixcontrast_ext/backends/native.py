@@ -1,7 +1,7 @@
 """The seam to the compiled module: everything that crosses it is checked and turned into pointers here.
 
-Kernels get raw pointers, so the memory-safety checks (device, dtype, contiguity) are this file's whole duty; what a
-user may pass is checked earlier, in `ops/`.
+Kernels get raw pointers, so the memory-safety checks (device, dtype, contiguity) are this file's whole duty;
+what a user may pass is checked earlier, in `ops/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 try:
     from pixcontrast_ext import _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
-    _C = None
+    _C = None  # type: ignore[assignment]
     unavailable: str | None = f"the compiled module is missing or does not load: {error}"
 else:
     unavailable = None
@@ -64,7 +64,9 @@ def threads() -> int:
 def map_fields(embeddings: Tensor) -> dict[str, int]:
     """The `EmbeddingMap` part of a struct, for a `[B, D, H, W]` CPU tensor of any strides."""
     if embeddings.device.type != "cpu" or embeddings.dim() != 4:
-        raise ValueError(f"expected a [B, D, H, W] CPU tensor, got {tuple(embeddings.shape)} on {embeddings.device}")
+        raise ValueError(
+            f"expected a [B, D, H, W] CPU tensor, got {tuple(embeddings.shape)} on {embeddings.device}"
+        )
     batch, channels, height, width = embeddings.shape
     stride_batch, stride_channel, stride_row, stride_column = embeddings.stride()
     return {

@@ -1,18 +1,18 @@
 """The specification in plain PyTorch: every other backend is tested against this one.
 
-Readable before fast. It materialises the anchors x keys matrix, yet never waits for the device: all shapes are fixed
-by the arguments. Source: "Exploring Cross-Image Pixel Contrast for Semantic Segmentation" (arXiv 2101.11939), eq. (3)
-and section 3; the equations here are numbered on their own.
+Readable before fast. It materialises the anchors x keys matrix, yet never waits for the device: all shapes
+are fixed by the arguments. Source: "Exploring Cross-Image Pixel Contrast for Semantic Segmentation" (arXiv
+2101.11939), eq. (3) and section 3; the equations here are numbered on their own.
 
-For anchor i of label y_i over keys j with label >= 0, N(i) = other class, P(i) = same class (minus key i itself with
-`exclude_self`), and s_ij = <a_i, k_j> / temperature:
+For anchor i of label y_i over keys j with label >= 0, N(i) = other class, P(i) = same class (minus key i
+itself with `exclude_self`), and s_ij = <a_i, k_j> / temperature:
 
     (1) L_i    = logsumexp_{j in N(i)} s_ij                      neg_lse, -inf if N(i) is empty
     (2) l_ip   = softplus(L_i - s_ip)           p in P(i)        = -log(e^s_ip / (e^s_ip + sum_neg e^s_ij))
     (3) loss_i = (1 / |P(i)|) sum_p l_ip                         0 if P(i) is empty
     (4) S_i    = sum_p sigma_ip,  sigma_ip = sigmoid(L_i - s_ip) pos_weight
-    (5) ds_ip  = -(g_i / |P_i|) sigma_ip ;  ds_in = (g_i / |P_i|) S_i exp(s_in - L_i)    g_i = upstream gradient
-    (6) da_i   = sum_j ds_ij k_j / temperature ;  dk_j = sum_i ds_ij a_i / temperature
+    (5) ds_ip  = -(g_i / |P_i|) sigma_ip ;  ds_in = (g_i / |P_i|) S_i exp(s_in - L_i)    g_i = upstream
+    gradient (6) da_i   = sum_j ds_ij k_j / temperature ;  dk_j = sum_i ds_ij a_i / temperature
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def unsupported(op: str, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-# --- InfoNCE ---------------------------------------------------------------------------------------------------------
+# --- InfoNCE
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -39,7 +40,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _labelled(rows: Tensor, labels: Tensor) -> Tensor:
-    """Rows in the accumulator's precision; those without a label become 0, so that nothing in them can spread."""
+    """Rows in the accumulator's precision; those without a label become 0, so that nothing in them can
+    spread.
+    """
     return rows.to(_accumulator(rows.dtype)).masked_fill((labels < 0)[:, None], 0.0)
 
 
@@ -109,7 +112,12 @@ def infonce_forward(
 
 
 def _score_grad(
-    scores: Tensor, negatives: Tensor, positives: Tensor, neg_lse: Tensor, pos_weight: Tensor, grad_scale: Tensor
+    scores: Tensor,
+    negatives: Tensor,
+    positives: Tensor,
+    neg_lse: Tensor,
+    pos_weight: Tensor,
+    grad_scale: Tensor,
 ) -> Tensor:
     """Eq. (5): ds [A, K]; `grad_scale` is g / |P|."""
     pull = torch.where(positives, torch.sigmoid(neg_lse[:, None] - scores), 0.0)
@@ -153,11 +161,14 @@ def infonce_backward_symmetric(
     anchor_grad.copy_((ds + ds.T) @ a / temperature)
 
 
-# --- pools of pixels: what sampling and enqueue share ----------------------------------------------------------------
+# --- pools of pixels: what sampling and enqueue share
+# ----------------------------------------------------------------
 
 
 def _classes(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The class of each pixel, -1 if it is ignored. An impossible label raises on the CPU, is ignored elsewhere."""
+    """The class of each pixel, -1 if it is ignored. An impossible label raises on the CPU, is ignored
+    elsewhere.
+    """
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     if labels.device.type == "cpu":
         wrong = ~valid & (labels != ignore_index)
@@ -173,11 +184,15 @@ def _classes(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 def _count(pools: Tensor, num_pools: int) -> Tensor:
     """Pixels in each pool; pool -1 counts nowhere."""
     counts = torch.zeros(num_pools + 1, dtype=torch.int64, device=pools.device)
-    return counts.scatter_add_(0, torch.where(pools < 0, num_pools, pools), torch.ones_like(pools))[:num_pools]
+    return counts.scatter_add_(0, torch.where(pools < 0, num_pools, pools), torch.ones_like(pools))[
+        :num_pools
+    ]
 
 
 def _smallest(pools: Tensor, priority: Tensor, keep: Tensor) -> Tensor:
-    """Mask of the `keep[pool]` pixels of smallest (priority, pixel) in each pool; all three flat over the pixels."""
+    """Mask of the `keep[pool]` pixels of smallest (priority, pixel) in each pool; all three flat over the
+    pixels.
+    """
     num_pools = keep.shape[0]
     by_priority = torch.sort(priority, stable=True).indices
     in_pools = torch.where(pools < 0, num_pools, pools)
@@ -188,7 +203,8 @@ def _smallest(pools: Tensor, priority: Tensor, keep: Tensor) -> Tensor:
     return (pools >= 0) & (position - first[some_pool] < keep[some_pool])
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
+# --- sampling
+# --------------------------------------------------------------------------------------------------------
 
 
 def hard_anchor_sampling(
@@ -208,7 +224,8 @@ def hard_anchor_sampling(
 
     1. A pixel counts if it has a class. Pixels of class c in image b are hard if predicted as another class.
     2. The pair (b, c) is eligible if it has at least `min_pixels` pixels.
-    3. Of T eligible pairs each gives up to n_view = max(1, min(max_samples // T, max_views)) pixels. If T is more
+    3. Of T eligible pairs each gives up to n_view = max(1, min(max_samples // T, max_views)) pixels. If T is
+    more
        than `max_samples`, those stay whose first pixel in raster order has the smallest priority.
     4. Half of them hard, as far as there are; what one kind lacks the other gives.
     5. Of each kind those with the smallest (priority, pixel).
@@ -239,7 +256,9 @@ def hard_anchor_sampling(
     first = first.scatter_reduce(0, torch.where(pairs < 0, num_pairs, pairs), pixel, "amin")[:num_pairs]
     # Stable, so pairs of equal priority stay in order; pairs that are not eligible go last.
     lowest = torch.where(eligible, priority.flatten()[first.clamp(max=batch * pixels - 1)].long(), 2**31)
-    rank = torch.empty_like(n).scatter_(0, torch.sort(lowest, stable=True).indices, torch.arange(num_pairs, device=device))
+    rank = torch.empty_like(n).scatter_(
+        0, torch.sort(lowest, stable=True).indices, torch.arange(num_pairs, device=device)
+    )
     take = torch.where(eligible & (rank < max_samples), torch.minimum(n_view, n), 0)
     keep_hard = torch.minimum(n_hard, torch.maximum(take // 2, take - n_easy))
     keep_easy = take - keep_hard
@@ -256,7 +275,8 @@ def hard_anchor_sampling(
     count.copy_(chosen.sum())
 
 
-# --- gather ----------------------------------------------------------------------------------------------------------
+# --- gather
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _inverse_norm(rows: Tensor) -> Tensor:
@@ -299,7 +319,9 @@ def gather_backward(
     normalize: bool,
     grad_embeddings: Tensor,  # [B, D, H, W], out
 ) -> None:
-    """d(x / |x|) = (g - <g, x/|x|> x/|x|) / |x|; a row without gradient leaves none, whatever stands in it."""
+    """d(x / |x|) = (g - <g, x/|x|> x/|x|) / |x|; a row without gradient leaves none, whatever stands in
+    it.
+    """
     grad = grad_rows.to(inv_norm.dtype)
     if normalize:
         unit = _pixels(embeddings, indices) * inv_norm[:, None]
@@ -315,7 +337,8 @@ def gather_backward(
     grad_embeddings.copy_(dense.view(batch, height, width, channels).permute(0, 3, 1, 2))
 
 
-# --- enqueue ---------------------------------------------------------------------------------------------------------
+# --- enqueue
+# ---------------------------------------------------------------------------------------------------------
 
 
 def enqueue_collect(
@@ -329,7 +352,8 @@ def enqueue_collect(
     rows: Tensor,  # [B, C, 1 + k, D], out
     row_labels: Tensor,  # [B, C, 1 + k] int32, out
 ) -> None:
-    """Candidates of each (image, class): its region, then its pixels of smallest (priority, pixel) in pixel order.
+    """Candidates of each (image, class): its region, then its pixels of smallest (priority, pixel) in pixel
+    order.
 
     A row whose norm is 0 or not finite is no candidate: label -1, all zeros.
     """
@@ -347,15 +371,22 @@ def enqueue_collect(
     pairs = torch.where(classes < 0, -1, pixel // pixels * num_classes + classes)
     n = _count(pairs, num_pairs)
 
-    of_class = [torch.where((classes == c)[:, None], unit, 0.0).view(batch, pixels, channels) for c in range(num_classes)]
+    of_class = [
+        torch.where((classes == c)[:, None], unit, 0.0).view(batch, pixels, channels)
+        for c in range(num_classes)
+    ]
     region = torch.stack([u.sum(dim=1, dtype=torch.float64) for u in of_class], 1).view(num_pairs, channels)
     region = region * _inverse_norm(region)[:, None] if normalize else region / n.clamp(min=1)[:, None]
 
     chosen = _smallest(pairs, priority.flatten(), n.clamp(max=pixels_per_image))
     most = min(batch * pixels, num_pairs * pixels_per_image)
-    order = torch.sort(torch.where(chosen, pairs * (batch * pixels) + pixel, torch.iinfo(torch.int64).max)).indices[:most]
+    order = torch.sort(
+        torch.where(chosen, pairs * (batch * pixels) + pixel, torch.iinfo(torch.int64).max)
+    ).indices[:most]
     taken = n.clamp(max=pixels_per_image)
-    slot = torch.arange(most, device=labels.device) - (torch.cumsum(taken, 0) - taken)[pairs[order].clamp(min=0)]
+    slot = (
+        torch.arange(most, device=labels.device) - (torch.cumsum(taken, 0) - taken)[pairs[order].clamp(min=0)]
+    )
     width_of_pair = 1 + pixels_per_image
     nowhere = num_pairs * width_of_pair
     target = torch.where(chosen[order], pairs[order] * width_of_pair + 1 + slot, nowhere)
@@ -370,7 +401,11 @@ def enqueue_collect(
     candidates, used = candidates[:nowhere], used[:nowhere]
     squares = candidates.to(dtype).square().sum(dim=1)
     good = used & (squares > 0) & squares.isfinite()
-    label = torch.arange(num_classes, device=labels.device, dtype=torch.int32).repeat_interleave(width_of_pair).repeat(batch)
+    label = (
+        torch.arange(num_classes, device=labels.device, dtype=torch.int32)
+        .repeat_interleave(width_of_pair)
+        .repeat(batch)
+    )
     rows.copy_(torch.where(good[:, None], candidates, 0).view_as(rows))
     row_labels.copy_(torch.where(good, label, -1).view_as(row_labels))
 
@@ -388,10 +423,24 @@ def enqueue_write(
 ) -> None:
     """Append the candidates to the rings, in image order; of more than a ring holds the last ones stay."""
     pixel_slots = keys.shape[1] - region_slots
-    _write_ring(rows[:, :, :1], row_labels[:, :, :1], keys[:, :region_slots], key_labels[:, :region_slots],
-                region_ptr, region_fill, region_slots)
-    _write_ring(rows[:, :, 1:], row_labels[:, :, 1:], keys[:, region_slots:], key_labels[:, region_slots:],
-                pixel_ptr, pixel_fill, pixel_slots)
+    _write_ring(
+        rows[:, :, :1],
+        row_labels[:, :, :1],
+        keys[:, :region_slots],
+        key_labels[:, :region_slots],
+        region_ptr,
+        region_fill,
+        region_slots,
+    )
+    _write_ring(
+        rows[:, :, 1:],
+        row_labels[:, :, 1:],
+        keys[:, region_slots:],
+        key_labels[:, region_slots:],
+        pixel_ptr,
+        pixel_fill,
+        pixel_slots,
+    )
 
 
 def _write_ring(

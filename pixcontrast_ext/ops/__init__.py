@@ -1,8 +1,8 @@
 """The three jobs as torch ops, and the public functions around them.
 
-Ops live in the `pixcontrast` namespace and are not differentiable; an autograd Function stands around those that carry
-a gradient. Each is given to torch as a schema, an allocator and a backend function that fills what the allocator made:
-the allocator alone is the op's fake, so shapes are stated once.
+Ops live in the `pixcontrast` namespace and are not differentiable; an autograd Function stands around those
+that carry a gradient. Each is given to torch as a schema, an allocator and a backend function that fills what
+the allocator made: the allocator alone is the op's fake, so shapes are stated once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LIBRARY = torch.library.Library("pixcontrast", "DEF")
 def define(schema: str, allocate: Callable[..., Any], fill: Callable[..., None]) -> None:
     """Register an op whose last argument is the backend's name.
 
-    `allocate(*args)` makes the outputs (None if the op only mutates); `fill(module, *args, outputs)` computes them with
-    the backend's module.
+    `allocate(*args)` makes the outputs (None if the op only mutates); `fill(module, *args, outputs)` computes
+    them with the backend's module.
     """
 
     def run(*args: Any) -> Any:
@@ -57,8 +57,8 @@ def _twice_is_an_error(grad: Tensor) -> Tensor:
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For the backward of a Function: differentiating its result raises, instead of leaving out a term.
 
-    `torch.autograd.function.once_differentiable` raises only if the incoming gradient itself requires grad; ours depends
-    on the inputs as well.
+    `torch.autograd.function.once_differentiable` raises only if the incoming gradient itself requires grad;
+    ours depends on the inputs as well.
     """
 
     @functools.wraps(backward)
@@ -93,9 +93,13 @@ def check_embeddings(embeddings: Tensor) -> None:
         got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise TypeError(f"embeddings must be a floating-point tensor, got {got}")
     if embeddings.dim() != 4 or embeddings.shape[1] < 1:
-        raise ValueError(f"embeddings must have shape [B, D, H, W] with D >= 1, got {tuple(embeddings.shape)}")
+        raise ValueError(
+            f"embeddings must have shape [B, D, H, W] with D >= 1, got {tuple(embeddings.shape)}"
+        )
     if embeddings.shape[2] * embeddings.shape[3] >= 2**32:
-        raise ValueError(f"embeddings may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}")
+        raise ValueError(
+            f"embeddings may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}"
+        )
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:
@@ -110,7 +114,11 @@ def check_at_least(minimum: int, **values: int | None) -> None:
 def draw_priority(labels: Tensor, generator: torch.Generator | None) -> Tensor:
     """All the randomness of a selection: int32, of the shape of `labels`."""
     return torch.randint(
-        torch.iinfo(torch.int32).max, labels.shape, dtype=torch.int32, device=labels.device, generator=generator
+        torch.iinfo(torch.int32).max,
+        labels.shape,
+        dtype=torch.int32,
+        device=labels.device,
+        generator=generator,
     )
 
 

@@ -1,4 +1,6 @@
-"""Enqueueing a batch into a memory bank, in two steps, so that ranks can exchange what they collected in between."""
+"""Enqueueing a batch into a memory bank, in two steps, so that ranks can exchange what they collected in
+between.
+"""
 
 from __future__ import annotations
 
@@ -112,10 +114,11 @@ def collect(
     priority: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a batch offers a bank: rows [B, C, 1 + pixels_per_image, D] and their labels, -1 where there is nothing.
+    """What a batch offers a bank: rows [B, C, 1 + pixels_per_image, D] and their labels, -1 where there is
+    nothing.
 
-    Slot 0 of an (image, class) is its region, the others its pixels of smallest (priority, pixel) in pixel order. Rows are
-    of `dtype`; one whose norm is 0 or not finite is never offered.
+    Slot 0 of an (image, class) is its region, the others its pixels of smallest (priority, pixel) in pixel
+    order. Rows are of `dtype`; one whose norm is 0 or not finite is never offered.
 
     Raises:
         TypeError, ValueError: as `MemoryBank.enqueue`.
@@ -153,7 +156,9 @@ def write(
     region_slots: int,
     backend: str | None = None,
 ) -> None:
-    """Append collected rows to the rings of a bank, in place, in image order; the last ones of more than a ring stay."""
+    """Append collected rows to the rings of a bank, in place, in image order; the last ones of more than a
+    ring stay.
+    """
     torch.ops.pixcontrast.enqueue_write(
         rows,
         row_labels,

@@ -53,7 +53,12 @@ def _fill_backward(
 ) -> None:
     if embeddings.numel() > 0:
         module.gather_backward(
-            grad_rows.contiguous(), embeddings, indices.contiguous(), inv_norm.contiguous(), normalize, grad_embeddings
+            grad_rows.contiguous(),
+            embeddings,
+            indices.contiguous(),
+            inv_norm.contiguous(),
+            normalize,
+            grad_embeddings,
         )
 
 
@@ -63,15 +68,17 @@ ops.define(
     _fill,
 )
 ops.define(
-    "gather_backward(Tensor grad_rows, Tensor embeddings, Tensor indices, Tensor inv_norm, bool normalize, str backend) "
-    "-> Tensor",
+    "gather_backward(Tensor grad_rows, Tensor embeddings, Tensor indices, Tensor inv_norm, bool normalize, "
+    "str backend) -> Tensor",
     _allocate_backward,
     _fill_backward,
 )
 
 
 class GatherEmbeddings(torch.autograd.Function):
-    """`gather_embeddings` with its gradient; reads the map again in the backward, so it keeps no copy of it."""
+    """`gather_embeddings` with its gradient; reads the map again in the backward, so it keeps no copy of
+    it.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -102,12 +109,14 @@ def gather_embeddings(
 ) -> Tensor:
     """Rows [A, D] of the pixels at `indices`, without permuting or copying the map.
 
-    Replaces `F.normalize(embeddings.permute(0, 2, 3, 1).reshape(-1, D)[indices], dim=1).to(dtype)`, except that norms are
-    taken in fp32 and that a pixel of zero norm gives a zero row and a zero gradient. Differentiable once.
+    Replaces `F.normalize(embeddings.permute(0, 2, 3, 1).reshape(-1, D)[indices], dim=1).to(dtype)`, except
+    that norms are taken in fp32 and that a pixel of zero norm gives a zero row and a zero gradient.
+    Differentiable once.
 
     Args:
         embeddings: any strides (channels_last too), fp32, fp16 or bf16.
-        indices: int64, flat over B * H * W; repeated pixels add up in the gradient. With an empty map all rows are zero.
+        indices: int64, flat over B * H * W; repeated pixels add up in the gradient. With an empty map all
+            rows are zero.
         normalize: scale each row to unit L2 norm.
         dtype: of the rows; None means the map's.
         backend: see `available_backends`.

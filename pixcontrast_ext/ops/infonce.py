@@ -97,7 +97,9 @@ def _allocate_backward_symmetric(
 
 def _fill_backward_symmetric(module: ModuleType, *args: Any) -> None:
     *tensors, temperature, exclude_self, anchor_grad = args
-    module.infonce_backward_symmetric(*(t.contiguous() for t in tensors), temperature, exclude_self, anchor_grad)
+    module.infonce_backward_symmetric(
+        *(t.contiguous() for t in tensors), temperature, exclude_self, anchor_grad
+    )
 
 
 ops.define(
@@ -123,9 +125,9 @@ ops.define(
 class BlockwiseInfoNCE(torch.autograd.Function):
     """Loss per anchor [A] and |P| [A].
 
-    Keys other than the anchors: the forward finishes the anchors' gradient, so the backward only scales it, and nothing
-    of the keys is kept unless they need a gradient themselves. `keys=None` contrasts the anchors with each other: the
-    scores are symmetric, and one recomputing backward serves both roles.
+    Keys other than the anchors: the forward finishes the anchors' gradient, so the backward only scales it,
+    and nothing of the keys is kept unless they need a gradient themselves. `keys=None` contrasts the anchors
+    with each other: the scores are symmetric, and one recomputing backward serves both roles.
     """
 
     @staticmethod
@@ -173,15 +175,17 @@ class BlockwiseInfoNCE(torch.autograd.Function):
         settings = (ctx.temperature, ctx.exclude_self, ctx.backend)
         grad_anchors = grad_keys = None
         if ctx.symmetric:
-            grad_anchors = torch.ops.pixcontrast.infonce_backward_symmetric(
-                *saved, grad_scale, *settings
-            ).to(ctx.dtype)
+            grad_anchors = torch.ops.pixcontrast.infonce_backward_symmetric(*saved, grad_scale, *settings).to(
+                ctx.dtype
+            )
         else:
             anchor_grad, *inputs = saved
             if ctx.needs_input_grad[0]:
                 grad_anchors = (anchor_grad * grad_loss[:, None]).to(ctx.dtype)
             if ctx.needs_input_grad[2]:
-                grad_keys = torch.ops.pixcontrast.infonce_backward_keys(*inputs, grad_scale, *settings).to(ctx.dtype)
+                grad_keys = torch.ops.pixcontrast.infonce_backward_keys(*inputs, grad_scale, *settings).to(
+                    ctx.dtype
+                )
         return grad_anchors, None, grad_keys, None, None, None, None, None
 
 
@@ -213,9 +217,10 @@ def infonce(
         neg_lse = scores.masked_fill(same, -inf).logsumexp(1, keepdim=True)
         loss = (F.softplus(neg_lse - scores) * same).sum(1) / same.sum(1)
 
-    Rows of label < 0 on either side take no part. An anchor without positives has loss 0 and stays out of the mean; without
-    negatives each of its positives has loss 0. Sums are in fp32 and in a fixed order. Differentiable once, in anchors and
-    keys; passing one tensor as both (with the same labels) takes a cheaper, symmetric path.
+    Rows of label < 0 on either side take no part. An anchor without positives has loss 0 and stays out of the
+    mean; without negatives each of its positives has loss 0. Sums are in fp32 and in a fixed order.
+    Differentiable once, in anchors and keys; passing one tensor as both (with the same labels) takes a
+    cheaper, symmetric path.
 
     Args:
         anchors, keys: of one dtype, fp32, fp16 or bf16 (fp64 on the reference backend); usually of unit norm.
@@ -230,8 +235,8 @@ def infonce(
 
     Raises:
         TypeError: rows that are not floating point or differ in dtype, labels that are not integers.
-        ValueError: shapes that do not fit, mixed devices, a temperature that is not positive and finite, an unknown
-            reduction, a backend that cannot serve the call.
+        ValueError: shapes that do not fit, mixed devices, a temperature that is not positive and finite, an
+            unknown reduction, a backend that cannot serve the call.
     """
     _check_rows("anchors", anchors)
     _check_rows("keys", keys)

@@ -16,7 +16,7 @@ class AnchorSample(NamedTuple):
 
     indices: Tensor  # [A] int64, flat over B * H * W; 0 in padding rows
     labels: Tensor  # [A] int32; -1 in padding rows
-    count: Tensor  # [] int32, the rows that are not padding; stays on the device
+    count: Tensor  # type: ignore[assignment]  # [] int32, the rows that are not padding; stays on the device
 
 
 _Outputs = tuple[Tensor, Tensor, Tensor]
@@ -86,11 +86,12 @@ def hard_anchor_sampling(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> AnchorSample:
-    """Choose up to `max_samples` pixels to be anchors, half of them hard (mispredicted) where there are enough.
+    """Choose up to `max_samples` pixels to be anchors, half of them hard (mispredicted) where there are
+    enough.
 
-    Every (image, class) of at least `min_pixels` pixels gives the same number of anchors, at most `max_views`. The shape
-    is fixed and nothing waits for the device. `backends/reference.py` states the rules in full. Source: arXiv 2101.11939,
-    section 3.3 (hard example sampling).
+    Every (image, class) of at least `min_pixels` pixels gives the same number of anchors, at most
+    `max_views`. The shape is fixed and nothing waits for the device. `backends/reference.py` states the rules
+    in full. Source: arXiv 2101.11939, section 3.3 (hard example sampling).
 
     Args:
         labels: ground truth, any integer dtype.
@@ -100,8 +101,8 @@ def hard_anchor_sampling(
         max_views: the most anchors of one class in one image.
         min_pixels: the fewest pixels of a class in an image for it to take part; None means max_views + 1.
         ignore_index: label of pixels that do not count.
-        priority: [B, H, W] int32; pixels of small priority are chosen first. Drawn by `torch.randint` if None. The same
-            priority gives the same anchors on every backend.
+        priority: [B, H, W] int32; pixels of small priority are chosen first. Drawn by `torch.randint` if
+            None. The same priority gives the same anchors on every backend.
         generator: for that draw.
         backend: see `available_backends`.
 
@@ -110,8 +111,8 @@ def hard_anchor_sampling(
 
     Raises:
         TypeError: labels or predictions that are not integers, priority that is not int32.
-        ValueError: shapes or devices that differ; a number out of range; on the CPU also a label that is neither a class
-            nor `ignore_index` (on a GPU such a pixel is ignored).
+        ValueError: shapes or devices that differ; a number out of range; on the CPU also a label that is
+            neither a class nor `ignore_index` (on a GPU such a pixel is ignored).
     """
     ops.check_labels("labels", labels, tuple(labels.shape), labels.device)
     if labels.dim() != 3:

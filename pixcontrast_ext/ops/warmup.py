@@ -1,7 +1,8 @@
-"""Counting the steps of a warm-up on the host, so that no step waits for the device to know whether it is over.
+"""Counting the steps of a warm-up on the host, so that no step waits for the device to know whether it is
+over.
 
-The count goes up inside an op. Under torch.compile a plain Python integer would be a constant of the graph, and every step
-would compile a new one; here the graph only sees `over`, which changes once.
+The count goes up inside an op. Under torch.compile a plain Python integer would be a constant of the graph,
+and every step would compile a new one; here the graph only sees `over`, which changes once.
 """
 
 from __future__ import annotations
