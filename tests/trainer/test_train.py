@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pixcontrast_ext.trainer import models
+from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig, load_config, save_config
 from pixcontrast_ext.trainer.data import IGNORE
@@ -235,7 +236,7 @@ def torchrun(environment, world, *args):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_two_ranks_train_resume_and_evaluate(tiny, environment, trainer):
+def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
     config = tiny("two", steps=6, keep_checkpoints=9)
     path = config.out.parent / "two.json"
     save_config(config, path)
@@ -252,7 +253,8 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, trainer):
     assert_same_record(config.out, resumed.out)
 
     scores = [torchrun(environment, 2, "eval", "--checkpoint", config.out).stdout]
-    scores.append(trainer("eval", "--checkpoint", config.out).stdout)
+    assert main(["eval", "--checkpoint", str(config.out)]) == 0
+    scores.append(capsys.readouterr().out)
     assert scores[0] == scores[1] and f"{read_rows(config.out / 'val.csv')[-1]['miou']:.4f}" in scores[0]
 
     alone = replace(config, out=config.out.with_name("alone"))
