@@ -1,6 +1,6 @@
 """What one rank does in `test_distributed.py`: scenarios in turn, the bank's state after each step saved to a file.
 
-Arguments: the folder for the results, "all" or "uneven", and a checkpoint to resume from.
+Arguments: the folder for the results, and a checkpoint to resume from.
 """
 
 from __future__ import annotations
@@ -115,13 +115,7 @@ def training(rank, *, loss_in_ddp):
     return states
 
 
-def uneven(rank):
-    """Rank 0 alone gets a larger batch once the size of an exchange is settled."""
-    bank = make_bank()
-    return [enqueue(bank, *batch(rank, step, 2 + (rank == 0) * step)) for step in range(2)]
-
-
-def main(out, which, checkpoint=None):
+def main(out, checkpoint=None):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank = dist.get_rank()
     pair = dist.new_group([0, 1])
@@ -134,8 +128,6 @@ def main(out, which, checkpoint=None):
         "training": lambda: training(rank, loss_in_ddp=False),
         "training_in_ddp": lambda: training(rank, loss_in_ddp=True),
     }
-    if which == "uneven":
-        scenarios = {"uneven": lambda: uneven(rank)}
     if checkpoint is not None:
         scenarios["resumed"] = lambda: resumed(rank, checkpoint)
     for name, scenario in scenarios.items():
