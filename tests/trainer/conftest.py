@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("kornia", reason="the trainer is an extra: pip install pixcontrast-ext[train]")
-
 import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 
