@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pixcontrast_ext import MemoryBank, PixelContrastLoss
@@ -65,6 +66,7 @@ def test_a_new_bank_is_empty():
         (dict(pixels_per_image=-1), ValueError, "pixels_per_image must be at least 0, got -1"),
         (dict(pixels_per_image="10"), TypeError, "pixels_per_image must be an int, got '10'"),
         (dict(dtype=torch.int32), TypeError, "dtype must be a floating-point dtype, got torch.int32"),
+        (dict(dtype=torch.float8_e4m3fn), TypeError, "dtype must be .*, got torch.float8_e4m3fn"),
         (dict(dtype="float"), TypeError, "dtype must be a floating-point dtype, got 'float'"),
         (
             dict(process_group="gloo"),
@@ -145,6 +147,17 @@ def test_copies_go_their_own_way(copied):
     feed(twin, seed=1)
     assert same(bank, before) and not same(twin, before)
     assert same(feed(bank, seed=1), state(twin))
+
+
+def test_a_copy_belongs_to_the_same_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        bank = feed(make(process_group=dist.new_group([0])))
+        twin = copy.deepcopy(bank)
+        assert twin.process_group is bank.process_group
+        assert same(feed(twin, seed=1), state(feed(bank, seed=1)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_bank_is_saved_and_restored_with_the_loss():

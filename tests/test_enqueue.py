@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 
 import pytest
 import torch
@@ -324,6 +326,37 @@ def test_repeats_bit_for_bit_at_any_thread_count(layout):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for found in results for a, b in zip(found, results[0], strict=True))
+
+
+def before_a_wall(tensor):
+    """A copy whose last byte is followed by memory that nobody may touch: reading on ends the process."""
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    end = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, end + page)
+    first = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(first + end), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=end - size).view(
+        tensor.shape
+    )
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", [(7, 9), (4, 12), (1, 1)])
+def test_nothing_beyond_the_end_is_touched(layout, dtype, size):
+    embeddings, labels, priority = draw(2, 17, *size, 3, ignored=0.1)
+    embeddings = embeddings.to(dtype)
+    if layout == "channels_last":
+        embeddings = before_a_wall(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    else:
+        embeddings = before_a_wall(embeddings)
+    bank, rings = make(3, 17, 3, 5, 2)
+    bank.keys, bank.key_labels = before_a_wall(bank.keys), before_a_wall(bank.key_labels)
+    for _ in range(3):
+        bank.enqueue(embeddings, before_a_wall(labels), priority=before_a_wall(priority), backend="cpu")
+        rings.enqueue(embeddings, labels, priority)
+    check(bank, rings)
 
 
 def test_no_gradient_reaches_the_bank(backend):

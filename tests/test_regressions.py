@@ -1,7 +1,7 @@
 """The faults of the published implementation (tfzhou/ContrastiveSeg at 287e5d3), one test each: none of them here.
 
-All through the public API, as a trainer would meet them; #n is the issue there. The eighth, every rank's bank overwritten
-by rank 0's, takes several processes: `test_distributed.py`.
+All through the public API, as a trainer would meet them; #n is the issue there. The eighth, banks overwritten by
+rank 0's, takes several processes: `test_distributed.py`.
 """
 
 from __future__ import annotations
