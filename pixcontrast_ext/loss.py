@@ -262,8 +262,10 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the pixels that count; 0 if there are none."""
+        if labels.numel() == 0:
+            return logits.sum() * 0.0
         size = (labels.shape[1], labels.shape[2])
-        if logits.shape[2:] != labels.shape[1:] and labels.numel() > 0:
+        if logits.shape[2:] != labels.shape[1:]:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         contrast = self.contrast
         labels = labels.long()
