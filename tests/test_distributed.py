@@ -20,9 +20,11 @@ TIMEOUT = 60  # seconds until a run counts as hung
 def torchrun(ranks, *arguments):
     """Return code and output; the whole process group is killed if it hangs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    path = os.pathsep.join(filter(None, sys.path))  # the worker imports what the tests import
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [*command, str(WORKER), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
