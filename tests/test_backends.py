@@ -1,0 +1,203 @@
+"""The registry, and the rule of which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pixcontrast_ext
+from pixcontrast_ext import available_backends, backends, infonce, use_backend
+from pixcontrast_ext.backends import native
+from pixcontrast_ext.info import report
+
+ROWS, LABELS = torch.randn(6, 4), torch.arange(6) % 2
+PACKAGE = Path(pixcontrast_ext.__file__).parent
+
+
+def served_by(**arguments) -> str:
+    """Which backend a call reaches."""
+    seen = []
+    names = ("reference", "cpu")
+    modules = {name: backends.get(name) for name in names}
+    originals = {name: module.infonce_forward for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.infonce_forward = lambda *args, n=name: (seen.append(n), originals[n](*args))
+        infonce(ROWS, LABELS, ROWS.clone(), LABELS, temperature=0.1, **arguments)
+    finally:
+        for name, module in modules.items():
+            module.infonce_forward = originals[name]
+    return seen[0]
+
+
+def test_precedence(monkeypatch):
+    assert served_by() == "cpu"
+    monkeypatch.setenv("PIXCONTRAST_BACKEND", "reference")
+    assert served_by() == "reference"
+    with use_backend("cpu"):
+        assert served_by() == "cpu"
+        assert served_by(backend="reference") == "reference"
+        with use_backend("reference"):
+            assert served_by() == "reference"
+        assert served_by() == "cpu"
+    monkeypatch.setenv("PIXCONTRAST_BACKEND", "")
+    assert served_by() == "cpu"
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    for name in ("cuda", "triton"):
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot serve infonce on cpu tensors of torch.float32"):
+            served_by(backend=name)
+        monkeypatch.setenv("PIXCONTRAST_BACKEND", name)
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot serve"):
+            served_by()
+        monkeypatch.delenv("PIXCONTRAST_BACKEND")
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(ValueError, match="backend= names the backend 'fast', expected one of cuda, triton, cpu"):
+        served_by(backend="fast")
+    with pytest.raises(ValueError, match=r"use_backend\(\) names the backend 'fast'"), use_backend("fast"):
+        pass
+    monkeypatch.setenv("PIXCONTRAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="PIXCONTRAST_BACKEND names the backend 'fast'"):
+        served_by()
+
+
+def test_available_backends_and_info_agree():
+    found = available_backends()
+    assert list(found) == ["cuda", "triton", "cpu", "reference"]
+    assert found["cpu"] is None and found["reference"] is None
+    text = report()
+    for name, reason in found.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"backend {name} "))
+        assert line.endswith("ready" if reason is None else f"off: {reason}")
+    assert torch.__version__ in text and native._C.instruction_set() in text
+
+
+def test_a_backend_that_is_off_cannot_be_entered(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", "it was never built")
+    assert available_backends()["cpu"] == "it was never built"
+    with pytest.raises(ValueError, match="backend 'cpu' is off: it was never built"), use_backend("cpu"):
+        pass
+    assert served_by() == "reference"
+
+
+@pytest.mark.parametrize("name", [*native._C.instruction_sets(), "quantum"])
+def test_instruction_set_is_forced_by_the_environment(name):
+    code = "from pixcontrast_ext.backends import native; print(native._C.instruction_set())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PIXCONTRAST_CPU_ISA": name}, capture_output=True, text=True
+    )
+    if name == "quantum":
+        assert done.returncode != 0 and "PIXCONTRAST_CPU_ISA: instruction set 'quantum' is unknown" in done.stderr
+    else:
+        assert done.stdout.strip() == name, done.stderr
+
+
+def test_kernels_refuse_missing_and_superfluous_fields():
+    for fields, message in (({}, "missing field: source"), ({"colour": 1}, "missing field")):
+        with pytest.raises(TypeError, match=message):
+            native._C.widen(**fields)
+    whole = dict(source=0, source_dtype=0, indices=0, num_rows=0, channels=0, rows=0, threads=1)
+    native._C.widen(**whole)
+    with pytest.raises(TypeError, match="superfluous fields: 1"):
+        native._C.widen(**whole, colour=1)
+
+
+def test_launch_refuses_what_a_pointer_cannot_say():
+    with pytest.raises(ValueError, match=r"widen: source must be a contiguous CPU tensor, got shape \(4, 6\)"):
+        native.launch("widen", source=torch.zeros(6, 4).T)
+
+
+def test_scratch_memory_outlives_the_kernel(monkeypatch):
+    """A tensor that only the call owns must not be freed between taking its pointer and the kernel's end."""
+
+    class Scratch(torch.Tensor):
+        alive = 0
+
+        def __new__(cls):
+            cls.alive += 1
+            return torch.Tensor._make_subclass(cls, torch.zeros(3))
+
+        def __del__(self):
+            Scratch.alive -= 1
+
+    seen = []
+    fake = type("Module", (), {"kernel": staticmethod(lambda **fields: seen.append(Scratch.alive))})
+    monkeypatch.setattr(native, "_C", fake)
+    native.launch("kernel", scratch=Scratch())
+    assert seen == [1]
+
+
+# --- layering --------------------------------------------------------------------------------------------------------
+
+# trainer -> loss, bank, head -> ops -> backends -> _C
+LAYERS = ["_C", "backends", "ops", "model", "public", "trainer"]
+
+
+def layer(path: str) -> str:
+    head = path.split(".")[0] if path else ""
+    if head in ("", "info"):
+        return "public"
+    return {"bank": "model", "loss": "model", "head": "model"}.get(head, head)
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of the package that a file imports, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            are_modules = [(PACKAGE.parent / Path(*s.split("."))).with_suffix(".py").exists() for s in submodules]
+            packages = [(PACKAGE.parent / Path(*s.split("."))).is_dir() for s in submodules]
+            native_module = [s == "pixcontrast_ext._C" for s in submodules]
+            kinds = zip(submodules, are_modules, packages, native_module, strict=True)
+            names = [s if any(kind) else node.module for s, *kind in kinds]
+        else:
+            continue
+        found |= {n.removeprefix("pixcontrast_ext").lstrip(".") for n in names if n.split(".")[0] == "pixcontrast_ext"}
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 15
+    return [(".".join(f.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip("."), f) for f in files]
+
+
+@pytest.mark.parametrize(("module", "file"), modules(), ids=lambda x: x if isinstance(x, str) else "")
+def test_imports_point_one_way(module, file):
+    for imported in imports_of(file):
+        own, other = LAYERS.index(layer(module)), LAYERS.index(layer(imported))
+        allowed = other <= own
+        if module == "info":
+            allowed = layer(imported) != "trainer"
+        assert allowed, f"{module or '__init__'} imports {imported}"
+        if module.startswith("backends.") and imported.startswith("backends."):
+            assert imported == "backends.native", f"{module} imports {imported}: backends do not know each other"
+        if imported == "_C":
+            assert module == "backends.native", f"{module} imports the compiled module"
+
+
+def test_the_reference_imports_torch_only():
+    tree = ast.parse((PACKAGE / "backends" / "reference.py").read_text())
+    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert names <= {"__future__", "math", "torch"}
+
+
+def test_import_is_quiet_and_lean():
+    """No output, and nothing heavy beside torch."""
+    code = "import sys, pixcontrast_ext; print(sorted(m for m in ('triton', 'kornia', 'matplotlib') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -1,0 +1,114 @@
+"""torch.compile, opcheck, and what else torch asks of an op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
+
+LABELS = torch.randint(0, 3, (2, 6, 5))
+PRIORITY = torch.randint(0, 99, (2, 6, 5), dtype=torch.int32)
+MAP = torch.randn(2, 4, 6, 5)
+INDICES = torch.tensor([0, 7, 59, 7])
+ROWS, ROW_LABELS = torch.randn(7, 4), torch.arange(7, dtype=torch.int32) % 3 - 1
+KEYS, KEY_LABELS = torch.randn(11, 4), torch.arange(11, dtype=torch.int32) % 3 - 1
+COLUMN = torch.randn(7)
+
+
+def bank_state():
+    bank = MemoryBank(3, 4, region_slots=2, pixel_slots=5)
+    return [buffer.clone() for buffer in bank.buffers()]
+
+
+def cases(backend):
+    ops = torch.ops.pixcontrast
+    rows, row_labels = ops.enqueue_collect(MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend)
+    return {
+        "hard_anchor_sampling": (LABELS, LABELS.flip(0), PRIORITY, 3, 20, 4, 1, 255, backend),
+        "gather": (MAP, INDICES, True, torch.float32, backend),
+        "gather_backward": (torch.randn(4, 4), MAP, INDICES, torch.rand(4), True, backend),
+        "enqueue_collect": (MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend),
+        "enqueue_write": (rows, row_labels, *bank_state(), 2, backend),
+        "infonce_forward": (ROWS, ROW_LABELS, KEYS, KEY_LABELS, 0.1, False, True, backend),
+        "infonce_backward_keys": (ROWS, ROW_LABELS, KEYS, KEY_LABELS, COLUMN, COLUMN, COLUMN, 0.1, False, backend),
+        "infonce_backward_symmetric": (ROWS, ROW_LABELS, COLUMN, COLUMN, COLUMN, 0.1, True, backend),
+    }
+
+
+@pytest.mark.parametrize("op", cases("cpu"))
+def test_opcheck(backend, op):
+    torch.library.opcheck(getattr(torch.ops.pixcontrast, op).default, cases(backend)[op])
+
+
+def test_every_op_is_checked():
+    """All but the step counter, whose effect is on the host."""
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("pixcontrast::")}
+    assert names == set(cases("cpu")) | {"warmup_step"}
+
+
+def test_fakes_agree_with_the_ops(backend):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for op, arguments in cases(backend).items():
+        call = getattr(torch.ops.pixcontrast, op)
+        real = call(*arguments)
+        with FakeTensorMode() as mode:
+            fake = call(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+        real, fake = (x if isinstance(x, (tuple, list)) else [x] for x in (real, fake))
+        for a, b in zip(real, fake, strict=True):
+            if a is not None:
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), op
+
+
+def training_steps(criterion, compiled, steps=5):
+    """Losses, gradients and bank of a few steps from the same state."""
+    torch.manual_seed(0)
+    head = ProjectionHead(6, 8)
+    run = torch.compile(criterion, fullgraph=True, backend=compiled) if compiled else criterion
+    results = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        features, logits = torch.randn(2, 6, 9, 7), torch.randn(2, 4, 9, 7, requires_grad=True)
+        labels = torch.randint(0, 4, (2, 18, 21))
+        labels[:, :3] = 255
+        embeddings = head(features)
+        torch.manual_seed(100 + step)
+        loss = run(logits, embeddings, labels)
+        grads = torch.autograd.grad(loss, [logits, *head.parameters()], allow_unused=True)
+        results.append((loss.detach(), *(g for g in grads if g is not None)))
+    return results
+
+
+@pytest.mark.parametrize("with_bank", [True, False])
+def test_compiled_criterion_is_the_eager_one(with_bank):
+    """The whole criterion in one graph, through its warm-up: two graphs in all, however many steps."""
+
+    def criterion():
+        bank = MemoryBank(4, 8, region_slots=3, pixel_slots=7, pixels_per_image=2) if with_bank else None
+        return PixelContrastCrossEntropyLoss(4, bank=bank, warmup_steps=3, min_pixels=1, max_views=5, max_samples=40)
+
+    torch._dynamo.reset()
+    eager, compiled = criterion(), criterion()
+    counter = CompileCounterWithBackend("aot_eager")
+    expected, found = training_steps(eager, None), training_steps(compiled, counter)
+    for a, b in zip(expected, found, strict=True):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert counter.frame_count == 2
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    criterion = PixelContrastLoss(4, bank=MemoryBank(4, 8, region_slots=3, pixel_slots=7), min_pixels=1)
+    compiled = torch.compile(criterion, fullgraph=True)
+    labels = torch.randint(0, 4, (2, 9, 7))
+    for _ in range(2):
+        embeddings = torch.randn(2, 8, 9, 7, requires_grad=True)
+        loss = compiled(embeddings, labels, labels)
+        loss.backward()
+    assert loss > 0 and embeddings.grad.abs().sum() > 0 and (criterion.bank.region_fill == 3).all()
