@@ -44,7 +44,6 @@ AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512}
-X86_OPTIONAL_ISAS = {"avx512bf16": f"{AVX512} -mavx512bf16"}  # built where the compiler knows the flags
 
 CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # those of them that the nvcc at hand can generate
 
@@ -148,10 +147,6 @@ class NinjaBuild:
     def sources(pattern):
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
-    def compiler_knows(self, flags):
-        probe = [*self.cxx, *flags.split(), "-fsyntax-only", "-x", "c++", os.devnull]
-        return output_of(*probe) is not None
-
     def add_object(self, rule, source, flags, variant=""):
         target = f"{self.build_dir}/{Path(source).parent.name}_{Path(source).stem}{variant}.o"
         self.statements.append(f"build {target}: {rule} {source}\n  flags = {quoted(flags)}")
@@ -179,10 +174,6 @@ class NinjaBuild:
         if platform.machine() in ("x86_64", "AMD64"):
             isas |= X86_ISAS
             config.append("-DPXC_HAVE_X86=1")
-            for isa, flags in X86_OPTIONAL_ISAS.items():
-                if self.compiler_knows(flags):
-                    isas[isa] = flags
-                    config.append(f"-DPXC_HAVE_{isa.upper()}=1")
         compiler = self.compiler
         if self.with_cuda:
             config.append("-DPXC_HAVE_CUDA=1")

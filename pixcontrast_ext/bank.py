@@ -11,6 +11,23 @@ from torch import Tensor, nn
 from pixcontrast_ext import ops
 from pixcontrast_ext.ops import enqueue
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class _Group:
+    """A process group that a copy of its bank shares."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a bank with an explicit process group cannot be pickled; save its state_dict instead"
+        )
+
 
 class MemoryBank(nn.Module):
     """Per class a ring of region embeddings and a ring of pixel embeddings (arXiv 2101.11939, section 3.3).
@@ -65,14 +82,16 @@ class MemoryBank(nn.Module):
         ops.check_at_least(
             0, region_slots=region_slots, pixel_slots=pixel_slots, pixels_per_image=pixels_per_image
         )
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
-        if isinstance(process_group, str) and process_group != "default":
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {_DTYPES}")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        if process_group not in ("default", None) and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be 'default', a group or None, got {process_group!r}")
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.region_slots, self.pixel_slots = region_slots, pixel_slots
         self.pixels_per_image, self.ignore_index, self.normalize = pixels_per_image, ignore_index, normalize
-        self.process_group = process_group
+        self._group = _Group(process_group) if isinstance(process_group, dist.ProcessGroup) else process_group
         self._exchange_batch = 0  # images a rank offers in an exchange; agreed in the first one
         slots = region_slots + pixel_slots
         self.register_buffer("keys", torch.zeros(num_classes, slots, embed_dim, dtype=dtype))
@@ -171,7 +190,11 @@ class MemoryBank(nn.Module):
             backend=backend,
         )
 
-    def _group(self) -> dist.ProcessGroup | None:
+    @property
+    def process_group(self) -> dist.ProcessGroup | str | None:
+        return self._group.group if isinstance(self._group, _Group) else self._group
+
+    def _exchange_group(self) -> dist.ProcessGroup | None:
         """The group to exchange with, or None if there is none or it has one rank."""
         if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
             return None
@@ -184,7 +207,7 @@ class MemoryBank(nn.Module):
         The shape of an exchange has to be known on every rank without asking, so the largest batch of the
         first exchange sets it; smaller batches are padded with rows that nobody stores.
         """
-        group = self._group()
+        group = self._exchange_group()
         if group is None:
             return rows, row_labels
         batch, world = rows.shape[0], dist.get_world_size(group)
@@ -217,34 +240,49 @@ class MemoryBank(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """What is wrong with the bank in a state dict; nothing if there is no bank in it at all."""
         found = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
-        problems = []
+        if not found:
+            return []
+        problems = [f"{name}: missing in the checkpoint" for name in self._buffers if name not in found]
         for name, value in found.items():
             own = getattr(self, name)
-            if value.shape != own.shape:
+            if not isinstance(value, Tensor):
+                problems.append(f"{name}: expected a tensor, got {type(value).__name__}")
+            elif value.shape != own.shape:
                 problems.append(
                     f"{name}: the checkpoint has shape {tuple(value.shape)}, this bank {tuple(own.shape)} "
                     f"(num_classes={self.num_classes}, region_slots={self.region_slots}, "
                     f"pixel_slots={self.pixel_slots}, embed_dim={self.embed_dim})"
                 )
+            elif value.dtype.is_floating_point != own.dtype.is_floating_point:
+                problems.append(f"{name}: the checkpoint has {value.dtype}, this bank {own.dtype}")
         if problems:
             return problems
-        for kind, slots in (("region", self.region_slots), ("pixel", self.pixel_slots)):
-            ptr, fill = found.get(f"{kind}_ptr"), found.get(f"{kind}_fill")
-            if ptr is not None and ((ptr < 0) | (ptr >= max(slots, 1))).any():
+
+        keys, labels = found["keys"].to(self.keys.dtype), found["key_labels"]
+        wrong = (~keys.isfinite()).nonzero()
+        if len(wrong):
+            problems.append(f"keys: {len(wrong)} values are not finite, the first at {wrong[0].tolist()}")
+        own_class = torch.arange(self.num_classes, device=labels.device)[:, None]
+        wrong = ((labels != own_class) & (labels != -1)).nonzero()
+        if len(wrong):
+            place = wrong[0].tolist()
+            problems.append(
+                f"key_labels: {place} is {int(labels[tuple(place)])}, "
+                f"expected {place[0]} or -1 ({len(wrong)} such)"
+            )
+        used = (labels >= 0).split([self.region_slots, self.pixel_slots], dim=1)
+        for kind, slots, filled in zip(
+            ("region", "pixel"), (self.region_slots, self.pixel_slots), used, strict=True
+        ):
+            ptr, fill = found[f"{kind}_ptr"], found[f"{kind}_fill"]
+            if ((ptr < 0) | (ptr >= max(slots, 1))).any():
                 problems.append(f"{kind}_ptr: expected 0 <= ptr < {slots}, got {ptr.tolist()}")
-            if fill is not None and ((fill < 0) | (fill > slots)).any():
+            if ((fill < 0) | (fill > slots)).any():
                 problems.append(f"{kind}_fill: expected 0 <= fill <= {slots}, got {fill.tolist()}")
-        if "keys" in found and not found["keys"].isfinite().all():
-            bad = (~found["keys"].isfinite()).nonzero()
-            problems.append(f"keys: {len(bad)} values are not finite, the first at {bad[0].tolist()}")
-        if "key_labels" in found:
-            labels = found["key_labels"]
-            own_class = torch.arange(self.num_classes, device=labels.device)[:, None]
-            wrong = ((labels != own_class) & (labels != -1)).nonzero()
-            if len(wrong):
-                place = wrong[0].tolist()
+            elif (fill != filled.sum(dim=1)).any():
                 problems.append(
-                    f"key_labels: {place} is {int(labels[tuple(place)])}, expected {place[0]} or -1 ({len(wrong)} such)"
+                    f"{kind}_fill: {fill.tolist()} slots in use, but {filled.sum(dim=1).tolist()} have a label"
                 )
         return problems

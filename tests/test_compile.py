@@ -32,7 +32,18 @@ def cases(backend):
         "enqueue_collect": (MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend),
         "enqueue_write": (rows, row_labels, *bank_state(), 2, backend),
         "infonce_forward": (ROWS, ROW_LABELS, KEYS, KEY_LABELS, 0.1, False, True, backend),
-        "infonce_backward_keys": (ROWS, ROW_LABELS, KEYS, KEY_LABELS, COLUMN, COLUMN, COLUMN, 0.1, False, backend),
+        "infonce_backward_keys": (
+            ROWS,
+            ROW_LABELS,
+            KEYS,
+            KEY_LABELS,
+            COLUMN,
+            COLUMN,
+            COLUMN,
+            0.1,
+            False,
+            backend,
+        ),
         "infonce_backward_symmetric": (ROWS, ROW_LABELS, COLUMN, COLUMN, COLUMN, 0.1, True, backend),
     }
 
@@ -87,7 +98,9 @@ def test_compiled_criterion_is_the_eager_one(with_bank):
 
     def criterion():
         bank = MemoryBank(4, 8, region_slots=3, pixel_slots=7, pixels_per_image=2) if with_bank else None
-        return PixelContrastCrossEntropyLoss(4, bank=bank, warmup_steps=3, min_pixels=1, max_views=5, max_samples=40)
+        return PixelContrastCrossEntropyLoss(
+            4, bank=bank, warmup_steps=3, min_pixels=1, max_views=5, max_samples=40
+        )
 
     torch._dynamo.reset()
     eager, compiled = criterion(), criterion()

@@ -8,8 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
-from pixcontrast_ext import gather_embeddings, hard_anchor_sampling, infonce
+from pixcontrast_ext import (
+    MemoryBank,
+    PixelContrastCrossEntropyLoss,
+    PixelContrastLoss,
+    ProjectionHead,
+    gather_embeddings,
+    hard_anchor_sampling,
+    infonce,
+)
 from pixcontrast_ext.loss import resize_nearest
 
 
@@ -32,7 +39,12 @@ def bank_of(classes=4, channels=12, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_nearest_is_the_rule_of_interpolate(dtype):
     """Many pairs of sizes, among them those where the exact quotient would round another way than torch's fp32."""
-    sizes = [(a, b) for a in range(1, 71) for b in range(1, 71)] + [(1023, 257), (4099, 777), (719, 90), (97, 1500)]
+    sizes = [(a, b) for a in range(1, 71) for b in range(1, 71)] + [
+        (1023, 257),
+        (4099, 777),
+        (719, 90),
+        (97, 1500),
+    ]
     for size, target in sizes:
         heights, widths = torch.arange(size)[:, None].expand(size, 3), torch.arange(size).expand(3, size)
         for positions, wanted in ((heights, (target, 2)), (widths, (2, target))):
@@ -87,7 +99,9 @@ def test_base_temperature_scales(backend):
     losses = []
     for base in (None, 0.05):
         torch.manual_seed(0)
-        criterion = PixelContrastLoss(4, temperature=0.2, base_temperature=base, min_pixels=1, backend=backend)
+        criterion = PixelContrastLoss(
+            4, temperature=0.2, base_temperature=base, min_pixels=1, backend=backend
+        )
         losses.append(criterion(embeddings, labels, logits))
     torch.testing.assert_close(losses[1], 4 * losses[0])
 
@@ -95,7 +109,9 @@ def test_base_temperature_scales(backend):
 def test_enqueues_after_the_loss_and_in_training_only(backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(), backend=backend)
-    assert criterion(embeddings, labels, logits) == 0  # an empty bank: the batch is not contrasted with itself
+    assert (
+        criterion(embeddings, labels, logits) == 0
+    )  # an empty bank: the batch is not contrasted with itself
     filled = criterion.bank.region_fill.clone()
     assert (filled == 2).all()
     assert criterion.eval()(embeddings, labels, logits) > 0
@@ -125,7 +141,9 @@ def test_any_dtype_of_map_and_bank(backend, dtype, bank_dtype):
 )
 @pytest.mark.parametrize("with_bank", [False, True])
 def test_nothing_to_contrast_is_a_differentiable_zero(backend, poison, case, with_bank):
-    size = {"batch 0": (0, 12, 5, 5), "no pixels": (2, 12, 0, 5), "one pixel": (1, 12, 1, 1)}.get(case, (2, 12, 5, 5))
+    size = {"batch 0": (0, 12, 5, 5), "no pixels": (2, 12, 0, 5), "one pixel": (1, 12, 1, 1)}.get(
+        case, (2, 12, 5, 5)
+    )
     embeddings = torch.randn(size, requires_grad=True)
     labels = torch.randint(0, 4, (size[0], *size[2:]))
     if case == "all ignored":
@@ -134,7 +152,10 @@ def test_nothing_to_contrast_is_a_differentiable_zero(backend, poison, case, wit
         labels.zero_()
     logits = torch.randn(size[0], 4, *size[2:])
     criterion = PixelContrastLoss(
-        4, min_pixels=None if case == "too few pixels" else 1, bank=bank_of() if with_bank else None, backend=backend
+        4,
+        min_pixels=None if case == "too few pixels" else 1,
+        bank=bank_of() if with_bank else None,
+        backend=backend,
     )
     if case in ("empty bank", "one class") or not with_bank:
         criterion.eval()
@@ -171,7 +192,9 @@ def test_backward_after_the_bank_was_written(backend):
     embeddings, labels, logits = batch()
     gradients = []
     for training in (True, False):
-        criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(region_slots=1, pixel_slots=1), backend=backend)
+        criterion = PixelContrastLoss(
+            4, min_pixels=1, bank=bank_of(region_slots=1, pixel_slots=1), backend=backend
+        )
         torch.manual_seed(7)
         criterion.bank.enqueue(torch.randn(2, 12, 9, 9), torch.randint(0, 4, (2, 9, 9)))
         loss = criterion.train(training)(embeddings, labels, logits)
@@ -191,7 +214,11 @@ def test_backward_after_the_bank_was_written(backend):
         (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
         (dict(bank=bank_of(5)), ValueError, "the bank has 5 classes, the loss 4"),
         (dict(bank=bank_of(ignore_index=0)), ValueError, "the bank ignores label 0, the loss 255"),
-        (dict(bank=bank_of(normalize=False)), ValueError, "the bank has normalize=False, the loss normalize=True"),
+        (
+            dict(bank=bank_of(normalize=False)),
+            ValueError,
+            "the bank has normalize=False, the loss normalize=True",
+        ),
     ],
 )
 def test_bad_settings(settings, error, message):
@@ -203,21 +230,47 @@ def test_bad_settings(settings, error, message):
     ("change", "error", "message"),
     [
         (dict(embeddings=torch.zeros(2, 12, 5)), ValueError, r"embeddings must have shape \[B, D, H, W\]"),
-        (dict(embeddings=torch.zeros(2, 12, 5, 5).long()), TypeError, "embeddings must be a floating-point tensor"),
+        (
+            dict(embeddings=torch.zeros(2, 12, 5, 5).long()),
+            TypeError,
+            "embeddings must be a floating-point tensor",
+        ),
         (dict(labels=torch.zeros(2, 5, 5)), TypeError, "labels must be an integer tensor, got torch.float32"),
-        (dict(labels=torch.zeros(3, 5, 5).long()), ValueError, r"labels \(3, 5, 5\) do not fit embeddings \(2, 12, 5, 5\)"),
+        (
+            dict(labels=torch.zeros(3, 5, 5).long()),
+            ValueError,
+            r"labels \(3, 5, 5\) do not fit embeddings \(2, 12, 5,",
+        ),
         (dict(labels=torch.zeros(2, 1, 5, 5).long()), ValueError, "expected 3 dimensions and the same batch"),
-        (dict(labels=torch.full((2, 5, 5), 4)), ValueError, r"labels\[0, 0, 0\] is 4, expected 0 <= label < num_classes=4"),
-        (dict(predictions=torch.zeros(2, 3, 5, 5)), ValueError, r"num_classes=4 channels, got \(2, 3, 5, 5\)"),
+        (
+            dict(labels=torch.full((2, 5, 5), 4)),
+            ValueError,
+            r"labels\[0, 0, 0\] is 4, expected 0 <= label < num_cl",
+        ),
+        (
+            dict(predictions=torch.zeros(2, 3, 5, 5)),
+            ValueError,
+            r"num_classes=4 channels, got \(2, 3, 5, 5\)",
+        ),
         (dict(predictions=torch.zeros(2, 5, 5)), ValueError, r"logits \(2, 5, 5\) do not fit"),
         (dict(predictions=torch.zeros(1, 5, 5).long()), ValueError, r"predictions \(1, 5, 5\) do not fit"),
-        (dict(predictions=torch.zeros(2, 5, 5).bool()), TypeError, "integers or floating-point logits, got torch.bool"),
-        (dict(labels=torch.zeros(2, 5, 5, device="meta").long()), ValueError, "labels must be on cpu, got meta"),
+        (
+            dict(predictions=torch.zeros(2, 5, 5).bool()),
+            TypeError,
+            "integers or floating-point logits, got torch.bool",
+        ),
+        (
+            dict(labels=torch.zeros(2, 5, 5, device="meta").long()),
+            ValueError,
+            "labels must be on cpu, got meta",
+        ),
     ],
 )
 def test_bad_input(backend, change, error, message):
     arguments = dict(
-        embeddings=torch.zeros(2, 12, 5, 5), labels=torch.zeros(2, 5, 5).long(), predictions=torch.zeros(2, 5, 5).long()
+        embeddings=torch.zeros(2, 12, 5, 5),
+        labels=torch.zeros(2, 5, 5).long(),
+        predictions=torch.zeros(2, 5, 5).long(),
     )
     with pytest.raises(error, match=message):
         PixelContrastLoss(4, backend=backend)(**(arguments | change))
@@ -259,7 +312,9 @@ def test_class_weights_and_ignore_index(ignore_index):
 
 def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(backend):
     embeddings, labels, logits = batch()
-    criterion = PixelContrastCrossEntropyLoss(4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend)
+    criterion = PixelContrastCrossEntropyLoss(
+        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend
+    )
     poisoned = embeddings.detach().clone()
     poisoned[0, 0, 0, 0] = math.nan  # 0 * NaN would be NaN
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
@@ -273,7 +328,9 @@ def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(backend):
 def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(backend):
     embeddings, labels, logits = batch()
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
-    criterion = PixelContrastCrossEntropyLoss(4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend)
+    criterion = PixelContrastCrossEntropyLoss(
+        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend
+    )
     criterion(logits, embeddings, labels)
     assert criterion.eval()(logits, embeddings, labels) > entropy  # evaluation always shows the whole loss
     resumed = PixelContrastCrossEntropyLoss(4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend)
@@ -297,10 +354,15 @@ def test_all_ignored_is_a_differentiable_zero(backend):
 
 def test_empty_batch(backend):
     criterion = PixelContrastCrossEntropyLoss(4, bank=bank_of(), backend=backend)
-    logits, embeddings = torch.zeros(0, 4, 5, 5, requires_grad=True), torch.zeros(0, 12, 5, 5, requires_grad=True)
+    logits, embeddings = (
+        torch.zeros(0, 4, 5, 5, requires_grad=True),
+        torch.zeros(0, 12, 5, 5, requires_grad=True),
+    )
     loss = criterion(logits, embeddings, torch.zeros(0, 20, 20, dtype=torch.int64))
     loss.backward()
-    assert loss.item() == 0 and logits.grad.shape == logits.shape and embeddings.grad.shape == embeddings.shape
+    assert (
+        loss.item() == 0 and logits.grad.shape == logits.shape and embeddings.grad.shape == embeddings.shape
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -347,7 +409,9 @@ def test_bad_label_is_named_even_where_no_embedding_is(backend, value):
     """At full resolution, between the pixels that the embeddings pick."""
     embeddings, labels, logits = batch(labels_size=(28, 18), ignored=0.0)
     labels[1, 3, 5] = value
-    with pytest.raises(ValueError, match=rf"labels\[1, 3, 5\] is {value}, expected 0 <= label < num_classes=4"):
+    with pytest.raises(
+        ValueError, match=rf"labels\[1, 3, 5\] is {value}, expected 0 <= label < num_classes=4"
+    ):
         PixelContrastCrossEntropyLoss(4, backend=backend)(logits, embeddings, labels)
 
 
@@ -368,7 +432,9 @@ def test_state_dict_holds_bank_and_step():
 # --- ProjectionHead --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "parameters"), [("convmlp", 7 * 7 + 2 * 7 + 7 * 5 + 5), ("linear", 7 * 5 + 5)])
+@pytest.mark.parametrize(
+    ("kind", "parameters"), [("convmlp", 7 * 7 + 2 * 7 + 7 * 5 + 5), ("linear", 7 * 5 + 5)]
+)
 def test_projection_head(kind, parameters):
     head = ProjectionHead(7, 5, kind)
     assert head(torch.randn(2, 7, 3, 4)).shape == (2, 5, 3, 4)

@@ -260,7 +260,7 @@ def test_infonce_is_compiled_per_instruction_set(toy):
     (build_file,) = toy.glob("build/native-*/build.ninja")
     isas = set(re.findall(r"-DPXC_ISA=(\w+)", build_file.read_text()))
     if os.uname().machine == "x86_64":
-        assert {"portable", "avx2", "avx512"} <= isas <= {"portable", "avx2", "avx512", "avx512bf16"}
+        assert isas == {"portable", "avx2", "avx512"}
     else:
         assert isas == {"portable"}
     assert str(toy) not in build_file.read_text()

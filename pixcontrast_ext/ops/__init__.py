@@ -72,6 +72,11 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def widest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype a backend has to know to serve a call: fp64 on either side needs one that knows fp64."""
+    return torch.float64 if torch.float64 in dtypes else dtypes[0]
+
+
 def is_integer(tensor: Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 

@@ -138,7 +138,9 @@ def collect(
         ignore_index,
         normalize,
         dtype,
-        backends.resolve(backend, "enqueue_collect", embeddings.device.type, embeddings.dtype),
+        backends.resolve(
+            backend, "enqueue_collect", embeddings.device.type, ops.widest(embeddings.dtype, dtype)
+        ),
     )
     return rows
 

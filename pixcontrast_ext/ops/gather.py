@@ -135,8 +135,7 @@ def gather_embeddings(
     dtype = embeddings.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
-    # Rows of fp64 need a backend that knows fp64, whatever the map's dtype.
-    widest = torch.float64 if torch.float64 in (dtype, embeddings.dtype) else embeddings.dtype
+    widest = ops.widest(embeddings.dtype, dtype)
     name = backends.resolve(backend, "gather_embeddings", embeddings.device.type, widest)
     rows: Tensor = GatherEmbeddings.apply(embeddings, indices, normalize, dtype, name)
     return rows
