@@ -38,8 +38,8 @@ CXX_FLAGS = [
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
-# The one source that is compiled once per instruction set; the choice among them is made at run time.
-PER_ISA_SOURCE = "csrc/cpu/infonce.cpp"
+# Sources that are compiled once per instruction set; the choice among them is made at run time.
+PER_ISA_SOURCES = ["csrc/cpu/infonce.cpp", "csrc/cpu/regions.cpp"]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}
@@ -184,7 +184,7 @@ class NinjaBuild:
 
         objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
         for source in self.sources("csrc/cpu/*.cpp"):
-            if source == PER_ISA_SOURCE:
+            if source in PER_ISA_SOURCES:
                 for isa, flags in isas.items():
                     objects.append(
                         self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")

@@ -2,6 +2,7 @@
 // fields of its struct in params.h; pointers travel as integers. A missing or superfluous field is a
 // TypeError, the GIL is released while a kernel runs, and no struct outlives its call.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
@@ -162,55 +163,6 @@ void def(py::module_& m, const char* name, Kernel<Params> kernel) {
   def_late<Params>(m, name, [kernel] { return kernel; });
 }
 
-struct InstructionSet {
-  const char* name;
-  const InfonceSteps* steps;
-  bool (*supported)();
-};
-
-// Best first.
-const InstructionSet kInstructionSets[] = {
-#ifdef PXC_HAVE_X86
-    {"avx512", &avx512::infonce_steps,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    {"avx2", &avx2::infonce_steps,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-#endif
-    {"portable", &portable::infonce_steps, [] { return true; }},
-};
-
-const InstructionSet* best_instruction_set() {
-  for (const InstructionSet& set : kInstructionSets) {
-    if (set.supported()) return &set;
-  }
-  return nullptr;  // not reached: portable always runs
-}
-
-const InstructionSet* chosen = best_instruction_set();
-
-py::list instruction_sets() {
-  py::list names;
-  for (const InstructionSet& set : kInstructionSets) {
-    if (set.supported()) names.append(set.name);
-  }
-  return names;
-}
-
-void select_instruction_set(const std::string& name) {
-  for (const InstructionSet& set : kInstructionSets) {
-    if (name == set.name && set.supported()) {
-      chosen = &set;
-      return;
-    }
-  }
-  throw py::value_error("instruction set '" + name +
-                        "' is unknown or not supported by this processor; supported: " +
-                        py::str(instruction_sets()).cast<std::string>());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -235,15 +187,15 @@ PYBIND11_MODULE(_C, m) {
   def<WriteParams>(m, "write", write);
   def<TilesParams>(m, "plan_tiles", plan_tiles);
   def<CollectKeysParams>(m, "collect_keys", collect_keys);
-  def_late<WidenParams>(m, "widen", [] { return chosen->steps->widen; });
-  def_late<NegativesParams>(m, "infonce_negatives", [] { return chosen->steps->negatives; });
-  def_late<PositivesParams>(m, "infonce_positives", [] { return chosen->steps->positives; });
-  def_late<FinishParams>(m, "infonce_finish", [] { return chosen->steps->finish; });
-  def_late<CoefficientsParams>(m, "infonce_coefficients", [] { return chosen->steps->coefficients; });
+  def_late<WidenParams>(m, "widen", [] { return vector_kernels().widen; });
+  def_late<NegativesParams>(m, "infonce_negatives", [] { return vector_kernels().negatives; });
+  def_late<PositivesParams>(m, "infonce_positives", [] { return vector_kernels().positives; });
+  def_late<FinishParams>(m, "infonce_finish", [] { return vector_kernels().finish; });
+  def_late<CoefficientsParams>(m, "infonce_coefficients", [] { return vector_kernels().coefficients; });
 
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
-  m.def("instruction_set", [] { return chosen->name; });
+  m.def("instruction_set", instruction_set);
 }
 
 }  // namespace pxc

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "../params.h"
 
@@ -20,23 +22,47 @@ void write(const WriteParams&);
 void plan_tiles(const TilesParams&);
 void collect_keys(const CollectKeysParams&);
 
-// The steps of InfoNCE between the products, built once per instruction set.
-struct InfonceSteps {
+// Of kLanes consecutive pixels of an image those that belong to one class.
+constexpr int64_t kLanes = 16;
+struct Group {
+  int64_t label;
+  int64_t first;
+  uint32_t member[kLanes];  // all ones or zero: a select by `and` keeps a NaN out of the other classes
+};
+
+// What is built once per instruction set: the steps of InfoNCE between the products, and the class sums of
+// enqueue, for one or two channels at a time: strands[label][channel][lane] += plane[pixel] * weights[pixel].
+struct VectorKernels {
   void (*widen)(const WidenParams&);
   void (*negatives)(const NegativesParams&);
   void (*positives)(const PositivesParams&);
   void (*finish)(const FinishParams&);
   void (*coefficients)(const CoefficientsParams&);
+  void (*add_groups)(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
+                     const float* weights, float* strands);
 };
 
-namespace portable {
-extern const InfonceSteps infonce_steps;
-}
-namespace avx2 {
-extern const InfonceSteps infonce_steps;
-}
-namespace avx512 {
-extern const InfonceSteps infonce_steps;
-}
+#define PXC_DECLARE_VECTOR_KERNELS(isa)                                                                     \
+  namespace isa {                                                                                           \
+  void widen(const WidenParams&);                                                                           \
+  void negatives(const NegativesParams&);                                                                   \
+  void positives(const PositivesParams&);                                                                   \
+  void finish(const FinishParams&);                                                                         \
+  void coefficients(const CoefficientsParams&);                                                             \
+  void add_groups(const Group*, int64_t, const float* const*, int, const float*, float*);                   \
+  constexpr VectorKernels kVectorKernels = {widen, negatives, positives, finish, coefficients, add_groups}; \
+  }
+PXC_DECLARE_VECTOR_KERNELS(portable)
+#ifdef __x86_64__
+PXC_DECLARE_VECTOR_KERNELS(avx2)
+PXC_DECLARE_VECTOR_KERNELS(avx512)
+#endif
+#undef PXC_DECLARE_VECTOR_KERNELS
+
+// The kernels in use: those of the best instruction set that the processor has, unless another was selected.
+const VectorKernels& vector_kernels();
+const char* instruction_set();
+std::vector<std::string> instruction_sets();           // those the processor has, best first
+void select_instruction_set(const std::string& name);  // throws std::invalid_argument
 
 }  // namespace pxc

@@ -15,21 +15,10 @@
 namespace pxc {
 namespace {
 
-// Four floats that stay in a register: left to itself the compiler spills the sums between two loops.
-using Four = float __attribute__((vector_size(16)));
-using FourBits = uint32_t __attribute__((vector_size(16)));
-constexpr int64_t kLanes = 16;
+constexpr int64_t kWindow = 256;   // pixels whose groups are sorted by class
 constexpr int64_t kFlush = 1024;   // groups summed in fp32 before they go into doubles
 constexpr int64_t kShare = 4096;   // pixels that a thread takes at a time in the first reading
 constexpr int64_t kChannels = 16;  // channels, in the second
-
-// Of kLanes consecutive pixels of an image those that belong to one class.
-struct Group {
-  int64_t label;
-  int64_t first;
-  bool whole;                   // all of them do
-  FourBits member[kLanes / 4];  // all ones or zero: a select by `and` keeps a NaN out of the other classes
-};
 
 // What one image offers.
 struct Offer {
@@ -68,23 +57,27 @@ void choose_pixels(const CollectParams& p, int64_t image, Offer& offer) {
   }
 }
 
+// Neighbouring groups of one class are brought together: sums then stay in registers, and memory is still
+// read almost in order.
 void group_pixels(const CollectParams& p, int64_t image, Offer& offer) {
   const int64_t pixels = p.height * p.width;
   const int64_t* labels = p.labels + image * pixels;
-  for (int64_t first = 0; first < pixels; first += kLanes) {
-    const size_t start = offer.groups.size();
-    const int64_t size = std::min(kLanes, pixels - first);
-    for (int64_t lane = 0; lane < size; ++lane) {
-      const int64_t label = labels[first + lane];
-      if (label == p.ignore_index) continue;
-      size_t g = start;
-      while (g < offer.groups.size() && offer.groups[g].label != label) ++g;
-      if (g == offer.groups.size()) offer.groups.push_back({label, first, false, {}});
-      offer.groups[g].member[lane / 4][lane % 4] = ~0u;
+  std::vector<Group>& groups = offer.groups;
+  for (int64_t window = 0; window < pixels; window += kWindow) {
+    const size_t first_of_window = groups.size();
+    for (int64_t first = window; first < std::min(window + kWindow, pixels); first += kLanes) {
+      const size_t start = groups.size();
+      for (int64_t lane = 0; lane < std::min(kLanes, pixels - first); ++lane) {
+        const int64_t label = labels[first + lane];
+        if (label == p.ignore_index) continue;
+        size_t g = start;
+        while (g < groups.size() && groups[g].label != label) ++g;
+        if (g == groups.size()) groups.push_back({label, first, {}});
+        groups[g].member[lane] = ~0u;
+      }
     }
-    const bool one_class = offer.groups.size() == start + 1;
-    if (one_class)
-      offer.groups[start].whole = std::count(labels + first, labels + first + size, labels[first]) == kLanes;
+    std::stable_sort(groups.begin() + int64_t(first_of_window), groups.end(),
+                     [](const Group& a, const Group& b) { return a.label < b.label; });
   }
 }
 
@@ -121,51 +114,24 @@ void weigh(const CollectParams& p, int64_t first, int64_t size, float* weights) 
   for (int64_t i = 0; i < size; ++i) weights[i] = inverse_norm(weights[i]);
 }
 
-// Per class the sum over its pixels in `Planes` channels, each pixel times its weight, in kLanes strands.
-template <int Planes>
-struct Strands {
-  Four of[Planes][kLanes / 4];
-
-  // Adds its value to sums[d] for each channel d, and starts anew.
-  void flush(double* sums) {
-    for (int n = 0; n < Planes; ++n) {
-      const Four total = (of[n][0] + of[n][1]) + (of[n][2] + of[n][3]);
-      sums[n] += double((total[0] + total[1]) + (total[2] + total[3]));
-    }
-    *this = {};
-  }
-};
-
-template <int Planes>
-void sum_classes(const CollectParams& p, const Offer& offer, const float* const* planes, const float* weights,
-                 Strands<Planes>* strands, double* sums) {
-  const auto flush = [&] {
+// Adds to sums[label, 0 .. num_planes) the sum over the class's pixels, each times its weight.
+void sum_classes(const CollectParams& p, const Offer& offer, const float* const* planes, int num_planes,
+                 const float* weights, std::vector<float>& strands, double* sums) {
+  const int64_t size = int64_t(offer.groups.size());
+  for (int64_t g = 0; g < size; g += kFlush) {
+    std::fill(strands.begin(), strands.end(), 0.f);
+    vector_kernels().add_groups(&offer.groups[g], std::min(kFlush, size - g), planes, num_planes, weights,
+                                strands.data());
     for (int64_t label = 0; label < p.num_classes; ++label) {
-      if (offer.counts[label] > 0) strands[label].flush(sums + label * p.channels);
-    }
-  };
-  const size_t size = offer.groups.size();
-  for (size_t g = 0; g < size;) {
-    const size_t end = std::min(size, g + size_t(kFlush));
-    while (g < end) {
-      const int64_t label = offer.groups[g].label;
-      Strands<Planes> sum = strands[label];  // in registers along a run of one class
-      for (; g < end && offer.groups[g].label == label; ++g) {
-        const Group& group = offer.groups[g];
-        for (int j = 0; j < kLanes / 4; ++j) {
-          Four scale;
-          std::memcpy(&scale, weights + group.first + 4 * j, sizeof(Four));
-          for (int n = 0; n < Planes; ++n) {
-            Four pixels;
-            std::memcpy(&pixels, planes[n] + group.first + 4 * j, sizeof(Four));
-            pixels *= scale;
-            sum.of[n][j] += group.whole ? pixels : Four(FourBits(pixels) & group.member[j]);
-          }
-        }
+      if (offer.counts[label] == 0) continue;
+      for (int n = 0; n < num_planes; ++n) {
+        const float* strand = &strands[(label * num_planes + n) * kLanes];
+        float halves[kLanes / 2], total = 0.f;
+        for (int64_t j = 0; j < kLanes / 2; ++j) halves[j] = strand[j] + strand[j + kLanes / 2];
+        for (float half : halves) total += half;
+        sums[label * p.channels + n] += double(total);
       }
-      strands[label] = sum;
     }
-    flush();
   }
 }
 
@@ -188,8 +154,7 @@ void store_row(const CollectParams& p, int64_t row, const float* values) {
 // One thread's memory for read_channels.
 struct Scratch {
   std::vector<float> copies[2];
-  std::vector<Strands<2>> two;
-  std::vector<Strands<1>> one;
+  std::vector<float> strands;  // [C, 2, kLanes]
 };
 
 // A channel of one image in fp32, its pixels side by side up to whole groups: the map itself where it is so.
@@ -219,11 +184,7 @@ void read_channels(const CollectParams& p, int64_t image, int64_t first, int64_t
     const float* planes[2];
     for (int n = 0; n < count; ++n)
       planes[n] = plane_of(p, map + (d + n) * p.stride_channel, scratch.copies[n]);
-    if (count == 2) {
-      sum_classes(p, offer, planes, weights, scratch.two.data(), sums + d);
-    } else {
-      sum_classes(p, offer, planes, weights, scratch.one.data(), sums + d);
-    }
+    sum_classes(p, offer, planes, count, weights, scratch.strands, sums + d);
     for (size_t i = 0; i < offer.pixels.size(); ++i) {
       const int64_t pixel = offer.pixels[i];
       for (int n = 0; n < count; ++n)
@@ -268,8 +229,7 @@ void collect_rows(const CollectParams& p, const std::vector<Offer>& offers) {
 #pragma omp parallel num_threads(p.threads)
   {
     Scratch scratch;
-    scratch.two.resize(p.num_classes);
-    scratch.one.resize(p.num_classes);
+    scratch.strands.resize(p.num_classes * 2 * kLanes);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t image = 0; image < p.batch; ++image) {
       for (int64_t part = 0; part < parts; ++part) {

@@ -32,6 +32,8 @@ void widen_rows(const WidenParams& p) {
   }
 }
 
+}  // namespace
+
 void widen(const WidenParams& p) {
   switch (DType(p.source_dtype)) {
     case DType::kFloat32:
@@ -42,6 +44,8 @@ void widen(const WidenParams& p) {
       return widen_rows<BFloat16>(p);
   }
 }
+
+namespace {
 
 // Masked: keys of the anchor's own class count as nothing.
 template <bool Masked>
@@ -89,6 +93,8 @@ void negatives_row(const NegativesParams& p, int64_t i) {
   const float shift = p.shift[i] == -INFINITY ? 0.f : p.shift[i];
   p.sum[i] += exponentials<Masked>(scores, p.num_keys, p.key_labels, label, p.scale, shift);
 }
+
+}  // namespace
 
 void negatives(const NegativesParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -154,6 +160,8 @@ void finish(const FinishParams& p) {
   }
 }
 
+namespace {
+
 // ds of eq. (5) for one logit, seen from one anchor.
 inline float coefficient(float score_log2, bool positive, float neg_lse, float neg_scale, float pos_scale) {
   const float u = neg_lse - score_log2;
@@ -182,6 +190,8 @@ void coefficients_row(const CoefficientsParams& p, int64_t i) {
   }
 }
 
+}  // namespace
+
 void coefficients(const CoefficientsParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
@@ -194,11 +204,6 @@ void coefficients(const CoefficientsParams& p) {
     }
   }
 }
-
-}  // namespace
-
-extern const InfonceSteps infonce_steps;
-const InfonceSteps infonce_steps = {widen, negatives, positives, finish, coefficients};
 
 }  // namespace PXC_ISA
 }  // namespace pxc

@@ -58,7 +58,11 @@ void visit_pixels(const EmbeddingMap& m, const int64_t* indices, int64_t num_row
       const int64_t last = std::min((block + 1) * kChannels, m.channels);
       for (int64_t d = block * kChannels; d < last; ++d) {
         Element* channel = map + d * m.stride_channel;
-        for (int64_t i = first[image]; i < first[image + 1]; ++i) visit(rows[i], d, channel + offsets[i]);
+        Element* next = d + 1 < last ? channel + m.stride_channel : channel;
+        for (int64_t i = first[image]; i < first[image + 1]; ++i) {
+          __builtin_prefetch(next + offsets[i]);
+          visit(rows[i], d, channel + offsets[i]);
+        }
       }
     }
   }

@@ -1,0 +1,61 @@
+// Class sums over the pixels of one or two channels, the inner loop of enqueue.
+//
+// This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
+// translation unit: no standard templates, only loops.
+#include <cstring>
+
+#include "cpu.h"
+
+namespace pxc {
+namespace PXC_ISA {
+namespace {
+
+// One register of AVX-512, two of AVX2, four of SSE.
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using LaneBits = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+// Groups are only nearly in the order of memory, which is not enough for the hardware to look ahead by
+// itself.
+constexpr int64_t kAhead = 1024;
+
+template <class Vector>
+inline void read(const void* from, Vector& lanes) {
+  std::memcpy(&lanes, from, sizeof(lanes));
+}
+
+template <int Planes>
+void add(const Group* groups, int64_t num_groups, const float* const* planes, const float* weights,
+         float* strands) {
+  for (int64_t g = 0; g < num_groups;) {
+    const int64_t label = groups[g].label;
+    float* strand = strands + label * Planes * kLanes;
+    Lanes sum[Planes];  // in registers along a run of one class
+    for (int n = 0; n < Planes; ++n) read(strand + n * kLanes, sum[n]);
+    for (; g < num_groups && groups[g].label == label; ++g) {
+      LaneBits member;
+      Lanes scale, pixels;
+      read(groups[g].member, member);
+      read(weights + groups[g].first, scale);
+      for (int n = 0; n < Planes; ++n) {
+        __builtin_prefetch(planes[n] + groups[g].first + kAhead);
+        read(planes[n] + groups[g].first, pixels);
+        sum[n] += Lanes(LaneBits(pixels * scale) & member);
+      }
+    }
+    for (int n = 0; n < Planes; ++n) std::memcpy(strand + n * kLanes, &sum[n], sizeof(Lanes));
+  }
+}
+
+}  // namespace
+
+void add_groups(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
+                const float* weights, float* strands) {
+  if (num_planes == 2) {
+    add<2>(groups, num_groups, planes, weights, strands);
+  } else {
+    add<1>(groups, num_groups, planes, weights, strands);
+  }
+}
+
+}  // namespace PXC_ISA
+}  // namespace pxc
