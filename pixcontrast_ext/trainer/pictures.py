@@ -162,7 +162,8 @@ def _class_legend(figure: Figure, spec: DatasetSpec, *, void: bool) -> None:
     ]
     if void:
         handles.append(Patch(facecolor="black", label="void"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    columns = max(1, int(figure.get_figwidth() / 1.5))  # a column takes up to 1.5 inches
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from pixcontrast_ext.trainer import pictures
 from pixcontrast_ext.trainer.data import IGNORE, Synthetic, dataset_spec
 from pixcontrast_ext.trainer.logs import RunLog
 from pixcontrast_ext.trainer.models import build_model
@@ -69,3 +71,15 @@ def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
     image = np.array(Image.open(path).convert("L"))
     half = image.shape[1] // 2
     assert (image[:, :half] < 250).sum() > 1000 and (image[:, half:] < 250).sum() > 1000
+
+
+@pytest.mark.parametrize("width", [4.6, 9.2, 12.0])
+def test_legend_stays_inside_the_picture(width):
+    figure = Figure(figsize=(width, 5.4), layout="constrained")
+    figure.subplots()
+    pictures._class_legend(figure, dataset_spec("camvid"), void=True)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    inside, whole = legend.get_window_extent(), figure.bbox
+    assert len(legend.get_texts()) == 12
+    assert inside.x0 >= 0 and inside.x1 <= whole.width and inside.y0 >= 0 and inside.y1 <= whole.height
