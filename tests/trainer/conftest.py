@@ -11,10 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the subprocesses have: the bits of a sum depend on how many threads share it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
