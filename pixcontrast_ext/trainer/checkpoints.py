@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pixcontrast_ext.trainer.files import rename, synced
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,10 @@ class CheckpointStore:
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         unfinished = self.folder / f"step-{step:08d}.tmp"
-        with unfinished.open("wb") as file:
+        with synced(unfinished) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         path = self.folder / f"step-{step:08d}-{_digest(unfinished)}.pt"
-        unfinished.replace(path)
-        _sync_folder(self.folder)
+        rename(unfinished, path)
         replaced = [old for old in self.paths() if step_of(old) == step and old != path]
         outdated = [old for old in self.paths() if old not in replaced][: -self.keep]
         for old in replaced + outdated:
@@ -109,12 +107,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    # A rename reaches the disk with its folder, not with its file.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from pixcontrast_ext.trainer.files import write_text
+
 Config = TypeVar("Config")
 
 
@@ -195,7 +197,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write `config` as a flat JSON file that `--config` and `load_config` read back."""
-    path.write_text(json.dumps(flatten(config), indent=2) + "\n")
+    write_text(path, json.dumps(flatten(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from pixcontrast_ext.trainer.files import write_text
 
 _FILES = ("train", "val")
 
@@ -35,20 +38,22 @@ class RunLog:
         for name in _FILES:
             path = folder / f"{name}.csv"
             kept = [row for row in read_rows(path) if row["step"] <= step]
-            path.unlink(missing_ok=True)
+            if not kept:
+                path.unlink(missing_ok=True)
+            elif (text := _lines([kept[0].keys(), *(row.values() for row in kept)])) != path.read_text():
+                write_text(path, text)
             for row in kept:
-                self.add(name, row)
+                self._draw(name, row)
 
     def add(self, name: str, row: dict[str, float]) -> None:
         """Append a row, whose first key is "step", to `name`.csv and its values to TensorBoard."""
         path = self.folder / f"{name}.csv"
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not path.exists():
-            writer.writerow(row)
-        writer.writerow(row.values())
+        text = _lines([row.values()] if path.exists() else [row.keys(), row.values()])
         with path.open("a") as file:
-            file.write(text.getvalue())
+            file.write(text)
+        self._draw(name, row)
+
+    def _draw(self, name: str, row: dict[str, float]) -> None:
         step = int(row["step"])
         for key, value in row.items():
             if key != "step":
@@ -65,6 +70,12 @@ class RunLog:
 
     def close(self) -> None:
         self.board.close()
+
+
+def _lines(rows: Iterable[Iterable[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -35,6 +35,21 @@ def test_a_saved_config_reads_back_the_same(tmp_path):
     assert load_config(tmp_path / "config.json") != replace(config, steps=config.steps + 1)
 
 
+def test_a_save_that_dies_leaves_the_config_whole(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    save_config(TrainConfig(), path)
+
+    def die(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", die)
+        save_config(TrainConfig(steps=7), path)
+    assert load_config(path) == TrainConfig()
+    save_config(TrainConfig(steps=7), path)
+    assert load_config(path).steps == 7
+
+
 def test_a_file_needs_not_name_every_option_and_flags_override_it(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{"lr": 0.5, "steps": 7, "augment": false, "contrast": "off"}')

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
@@ -36,6 +38,27 @@ def test_resuming_drops_what_comes_after_and_repeats_nothing(tmp_path):
     scalars = board(tmp_path)
     assert scalars["train/loss"] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
     assert max(Counter(step for step, _ in scalars["val/miou"]).values()) == 1
+
+
+def test_a_kill_while_resuming_loses_no_row(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2, 3, 4]).close()
+
+    def die(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", die)
+        RunLog(tmp_path, 3)
+    assert [row["step"] for row in read_rows(tmp_path / "train.csv")] == [1, 2, 3, 4]
+
+
+def test_resuming_with_nothing_to_drop_leaves_the_record_alone(tmp_path):
+    write(tmp_path, [1, 2]).close()
+    before = (tmp_path / "train.csv").stat()
+    write(tmp_path, [], start=2).close()
+    after = (tmp_path / "train.csv").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert board(tmp_path)["train/loss"] == [(1, 1), (2, 1)]
 
 
 def test_a_row_cut_short_is_not_read(tmp_path):

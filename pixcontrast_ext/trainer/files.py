@@ -1,0 +1,37 @@
+"""Files that a kill at any moment leaves as they were or complete: written beside, synced, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for the length of the block and then on the disk."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rename(path: Path, target: Path) -> None:
+    """Rename a file within its folder, on the disk too; an earlier `target` is replaced."""
+    path.replace(target)
+    # A rename reaches the disk with its folder, not with its file.
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as the whole content of `path`."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with synced(unfinished) as file:
+        file.write(text.encode())
+    rename(unfinished, path)
