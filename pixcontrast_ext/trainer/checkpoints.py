@@ -41,7 +41,10 @@ class CheckpointStore:
         return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write `state` (tensors and plain values) as the checkpoint of `step`; drop those beyond `keep`."""
+        """Write `state` (tensors and plain values) as the checkpoint of `step`.
+
+        Those beyond `keep` are dropped, and those of later steps, which a run that is at `step` has abandoned.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
@@ -50,9 +53,8 @@ class CheckpointStore:
             torch.save(state, file)
         path = self.folder / f"step-{step:08d}-{_digest(unfinished)}.pt"
         rename(unfinished, path)
-        replaced = [old for old in self.paths() if step_of(old) == step and old != path]
-        outdated = [old for old in self.paths() if old not in replaced][: -self.keep]
-        for old in replaced + outdated:
+        kept = [path, *reversed([old for old in self.paths() if step_of(old) < step])][: self.keep]
+        for old in set(self.paths()) - set(kept):
             old.unlink()
         return path
 

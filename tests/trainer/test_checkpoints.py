@@ -76,6 +76,17 @@ def test_saving_a_step_again_replaces_it(store):
     assert store.load_latest()[1]["extra"] == 1
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_before_a_damaged_one_takes_its_place(tmp_path, keep):
+    store = CheckpointStore(tmp_path, keep)
+    for step in (100, 200):
+        store.save(step, state(step))
+    truncate(store.paths()[-1])
+    saved = store.save(150, state(150))
+    assert [checkpoints.step_of(path) for path in store.paths()] == [100, 150][-keep:]
+    assert store.load_latest()[0] == saved
+
+
 def test_a_write_that_dies_leaves_the_last_one_whole(store, monkeypatch):
     def die(state, file):
         file.write(b"half of it")
