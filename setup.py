@@ -173,7 +173,6 @@ class NinjaBuild:
         config = []
         if platform.machine() in ("x86_64", "AMD64"):
             isas |= X86_ISAS
-            config.append("-DPXC_HAVE_X86=1")
         compiler = self.compiler
         if self.with_cuda:
             config.append("-DPXC_HAVE_CUDA=1")

@@ -121,8 +121,8 @@ void read(Fields& fields, NegativesParams& p) {
 
 void read(Fields& fields, PositivesParams& p) {
   fields PXC_FIELD(scores) PXC_FIELD(num_rows) PXC_FIELD(num_keys) PXC_FIELD(neg_lse) PXC_FIELD(anchor_index)
-      PXC_FIELD(key_index) PXC_FIELD(scale) PXC_FIELD(loss) PXC_FIELD(pos_weight) PXC_FIELD(pos_count)
-          PXC_FIELD(threads);
+      PXC_FIELD(key_index) PXC_FIELD(scale) PXC_FIELD(loss_sum) PXC_FIELD(pos_weight_sum)
+          PXC_FIELD(pos_counts) PXC_FIELD(threads);
 }
 
 void read(Fields& fields, FinishParams& p) {

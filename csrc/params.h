@@ -131,9 +131,9 @@ struct PositivesParams {
   const int64_t* anchor_index;  // [rows], or null without exclude_self
   const int64_t* key_index;     // [keys], or null without exclude_self
   float scale;
-  double* loss;        // [rows] in and out: sum of eq. (2)
-  double* pos_weight;  // [rows] in and out: S of eq. (4)
-  int64_t* pos_count;  // [rows] in and out
+  double* loss_sum;        // [rows] in and out: sum of eq. (2)
+  double* pos_weight_sum;  // [rows] in and out: S of eq. (4)
+  int64_t* pos_counts;     // [rows] in and out
   int32_t threads;
 };
 

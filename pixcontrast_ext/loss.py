@@ -21,6 +21,8 @@ def _nearest(size: int, target: int, device: torch.device) -> Tensor:
     fp32.
     """
     positions = torch.arange(target, dtype=torch.float32, device=device)
+    if target == 0:
+        return positions.long()
     return (positions * (size / target)).floor().long().clamp(max=size - 1)
 
 
@@ -78,7 +80,11 @@ class PixelContrastLoss(nn.Module):
         check_temperature("temperature", temperature)
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
         if bank is not None:
+            if not isinstance(bank, MemoryBank):
+                raise TypeError(f"bank must be a MemoryBank, got {type(bank).__name__}")
             if bank.num_classes != num_classes:
                 raise ValueError(f"the bank has {bank.num_classes} classes, the loss {num_classes}")
             if bank.ignore_index != ignore_index:
@@ -115,6 +121,10 @@ class PixelContrastLoss(nn.Module):
         if not isinstance(labels, Tensor) or not ops.is_integer(labels):
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be an integer tensor, got {got}")
+        if self.bank is not None and embeddings.shape[1] != self.bank.embed_dim:
+            raise ValueError(
+                f"embeddings {tuple(embeddings.shape)} do not fit the bank, which is {self.bank.embed_dim} wide"
+            )
         self._check_map("labels", labels, 3, embeddings)
         return resize_nearest(labels, (embeddings.shape[2], embeddings.shape[3]))
 
@@ -126,9 +136,15 @@ class PixelContrastLoss(nn.Module):
             )
         if value.device != embeddings.device:
             raise ValueError(f"{name} must be on {embeddings.device}, got {value.device}")
+        if 0 in value.shape[-2:] and 0 not in embeddings.shape:
+            raise ValueError(
+                f"{name} {tuple(value.shape)} have no pixels for embeddings {tuple(embeddings.shape)}"
+            )
 
     def _predictions_at(self, embeddings: Tensor, predictions: Tensor) -> Tensor:
         size = (embeddings.shape[2], embeddings.shape[3])
+        if not isinstance(predictions, Tensor):
+            raise TypeError(f"predictions must be a tensor, got {type(predictions).__name__}")
         if predictions.dtype.is_floating_point:
             self._check_map("logits", predictions, 4, embeddings)
             if predictions.shape[1] != self.num_classes:
@@ -212,6 +228,8 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
             raise ValueError(f"weight must be finite and not negative, got {weight!r}")
         ops.check_at_least(0, warmup_steps=warmup_steps)
+        if class_weights is not None and not isinstance(class_weights, Tensor):
+            raise TypeError(f"class_weights must be a tensor, got {type(class_weights).__name__}")
         if class_weights is not None and tuple(class_weights.shape) != (num_classes,):
             raise ValueError(
                 f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
@@ -222,7 +240,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         self._warmup = WarmUp(warmup_steps, 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_warmup": None}
+        return {**super().__getstate__(), "_warmup": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy or a pickle: it counts on its own
         super().__setstate__(state)

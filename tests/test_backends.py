@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,29 @@ def test_launch_refuses_what_a_pointer_cannot_say():
         ValueError, match=r"widen: source must be a contiguous CPU tensor, got shape \(4, 6\)"
     ):
         native.launch("widen", source=torch.zeros(6, 4).T)
+
+
+def test_launch_refuses_another_dtype():
+    with pytest.raises(TypeError, match="plan_tiles: key_labels must be torch.int32, got torch.int64"):
+        native.launch("plan_tiles", key_labels=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="widen: source must be fp32, fp16 or bf16, got torch.float64"):
+        native.launch("widen", source=torch.zeros(4, 4, dtype=torch.float64))
+    with pytest.raises(TypeError, match="sampling: labels must be torch.int64, got torch.int32"):
+        maps = torch.zeros(1, 3, 3, dtype=torch.int32)
+        torch.ops.pixcontrast.hard_anchor_sampling(maps, maps.long(), maps, 3, 5, 2, 1, 255, "cpu")
+
+
+def test_every_pointer_field_has_a_dtype_or_a_code():
+    """A field of params.h that points to numbers is in the table of dtypes, unless a dtype code goes with it."""
+    text = (PACKAGE.parent / "csrc" / "params.h").read_text()
+    pointers = {
+        n
+        for line in re.findall(r"^\s+(?:const )?\w+ ?\*.*;", text, re.M)
+        for n in re.findall(r"\*(\w+)", line)
+    }
+    pointers |= set(re.findall(r"^\s+(?:const )?\w+\* (\w+);", text, re.M))
+    coded = {"map", "rows", "grad_rows", "grad_map", "source", "keys"}
+    assert len(pointers) > 40 and pointers - coded == set(native._FIELD_DTYPES)
 
 
 def test_scratch_memory_outlives_the_kernel(monkeypatch):

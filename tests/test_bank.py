@@ -275,3 +275,21 @@ def test_a_checkpoint_that_overflows_the_dtype_of_the_keys_is_refused():
     with pytest.raises(RuntimeError, match="keys: 10 values are not finite"):
         other.load_state_dict(bank.state_dict())
     assert other.keys.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("assign", [False, True])
+def test_pointers_of_another_dtype_are_refused(dtype, assign):
+    bank = MemoryBank(3, 5, region_slots=4, pixel_slots=4)
+    state = bank.state_dict()
+    state["region_ptr"] = state["region_ptr"].to(dtype)
+    with pytest.raises(RuntimeError, match=f"region_ptr: the checkpoint has {dtype}, this bank torch.int64"):
+        bank.load_state_dict(state, assign=assign)
+
+
+def test_a_pointer_outside_its_ring_is_never_used():
+    bank = MemoryBank(3, 5, region_slots=4, pixel_slots=4)
+    bank.pixel_ptr[1] = -7
+    with pytest.raises(ValueError, match="a ring pointer of class 1 is -7, outside of its ring"):
+        bank.enqueue(torch.randn(2, 5, 4, 4), torch.ones(2, 4, 4, dtype=torch.int64), backend="cpu")
+    assert (bank.key_labels == -1).all()

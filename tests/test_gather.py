@@ -69,6 +69,15 @@ def test_rows_of_another_dtype(backend, dtype, rows_dtype):
     assert embeddings.grad.dtype == dtype and embeddings.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_many_repeats_add_up_in_float32(backend, dtype):
+    """4096 ones are 4096; in bf16 they would stick at 256."""
+    embeddings = torch.randn(1, 3, 2, 2).to(dtype).requires_grad_()
+    indices = torch.zeros(4096, dtype=torch.int64)
+    gather_embeddings(embeddings, indices, normalize=False, backend=backend).sum().backward()
+    assert (embeddings.grad[:, :, 0, 0] == 4096).all() and embeddings.grad.sum() == 3 * 4096
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradient_has_the_layout_of_the_map(backend, layout):
     embeddings = embed((2, 8, 4, 5), layout, torch.float32).requires_grad_()
@@ -209,6 +218,7 @@ def test_differentiating_twice_is_refused(backend):
             ValueError,
             "indices must be on cpu, got meta",
         ),
+        (dict(indices=[0]), TypeError, "indices must be int64, got list"),
         (dict(dtype=torch.int32), TypeError, "dtype must be floating point, got torch.int32"),
     ],
 )

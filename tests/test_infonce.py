@@ -463,6 +463,14 @@ def test_bad_input(backend, change, kind, message):
         infonce(**(arguments | change))
 
 
+def test_labels_beyond_int32_do_not_wrap(backend):
+    huge = torch.tensor([0, 2**32, 1])
+    with pytest.raises(ValueError, match="key_labels must fit int32, got 4294967296"):
+        infonce(_ROWS, _LABELS, _ROWS.clone(), huge, temperature=0.1, backend=backend)
+    negative = infonce(_ROWS, _LABELS, _ROWS.clone(), huge - 2**33, temperature=0.1, backend=backend)
+    assert negative == 0  # far below 0 is no class either
+
+
 def test_double_needs_the_reference():
     rows = torch.zeros(3, 4, dtype=torch.float64)
     assert infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1).dtype == torch.float64

@@ -213,6 +213,8 @@ def test_backward_after_the_bank_was_written(backend):
         (dict(max_views=0), ValueError, "max_views must be at least 1, got 0"),
         (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
         (dict(bank=bank_of(5)), ValueError, "the bank has 5 classes, the loss 4"),
+        (dict(bank=torch.nn.Identity()), TypeError, "bank must be a MemoryBank, got Identity"),
+        (dict(ignore_index=1.5), TypeError, "ignore_index must be an int, got 1.5"),
         (dict(bank=bank_of(ignore_index=0)), ValueError, "the bank ignores label 0, the loss 255"),
         (
             dict(bank=bank_of(normalize=False)),
@@ -276,10 +278,47 @@ def test_bad_input(backend, change, error, message):
         PixelContrastLoss(4, backend=backend)(**(arguments | change))
 
 
+def test_map_without_pixels(backend):
+    embeddings = torch.zeros(1, 12, 0, 0, requires_grad=True)
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    loss = PixelContrastLoss(4, bank=bank_of(), backend=backend)(embeddings, labels, labels)
+    loss.backward()
+    assert loss.item() == 0 and embeddings.grad.shape == embeddings.shape
+
+
+def test_a_compiled_criterion_can_be_pickled():
+    criterion = PixelContrastCrossEntropyLoss(4, bank=bank_of())
+    criterion.compile()
+    assert pickle.loads(pickle.dumps(criterion)).state_dict().keys() == criterion.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_bank", [False, True])
+def test_default_dtype_does_not_matter(backend, dtype, with_bank):
+    embeddings, labels, logits = batch()
+    losses = []
+    for default in (torch.float32, dtype):
+        bank = bank_of(dtype=torch.float32) if with_bank else None
+        criterion = PixelContrastLoss(4, min_pixels=1, bank=bank, backend=backend)
+        torch.set_default_dtype(default)
+        try:
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                loss = criterion(embeddings, labels, logits)
+            losses.append((loss, *torch.autograd.grad(loss, embeddings)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert losses[0][0] > 0
+    for expected, found in zip(*losses, strict=True):
+        assert torch.equal(expected, found)
+
+
 def test_bank_of_another_width_is_named(backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(channels=13), backend=backend)
-    with pytest.raises(ValueError, match=r"same width, got \(1024, 12\) and \(200, 13\)"):
+    with pytest.raises(
+        ValueError, match=r"embeddings \(2, 12, 14, 9\) do not fit the bank, which is 13 wide"
+    ):
         criterion(embeddings, labels, logits)
 
 

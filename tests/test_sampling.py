@@ -185,6 +185,7 @@ def test_threads_do_not_matter(threads):
     ("change", "error", "message"),
     [
         (dict(labels=torch.rand(2, 4, 4)), TypeError, "labels must be an integer tensor, got torch.float32"),
+        (dict(labels=[[[0]]]), TypeError, "labels must be an integer tensor, got list"),
         (dict(labels=torch.zeros(2, 4, 4, dtype=torch.bool)), TypeError, "labels must be an integer tensor"),
         (
             dict(labels=torch.zeros(4, 4, dtype=torch.int64)),

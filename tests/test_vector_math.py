@@ -27,7 +27,7 @@ def positives(scores, neg_lse):
     loss, weight, count = torch.zeros(n).double(), torch.zeros(n).double(), torch.zeros(n, dtype=torch.int64)
     native.launch(
         "infonce_positives", scores=sigma, num_rows=n, num_keys=1, neg_lse=neg_lse, anchor_index=None, key_index=None,
-        scale=1.0, loss=loss, pos_weight=weight, pos_count=count, threads=1,
+        scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
     )  # fmt: skip
     assert (count == 1).all() and torch.equal(weight.nan_to_num(), sigma[:, 0].double().nan_to_num())
     return loss, sigma[:, 0]

@@ -119,7 +119,7 @@ void sum_classes(const CollectParams& p, const Offer& offer, const float* const*
                  const float* weights, std::vector<float>& strands, double* sums) {
   const int64_t size = int64_t(offer.groups.size());
   for (int64_t g = 0; g < size; g += kFlush) {
-    std::fill(strands.begin(), strands.end(), 0.f);
+    strands.assign(p.num_classes * num_planes * kLanes, 0.f);
     vector_kernels().add_groups(&offer.groups[g], std::min(kFlush, size - g), planes, num_planes, weights,
                                 strands.data());
     for (int64_t label = 0; label < p.num_classes; ++label) {
@@ -226,10 +226,10 @@ void collect_rows(const CollectParams& p, const std::vector<Offer>& offers) {
   std::fill(p.row_labels, p.row_labels + rows, -1);
   std::memset(p.rows, 0, size_t(rows * p.channels) * sizeof(Out));
   std::fill(p.sums, p.sums + p.batch * p.num_classes * p.channels, 0.0);
+  Guard guard;
 #pragma omp parallel num_threads(p.threads)
   {
     Scratch scratch;
-    scratch.strands.resize(p.num_classes * 2 * kLanes);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t image = 0; image < p.batch; ++image) {
       for (int64_t part = 0; part < parts; ++part) {
@@ -240,30 +240,34 @@ void collect_rows(const CollectParams& p, const std::vector<Offer>& offers) {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t image = 0; image < p.batch; ++image) {
       for (int64_t block = 0; block < channel_blocks; ++block) {
-        read_channels<In>(p, image, block * kChannels, std::min((block + 1) * kChannels, p.channels),
-                          offers[image], p.wide + first_row[image] * p.channels, scratch);
+        guard.run([&] {
+          read_channels<In>(p, image, block * kChannels, std::min((block + 1) * kChannels, p.channels),
+                            offers[image], p.wide + first_row[image] * p.channels, scratch);
+        });
       }
     }
 #pragma omp for schedule(static)
     for (int64_t image = 0; image < p.batch; ++image) {
-      store_candidates<Out>(p, image, offers[image], p.wide + first_row[image] * p.channels);
+      guard.run(
+          [&] { store_candidates<Out>(p, image, offers[image], p.wide + first_row[image] * p.channels); });
     }
   }
+  guard.rethrow();
 }
 
 }  // namespace
 
 void collect(const CollectParams& p) {
   std::vector<Offer> offers(p.batch);
-  FirstBadValue bad;
+  Guard guard;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t image = 0; image < p.batch; ++image) {
-    bad.guard([&] {
+    guard.run([&] {
       choose_pixels(p, image, offers[image]);
       group_pixels(p, image, offers[image]);
     });
   }
-  bad.rethrow();
+  guard.rethrow();
   with_dtype(p.map_dtype, [&](auto* in) {
     with_dtype(p.rows_dtype, [&](auto* out) {
       collect_rows<std::remove_pointer_t<decltype(in)>, std::remove_pointer_t<decltype(out)>>(p, offers);
@@ -304,12 +308,25 @@ void write_ring(const WriteParams& p, int64_t label, const Ring& ring) {
 }  // namespace
 
 void write(const WriteParams& p) {
+  for (int64_t c = 0; c < p.num_classes; ++c) {  // before anything is written
+    if (p.region_ptr[c] < 0 || p.region_ptr[c] >= std::max<int64_t>(1, p.region_slots)) {
+      throw BadValue{c, p.region_ptr[c]};
+    }
+    if (p.pixel_ptr[c] < 0 || p.pixel_ptr[c] >= std::max<int64_t>(1, p.pixel_slots)) {
+      throw BadValue{c, p.pixel_ptr[c]};
+    }
+  }
+  Guard guard;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t c = 0; c < p.num_classes; ++c) {
-    write_ring(p, c, {0, 1, 0, p.region_slots, p.region_ptr + c, p.region_fill + c});
-    write_ring(p, c,
-               {1, 1 + p.pixels_per_image, p.region_slots, p.pixel_slots, p.pixel_ptr + c, p.pixel_fill + c});
+    guard.run([&] {
+      write_ring(p, c, {0, 1, 0, p.region_slots, p.region_ptr + c, p.region_fill + c});
+      write_ring(
+          p, c,
+          {1, 1 + p.pixels_per_image, p.region_slots, p.pixel_slots, p.pixel_ptr + c, p.pixel_fill + c});
+    });
   }
+  guard.rethrow();
 }
 
 }  // namespace pxc

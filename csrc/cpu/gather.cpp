@@ -2,6 +2,7 @@
 // is zeroed and filled once. Several rows may name one pixel; they add up in row order, whatever the thread
 // count.
 #include <cstring>
+#include <numeric>
 
 #include "cpu.h"
 #include "pixels.h"
@@ -49,6 +50,24 @@ void differentiate_rows(const GatherBackwardParams& p) {
   }
 }
 
+// The rows that name each pixel, added up in the first of them, in row order and fp32. Returns those first
+// rows.
+std::vector<int64_t> merge_repeats(const GatherBackwardParams& p) {
+  std::vector<int64_t> order(p.num_rows), firsts;
+  std::iota(order.begin(), order.end(), int64_t(0));
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return p.indices[a] < p.indices[b]; });
+  for (int64_t row : order) {
+    if (firsts.empty() || p.indices[firsts.back()] != p.indices[row]) {
+      firsts.push_back(row);
+      continue;
+    }
+    float* sum = p.wide + firsts.back() * p.channels;
+    for (int64_t d = 0; d < p.channels; ++d) sum[d] += p.wide[row * p.channels + d];
+  }
+  return firsts;
+}
+
 template <class Element>
 void scatter(const GatherBackwardParams& p) {
   const int64_t bytes = p.batch * p.channels * p.height * p.width * int64_t(sizeof(Element));
@@ -62,11 +81,12 @@ void scatter(const GatherBackwardParams& p) {
   target.stride_channel = p.grad_stride_channel;
   target.stride_row = p.grad_stride_row;
   target.stride_column = p.grad_stride_column;
-  visit_pixels(target, p.indices, p.num_rows, static_cast<Element*>(p.grad_map), p.threads,
-               [&](int64_t row, int64_t d, Element* element) {
-                 const float grad = p.wide[row * p.channels + d];
-                 if (grad != 0.f) store(element, load(element) + grad);  // most of a small batch is padding
-               });
+  const std::vector<int64_t> rows = merge_repeats(p);
+  std::vector<int64_t> indices(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) indices[i] = p.indices[rows[i]];
+  visit_pixels(
+      target, indices.data(), int64_t(rows.size()), static_cast<Element*>(p.grad_map), p.threads,
+      [&](int64_t i, int64_t d, Element* element) { store(element, p.wide[rows[i] * p.channels + d]); });
 }
 
 }  // namespace

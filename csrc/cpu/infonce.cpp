@@ -127,9 +127,9 @@ void positives(const PositivesParams& p) {
       loss += softplus;
       weight += sigmoid;
     }
-    p.loss[i] += double(loss);
-    p.pos_weight[i] += double(weight);
-    p.pos_count[i] += p.num_keys - (self >= 0);
+    p.loss_sum[i] += double(loss);
+    p.pos_weight_sum[i] += double(weight);
+    p.pos_counts[i] += p.num_keys - (self >= 0);
   }
 }
 

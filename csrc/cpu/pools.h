@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <optional>
 
@@ -32,25 +33,31 @@ inline int64_t class_of(const int64_t* labels, int64_t position, int64_t num_cla
   return label;
 }
 
-// Carries the first bad value (by position) out of a parallel loop, which no exception may leave.
-class FirstBadValue {
+// Carries exceptions out of a parallel loop, which none may leave: of several bad values the one that stands
+// first.
+class Guard {
  public:
   template <class Body>
-  void guard(Body body) {
+  void run(Body body) {
     try {
       body();
     } catch (const BadValue& found) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (!first_ || found.position < first_->position) first_ = found;
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      other_ = std::current_exception();
     }
   }
   void rethrow() const {
     if (first_) throw *first_;
+    if (other_) std::rethrow_exception(other_);
   }
 
  private:
   std::mutex mutex_;
   std::optional<BadValue> first_;
+  std::exception_ptr other_;
 };
 
 }  // namespace pxc

@@ -105,12 +105,12 @@ void select_image(const SamplingParams& p, int64_t image, Pair* pairs) {
 
 void sample_hard_anchors(const SamplingParams& p) {
   std::vector<Pair> pairs(p.batch * p.num_classes);
-  FirstBadValue bad;
+  Guard guard;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t image = 0; image < p.batch; ++image) {
-    bad.guard([&] { count_image(p, image, &pairs[image * p.num_classes]); });
+    guard.run([&] { count_image(p, image, &pairs[image * p.num_classes]); });
   }
-  bad.rethrow();
+  guard.rethrow();
   const int64_t rows = plan(p, pairs);
   *p.count = int32_t(rows);
   std::fill(p.indices + rows, p.indices + p.max_samples, int64_t(0));

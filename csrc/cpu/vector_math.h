@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// 2^x. Results below 2^-126 become 0, above 2^128 inf. Adding 1.5 * 2^23 rounds x to an integer, which is
+// 2^x. Results below 2^-126 become 0, from 2^127.5 up inf. Adding 1.5 * 2^23 rounds x to an integer, which is
 // then found in the low bits of the sum.
 inline float exp2(float x) {
   constexpr float kRounder = 0x1.8p23f;

@@ -1,9 +1,8 @@
 """The C++ backend for CPU tensors.
 
-Sampling, gather and enqueue are one native call each. InfoNCE is a loop over tiles of anchors x keys small
-enough to
-stay in cache: the products are torch's, the steps between them are native. Extra memory is a few tiles,
-whatever the number of keys.
+Sampling, gather and enqueue are one native call each. InfoNCE is a loop over tiles of anchors x keys small enough to
+stay in cache: the products are torch's, the steps between them are native. Extra memory is a few tiles, whatever the
+number of keys.
 """
 
 from __future__ import annotations
@@ -186,24 +185,32 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    native.launch(
-        "write",
-        rows=rows,
-        row_labels=row_labels,
-        batch=rows.shape[0],
-        num_classes=keys.shape[0],
-        pixels_per_image=rows.shape[2] - 1,
-        row_bytes=rows.shape[3] * rows.element_size(),
-        region_slots=region_slots,
-        pixel_slots=keys.shape[1] - region_slots,
-        keys=keys,
-        key_labels=key_labels,
-        region_ptr=region_ptr,
-        region_fill=region_fill,
-        pixel_ptr=pixel_ptr,
-        pixel_fill=pixel_fill,
-        threads=native.threads(),
-    )
+    if rows.dtype != keys.dtype or rows.shape[1:2] + rows.shape[3:] != keys.shape[:1] + keys.shape[2:]:
+        raise ValueError(
+            f"rows {tuple(rows.shape)} of {rows.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
+        )
+    try:
+        native.launch(
+            "write",
+            rows=rows,
+            row_labels=row_labels,
+            batch=rows.shape[0],
+            num_classes=keys.shape[0],
+            pixels_per_image=rows.shape[2] - 1,
+            row_bytes=rows.shape[3] * rows.element_size(),
+            region_slots=region_slots,
+            pixel_slots=keys.shape[1] - region_slots,
+            keys=keys,
+            key_labels=key_labels,
+            region_ptr=region_ptr,
+            region_fill=region_fill,
+            pixel_ptr=pixel_ptr,
+            pixel_fill=pixel_fill,
+            threads=native.threads(),
+        )
+    except native.BadValue as error:
+        label, value = error.args
+        raise ValueError(f"a ring pointer of class {label} is {value}, outside of its ring") from None
 
 
 @contextlib.contextmanager
@@ -372,9 +379,11 @@ def _forward_block(
     size, channels = block.rows.shape
     scale = LOG2_E / temperature
     scores = torch.empty(size * min(BLOCK_K, keys.keys.shape[0]), dtype=torch.float32)
-    shift = torch.full((size,), -math.inf)
-    total = torch.zeros(size)
-    negatives = torch.zeros(size, channels) if anchor_grad is not None else None  # O, before the division
+    shift = torch.full((size,), -math.inf, dtype=torch.float32)
+    total = torch.zeros(size, dtype=torch.float32)
+    negatives = (
+        torch.zeros(size, channels, dtype=torch.float32) if anchor_grad is not None else None
+    )  # O, before the division
 
     for first, size_of_tile, label in keys.tiles:
         if label >= 0:
@@ -407,7 +416,7 @@ def _forward_block(
     loss_sum = torch.zeros(size, dtype=torch.float64)
     pos_weight_sum = torch.zeros(size, dtype=torch.float64)
     pos_counts = torch.zeros(size, dtype=torch.int64)
-    positives = torch.zeros(size, channels) if anchor_grad is not None else None  # G
+    positives = torch.zeros(size, channels, dtype=torch.float32) if anchor_grad is not None else None  # G
     for label, (start, stop) in block.ranges.items():
         for tile, indices in keys.of_class(label):
             count = tile.shape[0]
@@ -423,9 +432,9 @@ def _forward_block(
                 anchor_index=block.index[start:stop] if exclude_self else None,
                 key_index=indices if exclude_self else None,
                 scale=scale,
-                loss=loss_sum[start:stop],
-                pos_weight=pos_weight_sum[start:stop],
-                pos_count=pos_counts[start:stop],
+                loss_sum=loss_sum[start:stop],
+                pos_weight_sum=pos_weight_sum[start:stop],
+                pos_counts=pos_counts[start:stop],
                 threads=native.threads(),
             )
             if positives is not None:
@@ -514,7 +523,7 @@ def infonce_backward_keys(
 ) -> None:
     key_grad.zero_()
     tiles = _Keys(keys, key_labels)
-    scores = torch.empty(BLOCK_K * min(BLOCK_A, anchors.shape[0]))
+    scores = torch.empty(BLOCK_K * min(BLOCK_A, anchors.shape[0]), dtype=torch.float32)
     with _fp32_products():
         for block in _anchor_blocks(anchors, anchor_labels):
             scales = _Scales(block, neg_lse, pos_weight, grad_scale, temperature)
@@ -538,11 +547,13 @@ def infonce_backward_symmetric(
 ) -> None:
     anchor_grad.zero_()
     with _fp32_products():
-        for rows in _anchor_blocks(anchors, anchor_labels):
-            row_scales = _Scales(rows, neg_lse, pos_weight, grad_scale, temperature)
+        blocks = [
+            (block, _Scales(block, neg_lse, pos_weight, grad_scale, temperature))
+            for block in _anchor_blocks(anchors, anchor_labels)
+        ]
+        for rows, row_scales in blocks:
             grad = torch.zeros_like(rows.rows)
-            for block in _anchor_blocks(anchors, anchor_labels):
-                scales = _Scales(block, neg_lse, pos_weight, grad_scale, temperature)
+            for block, scales in blocks:
                 ds = rows.rows @ block.rows.T
                 index = rows.index if exclude_self else None
                 _coefficients(ds, rows.labels, block, scales, index, row_scales, temperature)

@@ -24,6 +24,24 @@ BadValue: type[ValueError] = ValueError if _C is None else _C.BadValue
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+# What the kernels take each field for. Fields that are not here hold rows of several dtypes, and a dtype code says which.
+_INT64 = """labels predictions indices pool_keys anchor_index key_index row_index cursor found tiles num_tiles
+pos_counts region_ptr region_fill pixel_ptr pixel_fill"""
+_INT32 = "priority anchor_labels key_labels row_labels count pos_count"
+_FLOAT32 = """inv_norm wide weights scores shift sum output neg_lse neg_scale pos_scale row_neg_lse row_neg_scale
+row_pos_scale negatives positives loss pos_weight anchor_grad"""
+_FLOAT64 = "sums loss_sum pos_weight_sum"
+_FIELD_DTYPES = {
+    name: dtype
+    for names, dtype in (
+        (_INT64, torch.int64),
+        (_INT32, torch.int32),
+        (_FLOAT32, torch.float32),
+        (_FLOAT64, torch.float64),
+    )
+    for name in names.split()
+}
+
 INSTRUCTION_SET_VARIABLE = "PIXCONTRAST_CPU_ISA"
 
 if _C is not None and os.environ.get(INSTRUCTION_SET_VARIABLE):
@@ -53,6 +71,9 @@ def _argument(kernel: str, name: str, value: Any) -> Any:
             f"{kernel}: {name} must be a contiguous CPU tensor, "
             f"got shape {tuple(value.shape)}, strides {value.stride()}, on {value.device}"
         )
+    expected = _FIELD_DTYPES.get(name)
+    if value.dtype != expected if expected else value.dtype not in DTYPE_CODES:
+        raise TypeError(f"{kernel}: {name} must be {expected or 'fp32, fp16 or bf16'}, got {value.dtype}")
     return value.data_ptr()
 
 

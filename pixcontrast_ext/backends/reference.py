@@ -4,15 +4,15 @@ Readable before fast. It materialises the anchors x keys matrix, yet never waits
 are fixed by the arguments. Source: "Exploring Cross-Image Pixel Contrast for Semantic Segmentation" (arXiv
 2101.11939), eq. (3) and section 3; the equations here are numbered on their own.
 
-For anchor i of label y_i over keys j with label >= 0, N(i) = other class, P(i) = same class (minus key i
-itself with `exclude_self`), and s_ij = <a_i, k_j> / temperature:
+For anchor i of label y_i over keys j with label >= 0, N(i) = other class, P(i) = same class (minus key i itself with
+`exclude_self`), s_ij = <a_i, k_j> / temperature and g_i = the upstream gradient:
 
     (1) L_i    = logsumexp_{j in N(i)} s_ij                      neg_lse, -inf if N(i) is empty
     (2) l_ip   = softplus(L_i - s_ip)           p in P(i)        = -log(e^s_ip / (e^s_ip + sum_neg e^s_ij))
     (3) loss_i = (1 / |P(i)|) sum_p l_ip                         0 if P(i) is empty
     (4) S_i    = sum_p sigma_ip,  sigma_ip = sigmoid(L_i - s_ip) pos_weight
-    (5) ds_ip  = -(g_i / |P_i|) sigma_ip ;  ds_in = (g_i / |P_i|) S_i exp(s_in - L_i)    g_i = upstream
-    gradient (6) da_i   = sum_j ds_ij k_j / temperature ;  dk_j = sum_i ds_ij a_i / temperature
+    (5) ds_ip  = -(g_i / |P_i|) sigma_ip ;  ds_in = (g_i / |P_i|) S_i exp(s_in - L_i)
+    (6) da_i   = sum_j ds_ij k_j / temperature ;  dk_j = sum_i ds_ij a_i / temperature
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def unsupported(op: str, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-# --- InfoNCE
-# ---------------------------------------------------------------------------------------------------------
+# InfoNCE
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -107,7 +106,9 @@ def infonce_forward(
     loss.copy_(torch.where(positives, F.softplus(lse[:, None] - scores), 0.0).sum(dim=1) / count.clamp(min=1))
     pos_weight.copy_(torch.where(positives, torch.sigmoid(lse[:, None] - scores), 0.0).sum(dim=1))
     if anchor_grad is not None:
-        ds = _score_grad(scores, negatives, positives, lse, pos_weight, 1.0 / count.clamp(min=1))
+        ds = _score_grad(
+            scores, negatives, positives, lse, pos_weight, scores.new_ones(()) / count.clamp(min=1)
+        )
         anchor_grad.copy_(ds @ k / temperature)
 
 
@@ -161,8 +162,7 @@ def infonce_backward_symmetric(
     anchor_grad.copy_((ds + ds.T) @ a / temperature)
 
 
-# --- pools of pixels: what sampling and enqueue share
-# ----------------------------------------------------------------
+# pools of pixels: what sampling and enqueue share
 
 
 def _classes(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -203,8 +203,7 @@ def _smallest(pools: Tensor, priority: Tensor, keep: Tensor) -> Tensor:
     return (pools >= 0) & (position - first[some_pool] < keep[some_pool])
 
 
-# --- sampling
-# --------------------------------------------------------------------------------------------------------
+# sampling
 
 
 def hard_anchor_sampling(
@@ -225,8 +224,7 @@ def hard_anchor_sampling(
     1. A pixel counts if it has a class. Pixels of class c in image b are hard if predicted as another class.
     2. The pair (b, c) is eligible if it has at least `min_pixels` pixels.
     3. Of T eligible pairs each gives up to n_view = max(1, min(max_samples // T, max_views)) pixels. If T is
-    more
-       than `max_samples`, those stay whose first pixel in raster order has the smallest priority.
+       more than `max_samples`, those stay whose first pixel in raster order has the smallest priority.
     4. Half of them hard, as far as there are; what one kind lacks the other gives.
     5. Of each kind those with the smallest (priority, pixel).
     6. Rows are ordered by class, image, hard before easy, pixel.
@@ -275,8 +273,7 @@ def hard_anchor_sampling(
     count.copy_(chosen.sum())
 
 
-# --- gather
-# ----------------------------------------------------------------------------------------------------------
+# gather
 
 
 def _inverse_norm(rows: Tensor) -> Tensor:
@@ -337,8 +334,7 @@ def gather_backward(
     grad_embeddings.copy_(dense.view(batch, height, width, channels).permute(0, 3, 1, 2))
 
 
-# --- enqueue
-# ---------------------------------------------------------------------------------------------------------
+# enqueue
 
 
 def enqueue_collect(

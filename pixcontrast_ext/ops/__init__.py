@@ -1,8 +1,8 @@
-"""The three jobs as torch ops, and the public functions around them.
+"""What this package does, as torch ops: sampling, gather, enqueue, InfoNCE; the public functions stand beside them.
 
-Ops live in the `pixcontrast` namespace and are not differentiable; an autograd Function stands around those
-that carry a gradient. Each is given to torch as a schema, an allocator and a backend function that fills what
-the allocator made: the allocator alone is the op's fake, so shapes are stated once.
+Ops live in the `pixcontrast` namespace and are not differentiable; an autograd Function stands around those that carry
+a gradient. Each is given to torch as a schema, an allocator and a backend function that fills what the allocator made:
+the allocator alone is the op's fake, so shapes are stated once.
 """
 
 from __future__ import annotations
@@ -79,6 +79,17 @@ def widest(*dtypes: torch.dtype) -> torch.dtype:
 
 def is_integer(tensor: Tensor) -> bool:
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+def to_int32(name: str, labels: Tensor) -> Tensor:
+    """Labels as int32. What does not fit raises on the CPU, and is no class (-1) elsewhere."""
+    if labels.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        return labels.int()
+    labels = labels.long()
+    too_large = labels > torch.iinfo(torch.int32).max
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and too_large.any():
+        raise ValueError(f"{name} must fit int32, got {int(labels.max())}")
+    return torch.where(too_large, -1, labels.clamp(min=-1)).int()
 
 
 def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

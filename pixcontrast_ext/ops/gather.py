@@ -126,8 +126,9 @@ def gather_embeddings(
         ValueError: wrong rank, mixed devices; on the CPU also an index outside the map.
     """
     ops.check_embeddings(embeddings)
-    if indices.dtype != torch.int64:
-        raise TypeError(f"indices must be int64, got {indices.dtype}")
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"indices must be int64, got {got}")
     if indices.dim() != 1:
         raise ValueError(f"indices must have shape [A], got {tuple(indices.shape)}")
     if indices.device != embeddings.device:

@@ -224,7 +224,7 @@ def infonce(
 
     Args:
         anchors, keys: of one dtype, fp32, fp16 or bf16 (fp64 on the reference backend); usually of unit norm.
-        anchor_labels, key_labels: any integer dtype, values within int32.
+        anchor_labels, key_labels: any integer dtype; values beyond int32 are an error on the CPU, no class elsewhere.
         temperature: divides the scores.
         reduction: "mean" over the anchors that have a positive (0 if none has), or "none".
         exclude_self: key i is not a positive of anchor i.
@@ -258,9 +258,9 @@ def infonce(
     in_batch = keys is anchors and key_labels is anchor_labels
     loss, pos_count = BlockwiseInfoNCE.apply(
         anchors,
-        anchor_labels.int(),
+        ops.to_int32("anchor_labels", anchor_labels),
         None if in_batch else keys,
-        None if in_batch else key_labels.int(),
+        None if in_batch else ops.to_int32("key_labels", key_labels),
         float(temperature),
         exclude_self,
         torch.is_grad_enabled(),

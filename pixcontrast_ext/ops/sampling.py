@@ -114,6 +114,8 @@ def hard_anchor_sampling(
         ValueError: shapes or devices that differ; a number out of range; on the CPU also a label that is
             neither a class nor `ignore_index` (on a GPU such a pixel is ignored).
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")
     ops.check_labels("labels", labels, tuple(labels.shape), labels.device)
     if labels.dim() != 3:
         raise ValueError(f"labels must have shape [B, H, W], got {tuple(labels.shape)}")
