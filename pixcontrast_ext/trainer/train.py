@@ -129,7 +129,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Result:
         ValueError: an option that is out of range or does not fit the data, with its value.
         FileExistsError: `config.out` holds a run already and `resume` is false.
         CheckpointError: resuming, and every checkpoint is damaged.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss or the gradient norm is no longer finite.
     """
     config.validate()
     with join_ranks(config.device) as ranks:
@@ -246,7 +246,10 @@ class _Run:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip or math.inf)
+        parameters = list(self.model.parameters())
+        norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
+        if config.optim.clip:
+            nn.utils.clip_grads_with_norm_(parameters, config.optim.clip, norm)
         self.optimizer.step()
 
         if not measure:
@@ -254,10 +257,10 @@ class _Run:
         with torch.no_grad():
             cross_entropy = CrossEntropy()(logits, None, labels)
         values = ranks.mean(torch.stack([loss.detach().float(), cross_entropy, norm.float()])).tolist()
-        if not math.isfinite(values[0]):
+        if not (math.isfinite(values[0]) and math.isfinite(values[2])):
             raise FloatingPointError(
-                f"the loss is {values[0]} at step {step + 1} (learning rate {rate:.3g}, "
-                f"gradient norm {values[2]:.3g}): try a lower --lr or --clip"
+                f"the loss is {values[0]} and the gradient norm {values[2]} at step {step + 1} "
+                f"(learning rate {rate:.3g}): try a lower --lr or --clip"
             )
         return {
             "step": step + 1,

@@ -293,11 +293,25 @@ def test_resume_names_changed_options_and_refuses_what_cannot_be(tiny, caplog):
 
 def test_a_loss_that_blows_up_stops_the_run(tiny):
     config = tiny(contrast="off", optim=OptimConfig(lr=1e20), steps=9, log_every=1)
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step .* --lr"):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) and .* at step .* --lr"):
         train(config)
     assert all(
         path.name.split("-")[1] < "00000009" for path in CheckpointStore(config.out / "checkpoints").paths()
     )
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_blows_up_stops_the_run_and_is_not_saved(tiny, monkeypatch, clip):
+    class Infinite(CrossEntropy):
+        def forward(self, logits, *rest):
+            logits.register_hook(lambda gradient: gradient * torch.inf)
+            return super().forward(logits, *rest)
+
+    monkeypatch.setattr("pixcontrast_ext.trainer.train.CrossEntropy", Infinite)
+    config = tiny(contrast="off", optim=OptimConfig(clip=clip), checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=r"the gradient norm (nan|inf) at step 1 "):
+        train(config)
+    assert not CheckpointStore(config.out / "checkpoints").paths()
 
 
 def test_bad_options_are_named(tiny):
