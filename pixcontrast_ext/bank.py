@@ -86,6 +86,8 @@ class MemoryBank(nn.Module):
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {_DTYPES}")
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives the ranks outside of it
+            process_group = None
         if process_group not in ("default", None) and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be 'default', a group or None, got {process_group!r}")
         self.num_classes, self.embed_dim = num_classes, embed_dim

@@ -381,9 +381,9 @@ def _forward_block(
     scores = torch.empty(size * min(BLOCK_K, keys.keys.shape[0]), dtype=torch.float32)
     shift = torch.full((size,), -math.inf, dtype=torch.float32)
     total = torch.zeros(size, dtype=torch.float32)
-    negatives = (
-        torch.zeros(size, channels, dtype=torch.float32) if anchor_grad is not None else None
-    )  # O, before the division
+    # O of pass 1, before its division, and G of pass 2
+    negatives = torch.zeros(size, channels, dtype=torch.float32) if anchor_grad is not None else None
+    positives = torch.zeros_like(negatives) if negatives is not None else None
 
     for first, size_of_tile, label in keys.tiles:
         if label >= 0:
@@ -416,7 +416,6 @@ def _forward_block(
     loss_sum = torch.zeros(size, dtype=torch.float64)
     pos_weight_sum = torch.zeros(size, dtype=torch.float64)
     pos_counts = torch.zeros(size, dtype=torch.int64)
-    positives = torch.zeros(size, channels, dtype=torch.float32) if anchor_grad is not None else None  # G
     for label, (start, stop) in block.ranges.items():
         for tile, indices in keys.of_class(label):
             count = tile.shape[0]

@@ -24,7 +24,7 @@ BadValue: type[ValueError] = ValueError if _C is None else _C.BadValue
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# What the kernels take each field for. Fields that are not here hold rows of several dtypes, and a dtype code says which.
+# What the kernels take each field for. Fields that are not here hold rows of several dtypes; a code says which.
 _INT64 = """labels predictions indices pool_keys anchor_index key_index row_index cursor found tiles num_tiles
 pos_counts region_ptr region_fill pixel_ptr pixel_fill"""
 _INT32 = "priority anchor_labels key_labels row_labels count pos_count"
