@@ -12,5 +12,4 @@ _missing = [name for name in _LIBRARIES if find_spec(name) is None]
 if _missing:
     raise ImportError(
         f"pixcontrast_ext.trainer needs {', '.join(_missing)}: pip install 'pixcontrast-ext[train]'"
-        " (that is: pip install pixcontrast-ext[train])"
     )

@@ -51,13 +51,12 @@ def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
 def demo(config: DemoConfig) -> dict[str, Result]:
     """Train both, draw the pictures, print the table. Returns the results by name: "off" and "bank"."""
     configs = {contrast: run_config(config, contrast) for contrast in ("off", "bank")}
-    results = {}
-    for name, run in configs.items():
-        if (run.out / "config.json").exists():
-            shutil.rmtree(run.out)
-        results[name] = train(run)
-
     with join_ranks() as ranks:
+        for run in configs.values():
+            if ranks.is_first and (run.out / "config.json").exists():
+                shutil.rmtree(run.out)
+        ranks.wait()
+        results = {name: train(run) for name, run in configs.items()}
         if not ranks.is_first:
             return results
         spec = dataset_spec("synthetic")

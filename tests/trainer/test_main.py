@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
+from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.logs import read_rows
 
 TINY = "--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures".split()
@@ -68,6 +71,22 @@ def test_demo_draws_and_prints(tmp_path, capsys):
         assert (config.out / f"{name}.png").stat().st_size > 20_000
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_clears_an_earlier_demo(tmp_path, monkeypatch, rank):
+    def stop(config):
+        raise KeyboardInterrupt
+
+    module = sys.modules[demo.__module__]
+    monkeypatch.setattr(module, "join_ranks", lambda: nullcontext(Ranks(rank, 1, torch.device("cpu"))))
+    monkeypatch.setattr(module, "train", stop)
+    earlier = tmp_path / "off" / "config.json"
+    earlier.parent.mkdir()
+    earlier.write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        demo(DemoConfig(out=tmp_path))
+    assert earlier.exists() == (rank == 1)
+
+
 def test_without_the_extra_the_import_names_the_command(environment):
     code = (
         "import importlib.util as util\n"
@@ -79,5 +98,8 @@ def test_without_the_extra_the_import_names_the_command(environment):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "ImportError: pixcontrast_ext.trainer needs kornia: pip install" in done.stderr
-    assert "pip install pixcontrast-ext[train]" in done.stderr
+    assert (
+        "ImportError: pixcontrast_ext.trainer needs kornia: pip install 'pixcontrast-ext[train]'"
+        in done.stderr
+    )
+    assert done.stderr.count("pip install") == 1
