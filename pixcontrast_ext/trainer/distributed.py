@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +29,12 @@ class Ranks:
             dist.all_reduce(values)
             values /= self.world
         return values
+
+    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every rank the first rank's values of `tensors`."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
     def wait(self) -> None:
         """Return when every rank has come here."""

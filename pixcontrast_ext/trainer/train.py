@@ -236,10 +236,9 @@ class _Run:
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed")
         loss = self.criterion(logits, embeddings, labels)
-        objective = loss
-        if embeddings is not None and (step < config.loss.warmup_steps or config.loss.weight == 0):
-            # Without a gradient for its head, a rank under DDP would wait for one for ever.
-            objective = loss + embeddings[:0].sum()
+        # Where the criterion leaves the embeddings out (warm-up, weight 0), their head gets a gradient of zero:
+        # DDP demands one for every parameter.
+        objective = loss if embeddings is None else loss + embeddings[:0].sum()
 
         rate = learning_rate(config.optim, step, config.steps)
         for group in self.optimizer.param_groups:
@@ -276,6 +275,8 @@ class _Run:
             self.log.add(name, row)
 
     def _evaluate(self, step: int) -> None:
+        # The ranks' running statistics differ after a step, and those of the first go into the checkpoint.
+        self.ranks.copy_from_first(self.model.buffers())
         scores = evaluate(
             self.model,
             self.val_set,
@@ -320,12 +321,21 @@ class _Run:
                 log.warning("--%s was %r, is now %r", name.replace("_", "-"), before, now)
         if state["step"] > self.config.steps:
             raise ValueError(f"--steps is {self.config.steps}, but {path} is of step {state['step']}")
+        if "optimizer" in changed:
+            before, now = changed["optimizer"]
+            raise ValueError(f"--optimizer is {now!r}, but {path} was trained with {before!r}")
         load_weights(self.model, state["model"])
+        options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         try:
             self.criterion.load_state_dict(state["criterion"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} does not fit the options of this run: {error}") from error
+        for group, values in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(values)  # this run's, not those that came with the state
         return int(state["step"])
 
 

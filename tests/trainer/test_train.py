@@ -15,8 +15,9 @@ from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig, load_config, save_config
-from pixcontrast_ext.trainer.data import IGNORE
-from pixcontrast_ext.trainer.evaluate import load_model
+from pixcontrast_ext.trainer.data import IGNORE, dataset_spec
+from pixcontrast_ext.trainer.distributed import Ranks
+from pixcontrast_ext.trainer.evaluate import evaluate, load_model
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.train import CrossEntropy, learning_rate, train
 
@@ -252,6 +253,11 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
     assert_same_state(final(config), final(resumed))
     assert_same_record(config.out, resumed.out)
 
+    model, _, _ = load_model(config.out, torch.device("cpu"))
+    spec = dataset_spec(config.data.dataset)
+    scores = evaluate(model, spec.build(config.data, "val"), spec.classes, Ranks(0, 1, torch.device("cpu")))
+    assert scores.miou == read_rows(config.out / "val.csv")[-1]["miou"]  # of the weights that were saved
+
     scores = [torchrun(environment, 2, "eval", "--checkpoint", config.out).stdout]
     assert main(["eval", "--checkpoint", str(config.out)]) == 0
     scores.append(capsys.readouterr().out)
@@ -289,6 +295,34 @@ def test_resume_names_changed_options_and_refuses_what_cannot_be(tiny, caplog):
         train(replace(config, steps=3), resume=True)
     with pytest.raises(ValueError, match=r"step-00000004.* does not fit the options of this run"):
         train(replace(config, steps=4, loss=replace(config.loss, pixel_slots=9)), resume=True)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_resuming_takes_changed_options_of_the_optimizer(tiny, name):
+    before, now = (
+        OptimConfig(optimizer=name, lr=1e-3, weight_decay=decay, momentum=momentum)
+        for decay, momentum in ((1e-4, 0.9), (0.5, 0.3))
+    )
+    config = tiny(contrast="off", steps=2, optim=before)
+    train(config)
+    train(replace(config, steps=4, optim=now), resume=True)
+    decayed, others = final(config)["optimizer"]["param_groups"]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+    assert decayed.get("momentum", 0.3) == 0.3
+    other = "adamw" if name == "sgd" else "sgd"
+    with pytest.raises(ValueError, match=f"--optimizer is '{other}', but .* was trained with '{name}'"):
+        train(replace(config, steps=6, optim=replace(now, optimizer=other)), resume=True)
+
+
+def test_every_weight_has_a_gradient_whatever_the_criterion_leaves_out(tiny, monkeypatch):
+    """DDP fails on one that has none, and the criterion counts its warm-up by itself."""
+    monkeypatch.setattr("pixcontrast_ext.trainer.train.build_criterion", lambda *_: CrossEntropy())
+    config = tiny(steps=3)
+    train(config)
+    optimizer = final(config)["optimizer"]
+    weights = [weight for group in optimizer["param_groups"] for weight in group["params"]]
+    assert sorted(optimizer["state"]) == sorted(weights)
+    assert all(value["momentum_buffer"] is not None for value in optimizer["state"].values())
 
 
 def test_a_loss_that_blows_up_stops_the_run(tiny):
