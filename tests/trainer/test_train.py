@@ -272,6 +272,20 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
         )  # other augmentation and norms
 
 
+def test_evaluation_is_of_the_first_ranks_statistics(tiny, monkeypatch):
+    def marked(ranks, tensors):
+        for tensor in tensors:
+            tensor.fill_(3)
+
+    def check(model, *args, **options):
+        assert all((buffer == 3).all() for buffer in model.buffers())
+        return evaluate(model, *args, **options)
+
+    monkeypatch.setattr(Ranks, "copy_from_first", marked)
+    monkeypatch.setattr("pixcontrast_ext.trainer.train.evaluate", check)
+    train(tiny(contrast="off", steps=1))
+
+
 def test_a_run_is_not_overwritten(tiny):
     config = tiny(contrast="off", steps=1)
     train(config)
