@@ -307,8 +307,8 @@ class _Keys:
                 return
             indices = self._indices[:size]
             first, last = int(indices[0]), int(indices[-1])
-            if last - first == size - 1:
-                yield self.rows(first, size), indices
+            if last - first == size - 1 and self.keys.dtype == torch.float32:
+                yield self.keys[first : last + 1], indices  # too few anchors for a copy to pay
             else:
                 yield _widen(self.keys, indices, self._buffer[:size]), indices
 
