@@ -2,10 +2,10 @@
 // region) and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the
 // candidates that are labelled go into the rings, in image order.
 //
-// The map is read twice, each time straight along its memory, channel plane by channel plane (or pixel by
-// pixel where the channels are innermost): once for the norms, once for the class sums and the chosen pixels.
-// Reading it once, in blocks that stay in cache, was slower: a block is a small piece of every plane, each on
-// a page of its own. No sum is shared between threads, so none depends on their number.
+// The map is read twice, once for the norms, once for the class sums and the chosen pixels; where channels are
+// planes of memory each time straight along them. Reading it once, in blocks that stay in cache, was slower: a
+// block is a small piece of every plane, each on a page of its own. Other layouts are copied plane by plane for
+// the second reading. No sum is shared between threads, so none depends on their number.
 #include <cstring>
 
 #include "cpu.h"
@@ -25,10 +25,10 @@ struct Offer {
   std::vector<int64_t> counts;  // [C] pixels of each class
   std::vector<int64_t> pixels;  // chosen ones, within the image
   std::vector<int64_t> rows;    // of [B, C, 1 + pixels_per_image], where those go
-  std::vector<Group> groups;    // in the order of the pixels
+  std::vector<Group> groups;    // in the order of the pixels, sorted by class within a window
 };
 
-// Label, priority and pool work: which pixels are candidates.
+// Which pixels of an image are candidates.
 void choose_pixels(const CollectParams& p, int64_t image, Offer& offer) {
   const int64_t pixels = p.height * p.width, first = image * pixels;
   offer.counts.assign(p.num_classes, 0);
