@@ -2,10 +2,10 @@
 // region) and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the
 // candidates that are labelled go into the rings, in image order.
 //
-// The map is read twice, once for the norms, once for the class sums and the chosen pixels; where channels are
-// planes of memory each time straight along them. Reading it once, in blocks that stay in cache, was slower: a
-// block is a small piece of every plane, each on a page of its own. Other layouts are copied plane by plane for
-// the second reading. No sum is shared between threads, so none depends on their number.
+// The map is read twice, once for the norms, once for the class sums and the chosen pixels; where channels
+// are planes of memory each time straight along them. Reading it once, in blocks that stay in cache, was
+// slower: a block is a small piece of every plane, each on a page of its own. Other layouts are copied plane
+// by plane for the second reading. No sum is shared between threads, so none depends on their number.
 #include <cstring>
 
 #include "cpu.h"
