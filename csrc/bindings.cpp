@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "params.h"
 
 #ifndef PXC_COMPILER
@@ -139,6 +140,10 @@ void read(Fields& fields, CoefficientsParams& p) {
               PXC_FIELD(row_pos_scale) PXC_FIELD(scale) PXC_FIELD(threads);
 }
 
+#if PXC_HAVE_CUDA
+void read(Fields& fields, Launch& p) { fields PXC_FIELD(device) PXC_FIELD(stream); }
+#endif
+
 #undef PXC_FIELD
 
 template <class Params>
@@ -170,9 +175,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = PXC_COMPILER;
   m.attr("cuda_archs") = PXC_CUDA_ARCHS;
 
+#if PXC_HAVE_CUDA
+  py::module_ gpu = m.def_submodule("cuda", "Kernels for tensors in device memory.");
+#endif
+
+#if !PXC_EMULATED  // a module of the emulated CUDA kernels has nothing else
   // args = (position, value); the caller knows what they mean.
   static py::exception<BadValue> bad_value(m, "BadValue", PyExc_ValueError);
-  py::register_exception_translator([](std::exception_ptr thrown) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const BadValue& found) {
@@ -196,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
   m.def("instruction_set", instruction_set);
+#endif
 }
 
 }  // namespace pxc

@@ -173,4 +173,13 @@ struct CoefficientsParams {
   int32_t threads;
 };
 
+// --- CUDA: the same jobs in device memory, on the caller's stream ---
+
+// The part that every CUDA call begins with.
+struct Launch {
+  int32_t device;   // its index
+  uint64_t stream;  // cudaStream_t
+};
+
+namespace cuda {}  // namespace cuda
 }  // namespace pxc

@@ -124,7 +124,7 @@ def test_kernels_refuse_missing_and_superfluous_fields():
 
 def test_launch_refuses_what_a_pointer_cannot_say():
     with pytest.raises(
-        ValueError, match=r"widen: source must be a contiguous CPU tensor, got shape \(4, 6\)"
+        ValueError, match=r"widen: source must be a contiguous tensor on cpu, got shape \(4, 6\)"
     ):
         native.launch("widen", source=torch.zeros(6, 4).T)
 

@@ -1,7 +1,7 @@
 """The registry: which backend serves a call.
 
 A backend is a module of this package with one function per op, all of the same signature (`reference.py`
-shows them), and `unsupported(op, dtype)`, which tells why a call cannot be served. Precedence: the argument,
+shows them), and `unsupported(op, dtype, channels)`, which tells why a call cannot be served. Precedence: the argument,
 then `use_backend`, then the environment, then the first of the tensor's device that supports the call. A
 backend asked for by name never falls back to another.
 """
@@ -24,8 +24,8 @@ ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
 # Tried in this order when none is named.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# Devices whose tensors a backend takes; None: any.
-_DEVICES: dict[str, tuple[str, ...] | None] = {
+# Devices whose tensors a backend takes; None: any. The tests, which emulate CUDA on a CPU, add to it.
+DEVICES: dict[str, tuple[str, ...] | None] = {
     "cuda": ("cuda",),
     "triton": ("cuda",),
     "cpu": ("cpu",),
@@ -51,10 +51,12 @@ def _exists(name: str) -> bool:
     return importlib.util.find_spec(f"{__name__}.{name}") is not None
 
 
-def _reason_off(name: str, op: str = "", dtype: torch.dtype | None = None) -> str | None:
+def _reason_off(
+    name: str, op: str = "", dtype: torch.dtype | None = None, channels: int | None = None
+) -> str | None:
     if not _exists(name):
         return "this version has no kernels for it"
-    reason: str | None = get(name).unsupported(op, dtype)
+    reason: str | None = get(name).unsupported(op, dtype, channels)
     return reason
 
 
@@ -80,17 +82,21 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def _reason_against(name: str, op: str, device: str, dtype: torch.dtype | None) -> str | None:
-    devices = _DEVICES[name]
+def _reason_against(
+    name: str, op: str, device: str, dtype: torch.dtype | None, channels: int | None
+) -> str | None:
+    devices = DEVICES[name]
     if devices is not None and device not in devices:
         return f"it takes tensors on {' or '.join(devices)}, got {device}"
-    return _reason_off(name, op, dtype)
+    return _reason_off(name, op, dtype, channels)
 
 
 # A constant under torch.compile: a graph keeps the backend that it was traced with.
 @torch.compiler.assume_constant_result
-def resolve(requested: str | None, op: str, device: str, dtype: torch.dtype | None) -> str:
-    """The name of the backend that serves `op` on tensors of this device type and dtype.
+def resolve(
+    requested: str | None, op: str, device: str, dtype: torch.dtype | None, channels: int | None = None
+) -> str:
+    """The name of the backend that serves `op` on tensors of this device type, dtype and width.
 
     Raises:
         ValueError: if one is asked for by name and cannot serve the call, with the reason.
@@ -101,11 +107,11 @@ def resolve(requested: str | None, op: str, device: str, dtype: torch.dtype | No
     if named is None:
         named, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if named is not None:
-        reason = _reason_against(_check_name(named, source), op, device, dtype)
+        reason = _reason_against(_check_name(named, source), op, device, dtype, channels)
         if reason is not None:
             raise ValueError(f"backend {named!r} cannot serve {op} on {device} tensors of {dtype}: {reason}")
         return named
     for name in _BY_DEVICE.get(device, ("reference",)):
-        if _reason_against(name, op, device, dtype) is None:
+        if _reason_against(name, op, device, dtype, channels) is None:
             return name
     raise ValueError(f"no backend serves {op} on {device} tensors of {dtype}")

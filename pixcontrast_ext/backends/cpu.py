@@ -24,7 +24,7 @@ BLOCK_K = 1024
 LOG2_E = math.log2(math.e)
 
 
-def unsupported(op: str, dtype: torch.dtype | None) -> str | None:
+def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     if native.unavailable:
         return native.unavailable
@@ -128,7 +128,7 @@ def gather_backward(
             grad_rows=grad_rows,
             inv_norm=inv_norm,
             wide=torch.empty(grad_rows.shape, dtype=torch.float32),
-            grad_map=grad_embeddings.data_ptr(),
+            grad_map=grad_embeddings,
             grad_stride_batch=strides[0],
             grad_stride_channel=strides[1],
             grad_stride_row=strides[2],

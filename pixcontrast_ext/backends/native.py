@@ -42,6 +42,8 @@ _FIELD_DTYPES = {
     for name in names.split()
 }
 
+_STRIDED_FIELDS = ("map", "grad_map")  # any layout; their strides are fields as well
+
 INSTRUCTION_SET_VARIABLE = "PIXCONTRAST_CPU_ISA"
 
 if _C is not None and os.environ.get(INSTRUCTION_SET_VARIABLE):
@@ -51,24 +53,41 @@ if _C is not None and os.environ.get(INSTRUCTION_SET_VARIABLE):
         raise ValueError(f"{INSTRUCTION_SET_VARIABLE}: {error}") from None
 
 
+# The submodule of the CUDA kernels, and the type of the devices whose memory they take. The tests put the kernels
+# compiled for an emulator here, which take CPU tensors.
+cuda_kernels: Any = getattr(_C, "cuda", None)
+cuda_device_type = "cuda"
+
+
 def launch(kernel: str, **fields: Any) -> None:
     """Call a CPU kernel; tensors become pointers, the thread count is torch's.
 
-    Every tensor must be a contiguous CPU tensor; strided maps go through `map_fields`.
+    Every tensor must be a contiguous CPU tensor, except for `map` and `grad_map`, whose strides are passed as well.
     """
     # `fields` keeps the tensors alive until the kernel is done: for scratch memory it is the only owner.
-    arguments = {name: _argument(kernel, name, value) for name, value in fields.items()}
+    device = torch.device("cpu")
+    arguments = {name: _argument(kernel, name, value, device) for name, value in fields.items()}
     getattr(_C, kernel)(**arguments)
 
 
-def _argument(kernel: str, name: str, value: Any) -> Any:
+def launch_cuda(kernel: str, device: torch.device, **fields: Any) -> None:
+    """Enqueue a CUDA kernel on the current stream of `device`, where every tensor has to be.
+
+    Scratch memory may be dropped after the call: torch's allocator reuses it in the order of the stream.
+    """
+    arguments = {name: _argument(kernel, name, value, device) for name, value in fields.items()}
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    getattr(cuda_kernels, kernel)(device=device.index or 0, stream=stream, **arguments)
+
+
+def _argument(kernel: str, name: str, value: Any, device: torch.device) -> Any:
     if value is None:
         return 0
     if not isinstance(value, Tensor):
         return value
-    if not value.is_contiguous() or value.device.type != "cpu":
+    if value.device != device or not (name in _STRIDED_FIELDS or value.is_contiguous()):
         raise ValueError(
-            f"{kernel}: {name} must be a contiguous CPU tensor, "
+            f"{kernel}: {name} must be a contiguous tensor on {device}, "
             f"got shape {tuple(value.shape)}, strides {value.stride()}, on {value.device}"
         )
     expected = _FIELD_DTYPES.get(name)
@@ -82,16 +101,14 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def map_fields(embeddings: Tensor) -> dict[str, int]:
-    """The `EmbeddingMap` part of a struct, for a `[B, D, H, W]` CPU tensor of any strides."""
-    if embeddings.device.type != "cpu" or embeddings.dim() != 4:
-        raise ValueError(
-            f"expected a [B, D, H, W] CPU tensor, got {tuple(embeddings.shape)} on {embeddings.device}"
-        )
+def map_fields(embeddings: Tensor) -> dict[str, Any]:
+    """The `EmbeddingMap` part of a struct, for a `[B, D, H, W]` tensor of any strides."""
+    if embeddings.dim() != 4:
+        raise ValueError(f"expected a [B, D, H, W] tensor, got {tuple(embeddings.shape)}")
     batch, channels, height, width = embeddings.shape
     stride_batch, stride_channel, stride_row, stride_column = embeddings.stride()
     return {
-        "map": embeddings.data_ptr(),
+        "map": embeddings,
         "map_dtype": DTYPE_CODES[embeddings.dtype],
         "batch": batch,
         "channels": channels,

@@ -254,7 +254,7 @@ def infonce(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
-    name = backends.resolve(backend, "infonce", anchors.device.type, anchors.dtype)
+    name = backends.resolve(backend, "infonce", anchors.device.type, anchors.dtype, anchors.shape[1])
     in_batch = keys is anchors and key_labels is anchor_labels
     loss, pos_count = BlockwiseInfoNCE.apply(
         anchors,
