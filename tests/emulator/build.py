@@ -1,0 +1,110 @@
+"""Builds the emulator: the CUDA kernels as plain C++, for the tests only.
+
+`_C.so` is the project's module with the kernels of csrc/cuda/ and nothing else; `primitives.so` has those of
+primitives.cu and is called through ctypes. There are three variants: `plain`, `address` (AddressSanitizer and
+UndefinedBehaviorSanitizer) and `thread` (ThreadSanitizer). Ninja compiles what has changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SANITIZERS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "thread": ["-fsanitize=thread"],
+}
+VARIANTS = tuple(SANITIZERS)
+
+# Contraction would give the variants different bits.
+FLAGS = """-std=c++17 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas
+-I tests/emulator -I csrc -DPXC_HAVE_CUDA=1 -DPXC_EMULATED=1""".split()
+
+
+def _statements(root: Path, build_dir: str) -> list[str]:
+    import pybind11
+
+    python = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    lines = []
+
+    def compile_to(target: str, source: str, flags: list[str]) -> str:
+        lines.append(f"build {build_dir}/{target}: compile {source}")
+        lines.append(f"  flags = {shlex.join(flags)}")
+        return f"{build_dir}/{target}"
+
+    # Neither has a kernel's access to memory in it, so they serve all variants.
+    emulator = compile_to("emulator.o", "tests/emulator/emulator.cpp", ["-O3"])
+    bindings = compile_to("bindings.o", "csrc/bindings.cpp", ["-O0", "-Wno-unused-function", *python])
+    kernels = [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/cuda/*.cu"))]
+    for variant, sanitizer in SANITIZERS.items():
+        optimize = ["-O1"] if sanitizer else ["-O2"]
+        flags = [*optimize, *sanitizer, "-x", "c++"]
+        objects = [compile_to(f"{variant}/{Path(source).stem}.o", source, flags) for source in kernels]
+        primitives = compile_to(f"{variant}/primitives.o", "tests/emulator/primitives.cu", flags)
+        # The emulator first: of an inline function that both have, its own copy is taken.
+        for name, parts in (("_C", [bindings, *objects]), ("primitives", [primitives])):
+            lines.append(f"build {build_dir}/{variant}/{name}.so: link {emulator} {' '.join(parts)}")
+            lines.append(f"  flags = {shlex.join(sanitizer)}")
+    return lines
+
+
+def build(
+    variant: str, source_root: Path = ROOT, build_dir: Path | None = None, targets: tuple[str, ...] = ("_C",)
+) -> Path:
+    """Brings `_C.so` of a variant up to date, or other targets ("primitives"), and returns the folder with it.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    import ninja
+
+    if variant not in VARIANTS:
+        raise ValueError(f"expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    build_dir = build_dir or source_root / "build" / f"emulator-{sysconfig.get_config_var('SOABI')}"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    relative = os.path.relpath(build_dir, source_root)
+    compiler = os.environ.get("CXX", "g++")
+    lines = [
+        f"builddir = {relative}",
+        "rule compile",
+        f"  command = {compiler} {shlex.join(FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared $flags $in -o $out",
+        *_statements(source_root, relative),
+    ]
+    text, file = "\n".join(lines) + "\n", build_dir / "build.ninja"
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(file)]
+    if os.environ.get("MAX_JOBS"):
+        command += ["-j", os.environ["MAX_JOBS"]]
+    command += [f"{relative}/{variant}/{target}.so" for target in targets]
+    done = subprocess.run(command, cwd=source_root, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the emulator does not build ({variant}):\n{done.stdout}{done.stderr}")
+    return build_dir / variant
+
+
+def load(path: Path) -> ModuleType:
+    """The module `_C` of a built variant."""
+    spec = importlib.util.spec_from_file_location("_C", path / "_C.so")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or VARIANTS:
+        print(build(name, targets=("_C", "primitives")))
