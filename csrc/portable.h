@@ -99,7 +99,7 @@ class SharedMemory {
   template <class T>
   __device__ __forceinline__ T* take(size_t count) {
     T* array = reinterpret_cast<T*>(dynamic_shared_memory + used_);
-    used_ += shared_bytes<T>(count);
+    used_ += (count * sizeof(T) + 15) / 16 * 16;  // shared_bytes<T>(count)
     return array;
   }
 
@@ -186,13 +186,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], const
 template <class T>
 __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
-#define PXC_DEFINE_MMA(Type, instruction)                                                                  \
-  template <>                                                                                              \
-  __device__ __forceinline__ void mma<Type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,          \
-                                            uint32_t b1) {                                                 \
-    asm volatile("mma.sync.aligned." instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"  \
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                          \
+#define PXC_DEFINE_MMA(Type, instruction)                                                                 \
+  template <>                                                                                             \
+  __device__ __forceinline__ void mma<Type>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0,         \
+                                            uint32_t b1) {                                                \
+    asm volatile("mma.sync.aligned." instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
   }
 PXC_DEFINE_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")
 PXC_DEFINE_MMA(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")

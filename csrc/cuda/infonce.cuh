@@ -1,0 +1,936 @@
+// Blockwise InfoNCE on tensor cores, eq. (1) to (6) of backends/reference.py, without the anchors x keys
+// matrix.
+//
+// One engine serves every pass. A block keeps a tile of rows in shared memory and walks over tiles of
+// columns, which cp.async brings one tile ahead. Of each it computes the scores S = rows . columns^T, turns
+// them into weights P, and adds P . columns to its output: one tile in shared memory serves both products.
+//
+//   pass        rows      columns           weights                    output
+//   negatives   anchors   keys              exp2(score - shift)        O, and the log-sum-exp, eq. (1)
+//   positives   anchors   their own class   sigma, eq. (4)             G, the loss and S, eq. (2) to (4)
+//   backward    keys      anchors           ds, eq. (5)                gradient of the keys, eq. (6)
+//   symmetric   anchors   anchors           ds plus its mirror         both halves of eq. (6)
+//
+// A warp computes S for its rows and a share of the columns, and the output for the same rows and a share of
+// the channels. In between, the weights pass through shared memory to the warps of the same rows, and only
+// those wait for each other; the whole block meets once a tile.
+//
+// Rows and columns come in the order of their class where that is known. Most tiles then hold no positive of
+// their block and take a path without masks. Several blocks share the walk of one row tile, each with a
+// partial result of its own, and a second stage combines those in order: nothing is atomic, and a repeat
+// gives the same bits.
+//
+// Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 sum.
+#pragma once
+
+#include <type_traits>
+
+#include "../portable.h"
+
+namespace pxc::cuda {
+
+constexpr float kLog2E = 1.442695040888963407f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// A shift that lags behind the maximum by up to this much spares most tiles the rescaling of the output.
+constexpr float kSlack = 8.f;
+
+// --- what depends on the element type ---
+
+// 16-bit elements are multiplied as they are; fp32 as TF32, rounded to nearest (kParts = 1), or split into a
+// TF32 number and the rest of it, of which three products keep fp32's accuracy (kParts = 2).
+template <class T, int kParts_>
+struct Math {
+  using Element = T;
+  static constexpr int kParts = kParts_;
+  // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
+  static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
+  static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
+};
+
+// What a register of a fragment is multiplied as.
+template <class Math>
+struct Operand {
+  uint32_t parts[Math::kParts];
+
+  __device__ __forceinline__ void set(uint32_t bits) {
+    if constexpr (sizeof(typename Math::Element) == 2) {
+      parts[0] = bits;
+    } else {
+      parts[0] = to_tf32(bits_float(bits));
+      if constexpr (Math::kParts == 2) parts[1] = to_tf32(bits_float(bits) - bits_float(parts[0]));
+    }
+  }
+};
+
+// The tiles, by the bytes of the longest row. All fit the 99 KB of the smallest device, most twice the 163 KB
+// of an A100; outputs take 128 registers a thread (64 for 256 fp32 channels).
+template <int kMaxRowBytes>
+struct Shape;
+template <>
+struct Shape<512> {
+  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 2, kBlockK = 32;
+};
+template <>
+struct Shape<1024> {
+  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 1, kBlockK = 16;
+};
+template <>
+struct Shape<2048> {
+  static constexpr int kRowWarps = 1, kColWarps = 2, kFragments = 1, kBlockK = 16;
+};
+
+template <class Math_, int kMaxChannels>
+struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
+  using T = typename Math_::Element;
+  using S = Shape<kMaxChannels* int(sizeof(T))>;
+  static constexpr int kBlockA = S::kRowWarps * S::kFragments * 16;
+  static constexpr int kThreads = S::kRowWarps * S::kColWarps * kWarp;
+  static constexpr int kScoreCols = S::kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
+  static constexpr int kOutputCols = kMaxChannels / S::kColWarps / 8;  // likewise of the output
+  static constexpr int kStepK = 32 / sizeof(T);  // columns of a weight fragment: 32 bytes
+
+  static size_t bytes(int64_t row_stride) {
+    return shared_bytes<unsigned char>((kBlockA + 2 * S::kBlockK) * row_stride) +
+           shared_bytes<T>(kBlockA * S::kBlockK) + shared_bytes<float>(S::kColWarps * kBlockA) +
+           shared_bytes<float4>(2 * S::kBlockK);  // what goes with the columns
+  }
+};
+
+// --- shared memory: rows of 16-byte chunks, in an order that keeps eight rows off each other's banks ---
+
+// Where chunk `chunk` of row `row` lies, for rows of kChunks chunks (8: or a multiple of it). ldmatrix reads
+// one chunk of eight rows at a time. With eight chunks and more, also one element of rows 0 to 3 or 4 to 7 in
+// two neighbouring chunks is read without conflict, which is how TF32 takes the second product's fragments.
+template <int kChunks>
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  if constexpr (kChunks == 8) return chunk ^ ((row << 1 | (row >> 2 & 1)) & 7);
+  return chunk ^ (row / (8 / kChunks) & (kChunks - 1));
+}
+
+// The byte at which a chunk of a tile begins; row_stride is a multiple of 128.
+__device__ __forceinline__ int tile_offset(int row, int chunk, int row_stride) {
+  return row * row_stride + swizzled<8>(row, chunk) * 16;
+}
+
+// The same of chunk ^ `more`, from the offset of `chunk`: what is known at compile time costs no register.
+__device__ __forceinline__ int offset_further(int offset, int more) {
+  return (offset ^ more % 8 * 16) + more / 8 * 128;
+}
+
+// --- rows and columns in device memory ---
+
+struct Side {
+  const unsigned char* rows;  // [count, row_bytes]
+  const int32_t* labels;      // [count], in the order of visits
+  const int32_t* order;       // [count] row of each visit, or null: as they lie
+  int64_t count, row_bytes;
+};
+
+struct LabelRange {
+  int low, high;  // high < 0: no label at all; low < 0: some have none
+
+  __device__ __forceinline__ bool apart(LabelRange other) const {
+    return high < other.low || other.high < low;
+  }
+  __device__ __forceinline__ bool one_class() const { return low == high; }
+};
+
+// Of the labels at or above 0 among `count` places of a side from `first`; the whole warp calls it.
+__device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_t first, int count,
+                                                        int lane) {
+  LabelRange range{INT32_MAX, -1};
+  for (int i = lane; i < count; i += kWarp) {
+    const int label = first + i < side.count ? side.labels[first + i] : -1;
+    if (label >= 0) range = {min(range.low, label), max(range.high, label)};
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    range.low = min(range.low, shuffle_xor(range.low, lanes));
+    range.high = max(range.high, shuffle_xor(range.high, lanes));
+  }
+  return range;
+}
+
+enum class Pass { kNegatives, kPositives, kBackward };
+
+// The column tiles of one split that matter to a block: every `stride`-th from `first`, so that tiles of one
+// class spread over all splits. A warp looks at 32 of them at a time; all warps see the same.
+template <Pass kPass>
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const int2* ranges, int num_tiles, int first, int stride, LabelRange own,
+                                  int lane)
+      : ranges_(ranges), num_tiles_(num_tiles), stride_(stride), base_(first), own_(own), lane_(lane) {}
+
+  // The next tile, or -1; `mixed` tells whether it may hold a positive of the block, or a column without a
+  // label.
+  __device__ __forceinline__ int next(bool* mixed) {
+    while (visit_ == 0) {
+      if (own_.high < 0 || base_ >= num_tiles_) return -1;
+      const int64_t tile = base_ + int64_t(lane_) * stride_;
+      LabelRange range{-1, -1};
+      if (tile < num_tiles_) range = {ranges_[tile].x, ranges_[tile].y};
+      visit_ = ballot(concerns(range));
+      mixed_ = ballot(range.low < 0 || !range.apart(own_));
+      from_ = base_;
+      base_ += int64_t(kWarp) * stride_;
+    }
+    const int bit = lowest_bit(visit_);
+    visit_ &= visit_ - 1;
+    *mixed = mixed_ >> bit & 1;
+    return int(from_ + int64_t(bit) * stride_);
+  }
+
+ private:
+  __device__ __forceinline__ bool concerns(LabelRange range) const {
+    if (range.high < 0) return false;
+    if (kPass == Pass::kPositives) return !LabelRange{max(range.low, 0), range.high}.apart(own_);
+    if (kPass == Pass::kBackward) return true;
+    return !(range.one_class() && own_.one_class() && range.low == own_.low);  // all of it positive
+  }
+
+  const int2* ranges_;
+  int64_t num_tiles_, stride_, base_, from_ = 0;
+  LabelRange own_;
+  int lane_;
+  unsigned visit_ = 0, mixed_ = 0;
+};
+
+// --- the engine ---
+
+// Loops over a thread's registers, unrolled: an index known only at run time would move them to local memory.
+template <class Tile, class Visit>
+__device__ __forceinline__ void each_row(Visit visit) {
+#pragma unroll
+  for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) visit(f, half);
+  }
+}
+template <class Tile, class Visit>
+__device__ __forceinline__ void each_score(Visit visit) {  // columns within a row
+#pragma unroll
+  for (int n = 0; n < Tile::kScoreCols; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) visit(n, e);
+  }
+}
+template <class Tile, class Visit>
+__device__ __forceinline__ void each_output(Visit visit) {
+#pragma unroll
+  for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+    for (int n = 0; n < Tile::kOutputCols; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) visit(f, n, i);
+    }
+  }
+}
+
+// Places in fragments, as the PTX manual lays them out: of a 16 x 8 piece of sums, the four of a thread are
+// at rows `group` and `group` + 8, columns 2 `quad` and the next.
+template <class Tile>
+struct Engine {
+  using T = typename Tile::T;
+  using Scores = float[Tile::kFragments][Tile::kScoreCols][4];
+  using Output = float[Tile::kFragments][Tile::kOutputCols][4];
+  using PerRow = float[Tile::kFragments][2];
+
+  Side rows, columns;
+  int row_stride, chunks;  // of a row in shared memory: bytes, and 16-byte chunks that hold channels
+  int64_t first_row;       // of the block
+  int lane, group, quad, row_warp, col_warp;
+  unsigned char *row_tile, *column_tiles;
+  unsigned char* weights;
+  float* exchange;  // [kColWarps, kBlockA]
+
+  __device__ __forceinline__ Engine(SharedMemory& memory, const Side& rows, const Side& columns,
+                                    int row_tile_index)
+      : rows(rows), columns(columns) {
+    row_stride = int((rows.row_bytes + 127) / 128 * 128);
+    chunks = int(rows.row_bytes / 16);
+    first_row = int64_t(row_tile_index) * Tile::kBlockA;
+    lane = int(threadIdx.x) % kWarp;
+    group = lane / 4;
+    quad = lane % 4;
+    row_warp = int(threadIdx.x) / kWarp / Tile::kColWarps;
+    col_warp = int(threadIdx.x) / kWarp % Tile::kColWarps;
+    row_tile = memory.template take<unsigned char>(size_t(Tile::kBlockA) * row_stride);
+    column_tiles = memory.template take<unsigned char>(size_t(2 * Tile::kBlockK) * row_stride);
+    weights = memory.template take<unsigned char>(sizeof(T) * Tile::kBlockA * Tile::kBlockK);
+    exchange = memory.template take<float>(Tile::kColWarps * Tile::kBlockA);
+  }
+
+  // Within the block's tile, row `half` of 2 of fragment `f`.
+  __device__ __forceinline__ int local_row(int f, int half) const {
+    return (row_warp * Tile::kFragments + f) * 16 + half * 8 + group;
+  }
+  // Within a tile of columns, the first of the two of piece `n` of the scores.
+  __device__ __forceinline__ int local_column(int n) const {
+    return (col_warp * Tile::kScoreCols + n) * 8 + quad * 2;
+  }
+  // Channel of piece `n` of the output: warps take turns by 16, so that any number of channels is shared.
+  __device__ __forceinline__ int channel(int n) const {
+    return (n / 2 * Tile::kColWarps + col_warp) * 16 + n % 2 * 8;
+  }
+
+  __device__ __forceinline__ int label(const Side& side, int64_t place) const {
+    return place < side.count ? side.labels[place] : -1;
+  }
+
+  // Starts copying kCount rows of a side. What has no label becomes 0, whatever it holds (0 * NaN is NaN).
+  template <int kCount>
+  __device__ __forceinline__ void load(unsigned char* tile, const Side& side, int64_t first,
+                                       bool check_labels) const {
+    const int padded = row_stride / 16;
+    for (int row = int(threadIdx.x) / 8; row < kCount; row += Tile::kThreads / 8) {
+      const bool wanted = !check_labels || label(side, first + row) >= 0;
+      const int64_t source = !wanted ? 0 : side.order == nullptr ? first + row : side.order[first + row];
+      const unsigned char* from = side.rows + source * side.row_bytes;
+      for (int chunk = int(threadIdx.x) % 8; chunk < padded; chunk += 8) {
+        const bool inside = wanted && chunk < chunks;
+        cp_async_16(tile + tile_offset(row, chunk, row_stride), inside ? from + chunk * 16 : side.rows,
+                    inside ? 16 : 0);
+      }
+    }
+  }
+
+  __device__ __forceinline__ unsigned char* column_tile(int stage) const {
+    return column_tiles + stage * Tile::kBlockK * row_stride;
+  }
+
+  // Visits the tiles of a walk: weigh(stage, mixed, first column) for each, with the tile in shared memory.
+  // load_extra(stage, first column) starts the copies that go with a tile.
+  template <class Walk, class LoadExtra, class Weigh>
+  __device__ __forceinline__ void run(Walk& walk, LoadExtra load_extra, Weigh weigh) const {
+    bool mixed = false;
+    int tile = walk.next(&mixed);
+    if (tile < 0) return;
+    const auto start = [&](int stage, int tile, bool mixed) {
+      const int64_t first = int64_t(tile) * Tile::kBlockK;
+      load<Tile::kBlockK>(column_tile(stage), columns, first, mixed);
+      load_extra(stage, first);
+      cp_async_commit();
+    };
+    load<Tile::kBlockA>(row_tile, rows, first_row, true);
+    start(0, tile, mixed);
+    for (int stage = 0; tile >= 0; stage ^= 1) {
+      cp_async_wait<0>();
+      sync_block();  // all copies are visible to all, and nobody reads the other stage any more
+      bool next_mixed = false;
+      const int next = walk.next(&next_mixed);
+      if (next >= 0) start(stage ^ 1, next, next_mixed);
+      weigh(stage, mixed, int64_t(tile) * Tile::kBlockK);
+      tile = next;
+      mixed = next_mixed;
+    }
+    sync_block();  // shared memory may be used for something else
+  }
+
+  __device__ __forceinline__ static void multiply(float (&sum)[4], const Operand<Tile> (&a)[4],
+                                                  const Operand<Tile>& b0, const Operand<Tile>& b1) {
+    if constexpr (Tile::kParts == 1) {
+      const uint32_t whole[4] = {a[0].parts[0], a[1].parts[0], a[2].parts[0], a[3].parts[0]};
+      mma<T>(sum, whole, b0.parts[0], b1.parts[0]);
+    } else {
+      // Tensor cores cut off what does not fit their sum; fp32 additions round, so only a few products stay
+      // inside.
+      const uint32_t high[4] = {a[0].parts[0], a[1].parts[0], a[2].parts[0], a[3].parts[0]};
+      const uint32_t low[4] = {a[0].parts[1], a[1].parts[1], a[2].parts[1], a[3].parts[1]};
+      float part[4] = {};
+      mma<T>(part, low, b0.parts[0], b1.parts[0]);
+      mma<T>(part, high, b0.parts[1], b1.parts[1]);
+      mma<T>(part, high, b0.parts[0], b1.parts[0]);
+      for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    }
+  }
+
+  __device__ __forceinline__ static void load_fragment(Operand<Tile> (&a)[4], const unsigned char* place) {
+    uint32_t bits[4];
+    ldmatrix_x4(bits, place);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i].set(bits[i]);
+  }
+
+  // S of the warp: its rows times its columns, over all channels, 128 bytes of them at a time. A step of the
+  // tensor cores takes 32 bytes: two chunks.
+  __device__ __forceinline__ void multiply_rows(Scores& scores, int stage) const {
+    const int row = row_warp * Tile::kFragments * 16 + lane % 16,
+              column = col_warp * Tile::kScoreCols * 8 + lane % 8;
+    const unsigned char* own_columns = column_tile(stage);
+    const int column_offset = tile_offset(column, lane / 8, row_stride);
+    const int row_offset = tile_offset(row, lane / 16, row_stride);
+    each_row<Tile>(
+        [&](int f, int half) { each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; }); });
+#pragma unroll 1
+    for (int byte = 0; byte < row_stride; byte += 128) {
+#pragma unroll
+      for (int chunk = 0; chunk < 8; chunk += 4) {
+        Operand<Tile> b[2][Tile::kScoreCols][2];  // of two steps
+#pragma unroll
+        for (int n = 0; n < Tile::kScoreCols; ++n) {
+          uint32_t bits[4];
+          ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride + offset_further(column_offset, chunk));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) b[i / 2][n][i % 2].set(bits[i]);
+        }
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+#pragma unroll
+          for (int f = 0; f < Tile::kFragments; ++f) {
+            Operand<Tile> a[4];
+            load_fragment(
+                a, row_tile + byte + f * 16 * row_stride + offset_further(row_offset, chunk + 2 * step));
+#pragma unroll
+            for (int n = 0; n < Tile::kScoreCols; ++n)
+              multiply(scores[f][n], a, b[step][n][0], b[step][n][1]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ unsigned char* weight_place(int row, int chunk) const {
+    constexpr int kChunks = Tile::kBlockK * int(sizeof(T)) / 16;
+    return weights + (row * kChunks + swizzled<kChunks>(row, chunk)) * 16;
+  }
+
+  // Hands the warp's weights to the warps of the same rows.
+  __device__ __forceinline__ void store_weights(const Scores& scores) const {
+    each_row<Tile>([&](int f, int half) {
+#pragma unroll
+      for (int n = 0; n < Tile::kScoreCols; ++n) {
+        const int byte = local_column(n) * int(sizeof(T));
+        unsigned char* place = weight_place(local_row(f, half), byte / 16) + byte % 16;
+        const float first = scores[f][n][2 * half], second = scores[f][n][2 * half + 1];
+        if constexpr (sizeof(T) == 2) {
+          *reinterpret_cast<uint32_t*>(place) = pack<T>(first, second);
+        } else {
+          *reinterpret_cast<float2*>(place) = make_float2(first, second);
+        }
+      }
+    });
+    sync_row_warps();  // the weights of all columns are there
+  }
+
+  __device__ __forceinline__ void sync_row_warps() const {
+    sync_group(1 + row_warp, Tile::kColWarps * kWarp);
+  }
+
+  // output += weights . columns, for the warp's rows and its share of the channels.
+  __device__ __forceinline__ void accumulate(Output& output, int stage) const {
+#pragma unroll
+    for (int step = 0; step < Tile::kBlockK / Tile::kStepK; ++step) {
+      Operand<Tile> a[Tile::kFragments][4];
+#pragma unroll
+      for (int f = 0; f < Tile::kFragments; ++f) {
+        load_fragment(a[f],
+                      weight_place((row_warp * Tile::kFragments + f) * 16 + lane % 16, 2 * step + lane / 16));
+      }
+      const unsigned char* tile = column_tile(stage) + step * Tile::kStepK * row_stride;
+#pragma unroll
+      for (int n = 0; n < Tile::kOutputCols; n += 2) {
+        if (channel(n) * int(sizeof(T)) < row_stride) {
+          Operand<Tile> b[4];  // columns of this step by 16 channels: those of pieces n and n + 1
+          load_columns(b, tile, n);
+#pragma unroll
+          for (int f = 0; f < Tile::kFragments; ++f) {
+            multiply(output[f][n], a[f], b[0], b[1]);
+            multiply(output[f][n + 1], a[f], b[2], b[3]);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_columns(Operand<Tile> (&b)[4], const unsigned char* tile,
+                                               int n) const {
+    constexpr int kChunksOf16 = 16 * int(sizeof(T)) / 16;
+    const int own_chunk = col_warp * kChunksOf16, further = n / 2 * Tile::kColWarps * kChunksOf16;
+    if constexpr (sizeof(T) == 2) {
+      uint32_t bits[4];
+      const int offset = tile_offset(lane % 16, own_chunk + lane / 16, row_stride);
+      ldmatrix_x4_trans(bits, tile + offset_further(offset, further));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i].set(bits[i]);
+    } else {  // ldmatrix transposes 16-bit elements only
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int offset = tile_offset(i % 2 * 4 + quad, own_chunk + group / 4, row_stride) + group % 4 * 4;
+        b[i].set(*reinterpret_cast<const uint32_t*>(tile + offset_further(offset, further + i / 2 * 2)));
+      }
+    }
+  }
+
+  // Sums a value of each row over the threads that share it; thread `row` of the block gets that row's. All
+  // call it.
+  __device__ __forceinline__ float sum_over_row(const PerRow& values) const {
+    each_row<Tile>([&](int f, int half) {
+      float sum = values[f][half];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      if (quad == 0) exchange[col_warp * Tile::kBlockA + local_row(f, half)] = sum;
+    });
+    sync_block();  // every warp's sums are there
+    float sum = 0.f;
+    if (int(threadIdx.x) < Tile::kBlockA) {
+      for (int warp = 0; warp < Tile::kColWarps; ++warp)
+        sum += exchange[warp * Tile::kBlockA + int(threadIdx.x)];
+    }
+    sync_block();  // before the next sum overwrites them
+    return sum;
+  }
+
+  // Writes output [rows, stride], as far as there are rows and channels; row i goes to places[i] (null: to
+  // i).
+  __device__ __forceinline__ void write(const Output& output, float* to, const int32_t* places,
+                                        int64_t stride, int64_t num_channels) const {
+    each_row<Tile>([&](int f, int half) {
+      const int64_t row = first_row + local_row(f, half);
+      if (row >= rows.count) return;
+      float* line = to + (places == nullptr ? row : places[row]) * stride;
+#pragma unroll
+      for (int n = 0; n < Tile::kOutputCols; ++n) {
+        const int64_t first = channel(n) + 2 * quad;
+        if (first + 1 < num_channels && stride % 2 == 0) {
+          *reinterpret_cast<float2*>(line + first) =
+              make_float2(output[f][n][2 * half], output[f][n][2 * half + 1]);
+        } else {
+          if (first < num_channels) line[first] = output[f][n][2 * half];
+          if (first + 1 < num_channels) line[first + 1] = output[f][n][2 * half + 1];
+        }
+      }
+    });
+  }
+};
+
+// --- the order of visits ---
+
+template <class T>
+__device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
+  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, p.num_anchors,
+          p.channels * int64_t(sizeof(T))};
+}
+
+// The keys of either pass: null where the anchors are the keys.
+template <class T, class Params>
+__device__ __forceinline__ Side keys_of(const Params& p) {
+  if (p.keys == nullptr) return anchors_of<T>(p);
+  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, p.num_keys,
+          p.channels * int64_t(sizeof(T))};
+}
+
+constexpr int kOrderThreads = 256;
+
+// Sorts the anchors by (label, index), those without a label last: each counts how many stand before it. That
+// is A^2 comparisons, little beside the A K D products. For the backward it also lays out what eq. (5) needs.
+template <class Params>
+__global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) {
+  SharedMemory memory;
+  int* labels = memory.take<int>(kOrderThreads);
+  const int64_t anchor = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
+  const int label = anchor < p.num_anchors ? p.anchor_labels[anchor] : -1;
+  const unsigned place_of_label = unsigned(label);  // -1 becomes the largest
+  int64_t before = 0;
+  for (int64_t first = 0; first < p.num_anchors; first += kOrderThreads) {
+    const int64_t other = first + threadIdx.x;
+    if (other < p.num_anchors) labels[threadIdx.x] = max(p.anchor_labels[other], -1);
+    sync_block();  // the labels are there
+    const int count = int(min(p.num_anchors - first, int64_t(kOrderThreads)));
+    for (int i = 0; i < count; ++i) {
+      const unsigned theirs = unsigned(labels[i]);
+      before += theirs < place_of_label || (theirs == place_of_label && first + i < anchor);
+    }
+    sync_block();  // before the next overwrite them
+  }
+  if (anchor >= p.num_anchors) return;
+  p.order[before] = int32_t(anchor);
+  p.sorted_labels[before] = label;
+  if constexpr (std::is_same_v<Params, InfonceBackwardParams>) {
+    // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
+    const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
+    const float factor = alone ? 0.f : p.grad_scale[anchor];
+    reinterpret_cast<float4*>(p.coefficients)[before] =
+        make_float4(alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
+                    alone ? 0.f : factor * p.pos_weight[anchor], factor, bits_float(uint32_t(label)));
+  }
+}
+
+// Smallest and largest label of every tile of columns; places behind the last count as without a label. A
+// warp reads 32 labels, which are one tile or several.
+template <int kBlockK>
+__global__ void __launch_bounds__(kOrderThreads)
+    infonce_label_ranges_kernel(const int32_t* labels, int64_t count, int2* ranges) {
+  static_assert(kBlockK <= kWarp, "a tile is read by one warp");
+  const int64_t place = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
+  int low = place < count ? max(labels[place], -1) : -1, high = low;
+  for (int lanes = kBlockK / 2; lanes > 0; lanes /= 2) {
+    low = min(low, shuffle_xor(low, lanes));
+    high = max(high, shuffle_xor(high, lanes));
+  }
+  if (place % kBlockK == 0 && place < count) ranges[place / kBlockK] = make_int2(low, high);
+}
+
+// --- forward ---
+
+// Starts copying the labels of a tile's columns to `labels`; of what lies behind the last, -1.
+template <int kCount>
+__device__ __forceinline__ void load_labels(int* labels, const Side& side, int64_t first) {
+  if (int(threadIdx.x) >= kCount) return;
+  if (first + threadIdx.x < side.count) {
+    cp_async_4(labels + threadIdx.x, side.labels + first + threadIdx.x, 4);
+  } else {
+    labels[threadIdx.x] = -1;
+  }
+}
+
+// Pass 1 over the negatives: eq. (1), and O, both as partial results of one split.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kernel(InfonceForwardParams p) {
+  using T = typename Tile::T;
+  SharedMemory memory;
+  const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
+  const Engine<Tile> engine(memory, anchors, keys, int(blockIdx.x));
+  int* key_labels = memory.take<int>(2 * Tile::kBlockK);
+  const float scale = kLog2E / p.temperature;
+  const bool with_grad = p.negative_parts != nullptr;
+
+  int row_labels[Tile::kFragments][2];
+  typename Engine<Tile>::PerRow shift, sum;
+  each_row<Tile>([&](int f, int half) {
+    row_labels[f][half] = engine.label(anchors, engine.first_row + engine.local_row(f, half));
+    shift[f][half] = -INFINITY;
+    sum[f][half] = 0.f;
+  });
+  typename Engine<Tile>::Output output = {};
+
+  const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
+  const int num_tiles = int((keys.count + Tile::kBlockK - 1) / Tile::kBlockK);
+  Walk<Pass::kNegatives> walk(reinterpret_cast<const int2*>(p.label_ranges), num_tiles, int(blockIdx.y),
+                              int(gridDim.y), own, engine.lane);
+  bool visited = false;
+  engine.run(
+      walk,
+      [&](int stage, int64_t first) {
+        load_labels<Tile::kBlockK>(key_labels + stage * Tile::kBlockK, keys, first);
+      },
+      [&](int stage, bool mixed, int64_t) {
+        visited = true;
+        typename Engine<Tile>::Scores scores;
+        engine.multiply_rows(scores, stage);
+        if (mixed) {
+          each_score<Tile>([&](int n, int e) {
+            const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
+            each_row<Tile>([&](int f, int half) {
+              if (label < 0 || label == row_labels[f][half]) scores[f][n][2 * half + e] = -INFINITY;
+            });
+          });
+        }
+
+        // The largest score of each row, first among this warp's columns, then among all.
+        each_row<Tile>([&](int f, int half) {
+          float highest = -INFINITY;
+          each_score<Tile>([&](int n, int e) { highest = fmaxf(highest, scores[f][n][2 * half + e]); });
+          highest = fmaxf(highest, shuffle_xor(highest, 1));
+          highest = fmaxf(highest, shuffle_xor(highest, 2));
+          if (engine.quad == 0)
+            engine.exchange[engine.col_warp * Tile::kBlockA + engine.local_row(f, half)] = highest;
+        });
+        engine.sync_row_warps();  // the maxima of all column warps are there
+
+        bool moved = false;
+        typename Engine<Tile>::PerRow rescale;
+        each_row<Tile>([&](int f, int half) {
+          float highest = -INFINITY;
+#pragma unroll
+          for (int warp = 0; warp < Tile::kColWarps; ++warp) {
+            highest = fmaxf(highest, engine.exchange[warp * Tile::kBlockA + engine.local_row(f, half)]);
+          }
+          highest *= scale;
+          rescale[f][half] = 1.f;
+          if (highest > shift[f][half] + kSlack) {
+            rescale[f][half] = exp2_approx(shift[f][half] - highest);
+            shift[f][half] = highest;
+            sum[f][half] *= rescale[f][half];
+            moved = true;
+          }
+          // A row that has met no negative yet has no shift: any will do, its weights are 0.
+          const float base = shift[f][half] == -INFINITY ? 0.f : shift[f][half] - Tile::kWeightBias;
+          float sum_of_tile = 0.f;
+          each_score<Tile>([&](int n, int e) {
+            float& score = scores[f][n][2 * half + e];
+            score = exp2_approx(fmaf(score, scale, -base));
+            sum_of_tile += score;
+          });
+          sum[f][half] += sum_of_tile;
+        });
+        if (!with_grad) return;
+        if (ballot(moved) != 0) {
+          each_output<Tile>([&](int f, int n, int i) { output[f][n][i] *= rescale[f][i / 2]; });
+        }
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
+      });
+
+  const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
+  const float total = engine.sum_over_row(sum);
+  const int64_t rows_left = anchors.count - engine.first_row;
+  if (int(threadIdx.x) < min(rows_left, int64_t(Tile::kBlockA))) p.sum_parts[part + threadIdx.x] = total;
+  if (engine.quad == 0 && engine.col_warp == 0) {
+    each_row<Tile>([&](int f, int half) {
+      const int row = engine.local_row(f, half);
+      if (row < rows_left) p.shift_parts[part + row] = shift[f][half];
+    });
+  }
+  if (with_grad && visited) {  // else every shift is -inf, and nobody reads the output
+    float* to = p.negative_parts + int64_t(blockIdx.y) * p.num_anchors * p.part_channels;
+    engine.write(output, to, nullptr, p.part_channels, p.part_channels);
+  }
+}
+
+// Adds up a row's splits: its shift, and the sum of exp2(score - shift).
+__device__ __forceinline__ void combine(const InfonceForwardParams& p, int64_t row, float* shift,
+                                        float* sum) {
+  *shift = -INFINITY;
+  *sum = 0.f;
+  for (int64_t split = 0; split < p.splits; ++split) {
+    *shift = fmaxf(*shift, p.shift_parts[split * p.num_anchors + row]);
+  }
+  for (int64_t split = 0; split < p.splits; ++split) {
+    const float shift_of_part = p.shift_parts[split * p.num_anchors + row];
+    if (shift_of_part == -INFINITY) continue;
+    *sum += p.sum_parts[split * p.num_anchors + row] * exp2_approx(shift_of_part - *shift);
+  }
+}
+
+// Eq. (1) in units of log2; -inf without negatives.
+__device__ __forceinline__ float combined_lse(float shift, float sum, float weight_bias) {
+  return shift == -INFINITY ? -INFINITY : shift + log2f(sum) - weight_bias;
+}
+
+// Pass 2 over the anchors' own class, knowing eq. (1): eq. (2) to (4), and G.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kernel(InfonceForwardParams p) {
+  using T = typename Tile::T;
+  SharedMemory memory;
+  const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
+  const Engine<Tile> engine(memory, anchors, keys, int(blockIdx.x));
+  int* key_labels = memory.take<int>(2 * Tile::kBlockK);
+  const float scale = kLog2E / p.temperature;
+  const bool with_grad = p.positive_parts != nullptr;
+
+  if (int(threadIdx.x) < Tile::kBlockA && engine.first_row + threadIdx.x < anchors.count) {
+    float shift, sum;
+    combine(p, engine.first_row + threadIdx.x, &shift, &sum);
+    engine.exchange[threadIdx.x] = combined_lse(shift, sum, Tile::kWeightBias);
+  }
+  sync_block();  // the log-sum-exps are there
+  int row_labels[Tile::kFragments][2];
+  typename Engine<Tile>::PerRow neg_lse, loss, pos_weight, count;
+  each_row<Tile>([&](int f, int half) {
+    const int64_t row = engine.first_row + engine.local_row(f, half);
+    const bool inside = row < anchors.count;
+    row_labels[f][half] = engine.label(anchors, row);
+    neg_lse[f][half] = inside ? engine.exchange[engine.local_row(f, half)] : 0.f;
+    loss[f][half] = pos_weight[f][half] = count[f][half] = 0.f;
+  });
+  sync_block();  // before the exchange is used again
+  typename Engine<Tile>::Output output = {};
+
+  const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
+  const int num_tiles = int((keys.count + Tile::kBlockK - 1) / Tile::kBlockK);
+  Walk<Pass::kPositives> walk(reinterpret_cast<const int2*>(p.label_ranges), num_tiles, int(blockIdx.y),
+                              int(gridDim.y), own, engine.lane);
+  bool visited = false;
+  engine.run(
+      walk,
+      [&](int stage, int64_t first) {
+        load_labels<Tile::kBlockK>(key_labels + stage * Tile::kBlockK, keys, first);
+      },
+      [&](int stage, bool, int64_t first_column) {
+        visited = true;
+        typename Engine<Tile>::Scores scores;
+        engine.multiply_rows(scores, stage);
+        each_row<Tile>([&](int f, int half) {
+          float loss_of_tile = 0.f, weight_of_tile = 0.f;
+          each_score<Tile>([&](int n, int e) {
+            float& score = scores[f][n][2 * half + e];
+            const int column = engine.local_column(n) + e, label = key_labels[stage * Tile::kBlockK + column];
+            bool positive = label >= 0 && label == row_labels[f][half];
+            if (positive && p.exclude_self) {
+              const int64_t row = engine.first_row + engine.local_row(f, half);
+              positive = first_column + column != (p.keys == nullptr ? row : p.order[row]);
+            }
+            const float margin = neg_lse[f][half] - score * scale;
+            const float odds = exp2_approx(-fabsf(margin));
+            const float sigma = (margin >= 0.f ? 1.f : odds) / (1.f + odds);
+            loss_of_tile += positive ? kLn2 * fmaxf(margin, 0.f) + log1pf(odds) : 0.f;
+            weight_of_tile += positive ? sigma : 0.f;
+            count[f][half] += positive ? 1.f : 0.f;
+            score = positive ? sigma * Tile::kWeightScale : 0.f;
+          });
+          loss[f][half] += loss_of_tile;
+          pos_weight[f][half] += weight_of_tile;
+        });
+        if (!with_grad) return;
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
+      });
+
+  const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
+  const float losses = engine.sum_over_row(loss), weights = engine.sum_over_row(pos_weight);
+  const float counts = engine.sum_over_row(count);
+  if (int(threadIdx.x) < min(anchors.count - engine.first_row, int64_t(Tile::kBlockA))) {
+    p.loss_parts[part + threadIdx.x] = losses;
+    p.pos_weight_parts[part + threadIdx.x] = weights;
+    p.pos_count_parts[part + threadIdx.x] = int(counts);
+  }
+  if (with_grad && visited) {  // else no count is above 0, and nobody reads the output
+    float* to = p.positive_parts + int64_t(blockIdx.y) * p.num_anchors * p.part_channels;
+    engine.write(output, to, nullptr, p.part_channels, p.part_channels);
+  }
+}
+
+constexpr int kFinishThreads = 128;
+
+// The second stage: combines the splits of each anchor, a warp for one, and puts it where the caller has it.
+__global__ void __launch_bounds__(kFinishThreads)
+    infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias) {
+  const int64_t row = (int64_t(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
+  const int lane = int(threadIdx.x) % kWarp;
+  if (row >= p.num_anchors) return;
+  const int64_t anchor = p.order[row];
+  const bool labelled = p.sorted_labels[row] >= 0;
+  float shift, sum, loss = 0.f, pos_weight = 0.f;
+  int64_t pos_count = 0;
+  combine(p, row, &shift, &sum);
+  for (int64_t split = 0; split < p.splits; ++split) {
+    loss += p.loss_parts[split * p.num_anchors + row];
+    pos_weight += p.pos_weight_parts[split * p.num_anchors + row];
+    pos_count += p.pos_count_parts[split * p.num_anchors + row];
+  }
+  const bool contrasts = labelled && pos_count > 0;
+  if (lane == 0) {
+    p.loss[anchor] = contrasts ? loss / float(pos_count) : 0.f;
+    p.neg_lse[anchor] = labelled ? combined_lse(shift, sum, weight_bias) * kLn2 : -INFINITY;
+    p.pos_weight[anchor] = contrasts ? pos_weight : 0.f;
+    p.pos_count[anchor] = contrasts ? int32_t(pos_count) : 0;
+  }
+  if (p.anchor_grad == nullptr) return;
+  const bool repelled = contrasts && shift != -INFINITY;
+  const float push = repelled ? pos_weight / sum : 0.f, pull = exp2f(-weight_bias);
+  const float factor = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
+  for (int64_t d = lane; d < p.grad_channels; d += kWarp) {
+    float negatives = 0.f, positives = 0.f;
+    for (int64_t split = 0; split < p.splits && contrasts; ++split) {
+      const int64_t part = split * p.num_anchors + row;
+      const float shift_of_part = p.shift_parts[part];
+      if (shift_of_part != -INFINITY) {
+        negatives += p.negative_parts[part * p.part_channels + d] * exp2_approx(shift_of_part - shift);
+      }
+      if (p.pos_count_parts[part] > 0) positives += p.positive_parts[part * p.part_channels + d];
+    }
+    p.anchor_grad[anchor * p.grad_channels + d] =
+        contrasts ? factor * (push * negatives - pull * positives) : 0.f;
+  }
+}
+
+// --- backward ---
+
+// A power of two that takes weights of at most `peak` to 2^14 and below, near the top of fp16's range.
+__device__ __forceinline__ float weight_scale(const float* peak) {
+  if (peak == nullptr) return 1.f;
+  const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, -110);
+  return bits_float(uint32_t(127 + 13 - exponent) << 23);
+}
+
+// ds of eq. (5) for one anchor: `anchor` holds its log-sum-exp, its factors of negatives and of positives.
+__device__ __forceinline__ float score_gradient(const float4& anchor, float score, bool positive) {
+  if (!positive) return anchor.y * exp2_approx(score - anchor.x);
+  const float odds = exp2_approx(score - anchor.x);
+  return -anchor.z / (1.f + odds);
+}
+
+// Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
+// once.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(InfonceBackwardParams p) {
+  using T = typename Tile::T;
+  SharedMemory memory;
+  const Side keys = keys_of<T>(p), anchors = anchors_of<T>(p);
+  const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x));
+  float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
+  const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
+  const float scale = kLog2E / p.temperature, peak_scale = weight_scale(p.peak);
+  const bool symmetric = p.keys == nullptr;
+
+  int row_labels[Tile::kFragments][2];
+  float4 row_coefficients[Tile::kFragments][2];
+  each_row<Tile>([&](int f, int half) {
+    const int64_t row = engine.first_row + engine.local_row(f, half);
+    row_labels[f][half] = engine.label(keys, row);
+    row_coefficients[f][half] =
+        symmetric && row < keys.count ? all_coefficients[row] : make_float4(0.f, 0.f, 0.f, 0.f);
+  });
+  typename Engine<Tile>::Output output = {};
+
+  const LabelRange own = range_of_labelled(keys, engine.first_row, Tile::kBlockA, engine.lane);
+  const int num_tiles = int((anchors.count + Tile::kBlockK - 1) / Tile::kBlockK);
+  Walk<Pass::kBackward> walk(reinterpret_cast<const int2*>(p.label_ranges), num_tiles, int(blockIdx.y),
+                             int(gridDim.y), own, engine.lane);
+  engine.run(
+      walk,
+      [&](int stage, int64_t first) {
+        if (int(threadIdx.x) >= Tile::kBlockK) return;
+        const bool inside = first + threadIdx.x < anchors.count;  // zeros behind: their factors are 0
+        cp_async_16(coefficients + stage * Tile::kBlockK + threadIdx.x,
+                    inside ? all_coefficients + first + threadIdx.x : all_coefficients, inside ? 16 : 0);
+      },
+      [&](int stage, bool mixed, int64_t first_column) {
+        typename Engine<Tile>::Scores scores;
+        engine.multiply_rows(scores, stage);
+        each_score<Tile>([&](int n, int e) {
+          const int column = engine.local_column(n) + e;
+          const float4 anchor = coefficients[stage * Tile::kBlockK + column];
+          const int label = int(float_bits(anchor.w));
+          each_row<Tile>([&](int f, int half) {
+            float& score = scores[f][n][2 * half + e];
+            const float scaled = score * scale;
+            const bool positive = mixed && label == row_labels[f][half];
+            score = score_gradient(anchor, scaled, positive);
+            if (symmetric) score += score_gradient(row_coefficients[f][half], scaled, positive);
+            if (positive && p.exclude_self) {
+              const int64_t row = engine.first_row + engine.local_row(f, half), place = first_column + column;
+              if (row == (symmetric || place >= anchors.count ? place : p.order[place])) score = 0.f;
+            }
+            score *= peak_scale;
+          });
+        });
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
+      });
+
+  each_output<Tile>(
+      [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
+        output[f][n][i] = row_labels[f][i / 2] < 0 ? 0.f : output[f][n][i] / (peak_scale * p.temperature);
+      });
+  if (p.grad_parts == nullptr) {
+    engine.write(output, p.grad, keys.order, p.grad_channels, p.grad_channels);
+  } else {
+    float* to = p.grad_parts + int64_t(blockIdx.y) * keys.count * p.grad_channels;
+    engine.write(output, to, nullptr, p.grad_channels, p.grad_channels);
+  }
+}
+
+// The second stage of the backward, a thread for each element: adds the splits in order.
+__global__ void __launch_bounds__(kOrderThreads) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
+  const int64_t count = (p.keys == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
+  const int64_t element = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
+  if (element >= count) return;
+  float sum = 0.f;
+  for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts[split * count + element];
+  const int64_t row = element / p.grad_channels, channel = element % p.grad_channels;
+  p.grad[(p.keys == nullptr ? p.order[row] : row) * p.grad_channels + channel] = sum;
+}
+
+}  // namespace pxc::cuda
