@@ -142,6 +142,48 @@ void read(Fields& fields, CoefficientsParams& p) {
 
 #if PXC_HAVE_CUDA
 void read(Fields& fields, Launch& p) { fields PXC_FIELD(device) PXC_FIELD(stream); }
+
+void read(Fields& fields, cuda::SamplingParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  fields PXC_FIELD(labels) PXC_FIELD(predictions) PXC_FIELD(priority) PXC_FIELD(batch) PXC_FIELD(pixels)
+      PXC_FIELD(num_classes) PXC_FIELD(max_samples) PXC_FIELD(max_views) PXC_FIELD(min_pixels)
+          PXC_FIELD(ignore_index) PXC_FIELD(pool_keys) PXC_FIELD(pool_starts) PXC_FIELD(pair_keys)
+              PXC_FIELD(pool_keep) PXC_FIELD(pool_rows) PXC_FIELD(indices) PXC_FIELD(anchor_labels)
+                  PXC_FIELD(count);
+}
+
+void read(Fields& fields, cuda::GatherParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  read(fields, static_cast<EmbeddingMap&>(p));
+  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype) PXC_FIELD(rows)
+      PXC_FIELD(inv_norm);
+}
+
+void read(Fields& fields, cuda::GatherBackwardParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  read(fields, static_cast<EmbeddingMap&>(p));
+  fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype)
+      PXC_FIELD(grad_rows) PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(sorted_indices)
+          PXC_FIELD(sorted_rows) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
+              PXC_FIELD(grad_stride_channel) PXC_FIELD(grad_stride_row) PXC_FIELD(grad_stride_column);
+}
+
+void read(Fields& fields, cuda::CollectParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  read(fields, static_cast<EmbeddingMap&>(p));
+  fields PXC_FIELD(labels) PXC_FIELD(priority) PXC_FIELD(num_classes) PXC_FIELD(pixels_per_image)
+      PXC_FIELD(ignore_index) PXC_FIELD(normalize) PXC_FIELD(pool_keys) PXC_FIELD(pool_starts)
+          PXC_FIELD(chunk_sums) PXC_FIELD(sums) PXC_FIELD(chosen_pixels) PXC_FIELD(rows_dtype) PXC_FIELD(rows)
+              PXC_FIELD(row_labels);
+}
+
+void read(Fields& fields, cuda::WriteParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  fields PXC_FIELD(rows) PXC_FIELD(row_labels) PXC_FIELD(batch) PXC_FIELD(num_classes)
+      PXC_FIELD(pixels_per_image) PXC_FIELD(row_bytes) PXC_FIELD(region_slots) PXC_FIELD(pixel_slots)
+          PXC_FIELD(keys) PXC_FIELD(key_labels) PXC_FIELD(region_ptr) PXC_FIELD(region_fill)
+              PXC_FIELD(pixel_ptr) PXC_FIELD(pixel_fill);
+}
 #endif
 
 #undef PXC_FIELD
@@ -177,6 +219,11 @@ PYBIND11_MODULE(_C, m) {
 
 #if PXC_HAVE_CUDA
   py::module_ gpu = m.def_submodule("cuda", "Kernels for tensors in device memory.");
+  def<cuda::SamplingParams>(gpu, "sampling", cuda::sampling);
+  def<cuda::GatherParams>(gpu, "gather", cuda::gather);
+  def<cuda::GatherBackwardParams>(gpu, "gather_backward", cuda::gather_backward);
+  def<cuda::CollectParams>(gpu, "collect", cuda::collect);
+  def<cuda::WriteParams>(gpu, "write", cuda::write);
 #endif
 
 #if !PXC_EMULATED  // a module of the emulated CUDA kernels has nothing else

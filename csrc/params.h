@@ -181,5 +181,72 @@ struct Launch {
   uint64_t stream;  // cudaStream_t
 };
 
-namespace cuda {}  // namespace cuda
+namespace cuda {
+
+struct SamplingParams : Launch {
+  const int64_t* labels;       // [B, pixels]
+  const int64_t* predictions;  // [B, pixels]
+  const int32_t* priority;     // [B, pixels]
+  int64_t batch, pixels, num_classes;
+  int64_t max_samples, max_views, min_pixels, ignore_index;
+  uint64_t* pool_keys;     // [B, chunks, 1024] scratch; a chunk is 1024 pixels
+  int32_t* pool_starts;    // [B, chunks, 2 num_classes + 1] scratch
+  uint64_t* pair_keys;     // [num_classes, B] scratch
+  int32_t* pool_keep;      // [num_classes, B, 2] scratch: rows that the hard and the easy pool give
+  int32_t* pool_rows;      // [num_classes, B, 2] scratch: the first of them
+  int64_t* indices;        // [max_samples] out, flat over B * pixels, 0 in padding rows
+  int32_t* anchor_labels;  // [max_samples] out, -1 in padding rows
+  int32_t* count;          // [] out, rows that are not padding
+};
+
+struct GatherParams : Launch, EmbeddingMap {
+  const int64_t* indices;  // [rows], flat over B * H * W; a row of one outside is 0
+  int64_t num_rows;
+  int32_t normalize;
+  int32_t rows_dtype;  // DType
+  void* rows;          // [rows, D] out
+  float* inv_norm;     // [rows] out, 0 where the norm is
+};
+
+struct GatherBackwardParams : Launch, EmbeddingMap {
+  const int64_t* indices;  // [rows]
+  int64_t num_rows;
+  int32_t normalize;
+  int32_t rows_dtype;       // DType
+  const void* grad_rows;    // [rows, D]
+  const float* inv_norm;    // [rows], from the forward
+  float* wide;              // [rows, D] scratch: gradients of the pixels
+  int64_t* sorted_indices;  // [rows] scratch
+  int64_t* sorted_rows;     // [rows] scratch: in the order of (index, row); -1 for a row without gradient
+  void* grad_map;           // [B, D, H, W] out, dense, map_dtype, with the four strides below
+  int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
+};
+
+struct CollectParams : Launch, EmbeddingMap {
+  const int64_t* labels;    // [B, pixels]
+  const int32_t* priority;  // [B, pixels]
+  int64_t num_classes, pixels_per_image, ignore_index;
+  int32_t normalize;
+  uint64_t* pool_keys;     // [B, chunks, 1024] scratch; a chunk is 1024 pixels
+  int32_t* pool_starts;    // [B, chunks, num_classes + 1] scratch
+  float* chunk_sums;       // [B, chunks, num_classes, D] scratch, of classes that the chunk has
+  double* sums;            // [B, num_classes, D] scratch
+  int64_t* chosen_pixels;  // [B, num_classes, pixels_per_image] scratch
+  int32_t rows_dtype;      // DType
+  void* rows;              // [B, num_classes, 1 + pixels_per_image, D] out, the region first
+  int32_t* row_labels;     // [B, num_classes, 1 + pixels_per_image] out, -1 for nothing to store
+};
+
+struct WriteParams : Launch {
+  const void* rows;           // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
+  const int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image]
+  int64_t batch, num_classes, pixels_per_image;
+  int64_t row_bytes;  // D elements
+  int64_t region_slots, pixel_slots;
+  void* keys;           // [num_classes, region_slots + pixel_slots, D] in and out
+  int32_t* key_labels;  // [num_classes, region_slots + pixel_slots] in and out
+  int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
+};
+
+}  // namespace cuda
 }  // namespace pxc

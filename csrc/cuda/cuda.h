@@ -4,4 +4,12 @@
 
 #include "../params.h"
 
-namespace pxc::cuda {}  // namespace pxc::cuda
+namespace pxc::cuda {
+
+void sampling(const SamplingParams&);
+void gather(const GatherParams&);
+void gather_backward(const GatherBackwardParams&);
+void collect(const CollectParams&);
+void write(const WriteParams&);
+
+}  // namespace pxc::cuda

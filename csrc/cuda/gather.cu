@@ -1,0 +1,35 @@
+#include <type_traits>
+
+#include "cuda.h"
+#include "dtype.h"
+#include "gather.cuh"
+
+namespace pxc::cuda {
+
+void gather(const GatherParams& p) {
+  const dim3 grid(unsigned((p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock));
+  with_dtype(p.map_dtype, [&](auto* in) {
+    with_dtype(p.rows_dtype, [&](auto* out) {
+      using In = std::remove_pointer_t<decltype(in)>;
+      using Out = std::remove_pointer_t<decltype(out)>;
+      launch(p, "gather", gather_kernel<In, Out>, grid, kRowThreads, 0, p);
+    });
+  });
+}
+
+void gather_backward(const GatherBackwardParams& p) {
+  const dim3 row_blocks(unsigned((p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock));
+  const int64_t slices = (p.channels + kSpreadChannels - 1) / kSpreadChannels;
+  const int64_t tiles = (p.batch * p.height * p.width + kSpreadThreads - 1) / kSpreadThreads;
+  with_dtype(p.map_dtype, [&](auto* in) {
+    using In = std::remove_pointer_t<decltype(in)>;
+    with_dtype(p.rows_dtype, [&](auto* row) {
+      using Row = std::remove_pointer_t<decltype(row)>;
+      launch(p, "gather_backward, rows", gather_bwd_rows_kernel<In, Row>, row_blocks, kRowThreads, 0, p);
+    });
+    launch(p, "gather_backward, map", gather_bwd_map_kernel<In>, dim3(unsigned(tiles * slices)),
+           kSpreadThreads, 0, p, slices);
+  });
+}
+
+}  // namespace pxc::cuda

@@ -1,0 +1,143 @@
+// Gathering chosen pixels out of the strided map, a warp per row, and the dense gradient of the map, of which
+// every element is written exactly once: the sum of the rows that name its pixel, in row order, or zero.
+#pragma once
+
+#include "pixels.cuh"
+
+namespace pxc::cuda {
+namespace {
+
+constexpr int kRowThreads = 256;
+constexpr int kRowsPerBlock = kRowThreads / kWarp;
+constexpr int kSpreadThreads = 256;
+constexpr int kSpreadChannels = 64;  // of a warp's tile, whose other side is kWarp pixels
+
+__device__ __forceinline__ int64_t num_pixels(const EmbeddingMap& m) { return m.batch * m.height * m.width; }
+
+__device__ __forceinline__ bool is_pixel(const EmbeddingMap& m, int64_t index) {
+  return index >= 0 && index < num_pixels(m);
+}
+
+// The pixel is read twice, the second time out of a cache: a row of any width needs no memory.
+template <class In, class Out>
+__global__ void __launch_bounds__(kRowThreads) gather_kernel(GatherParams p) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
+  if (row >= p.num_rows) return;
+  Out* out = static_cast<Out*>(p.rows) + row * p.channels;
+  const int64_t index = p.indices[row];
+  if (!is_pixel(p, index)) {
+    for (int64_t d = lane; d < p.channels; d += kWarp) out[d] = from_float<Out>(0.f);
+    if (lane == 0) p.inv_norm[row] = 0.f;
+    return;
+  }
+  const In* pixel = static_cast<const In*>(p.map) + pixel_offset(p, index);
+  const float scale = p.normalize ? inverse_norm(warp_squares(pixel, p.channels, p.stride_channel)) : 1.f;
+  for (int64_t d = lane; d < p.channels; d += kWarp) {
+    out[d] = from_float<Out>(to_float(pixel[d * p.stride_channel]) * scale);
+  }
+  if (lane == 0) p.inv_norm[row] = scale;
+}
+
+// How many rows stand before this one by (index, row); the warp calls it.
+__device__ __forceinline__ int64_t rank_of(const int64_t* indices, int64_t num_rows, int64_t row) {
+  const int64_t index = indices[row];
+  int before = 0;
+  for (int64_t other = int(threadIdx.x) % kWarp; other < num_rows; other += kWarp) {
+    before += indices[other] < index || (indices[other] == index && other < row);
+  }
+  return warp_sum(before);
+}
+
+// d(x / |x|): the gradient less its part along the row. Sorts the rows by pixel on the way. A row without
+// gradient is left out, so that padding cannot carry a NaN pixel into the map's gradient.
+template <class In, class Row>
+__global__ void __launch_bounds__(kRowThreads) gather_bwd_rows_kernel(GatherBackwardParams p) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
+  if (row >= p.num_rows) return;
+  const Row* grad = static_cast<const Row*>(p.grad_rows) + row * p.channels;
+  float* wide = p.wide + row * p.channels;
+  const int64_t index = p.indices[row];
+  const bool readable = is_pixel(p, index);
+  const In* pixel = static_cast<const In*>(p.map) + (readable ? pixel_offset(p, index) : 0);
+  const float scale = p.inv_norm[row];
+  float along = 0.f;
+  bool some = false;
+  for (int64_t d = lane; readable && d < p.channels; d += kWarp) {
+    const float g = to_float(grad[d]);
+    some |= g != 0.f;
+    if (p.normalize) along += g * (to_float(pixel[d * p.stride_channel]) * scale);
+  }
+  some = ballot(some) != 0;
+  along = warp_sum(along);
+  for (int64_t d = lane; some && d < p.channels; d += kWarp) {
+    const float g = to_float(grad[d]);
+    wide[d] = p.normalize ? scale * (g - along * (to_float(pixel[d * p.stride_channel]) * scale)) : g;
+  }
+  const int64_t rank = rank_of(p.indices, p.num_rows, row);
+  if (lane == 0) {
+    p.sorted_indices[rank] = index;
+    p.sorted_rows[rank] = some ? row : -1;
+  }
+}
+
+__device__ __forceinline__ int64_t lower_bound(const int64_t* sorted, int64_t low, int64_t high,
+                                               int64_t value) {
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (sorted[middle] < value) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// A tile of kWarp pixels and some channels per warp. Each lane looks up one pixel; then lanes are neighbours
+// in memory, be that pixels or channels.
+template <class In>
+__global__ void __launch_bounds__(kSpreadThreads)
+    gather_bwd_map_kernel(GatherBackwardParams p, int64_t slices) {
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int64_t tile = blockIdx.x / slices * (kSpreadThreads / kWarp) + warp;
+  const int64_t first_channel = blockIdx.x % slices * kSpreadChannels;
+  const int64_t last_channel = min(first_channel + kSpreadChannels, p.channels);
+  const int64_t first_pixel = tile * kWarp, pixel = first_pixel + lane;
+  if (first_pixel >= num_pixels(p)) return;
+
+  EmbeddingMap target = p;
+  target.stride_batch = p.grad_stride_batch;
+  target.stride_row = p.grad_stride_row;
+  target.stride_column = p.grad_stride_column;
+  const int64_t stride = p.grad_stride_channel;
+  In* map = static_cast<In*>(p.grad_map);
+  const bool inside = pixel < num_pixels(p);
+  const int64_t offset = inside ? pixel_offset(target, pixel) : 0;
+  int64_t first = lower_bound(p.sorted_indices, 0, p.num_rows, pixel), last = first;
+  if (inside && first < p.num_rows && p.sorted_indices[first] == pixel) {
+    last = lower_bound(p.sorted_indices, first, p.num_rows, pixel + 1);
+  }
+  const auto sum = [&](int64_t from, int64_t to, int64_t d) {
+    float total = 0.f;
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t row = p.sorted_rows[i];
+      if (row >= 0) total += p.wide[row * p.channels + d];
+    }
+    return from_float<In>(total);
+  };
+  if (!lanes_take_channels(stride, p.grad_stride_column)) {
+    for (int64_t d = first_channel; inside && d < last_channel; ++d) {
+      map[offset + d * stride] = sum(first, last, d);
+    }
+    return;
+  }
+  for (int i = 0; i < int(min(int64_t(kWarp), num_pixels(p) - first_pixel)); ++i) {
+    const int64_t from = shuffle(first, i), to = shuffle(last, i), start = shuffle(offset, i);
+    for (int64_t d = first_channel + lane; d < last_channel; d += kWarp) map[start + d] = sum(from, to, d);
+  }
+}
+
+}  // namespace
+}  // namespace pxc::cuda

@@ -1,0 +1,44 @@
+// Reading pixels out of an embedding map of any strides, and sums over a warp.
+#pragma once
+
+#include "../portable.h"
+
+namespace pxc::cuda {
+namespace {
+
+// Offset of a pixel's first channel; `index` is flat over B * H * W.
+__device__ __forceinline__ int64_t pixel_offset(const EmbeddingMap& m, int64_t index) {
+  const int64_t column = index % m.width, line = index / m.width;
+  return line / m.height * m.stride_batch + line % m.height * m.stride_row + column * m.stride_column;
+}
+
+// Whether neighbours in memory are the channels of a pixel: then lanes take channels, else pixels.
+__device__ __forceinline__ bool lanes_take_channels(int64_t stride_channel, int64_t stride_column) {
+  return stride_channel == 1 && stride_column != 1;
+}
+
+// 1 / norm; 0 for a zero norm and for one that overflows fp32; NaN stays NaN.
+__device__ __forceinline__ float inverse_norm(float sum_of_squares) {
+  return sum_of_squares > 0.f ? 1.f / sqrtf(sum_of_squares) : sum_of_squares;
+}
+
+// Every lane gets the same bits.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
+// Squares of a pixel's channels, by a warp.
+template <class In>
+__device__ __forceinline__ float warp_squares(const In* pixel, int64_t channels, int64_t stride) {
+  float squares = 0.f;
+  for (int64_t d = int(threadIdx.x) % kWarp; d < channels; d += kWarp) {
+    const float value = to_float(pixel[d * stride]);
+    squares += value * value;
+  }
+  return warp_sum(squares);
+}
+
+}  // namespace
+}  // namespace pxc::cuda

@@ -1,0 +1,111 @@
+// Hard-anchor sampling in three launches: sort the pixels of each chunk into pools, plan how many anchors
+// each pool gives, select them. The rules are numbered as in `backends/reference.py`, which states them in
+// full.
+#pragma once
+
+#include "pools.cuh"
+
+namespace pxc::cuda {
+namespace {
+
+constexpr int kPlanThreads = 1024;
+enum Kind { kHard = 0, kEasy = 1, kKinds = 2 };
+
+// Pixels of one class in one image, or rather of one kind of them.
+__device__ __forceinline__ int size_of(const Pool& pool) {
+  int size = 0;
+  for (int64_t chunk = 0; chunk < pool.chunks; ++chunk) size += pool.size(chunk);
+  return size;
+}
+
+// The first pixel in raster order of a class that has some in the image.
+__device__ __forceinline__ int64_t first_pixel(const Pool& hard) {
+  Pool both = hard;
+  int64_t chunk = 0;
+  const auto size = [&] { return both.starts[chunk * both.stride + kKinds] - both.first(chunk); };
+  while (size() == 0) ++chunk;
+  int64_t first = INT64_MAX;
+  for (int i = 0; i < size(); ++i) first = min(first, int64_t(both.segment(chunk)[i] & 0xffffffffu));
+  return first;
+}
+
+// Rules 2 to 4 and the order of 6, by one block: what each pool keeps and where it goes. There are few pools,
+// and what follows needs all of them. Pairs are numbered as their rows come out, by class, then image.
+__global__ void __launch_bounds__(kPlanThreads) sampling_plan_kernel(SamplingParams p, Pools pools) {
+  SharedMemory shared;
+  const SelectMemory memory(shared);
+  const int thread = int(threadIdx.x);
+  const int64_t pairs = p.batch * p.num_classes;
+  const auto pool = [&](int64_t pair, Kind kind) {
+    return pool_of(pools, pair % p.batch, pair / p.batch * kKinds + kind);
+  };
+  // Until the last step, a pool's size stands where what it keeps will stand. A thread looks at its own
+  // pairs.
+  const auto size = [&](int64_t pair, Kind kind) { return int64_t(p.pool_keep[pair * kKinds + kind]); };
+  const auto eligible = [&](int64_t pair) {
+    const int64_t both = size(pair, kHard) + size(pair, kEasy);
+    return both > 0 && both >= p.min_pixels;
+  };
+  int found = 0;
+  for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) {
+    for (const Kind kind : {kHard, kEasy}) p.pool_keep[pair * kKinds + kind] = size_of(pool(pair, kind));
+    found += eligible(pair);
+  }
+  const int64_t total = block_sum(found, memory.sums);
+  const int64_t views = max(int64_t(1), min(p.max_samples / max(total, int64_t(1)), p.max_views));
+
+  uint64_t threshold = ~uint64_t(0);
+  const auto pair_key = [&](int64_t pair) {  // rule 3
+    const int64_t image = pair % p.batch, label = pair / p.batch;
+    const int32_t priority = p.priority[image * p.pixels + first_pixel(pool(pair, kHard))];
+    return unsigned_priority(priority) << 32 | uint64_t(image * p.num_classes + label);
+  };
+  if (total > p.max_samples) {
+    for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) {
+      p.pair_keys[pair] = eligible(pair) ? pair_key(pair) : ~uint64_t(0);
+    }
+    threshold = select_threshold(int(p.max_samples), memory, [&](const auto& visit) {
+      for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) visit(p.pair_keys[pair]);
+    });
+  }
+
+  int64_t rows = 0;
+  for (int64_t tile = 0; tile < pairs; tile += kPlanThreads) {
+    const int64_t pair = tile + thread;
+    int64_t take = 0, keep_hard = 0;
+    if (pair < pairs && eligible(pair) && (total <= p.max_samples || p.pair_keys[pair] <= threshold)) {
+      take = min(views, size(pair, kHard) + size(pair, kEasy));
+      keep_hard = min(size(pair, kHard), max(take / 2, take - size(pair, kEasy)));
+    }
+    int in_tile;
+    const int64_t row = rows + block_scan(int(take), memory.sums, in_tile) - take;
+    if (pair < pairs) {
+      p.pool_keep[pair * kKinds + kHard] = int32_t(keep_hard);
+      p.pool_keep[pair * kKinds + kEasy] = int32_t(take - keep_hard);
+      p.pool_rows[pair * kKinds + kHard] = int32_t(row);
+      p.pool_rows[pair * kKinds + kEasy] = int32_t(row + keep_hard);
+    }
+    rows += in_tile;
+  }
+  if (thread == 0) *p.count = int32_t(rows);
+  for (int64_t row = rows + thread; row < p.max_samples; row += kPlanThreads) {
+    p.indices[row] = 0;
+    p.anchor_labels[row] = -1;
+  }
+}
+
+// Rules 5 and 6, a block per pool.
+__global__ void __launch_bounds__(kSelectThreads) sampling_select_kernel(SamplingParams p, Pools pools) {
+  SharedMemory shared;
+  const PixelMemory memory(shared);
+  const int64_t pair = blockIdx.x / kKinds, image = pair % p.batch, label = pair / p.batch;
+  const Pool pool = pool_of(pools, image, label * kKinds + blockIdx.x % kKinds);
+  const int64_t first_row = p.pool_rows[blockIdx.x];
+  select_pixels(pool, p.pool_keep[blockIdx.x], memory, [&](int i, int64_t pixel) {
+    p.indices[first_row + i] = image * p.pixels + pixel;
+    p.anchor_labels[first_row + i] = int32_t(label);
+  });
+}
+
+}  // namespace
+}  // namespace pxc::cuda
