@@ -8,7 +8,9 @@
 #include <string>
 #include <type_traits>
 
+#if !PXC_EMULATED
 #include "cpu/cpu.h"
+#endif
 #include "cuda/cuda.h"
 #include "params.h"
 
@@ -184,6 +186,30 @@ void read(Fields& fields, cuda::WriteParams& p) {
           PXC_FIELD(keys) PXC_FIELD(key_labels) PXC_FIELD(region_ptr) PXC_FIELD(region_fill)
               PXC_FIELD(pixel_ptr) PXC_FIELD(pixel_fill);
 }
+
+void read(Fields& fields, cuda::InfonceRows& p) {
+  fields PXC_FIELD(rows_dtype) PXC_FIELD(full_float32) PXC_FIELD(channels) PXC_FIELD(temperature)
+      PXC_FIELD(exclude_self) PXC_FIELD(splits) PXC_FIELD(anchors) PXC_FIELD(anchor_labels)
+          PXC_FIELD(num_anchors) PXC_FIELD(order) PXC_FIELD(sorted_labels);
+}
+
+void read(Fields& fields, cuda::InfonceForwardParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  read(fields, static_cast<cuda::InfonceRows&>(p));
+  fields PXC_FIELD(keys) PXC_FIELD(key_labels) PXC_FIELD(num_keys) PXC_FIELD(label_ranges)
+      PXC_FIELD(shift_parts) PXC_FIELD(sum_parts) PXC_FIELD(negative_parts) PXC_FIELD(loss_parts)
+          PXC_FIELD(pos_weight_parts) PXC_FIELD(pos_count_parts) PXC_FIELD(positive_parts)
+              PXC_FIELD(part_channels) PXC_FIELD(loss) PXC_FIELD(neg_lse) PXC_FIELD(pos_weight)
+                  PXC_FIELD(pos_count) PXC_FIELD(anchor_grad) PXC_FIELD(grad_channels);
+}
+
+void read(Fields& fields, cuda::InfonceBackwardParams& p) {
+  read(fields, static_cast<Launch&>(p));
+  read(fields, static_cast<cuda::InfonceRows&>(p));
+  fields PXC_FIELD(keys) PXC_FIELD(key_labels) PXC_FIELD(num_keys) PXC_FIELD(neg_lse) PXC_FIELD(pos_weight)
+      PXC_FIELD(grad_scale) PXC_FIELD(peak) PXC_FIELD(coefficients) PXC_FIELD(label_ranges)
+          PXC_FIELD(grad_parts) PXC_FIELD(grad) PXC_FIELD(grad_channels);
+}
 #endif
 
 #undef PXC_FIELD
@@ -224,6 +250,9 @@ PYBIND11_MODULE(_C, m) {
   def<cuda::GatherBackwardParams>(gpu, "gather_backward", cuda::gather_backward);
   def<cuda::CollectParams>(gpu, "collect", cuda::collect);
   def<cuda::WriteParams>(gpu, "write", cuda::write);
+  def<cuda::InfonceForwardParams>(gpu, "infonce_forward", cuda::infonce_forward);
+  def<cuda::InfonceBackwardParams>(gpu, "infonce_backward", cuda::infonce_backward);
+  gpu.def("infonce_tile", cuda::infonce_tile);
 #endif
 
 #if !PXC_EMULATED  // a module of the emulated CUDA kernels has nothing else

@@ -248,5 +248,58 @@ struct WriteParams : Launch {
   int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
 };
 
+// InfoNCE takes rows of 16-byte units, 16-byte aligned: Python pads others with zero channels. Anchors are
+// visited in the order of their class; [splits, ...] are the partial results of that many shares of the walk.
+
+struct InfonceRows {
+  int32_t rows_dtype;    // DType
+  int32_t full_float32;  // fp32 rows: 0 multiplies in TF32, 1 keeps fp32's accuracy
+  int64_t channels;      // of a row, padding included
+  float temperature;
+  int32_t exclude_self;
+  int64_t splits;
+  const void* anchors;           // [A, channels]
+  const int32_t* anchor_labels;  // [A]
+  int64_t num_anchors;
+  int32_t* order;          // [A] scratch: anchors by (label, index), those without a label last
+  int32_t* sorted_labels;  // [A] scratch
+};
+
+struct InfonceForwardParams : Launch, InfonceRows {
+  const void* keys;           // [K, channels], or null: the anchors are the keys, in their order
+  const int32_t* key_labels;  // [K], or null
+  int64_t num_keys;
+  int32_t* label_ranges;     // [key tiles, 2] scratch: smallest and largest label
+  float* shift_parts;        // [splits, A] scratch
+  float* sum_parts;          // [splits, A] scratch: of exp2(score - shift)
+  float* negative_parts;     // [splits, A, part_channels] scratch: O of pass 1; null without gradient
+  float* loss_parts;         // [splits, A] scratch: sum of eq. (2)
+  float* pos_weight_parts;   // [splits, A] scratch: of sigma
+  int32_t* pos_count_parts;  // [splits, A] scratch
+  float* positive_parts;     // [splits, A, part_channels] scratch: G of pass 2; null without gradient
+  int64_t part_channels;     // channels, up to a multiple of 128 bytes of a row
+  float* loss;               // [A] out, eq. (3)
+  float* neg_lse;            // [A] out, eq. (1), natural units
+  float* pos_weight;         // [A] out, eq. (4)
+  int32_t* pos_count;        // [A] out
+  float* anchor_grad;        // [A, grad_channels] out, eq. (6) for g = 1; null without gradient
+  int64_t grad_channels;     // D
+};
+
+struct InfonceBackwardParams : Launch, InfonceRows {
+  const void* keys;           // [K, channels], or null: the symmetric backward of anchors that are the keys
+  const int32_t* key_labels;  // [K], or null
+  int64_t num_keys;
+  const float* neg_lse;     // [A], from the forward, as is
+  const float* pos_weight;  // [A]
+  const float* grad_scale;  // [A], g / |P|
+  const float* peak;    // [] largest |grad_scale| max(1, pos_weight): fp16 weights are scaled by it; or null
+  float* coefficients;  // [A, 4] scratch: neg_lse in log2 units, factors of negatives and positives, index
+  int32_t* label_ranges;  // [anchor tiles, 2] scratch: smallest and largest label
+  float* grad_parts;      // [splits, K, grad_channels] scratch; null with one split
+  float* grad;            // [K, grad_channels] out, of the keys; of the anchors if they are the keys
+  int64_t grad_channels;  // D
+};
+
 }  // namespace cuda
 }  // namespace pxc

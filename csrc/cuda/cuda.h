@@ -1,6 +1,8 @@
-// The CUDA kernels' launchers, as bindings.cpp sees them. Each enqueues its kernels on the caller's stream and
-// returns; none waits for the device or allocates. They throw std::runtime_error if a launch is refused.
+// The CUDA kernels' launchers, as bindings.cpp sees them. Each enqueues its kernels on the caller's stream
+// and returns; none waits for the device or allocates. They throw std::runtime_error if a launch is refused.
 #pragma once
+
+#include <utility>
 
 #include "../params.h"
 
@@ -11,5 +13,10 @@ void gather(const GatherParams&);
 void gather_backward(const GatherBackwardParams&);
 void collect(const CollectParams&);
 void write(const WriteParams&);
+
+void infonce_forward(const InfonceForwardParams&);
+void infonce_backward(const InfonceBackwardParams&);
+// Rows and columns of a tile: (anchors, keys) of the forward, (keys, anchors) of the backward.
+std::pair<int, int> infonce_tile(int32_t dtype, int64_t channels);
 
 }  // namespace pxc::cuda

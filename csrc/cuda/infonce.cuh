@@ -46,6 +46,9 @@ struct Math {
   // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
   static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
   static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
+  // bf16 weights err by 2e-3 each, which is much where they are all alike: sigma of a class is near 1. Those
+  // of the passes over few pairs are therefore split in two.
+  static constexpr int kWeightParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 };
 
 // What a register of a fragment is multiplied as.
@@ -92,7 +95,8 @@ struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
 
   static size_t bytes(int64_t row_stride) {
     return shared_bytes<unsigned char>((kBlockA + 2 * S::kBlockK) * row_stride) +
-           shared_bytes<T>(kBlockA * S::kBlockK) + shared_bytes<float>(S::kColWarps * kBlockA) +
+           shared_bytes<T>(Math_::kWeightParts * kBlockA * S::kBlockK) +
+           shared_bytes<float>(S::kColWarps * kBlockA) +
            shared_bytes<float4>(2 * S::kBlockK);  // what goes with the columns
   }
 };
@@ -235,14 +239,15 @@ struct Engine {
   using Scores = float[Tile::kFragments][Tile::kScoreCols][4];
   using Output = float[Tile::kFragments][Tile::kOutputCols][4];
   using PerRow = float[Tile::kFragments][2];
+  static constexpr int kWeightBytes = Tile::kBlockA * Tile::kBlockK * int(sizeof(T));  // of one part
 
   Side rows, columns;
   int row_stride, chunks;  // of a row in shared memory: bytes, and 16-byte chunks that hold channels
   int64_t first_row;       // of the block
   int lane, group, quad, row_warp, col_warp;
   unsigned char *row_tile, *column_tiles;
-  unsigned char* weights;
-  float* exchange;  // [kColWarps, kBlockA]
+  unsigned char* weights;  // [kWeightParts, kBlockA, kBlockK]
+  float* exchange;         // [kColWarps, kBlockA]
 
   __device__ __forceinline__ Engine(SharedMemory& memory, const Side& rows, const Side& columns,
                                     int row_tile_index)
@@ -257,7 +262,7 @@ struct Engine {
     col_warp = int(threadIdx.x) / kWarp % Tile::kColWarps;
     row_tile = memory.template take<unsigned char>(size_t(Tile::kBlockA) * row_stride);
     column_tiles = memory.template take<unsigned char>(size_t(2 * Tile::kBlockK) * row_stride);
-    weights = memory.template take<unsigned char>(sizeof(T) * Tile::kBlockA * Tile::kBlockK);
+    weights = memory.template take<unsigned char>(Tile::kWeightParts * kWeightBytes);
     exchange = memory.template take<float>(Tile::kColWarps * Tile::kBlockA);
   }
 
@@ -395,18 +400,24 @@ struct Engine {
     return weights + (row * kChunks + swizzled<kChunks>(row, chunk)) * 16;
   }
 
-  // Hands the warp's weights to the warps of the same rows.
+  // Hands the warp's weights to the warps of the same rows, in `kParts` parts that add up to them.
+  template <int kParts>
   __device__ __forceinline__ void store_weights(const Scores& scores) const {
     each_row<Tile>([&](int f, int half) {
 #pragma unroll
       for (int n = 0; n < Tile::kScoreCols; ++n) {
         const int byte = local_column(n) * int(sizeof(T));
         unsigned char* place = weight_place(local_row(f, half), byte / 16) + byte % 16;
-        const float first = scores[f][n][2 * half], second = scores[f][n][2 * half + 1];
-        if constexpr (sizeof(T) == 2) {
-          *reinterpret_cast<uint32_t*>(place) = pack<T>(first, second);
-        } else {
+        float first = scores[f][n][2 * half], second = scores[f][n][2 * half + 1];
+        if constexpr (sizeof(T) == 4) {
           *reinterpret_cast<float2*>(place) = make_float2(first, second);
+        } else {
+#pragma unroll
+          for (int part = 0; part < kParts; ++part, place += kWeightBytes) {
+            *reinterpret_cast<uint32_t*>(place) = pack<T>(first, second);
+            first -= to_float(from_float<T>(first));
+            second -= to_float(from_float<T>(second));
+          }
         }
       }
     });
@@ -418,14 +429,20 @@ struct Engine {
   }
 
   // output += weights . columns, for the warp's rows and its share of the channels.
+  template <int kParts>
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
+#pragma unroll 1
+    for (int part = 0; part < kParts; ++part) accumulate_part(output, stage, part);
+  }
+
+  __device__ __forceinline__ void accumulate_part(Output& output, int stage, int part) const {
 #pragma unroll
     for (int step = 0; step < Tile::kBlockK / Tile::kStepK; ++step) {
       Operand<Tile> a[Tile::kFragments][4];
 #pragma unroll
       for (int f = 0; f < Tile::kFragments; ++f) {
-        load_fragment(a[f],
-                      weight_place((row_warp * Tile::kFragments + f) * 16 + lane % 16, 2 * step + lane / 16));
+        const int row = (row_warp * Tile::kFragments + f) * 16 + lane % 16;
+        load_fragment(a[f], weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);
       }
       const unsigned char* tile = column_tile(stage) + step * Tile::kStepK * row_stride;
 #pragma unroll
@@ -668,8 +685,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
         if (ballot(moved) != 0) {
           each_output<Tile>([&](int f, int n, int i) { output[f][n][i] *= rescale[f][i / 2]; });
         }
-        engine.store_weights(scores);
-        engine.accumulate(output, stage);
+        engine.template store_weights<1>(scores);
+        engine.template accumulate<1>(output, stage);
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
@@ -773,8 +790,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
           pos_weight[f][half] += weight_of_tile;
         });
         if (!with_grad) return;
-        engine.store_weights(scores);
-        engine.accumulate(output, stage);
+        engine.template store_weights<Tile::kWeightParts>(scores);
+        engine.template accumulate<Tile::kWeightParts>(output, stage);
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
@@ -906,8 +923,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
             score *= peak_scale;
           });
         });
-        engine.store_weights(scores);
-        engine.accumulate(output, stage);
+        engine.template store_weights<Tile::kWeightParts>(scores);
+        engine.template accumulate<Tile::kWeightParts>(output, stage);
       });
 
   each_output<Tile>(

@@ -222,3 +222,204 @@ def enqueue_write(
         pixel_ptr=pixel_ptr,
         pixel_fill=pixel_fill,
     )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 4  # of the emulated device: enough for several splits of small problems
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:
+    """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly.
+
+    Two blocks run on a multiprocessor at a time. A wave of blocks takes as long as its longest walk.
+    """
+    slots = 2 * _multiprocessors(device)
+    most = max(1, min(column_tiles, 2 * slots // max(row_tiles, 1), 65535))
+
+    def cost(splits: int) -> int:
+        return -(-row_tiles * splits // slots) * -(-column_tiles // splits)
+
+    least = min(cost(splits) for splits in range(1, most + 1))
+    return next(splits for splits in range(1, most + 1) if cost(splits) <= 1.05 * least)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """The rows themselves if they are of 16-byte units, else a copy with zero channels behind."""
+    unit = 16 // rows.element_size()
+    if rows.shape[1] % unit == 0 and rows.data_ptr() % 16 == 0:
+        return rows
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % unit)).clone()
+
+
+def _full_float32() -> bool:
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def infonce_forward(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int32
+    temperature: float,
+    exclude_self: bool,
+    loss: Tensor,  # [A] float32, out
+    neg_lse: Tensor,  # [A] float32, out
+    pos_weight: Tensor,  # [A] float32, out
+    pos_count: Tensor,  # [A] int32, out
+    anchor_grad: Tensor | None,  # [A, D] float32, out
+) -> None:
+    (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
+    in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
+        key_labels.data_ptr() == anchor_labels.data_ptr()
+    )
+    anchors = _aligned(anchors)
+    dtype = native.DTYPE_CODES[anchors.dtype]
+    block_a, block_k = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
+    key_tiles = -(-num_keys // block_k)
+    splits = _splits(-(-num_anchors // block_a), key_tiles, anchors.device)
+    bytes_of_row = anchors.shape[1] * anchors.element_size()
+    part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return anchors.new_empty(shape, dtype=dtype)
+
+    with_grad = anchor_grad is not None
+    native.launch_cuda(
+        "infonce_forward",
+        anchors.device,
+        rows_dtype=dtype,
+        full_float32=_full_float32(),
+        channels=anchors.shape[1],
+        temperature=temperature,
+        exclude_self=exclude_self,
+        splits=splits,
+        anchors=anchors,
+        anchor_labels=anchor_labels,
+        num_anchors=num_anchors,
+        order=scratch(num_anchors, dtype=torch.int32),
+        sorted_labels=scratch(num_anchors, dtype=torch.int32),
+        keys=None if in_batch else _aligned(keys),
+        key_labels=None if in_batch else key_labels,
+        num_keys=num_keys,
+        label_ranges=scratch(key_tiles, 2, dtype=torch.int32),
+        shift_parts=scratch(splits, num_anchors),
+        sum_parts=scratch(splits, num_anchors),
+        negative_parts=scratch(splits, num_anchors, part_channels) if with_grad else None,
+        loss_parts=scratch(splits, num_anchors),
+        pos_weight_parts=scratch(splits, num_anchors),
+        pos_count_parts=scratch(splits, num_anchors, dtype=torch.int32),
+        positive_parts=scratch(splits, num_anchors, part_channels) if with_grad else None,
+        part_channels=part_channels,
+        loss=loss,
+        neg_lse=neg_lse,
+        pos_weight=pos_weight,
+        pos_count=pos_count,
+        anchor_grad=anchor_grad,
+        grad_channels=channels,
+    )
+
+
+def _infonce_backward(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    neg_lse: Tensor,
+    pos_weight: Tensor,
+    grad_scale: Tensor,
+    temperature: float,
+    exclude_self: bool,
+    grad: Tensor,
+) -> None:
+    num_anchors, num_rows = anchors.shape[0], grad.shape[0]
+    anchors = _aligned(anchors)
+    dtype = native.DTYPE_CODES[anchors.dtype]
+    block_k, block_a = native.cuda_kernels.infonce_tile(
+        dtype, anchors.shape[1]
+    )  # rows are keys, columns anchors
+    anchor_tiles = -(-num_anchors // block_a)
+    splits = _splits(-(-num_rows // block_k), anchor_tiles, anchors.device)
+    peak = None
+    if anchors.dtype == torch.float16 and num_anchors:
+        peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()
+    native.launch_cuda(
+        "infonce_backward",
+        anchors.device,
+        rows_dtype=dtype,
+        full_float32=_full_float32(),
+        channels=anchors.shape[1],
+        temperature=temperature,
+        exclude_self=exclude_self,
+        splits=splits,
+        anchors=anchors,
+        anchor_labels=anchor_labels,
+        num_anchors=num_anchors,
+        order=anchors.new_empty(num_anchors, dtype=torch.int32),
+        sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
+        keys=None if keys is None else _aligned(keys),
+        key_labels=key_labels,
+        num_keys=num_rows,
+        neg_lse=neg_lse,
+        pos_weight=pos_weight,
+        grad_scale=grad_scale,
+        peak=peak,
+        coefficients=anchors.new_empty(num_anchors, 4, dtype=torch.float32),
+        label_ranges=anchors.new_empty(anchor_tiles, 2, dtype=torch.int32),
+        grad_parts=grad.new_empty(splits, *grad.shape) if splits > 1 else None,
+        grad=grad,
+        grad_channels=grad.shape[1],
+    )
+
+
+def infonce_backward_keys(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int32
+    neg_lse: Tensor,  # [A] float32
+    pos_weight: Tensor,  # [A] float32
+    grad_scale: Tensor,  # [A] float32, g / |P|
+    temperature: float,
+    exclude_self: bool,
+    key_grad: Tensor,  # [K, D] float32, out
+) -> None:
+    _infonce_backward(
+        anchors,
+        anchor_labels,
+        keys,
+        key_labels,
+        neg_lse,
+        pos_weight,
+        grad_scale,
+        temperature,
+        exclude_self,
+        key_grad,
+    )
+
+
+def infonce_backward_symmetric(
+    anchors: Tensor,  # [A, D], the keys as well
+    anchor_labels: Tensor,  # [A] int32
+    neg_lse: Tensor,  # [A] float32
+    pos_weight: Tensor,  # [A] float32
+    grad_scale: Tensor,  # [A] float32, g / |P|
+    temperature: float,
+    exclude_self: bool,
+    anchor_grad: Tensor,  # [A, D] float32, out
+) -> None:
+    _infonce_backward(
+        anchors,
+        anchor_labels,
+        None,
+        None,
+        neg_lse,
+        pos_weight,
+        grad_scale,
+        temperature,
+        exclude_self,
+        anchor_grad,
+    )
