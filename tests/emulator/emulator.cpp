@@ -38,6 +38,10 @@ __attribute__((weak)) void __tsan_destroy_fiber(void* fiber);
 __attribute__((weak)) void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 __attribute__((weak)) void __tsan_acquire(void* address);
 __attribute__((weak)) void __tsan_release(void* address);
+__attribute__((weak)) void AnnotateIgnoreReadsBegin(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreReadsEnd(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreWritesBegin(const char* file, int line);
+__attribute__((weak)) void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 
 uint3 threadIdx, blockIdx;
@@ -123,7 +127,7 @@ struct Fiber {
   Context context;
   char* stack;
   size_t stack_size;
-  void* tsan = nullptr;
+  void* tsan[2] = {};          // ThreadSanitizer's, one for either set of blocks
   void* fake_stack = nullptr;  // AddressSanitizer's
 
   int index;
@@ -193,7 +197,8 @@ struct Machine {
   std::vector<SharedArray> arrays;
   size_t shared_used;
   std::unique_ptr<Tags> tags;
-  uint64_t end_tag;
+  uint64_t start_tag, end_tag;
+  int block_set;
   char failure[2048];
 
   char* stacks = nullptr;
@@ -216,6 +221,23 @@ void acquire(uint64_t& tag) {
 void release(uint64_t& tag) {
   if (__tsan_release) __tsan_release(&tag);
 }
+
+// ThreadSanitizer sees calls of the C library from here too. While one of these lives, it looks away.
+class Unseen {
+ public:
+  Unseen() {
+    if (!AnnotateIgnoreReadsBegin) return;
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    if (!AnnotateIgnoreReadsEnd) return;
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  }
+  Unseen(const Unseen&) = delete;
+  Unseen& operator=(const Unseen&) = delete;
+};
 
 // --- switching ---
 
@@ -240,7 +262,7 @@ void enter(Context& from, void** fake_stack, Fiber& fiber) {
   if (__sanitizer_start_switch_fiber) {
     __sanitizer_start_switch_fiber(fake_stack, fiber.stack, fiber.stack_size);
   }
-  if (under_tsan()) __tsan_switch_to_fiber(fiber.tsan, 1);  // 1: it orders nothing
+  if (under_tsan()) __tsan_switch_to_fiber(fiber.tsan[machine.block_set], 1);  // 1: it orders nothing
   switch_context(from, fiber.context);
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(*fake_stack, nullptr, nullptr);
 }
@@ -267,13 +289,16 @@ bool operator!=(const Site& a, const Site& b) {
 
 // Ends the launch: its fibers are left as they are, and `run` throws.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
-  const int length = std::snprintf(machine.failure, sizeof machine.failure,
-                                   "%s: block (%u, %u, %u), thread %d: ", machine.kernel, blockIdx.x,
-                                   blockIdx.y, blockIdx.z, machine.current->index);
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(machine.failure + length, sizeof machine.failure - size_t(length), format, arguments);
-  va_end(arguments);
+  {
+    const Unseen unseen;
+    const int length = std::snprintf(machine.failure, sizeof machine.failure,
+                                     "%s: block (%u, %u, %u), thread %d: ", machine.kernel, blockIdx.x,
+                                     blockIdx.y, blockIdx.z, machine.current->index);
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(machine.failure + length, sizeof machine.failure - size_t(length), format, arguments);
+    va_end(arguments);
+  }
   leave_for_main();
 }
 
@@ -282,7 +307,7 @@ bool operator!=(const Site& a, const Site& b) {
 void describe_threads(char* text, size_t size) {
   const auto same = [](const Fiber& a, const Fiber& b) {
     if (a.state != b.state) return false;
-    return a.state == State::kExited || (a.what == b.what && !(a.site != b.site));
+    return a.state == State::kExited || (a.what == b.what && a.barrier == b.barrier && !(a.site != b.site));
   };
   size_t used = 0;
   const auto add = [&](const char* format, auto... values) {
@@ -296,14 +321,19 @@ void describe_threads(char* text, size_t size) {
     if (fiber.state == State::kExited) {
       add(" exited");
     } else {
-      add(" in %s at %s:%d", fiber.what, base_name(fiber.site.file), fiber.site.line);
+      add(" in %s", fiber.what);
+      if (fiber.state == State::kAtBarrier && fiber.barrier) add("(%d)", fiber.barrier);
+      add(" at %s:%d", base_name(fiber.site.file), fiber.site.line);
     }
   }
 }
 
 [[noreturn]] void deadlock() {
-  char where[1500];
-  describe_threads(where, sizeof where);
+  static char where[1500];
+  {
+    const Unseen unseen;
+    describe_threads(where, sizeof where);
+  }
   fail("deadlock: %s", where);
 }
 
@@ -331,6 +361,7 @@ void run_thread() {
     if (machine.from_main) machine.main_stack = stack, machine.main_stack_size = size;
   }
   machine.from_main = false;
+  acquire(machine.start_tag);
 
   char thrown[256] = "";
   try {
@@ -417,13 +448,6 @@ void start_block() {
   machine.running = machine.threads;
   machine.turns = in_order<int>(size_t(machine.threads));
   machine.turn = -1;
-  if (under_tsan()) {
-    // Mapped anew, memory is new to ThreadSanitizer too; a block that came before had no order with this one.
-    machine.tags = std::make_unique<Tags>();
-    map_memory(size_t(machine.threads) * kStackSize, machine.stacks);
-    map_memory(kMaxShared, machine.shared_region);
-    std::memset(machine.shared_region, 0xff, machine.shared);
-  }
   for (int i = 0; i < machine.threads; ++i) {
     Fiber& fiber = machine.fibers[i];
     wake(fiber);
@@ -431,23 +455,41 @@ void start_block() {
     fiber.committed = 0;
     fiber.fake_stack = nullptr;
     prepare(fiber.context, fiber.stack, fiber.stack_size, run_thread);
-    if (under_tsan()) fiber.tsan = __tsan_create_fiber(0);
   }
 }
 
+// To ThreadSanitizer, blocks next to each other in the grid are different threads, which nothing orders. (It
+// takes too long to make new ones for every block.) Memory that blocks use in turn is mapped anew, and so
+// forgotten.
+void start_block_under_tsan() {
+  if (!under_tsan()) return;
+  machine.block_set = int((blockIdx.x + blockIdx.y + blockIdx.z) % 2);
+  machine.tags = std::make_unique<Tags>();
+  map_memory(size_t(machine.threads) * kStackSize, machine.stacks);
+  map_memory(kMaxShared, machine.shared_region);
+  std::memset(machine.shared_region, 0xff, machine.shared);
+  for (int i = 0; i < machine.threads; ++i) {
+    void*& fiber = machine.fibers[i].tsan[machine.block_set];
+    if (!fiber) fiber = __tsan_create_fiber(0);
+  }
+  release(machine.start_tag);
+}
+
 void end_block() {
-  for (int i = 0; i < machine.threads && under_tsan(); ++i) __tsan_destroy_fiber(machine.fibers[i].tsan);
   for (const SharedArray& array : machine.arrays) {
     if (!under_tsan()) std::free(array.memory);
   }
   machine.arrays.clear();
 }
 
-void forget_abandoned_frames() {
-  if (!__asan_unpoison_memory_region) return;
+// After a failure: what the sanitizers think of the calls that were left halfway.
+void forget_abandoned_calls() {
   for (int i = 0; i < machine.threads; ++i) {
-    const Fiber& fiber = machine.fibers[i];
-    __asan_unpoison_memory_region(fiber.stack, fiber.stack_size);
+    Fiber& fiber = machine.fibers[i];
+    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(fiber.stack, fiber.stack_size);
+    void*& tsan = fiber.tsan[machine.block_set];
+    if (tsan) __tsan_destroy_fiber(tsan);
+    tsan = nullptr;
   }
 }
 
@@ -479,7 +521,7 @@ bool gather_warp(const char* what, unsigned mask, Site site) {
     return same;
   };
   if (waiting) check(lanes[__builtin_ctz(waiting)]);
-  me.what = what, me.site = site, me.mask = mask;
+  me.what = what, me.site = site, me.mask = mask, me.barrier = 0;
   bool last = (waiting | 1u << me.lane()) == mask;
   for (unsigned rest = last ? waiting : 0; rest; rest &= rest - 1) last &= check(lanes[__builtin_ctz(rest)]);
   if (last) return true;
@@ -645,12 +687,13 @@ void run(const char* name, dim3 grid, int threads, size_t shared, Body body, con
   for (const size_t block : in_order<size_t>(blocks)) {
     blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y),
                 unsigned(block / grid.x / grid.y)};
+    start_block_under_tsan();
     start_block();
     machine.from_main = true;
     enter(machine.main, &machine.main_fake_stack, *next_ready());
     end_block();
     if (machine.failure[0]) {
-      forget_abandoned_frames();
+      forget_abandoned_calls();
       throw std::runtime_error(machine.failure);
     }
   }
@@ -677,6 +720,7 @@ void* take(int index, size_t bytes, Site site) {
     if (posix_memalign(&memory, 16, bytes)) fail("no memory for the emulator");
     std::memset(memory, 0xff, bytes);
   }
+  const Unseen unseen;
   machine.arrays.push_back({memory, bytes, site});
   return memory;
 }
@@ -806,6 +850,7 @@ void issue(const Copy& copy) {
     fail("cp_async_%d at %s:%d: the global address %p is misaligned", copy.size, file, copy.site.line,
          copy.global);
   }
+  const Unseen unseen;
   machine.current->copies.push_back({copy, machine.current->committed});
 }
 
@@ -814,6 +859,7 @@ void commit() { ++machine.current->committed; }
 bool due(int pending, Copy& copy) {
   Fiber& me = *machine.current;
   if (me.copies.empty() || me.copies.front().group + pending >= me.committed) return false;
+  const Unseen unseen;
   copy = me.copies.front().copy;
   me.copies.pop_front();
   return true;
