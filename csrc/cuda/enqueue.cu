@@ -25,7 +25,7 @@ void collect(const CollectParams& p) {
                      : p.channels > 64 ? 64
                                        : 128,
                      int(std::min<int64_t>(p.channels, kMaxSlice)), false};
-  size_t shared = shared_bytes<float>(size_t(tile.slice) * (tile.strip + 1)) +
+  size_t shared = shared_bytes<int>(kChunk) + shared_bytes<float>(size_t(tile.slice) * (tile.strip + 1)) +
                   shared_bytes<float>(kRegionThreads) + shared_bytes<Weight>(tile.strip);
   const size_t sums = shared_bytes<float>(size_t(p.num_classes) * p.channels);
   tile.sums_in_shared = shared + sums <= kMaxShared;

@@ -31,53 +31,51 @@ struct alignas(8) Weight {
   float weight;
 };
 
-// One block's chunk.
+// One block's pixels.
 template <class In>
 struct RegionChunk {
-  const In* map;          // of its image
-  const int64_t* labels;  // of its image
-  int64_t first, last;    // its pixels
+  const In* map;       // of its image
+  int64_t first;       // pixel of the image
+  int size;            // pixels
+  const int* classes;  // [kChunk] of each pixel, -1 for one that counts for nothing
 };
 
 template <class In>
-__device__ __forceinline__ int label_of(const CollectParams& p, const RegionChunk<In>& chunk, int64_t pixel) {
-  return pixel < chunk.last ? class_of(chunk.labels[pixel], p.num_classes, p.ignore_index) : -1;
-}
-
-template <class In>
-__device__ __forceinline__ const In* address_of(const CollectParams& p, const RegionChunk<In>& chunk,
-                                                int64_t pixel) {
-  const uint32_t row = uint32_t(pixel) / uint32_t(p.width), column = uint32_t(pixel) % uint32_t(p.width);
-  return chunk.map + row * p.stride_row + column * p.stride_column;
+__device__ __forceinline__ const In* address_of(const CollectParams& p, const RegionChunk<In>& chunk, int i) {
+  const uint32_t pixel = uint32_t(chunk.first) + uint32_t(i), width = uint32_t(p.width);
+  return chunk.map + pixel / width * p.stride_row + pixel % width * p.stride_column;
 }
 
 // staged[channel][pixel] for a strip's pixels and a slice of their channels, zeros for pixels that count for
-// nothing, and sums of squares, [parts][strip], to which every slice adds. Sixteen words of a thread are on
+// nothing, and sums of squares, [parts][strip], to which every slice adds. Many loads of a thread are on
 // the way at a time, or memory would wait for the lanes.
 template <class In>
 __device__ __forceinline__ void stage(const CollectParams& p, const RegionTile& tile,
-                                      const RegionChunk<In>& chunk, int64_t strip, int64_t first_channel,
+                                      const RegionChunk<In>& chunk, int strip, int64_t first_channel,
                                       float* staged, float* squares) {
-  constexpr int kInFlight = 64 / sizeof(In);
+  constexpr int kInFlight = 32;
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int pitch = tile.strip + 1;  // odd, so that a column of lanes meets 32 banks as a row does
   const int channels = int(min(int64_t(tile.slice), p.channels - first_channel));
   if (!lanes_take_channels(p.stride_channel, p.stride_column)) {
     const int pixel = thread % tile.strip, part = thread / tile.strip, parts = kRegionThreads / tile.strip;
-    const bool counts = label_of(p, chunk, strip + pixel) >= 0;
+    const bool counts = chunk.classes[strip + pixel] >= 0;
     const In* source =
-        counts ? address_of(p, chunk, strip + pixel) + first_channel * p.stride_channel : chunk.map;
+        counts ? address_of(p, chunk, strip + pixel) + first_channel * p.stride_channel : nullptr;
+    const int present = counts ? channels : 0;
+    const int64_t stride = p.stride_channel;
     float sum = 0.f;
     for (int d = part; d < channels; d += parts * kInFlight) {
-      float values[kInFlight];
+      In values[kInFlight];
       for (int i = 0; i < kInFlight; ++i) {
         const int channel = d + i * parts;
-        values[i] = counts && channel < channels ? to_float(source[channel * p.stride_channel]) : 0.f;
+        values[i] = channel < present ? source[channel * stride] : In{};
       }
       for (int i = 0; i < kInFlight; ++i) {
         const int channel = d + i * parts;
-        if (channel < channels) staged[channel * pitch + pixel] = values[i];
-        sum += values[i] * values[i];
+        const float value = to_float(values[i]);
+        if (channel < channels) staged[channel * pitch + pixel] = value;
+        sum += value * value;
       }
     }
     squares[thread] += sum;
@@ -86,9 +84,11 @@ __device__ __forceinline__ void stage(const CollectParams& p, const RegionTile& 
   constexpr int kPixels = 4, kColumns = kInFlight / kPixels;
   for (int first = warp * kPixels; first < tile.strip; first += kRegionWarps * kPixels) {
     const In* sources[kPixels];
+    int present[kPixels];
     float sums[kPixels] = {};
     for (int j = 0; j < kPixels; ++j) {
-      const bool counts = label_of(p, chunk, strip + first + j) >= 0;
+      const bool counts = chunk.classes[strip + first + j] >= 0;
+      present[j] = counts ? channels : 0;
       sources[j] = counts ? address_of(p, chunk, strip + first + j) + first_channel : nullptr;
     }
     for (int d = lane; d < channels; d += kColumns * kWarp) {
@@ -96,7 +96,7 @@ __device__ __forceinline__ void stage(const CollectParams& p, const RegionTile& 
       for (int j = 0; j < kPixels; ++j) {
         for (int i = 0; i < kColumns; ++i) {
           const int channel = d + i * kWarp;
-          values[j][i] = sources[j] && channel < channels ? to_float(sources[j][channel]) : 0.f;
+          values[j][i] = channel < present[j] ? to_float(sources[j][channel]) : 0.f;
         }
       }
       for (int j = 0; j < kPixels; ++j) {
@@ -151,16 +151,22 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   const int64_t image = blockIdx.x / pools.chunks, first = blockIdx.x % pools.chunks * kChunk;
   const int32_t* starts = pools.starts + int64_t(blockIdx.x) * (pools.pools + 1);
   if (starts[pools.pools] == 0) return;  // no pixel has a class
-  const RegionChunk<In> chunk = {static_cast<const In*>(p.map) + image * p.stride_batch,
-                                 p.labels + image * pools.pixels, first, min(first + kChunk, pools.pixels)};
   const int64_t classes_by_channels = p.num_classes * p.channels;
   float* chunk_sums = p.chunk_sums + int64_t(blockIdx.x) * classes_by_channels;
 
   SharedMemory shared;
+  int* classes = shared.take<int>(kChunk);
   float* staged = shared.take<float>(tile.slice * (tile.strip + 1));
   float* squares = shared.take<float>(kRegionThreads);
   Weight* weights = shared.take<Weight>(tile.strip);
   float* sums = tile.sums_in_shared ? shared.take<float>(classes_by_channels) : chunk_sums;
+  const RegionChunk<In> chunk = {static_cast<const In*>(p.map) + image * p.stride_batch, first,
+                                 int(min(int64_t(kChunk), pools.pixels - first)), classes};
+  for (int i = thread; i < kChunk; i += kRegionThreads) {
+    classes[i] = i < chunk.size
+                     ? class_of(p.labels[image * pools.pixels + first + i], p.num_classes, p.ignore_index)
+                     : -1;
+  }
   const auto for_each_sum = [&](const auto& visit) {
     for (int64_t label = 0; label < p.num_classes; ++label) {
       if (starts[label] == starts[label + 1]) continue;
@@ -169,8 +175,8 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   };
   for_each_sum([&](int64_t i) { sums[i] = 0.f; });
 
-  for (int64_t strip = chunk.first; strip < chunk.last; strip += tile.strip) {
-    sync_block();  // the strip before has been added, and its squares used
+  for (int strip = 0; strip < chunk.size; strip += tile.strip) {
+    sync_block();  // the strip before has been added, or the classes are there
     squares[thread] = 0.f;
     sync_block();  // warps may add to others' squares
     for (int64_t d = 0; d < p.channels; d += tile.slice) stage(p, tile, chunk, strip, d, staged, squares);
@@ -178,7 +184,7 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
     if (thread < tile.strip) {
       float sum = 0.f;
       for (int i = thread; i < kRegionThreads; i += tile.strip) sum += squares[i];
-      weights[thread] = {label_of(p, chunk, strip + thread), p.normalize ? inverse_norm(sum) : 1.f};
+      weights[thread] = {classes[strip + thread], p.normalize ? inverse_norm(sum) : 1.f};
     }
     sync_block();  // and all weights
     for (int64_t d = 0; d < p.channels; d += tile.slice) {
