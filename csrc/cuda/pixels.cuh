@@ -6,10 +6,21 @@
 namespace pxc::cuda {
 namespace {
 
-// Offset of a pixel's first channel; `index` is flat over B * H * W.
+// Offset of a pixel's first channel; `index` is flat over B * H * W. Divides in 32 bits, a tenth of the time
+// that 64 take, if it can.
 __device__ __forceinline__ int64_t pixel_offset(const EmbeddingMap& m, int64_t index) {
-  const int64_t column = index % m.width, line = index / m.width;
-  return line / m.height * m.stride_batch + line % m.height * m.stride_row + column * m.stride_column;
+  int64_t image, row, column;
+  if (m.batch * m.height * m.width <= INT64_C(0xffffffff)) {
+    const uint32_t width = uint32_t(m.width), height = uint32_t(m.height), line = uint32_t(index) / width;
+    column = uint32_t(index) % width;
+    image = line / height;
+    row = line % height;
+  } else {
+    column = index % m.width;
+    image = index / m.width / m.height;
+    row = index / m.width % m.height;
+  }
+  return image * m.stride_batch + row * m.stride_row + column * m.stride_column;
 }
 
 // Whether neighbours in memory are the channels of a pixel: then lanes take channels, else pixels.
