@@ -216,8 +216,9 @@ struct GatherBackwardParams : Launch, EmbeddingMap {
   const void* grad_rows;    // [rows, D]
   const float* inv_norm;    // [rows], from the forward
   float* wide;              // [rows, D] scratch: gradients of the pixels
-  int64_t* sorted_indices;  // [rows] scratch
-  int64_t* sorted_rows;     // [rows] scratch: in the order of (index, row); -1 for a row without gradient
+  int64_t* row_pixels;      // [rows] scratch: their indices, -1 for a row without gradient
+  int64_t* sorted_pixels;   // [rows] scratch: the same in order
+  int64_t* sorted_rows;     // [rows] scratch: whose they are
   void* grad_map;           // [B, D, H, W] out, dense, map_dtype, with the four strides below
   int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
 };

@@ -27,6 +27,7 @@ void gather_backward(const GatherBackwardParams& p) {
       using Row = std::remove_pointer_t<decltype(row)>;
       launch(p, "gather_backward, rows", gather_bwd_rows_kernel<In, Row>, row_blocks, kRowThreads, 0, p);
     });
+    launch(p, "gather_backward, sort", gather_bwd_sort_kernel, row_blocks, kRowThreads, 0, p);
     launch(p, "gather_backward, map", gather_bwd_map_kernel<In>, dim3(unsigned(tiles * slices)),
            kSpreadThreads, 0, p, slices);
   });

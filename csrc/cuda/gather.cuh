@@ -39,28 +39,18 @@ __global__ void __launch_bounds__(kRowThreads) gather_kernel(GatherParams p) {
   if (lane == 0) p.inv_norm[row] = scale;
 }
 
-// How many rows stand before this one by (index, row); the warp calls it.
-__device__ __forceinline__ int64_t rank_of(const int64_t* indices, int64_t num_rows, int64_t row) {
-  const int64_t index = indices[row];
-  int before = 0;
-  for (int64_t other = int(threadIdx.x) % kWarp; other < num_rows; other += kWarp) {
-    before += indices[other] < index || (indices[other] == index && other < row);
-  }
-  return warp_sum(before);
-}
-
-// d(x / |x|): the gradient less its part along the row. Sorts the rows by pixel on the way. A row without
-// gradient is left out, so that padding cannot carry a NaN pixel into the map's gradient.
+// d(x / |x|): the gradient less its part along the row. A row without gradient names no pixel from here on,
+// so that padding cannot carry a NaN into the map's gradient, nor keep one thread busy with all of its rows.
 template <class In, class Row>
-__global__ void __launch_bounds__(kRowThreads) gather_bwd_rows_kernel(GatherBackwardParams p) {
+__global__ void __launch_bounds__(kRowThreads, 4) gather_bwd_rows_kernel(GatherBackwardParams p) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
   if (row >= p.num_rows) return;
-  const Row* grad = static_cast<const Row*>(p.grad_rows) + row * p.channels;
-  float* wide = p.wide + row * p.channels;
   const int64_t index = p.indices[row];
   const bool readable = is_pixel(p, index);
   const In* pixel = static_cast<const In*>(p.map) + (readable ? pixel_offset(p, index) : 0);
+  const Row* grad = static_cast<const Row*>(p.grad_rows) + row * p.channels;
+  float* wide = p.wide + row * p.channels;
   const float scale = p.inv_norm[row];
   float along = 0.f;
   bool some = false;
@@ -75,10 +65,25 @@ __global__ void __launch_bounds__(kRowThreads) gather_bwd_rows_kernel(GatherBack
     const float g = to_float(grad[d]);
     wide[d] = p.normalize ? scale * (g - along * (to_float(pixel[d * p.stride_channel]) * scale)) : g;
   }
-  const int64_t rank = rank_of(p.indices, p.num_rows, row);
+  if (lane == 0) p.row_pixels[row] = some ? index : -1;
+}
+
+// Sorts the rows by (pixel, row): a warp counts those that stand before its own. Rows without a pixel come
+// first.
+__global__ void __launch_bounds__(kRowThreads) gather_bwd_sort_kernel(GatherBackwardParams p) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
+  if (row >= p.num_rows) return;
+  const int64_t pixel = p.row_pixels[row];
+  int before = 0;
+  for (int64_t other = lane; other < p.num_rows; other += kWarp) {
+    const int64_t theirs = p.row_pixels[other];
+    before += theirs < pixel || (theirs == pixel && other < row);
+  }
+  const int place = warp_sum(before);
   if (lane == 0) {
-    p.sorted_indices[rank] = index;
-    p.sorted_rows[rank] = some ? row : -1;
+    p.sorted_pixels[place] = pixel;
+    p.sorted_rows[place] = row;
   }
 }
 
@@ -115,16 +120,13 @@ __global__ void __launch_bounds__(kSpreadThreads)
   In* map = static_cast<In*>(p.grad_map);
   const bool inside = pixel < num_pixels(p);
   const int64_t offset = inside ? pixel_offset(target, pixel) : 0;
-  int64_t first = lower_bound(p.sorted_indices, 0, p.num_rows, pixel), last = first;
-  if (inside && first < p.num_rows && p.sorted_indices[first] == pixel) {
-    last = lower_bound(p.sorted_indices, first, p.num_rows, pixel + 1);
+  int64_t first = lower_bound(p.sorted_pixels, 0, p.num_rows, pixel), last = first;
+  if (inside && first < p.num_rows && p.sorted_pixels[first] == pixel) {
+    last = lower_bound(p.sorted_pixels, first, p.num_rows, pixel + 1);
   }
   const auto sum = [&](int64_t from, int64_t to, int64_t d) {
     float total = 0.f;
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t row = p.sorted_rows[i];
-      if (row >= 0) total += p.wide[row * p.channels + d];
-    }
+    for (int64_t i = from; i < to; ++i) total += p.wide[p.sorted_rows[i] * p.channels + d];
     return from_float<In>(total);
   };
   if (!lanes_take_channels(stride, p.grad_stride_column)) {
