@@ -230,10 +230,17 @@ __global__ void __launch_bounds__(kSelectThreads) collect_rows_kernel(CollectPar
   int64_t* chosen = p.chosen_pixels + blockIdx.x * p.pixels_per_image;
   double* sums = p.sums + blockIdx.x * p.channels;
   for (int64_t d = thread; size > 0 && d < p.channels; d += kSelectThreads) {
+    constexpr int kBatch = 16;  // loads on the way at once
     double sum = 0.0;
-    for (int64_t chunk = 0; chunk < pools.chunks; ++chunk) {
-      if (pool.size(chunk) == 0) continue;
-      sum += p.chunk_sums[((image * pools.chunks + chunk) * p.num_classes + label) * p.channels + d];
+    for (int64_t first = 0; first < pools.chunks; first += kBatch) {
+      int sizes[kBatch];
+      float values[kBatch];
+      for (int i = 0; i < kBatch; ++i) sizes[i] = first + i < pools.chunks ? pool.size(first + i) : 0;
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t chunk = image * pools.chunks + first + i;
+        values[i] = sizes[i] > 0 ? p.chunk_sums[(chunk * p.num_classes + label) * p.channels + d] : 0.f;
+      }
+      for (int i = 0; i < kBatch; ++i) sum += double(values[i]);
     }
     sums[d] = sum;
   }
@@ -267,7 +274,7 @@ __global__ void __launch_bounds__(kSelectThreads) collect_rows_kernel(CollectPar
 // A ring per block: the regions or the pixels of a class. Counts what there is to write, of which the last
 // `slots` stay, then places a candidate per thread and copies a row per warp.
 template <class Word>
-__global__ void __launch_bounds__(kWriteThreads) write_kernel(WriteParams p) {
+__global__ void __launch_bounds__(kWriteThreads, 4) write_kernel(WriteParams p) {
   SharedMemory shared;
   int* scan = shared.take<int>(kMaxWarps);
   int64_t* places = shared.take<int64_t>(kWriteThreads);  // where each candidate of the tile goes, or -1

@@ -11,21 +11,28 @@ namespace {
 constexpr int kPlanThreads = 1024;
 enum Kind { kHard = 0, kEasy = 1, kKinds = 2 };
 
-// Pixels of one class in one image, or rather of one kind of them.
-__device__ __forceinline__ int size_of(const Pool& pool) {
-  int size = 0;
-  for (int64_t chunk = 0; chunk < pool.chunks; ++chunk) size += pool.size(chunk);
-  return size;
+struct Sizes {
+  int hard, easy;
+};
+
+// Pixels of one class in one image.
+__device__ __forceinline__ Sizes sizes_of(const Pool& hard) {
+  Sizes sizes = {0, 0};
+#pragma unroll 8  // loads on the way at once
+  for (int64_t chunk = 0; chunk < hard.chunks; ++chunk) {
+    const int32_t* starts = hard.starts + chunk * hard.stride;
+    sizes.hard += starts[kEasy] - starts[kHard];
+    sizes.easy += starts[kKinds] - starts[kEasy];
+  }
+  return sizes;
 }
 
 // The first pixel in raster order of a class that has some in the image.
 __device__ __forceinline__ int64_t first_pixel(const Pool& hard) {
-  Pool both = hard;
-  int64_t chunk = 0;
-  const auto size = [&] { return both.starts[chunk * both.stride + kKinds] - both.first(chunk); };
+  int64_t chunk = 0, first = INT64_MAX;
+  const auto size = [&] { return hard.starts[chunk * hard.stride + kKinds] - hard.first(chunk); };  // of both
   while (size() == 0) ++chunk;
-  int64_t first = INT64_MAX;
-  for (int i = 0; i < size(); ++i) first = min(first, int64_t(both.segment(chunk)[i] & 0xffffffffu));
+  for (int i = 0; i < size(); ++i) first = min(first, int64_t(hard.segment(chunk)[i] & 0xffffffffu));
   return first;
 }
 
@@ -36,8 +43,8 @@ __global__ void __launch_bounds__(kPlanThreads) sampling_plan_kernel(SamplingPar
   const SelectMemory memory(shared);
   const int thread = int(threadIdx.x);
   const int64_t pairs = p.batch * p.num_classes;
-  const auto pool = [&](int64_t pair, Kind kind) {
-    return pool_of(pools, pair % p.batch, pair / p.batch * kKinds + kind);
+  const auto hard_pool = [&](int64_t pair) {
+    return pool_of(pools, pair % p.batch, pair / p.batch * kKinds + kHard);
   };
   // Until the last step, a pool's size stands where what it keeps will stand. A thread looks at its own
   // pairs.
@@ -48,7 +55,9 @@ __global__ void __launch_bounds__(kPlanThreads) sampling_plan_kernel(SamplingPar
   };
   int found = 0;
   for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) {
-    for (const Kind kind : {kHard, kEasy}) p.pool_keep[pair * kKinds + kind] = size_of(pool(pair, kind));
+    const Sizes sizes = sizes_of(hard_pool(pair));
+    p.pool_keep[pair * kKinds + kHard] = sizes.hard;
+    p.pool_keep[pair * kKinds + kEasy] = sizes.easy;
     found += eligible(pair);
   }
   const int64_t total = block_sum(found, memory.sums);
@@ -57,7 +66,7 @@ __global__ void __launch_bounds__(kPlanThreads) sampling_plan_kernel(SamplingPar
   uint64_t threshold = ~uint64_t(0);
   const auto pair_key = [&](int64_t pair) {  // rule 3
     const int64_t image = pair % p.batch, label = pair / p.batch;
-    const int32_t priority = p.priority[image * p.pixels + first_pixel(pool(pair, kHard))];
+    const int32_t priority = p.priority[image * p.pixels + first_pixel(hard_pool(pair))];
     return unsigned_priority(priority) << 32 | uint64_t(image * p.num_classes + label);
   };
   if (total > p.max_samples) {
