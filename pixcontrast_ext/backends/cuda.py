@@ -303,7 +303,7 @@ def infonce_forward(
         num_anchors=num_anchors,
         order=scratch(num_anchors, dtype=torch.int32),
         sorted_labels=scratch(num_anchors, dtype=torch.int32),
-        keys=None if in_batch else _aligned(keys),
+        keys=None if in_batch else _aligned(keys if num_keys else anchors),  # a null pointer says "in batch"
         key_labels=None if in_batch else key_labels,
         num_keys=num_keys,
         label_ranges=scratch(key_tiles, 2, dtype=torch.int32),
@@ -361,7 +361,7 @@ def _infonce_backward(
         num_anchors=num_anchors,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
-        keys=None if keys is None else _aligned(keys),
+        keys=None if keys is None else _aligned(keys if num_rows else anchors),
         key_labels=key_labels,
         num_keys=num_rows,
         neg_lse=neg_lse,
