@@ -1,21 +1,57 @@
 """What the tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
 carelessly.
+
+The backend `cuda` runs on CPU tensors, in the emulator. With PIXCONTRAST_TEST_CUDA=device it is left alone, for the
+tests that run the kernels on a GPU.
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+from emulator import build
+from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
+
+ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The kernels for a GPU have no instruction set of the processor to go through."""
+    sets = native._C.instruction_sets() if native._C else []
+    redundant = [
+        item
+        for item in items
+        if (params := getattr(getattr(item, "callspec", None), "params", {})).get("backend") == "cuda"
+        and params.get("instruction_set") in sets[1:]
+    ]
+    config.hook.pytest_deselected(items=redundant)
+    items[:] = [item for item in items if item not in redundant]
+
+
+@pytest.fixture(scope="session", autouse=not ON_DEVICE)
+def emulator() -> None:
+    """Puts the CUDA kernels, compiled for the emulator, in the place of those for a device."""
+    native.cuda_kernels = build.load(build.build("plain")).cuda
+    native.cuda_device_type = "cpu"
+    backends.DEVICES["cuda"] = ("cpu",)
+
+
+@pytest.fixture(params=["reference", "cpu"] if ON_DEVICE else ["reference", "cpu", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def careful_backend(request: pytest.FixtureRequest) -> str:
+    """One that looks at labels and indices first, and refuses bad ones. Kernels for a GPU take them for ignored."""
     return request.param
 
 

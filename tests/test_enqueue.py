@@ -88,13 +88,14 @@ def test_rings_hold_what_the_rules_say(backend, poison, shape, slots, k, priorit
 )  # fmt: skip
 def test_any_input(batch, channels, height, width, classes, regions, pixels, k, ignored, priorities, seed):
     torch.manual_seed(seed)
-    both = [make(classes, channels, regions, pixels, k) for _ in range(2)]
+    names = ("reference", "cpu", "cuda")
+    banks = [make(classes, channels, regions, pixels, k) for _ in names]
     for _ in range(2):
         maps = draw(batch, channels, height, width, classes, ignored=ignored, priorities=priorities)
-        for backend, (bank, rings) in zip(("reference", "cpu"), both, strict=True):
+        for backend, (bank, rings) in zip(names, banks, strict=True):
             bank.enqueue(*maps[:2], priority=maps[2], backend=backend)
             rings.enqueue(*maps)
-    for bank, rings in both:
+    for bank, rings in banks:
         check(bank, rings, atol=1e-5)  # a mean of opposite vectors loses digits
 
 
@@ -149,14 +150,15 @@ def test_many_classes_in_every_sixteen_pixels(backend):
 
 @pytest.mark.parametrize("shape", [(3, 20, 9, 11), (2, 33, 70, 64)])
 def test_backends_agree(shape):
-    banks = {name: make(5, shape[1], 4, 9, 4)[0] for name in ("reference", "cpu")}
+    banks = {name: make(5, shape[1], 4, 9, 4)[0] for name in ("reference", "cpu", "cuda")}
     for _ in range(3):
         embeddings, labels, priority = draw(*shape, 5, priorities=40)
         for name, bank in banks.items():
             bank.enqueue(embeddings, labels, priority=priority, backend=name)
-    for name in BUFFERS[1:]:
-        assert torch.equal(getattr(banks["cpu"], name), getattr(banks["reference"], name))
-    torch.testing.assert_close(banks["cpu"].keys, banks["reference"].keys, rtol=0, atol=1e-6)
+    for other in ("cpu", "cuda"):
+        for name in BUFFERS[1:]:
+            assert torch.equal(getattr(banks[other], name), getattr(banks["reference"], name))
+        torch.testing.assert_close(banks[other].keys, banks["reference"].keys, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -429,16 +431,6 @@ _LABELS = torch.zeros(2, 4, 4, dtype=torch.int64)
             ValueError,
             r"priority must have shape \(2, 4, 4\), got \(2, 4, 3\)",
         ),
-        (
-            dict(labels=_LABELS + 3),
-            ValueError,
-            r"labels\[0, 0, 0\] is 3, expected 0 <= label < num_classes=3",
-        ),
-        (
-            dict(labels=_LABELS - 1),
-            ValueError,
-            r"labels\[0, 0, 0\] is -1, expected 0 <= label < num_classes=3",
-        ),
         (dict(backend="gpu"), ValueError, "names the backend 'gpu', expected one of"),
         (dict(backend="triton"), ValueError, "backend 'triton' cannot serve enqueue_collect on cpu tensors"),
     ],
@@ -451,7 +443,25 @@ def test_bad_input_changes_nothing(backend, change, error, message):
     check(bank, rings)
 
 
-def test_bad_label_is_named_with_its_place(backend):
+@pytest.mark.parametrize("value", [3, -1])
+def test_bad_label_changes_nothing(careful_backend, value):
+    bank, rings = make(3, 5, 4, 6, 2)
+    message = rf"labels\[0, 0, 0\] is {value}, expected 0 <= label < num_classes=3"
+    with pytest.raises(ValueError, match=message):
+        bank.enqueue(torch.zeros(2, 5, 4, 4), _LABELS + value, backend=careful_backend)
+    check(bank, rings)
+
+
+@pytest.mark.parametrize("value", [-1, -(2**63), 3, 2**31, 2**63 - 1])
+def test_bad_label_is_ignored_on_a_gpu(poison, value):
+    embeddings, labels, priority = draw(2, 5, 9, 7, 3)
+    bank, rings = make(3, 5, 4, 6, 2)
+    bank.enqueue(embeddings, torch.where(labels == 255, value, labels), priority=priority, backend="cuda")
+    rings.enqueue(embeddings, labels, priority)
+    check(bank, rings)
+
+
+def test_bad_label_is_named_with_its_place(careful_backend):
     labels = torch.zeros(2, 4, 5, dtype=torch.int64)
     labels[1, 2, 3] = 19
     labels[1, 3, 3] = 20
@@ -459,7 +469,7 @@ def test_bad_label_is_named_with_its_place(backend):
         ValueError, match=r"labels\[1, 2, 3\] is 19, expected 0 <= label < num_classes=19 or ignore_index=255"
     ):
         MemoryBank(19, 4, region_slots=2, pixel_slots=2).enqueue(
-            torch.randn(2, 4, 4, 5), labels, backend=backend
+            torch.randn(2, 4, 4, 5), labels, backend=careful_backend
         )
 
 

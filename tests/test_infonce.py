@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import oracle
-from pixcontrast_ext import infonce
+from pixcontrast_ext import backends, infonce
 from pixcontrast_ext.backends import cpu, reference
 
 BANK, RANDOM, BLOCKS = "bank", "random", "blocks"
@@ -132,14 +132,15 @@ def test_every_instruction_set(instruction_set, poison, shape):
 @pytest.mark.parametrize("order", [BANK, RANDOM])
 def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):
     """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may
-    show.
+    show, and on tensor cores that of the weights of its sum.
     """
     inputs = draw(300, 1999, 65, 7, order=order, dtype=dtype)
     found, expected = run(inputs, backend), exact(inputs)
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
     assert error(found[0], expected[0]) <= 1e-6
     for grad, truth in zip(found[1:], expected[1:], strict=True):
-        assert error(grad, truth) <= error(truth.to(dtype), truth) * 1.01 + 1e-6
+        rounding = 1e-3 if backend == "cuda" else 1e-6
+        assert error(grad, truth) <= error(truth.to(dtype), truth) * 1.01 + rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -148,7 +149,8 @@ def test_gradient_before_rounding(backend, dtype):
     inputs = (anchors, anchor_labels.int(), keys, key_labels.int())
     *_, anchor_grad = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, backend)
     _, expected, _ = exact(inputs)
-    assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= 2e-6
+    bar = 1e-3 if backend == "cuda" and dtype != torch.float32 else 2e-6
+    assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= bar
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.07, 1.0, 50.0])
@@ -196,16 +198,21 @@ def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_matmul_precision_does_not_reach_the_logits(backend, precision):
+def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
+    """Where it allows TF32, rounded to nearest."""
     inputs = draw(300, 1000, 64, 5)
     expected, before = exact(inputs), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
-        found = run(inputs, "cpu")
+        found = run(inputs, backend)
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-    assert error(found[0], expected[0]) <= 1e-6 and error(found[1], expected[1]) <= 2e-6
+    if backend == "cuda" and precision != "highest":
+        assert error(found[0], expected[0]) <= 5e-5
+        assert all(2e-6 < error(found[i], expected[i]) <= 1e-3 for i in (1, 2))
+    else:
+        assert error(found[0], expected[0]) <= 1e-6 and error(found[1], expected[1]) <= 2e-6
 
 
 def test_autocast_does_not_reach_the_logits(backend):
@@ -331,7 +338,7 @@ def test_anchors_in_any_order(backend):
 def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
     inputs = draw(20, 50, 8, 3)
     asked = []
-    module = {"cpu": cpu, "reference": reference}[backend]
+    module = backends.get(backend)
     forward = module.infonce_forward
     monkeypatch.setattr(
         module, "infonce_forward", lambda *args: (asked.append(args[-1] is not None), forward(*args))

@@ -245,11 +245,6 @@ def test_bad_settings(settings, error, message):
         ),
         (dict(labels=torch.zeros(2, 1, 5, 5).long()), ValueError, "expected 3 dimensions and the same batch"),
         (
-            dict(labels=torch.full((2, 5, 5), 4)),
-            ValueError,
-            r"labels\[0, 0, 0\] is 4, expected 0 <= label < num_cl",
-        ),
-        (
             dict(predictions=torch.zeros(2, 3, 5, 5)),
             ValueError,
             r"num_classes=4 channels, got \(2, 3, 5, 5\)",
@@ -441,6 +436,14 @@ def test_bf16_autocast(backend):
 def test_bad_settings_of_the_sum(settings, message):
     with pytest.raises(ValueError, match=message):
         PixelContrastCrossEntropyLoss(4, **settings)
+
+
+@pytest.mark.parametrize("value", [4, -1])
+def test_bad_label_is_named_with_its_place(careful_backend, value):
+    arguments = torch.zeros(2, 12, 5, 5), torch.full((2, 5, 5), value), torch.zeros(2, 5, 5).long()
+    message = rf"labels\[0, 0, 0\] is {value}, expected 0 <= label < num_classes=4"
+    with pytest.raises(ValueError, match=message):
+        PixelContrastLoss(4, backend=careful_backend)(*arguments)
 
 
 @pytest.mark.parametrize("value", [4, -1, 300])

@@ -501,22 +501,21 @@ bool gather_warp(const char* what, unsigned mask, Site site) {
   Fiber& me = *machine.current;
   Warp& warp = machine.warps[me.warp()];
   Fiber* lanes = machine.fibers + me.warp() * kWarp;
-  const char* file = base_name(site.file);
   if (!(mask >> me.lane() & 1)) {
-    fail("%s at %s:%d has the mask %08x, without the caller, lane %d", what, file, site.line, mask,
-         me.lane());
+    fail("%s at %s:%d has the mask %08x, without the caller, lane %d", what, base_name(site.file), site.line,
+         mask, me.lane());
   }
   if (mask & warp.exited) {
-    fail("%s at %s:%d has the mask %08x, but lane %d has exited", what, file, site.line, mask,
+    fail("%s at %s:%d has the mask %08x, but lane %d has exited", what, base_name(site.file), site.line, mask,
          __builtin_ctz(mask & warp.exited));
   }
   const unsigned waiting = mask & warp.waiting;
   const auto check = [&](const Fiber& other) {
-    const bool same = other.mask == mask && std::strcmp(other.what, what) == 0 && !(other.site != site);
+    const bool same = other.mask == mask && other.what == what && !(other.site != site);
     if (!same && other.mask >> me.lane() & 1) {
-      fail("%s at %s:%d with the mask %08x, while lane %d is in %s at %s:%d with the mask %08x", what, file,
-           site.line, mask, other.lane(), other.what, base_name(other.site.file), other.site.line,
-           other.mask);
+      fail("%s at %s:%d with the mask %08x, while lane %d is in %s at %s:%d with the mask %08x", what,
+           base_name(site.file), site.line, mask, other.lane(), other.what, base_name(other.site.file),
+           other.site.line, other.mask);
     }
     return same;
   };
@@ -546,32 +545,33 @@ Fiber* my_warp() { return machine.fibers + machine.current->warp() * kWarp; }
 void arrive(int id, int expected, const char* what, Site site) {
   Fiber& me = *machine.current;
   Barrier& barrier = machine.barriers[id];
-  const char* file = base_name(site.file);
   const unsigned exited = machine.warps[me.warp()].exited;
   if (id == 0 && machine.running < machine.threads) {
     int gone = 0;
     while (machine.fibers[gone].state != State::kExited) ++gone;
-    fail("%s at %s:%d, but thread %d has exited", what, file, site.line, gone);
+    fail("%s at %s:%d, but thread %d has exited", what, base_name(site.file), site.line, gone);
   }
   if (exited)
-    fail("%s at %s:%d, but lane %d of its warp has exited", what, file, site.line, __builtin_ctz(exited));
+    fail("%s at %s:%d, but lane %d of its warp has exited", what, base_name(site.file), site.line,
+         __builtin_ctz(exited));
   const Fiber* warp = my_warp();
   for (int lane = 0; lane < kWarp; ++lane) {
     const Fiber& other = warp[lane];
     if (other.state == State::kAtBarrier && (other.barrier != id || other.site != site)) {
-      fail("%s at %s:%d, while lane %d of its warp is in %s at %s:%d", what, file, site.line, lane,
-           other.what, base_name(other.site.file), other.site.line);
+      fail("%s at %s:%d, while lane %d of its warp is in %s at %s:%d", what, base_name(site.file), site.line,
+           lane, other.what, base_name(other.site.file), other.site.line);
     }
   }
   if (barrier.arrived > 0) {
     const Fiber& first = machine.fibers[barrier.first];
     if (barrier.expected != expected) {
       fail("%s(%d, %d) at %s:%d, while thread %d waits there for %d threads, at %s:%d", what, id, expected,
-           file, site.line, first.index, barrier.expected, base_name(first.site.file), first.site.line);
+           base_name(site.file), site.line, first.index, barrier.expected, base_name(first.site.file),
+           first.site.line);
     }
     if (id == 0 && first.site != site) {
-      fail("%s at %s:%d, while thread %d is in %s at %s:%d", what, file, site.line, first.index, first.what,
-           base_name(first.site.file), first.site.line);
+      fail("%s at %s:%d, while thread %d is in %s at %s:%d", what, base_name(site.file), site.line,
+           first.index, first.what, base_name(first.site.file), first.site.line);
     }
   } else {
     barrier.expected = expected;
@@ -589,8 +589,8 @@ void arrive(int id, int expected, const char* what, Site site) {
     };
     for (int i = 0; i < machine.threads; ++i) {
       if (is_here(machine.fibers[i]) != is_here(machine.fibers[i / kWarp * kWarp])) {
-        fail("%s(%d, %d) at %s:%d is reached by a part of warp %d only", what, id, expected, file, site.line,
-             i / kWarp);
+        fail("%s(%d, %d) at %s:%d is reached by a part of warp %d only", what, id, expected,
+             base_name(site.file), site.line, i / kWarp);
       }
     }
     for (int i = 0; i < machine.threads; ++i) {
@@ -605,17 +605,16 @@ void arrive(int id, int expected, const char* what, Site site) {
 // --- shared memory ---
 
 void check_shared(const char* what, const void* pointer, size_t bytes, Site site) {
-  const char* file = base_name(site.file);
   if (reinterpret_cast<uintptr_t>(pointer) % bytes) {
-    fail("%s at %s:%d: the shared address %p is misaligned for %zu bytes", what, file, site.line, pointer,
-         bytes);
+    fail("%s at %s:%d: the shared address %p is misaligned for %zu bytes", what, base_name(site.file),
+         site.line, pointer, bytes);
   }
   for (const SharedArray& array : machine.arrays) {
     const char* begin = static_cast<const char*>(array.memory);
     const char* address = static_cast<const char*>(pointer);
     if (address >= begin && address + bytes <= begin + array.bytes) return;
   }
-  fail("%s at %s:%d: %p is not in an array of shared memory", what, file, site.line, pointer);
+  fail("%s at %s:%d: %p is not in an array of shared memory", what, base_name(site.file), site.line, pointer);
 }
 
 // --- products of matrices ---
@@ -840,15 +839,14 @@ void take_fragment(uint32_t (&fragment)[4]) {
 }
 
 void issue(const Copy& copy) {
-  const char* file = base_name(copy.site.file);
   if (copy.bytes != 0 && copy.bytes != copy.size) {
-    fail("cp_async_%d at %s:%d copies 0 or %d bytes, not %d", copy.size, file, copy.site.line, copy.size,
-         copy.bytes);
+    fail("cp_async_%d at %s:%d copies 0 or %d bytes, not %d", copy.size, base_name(copy.site.file),
+         copy.site.line, copy.size, copy.bytes);
   }
   check_shared(copy.size == 16 ? "cp_async_16" : "cp_async_4", copy.shared, size_t(copy.size), copy.site);
   if (reinterpret_cast<uintptr_t>(copy.global) % unsigned(copy.size)) {
-    fail("cp_async_%d at %s:%d: the global address %p is misaligned", copy.size, file, copy.site.line,
-         copy.global);
+    fail("cp_async_%d at %s:%d: the global address %p is misaligned", copy.size, base_name(copy.site.file),
+         copy.site.line, copy.global);
   }
   const Unseen unseen;
   machine.current->copies.push_back({copy, machine.current->committed});
