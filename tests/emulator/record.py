@@ -1,0 +1,173 @@
+"""Writes down every call of a CUDA kernel that a set of small problems makes, for replay.py to repeat without torch.
+
+The problems are ragged on purpose: no size is a multiple of a tile, a warp or a vector, unless it is meant to be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
+from pixcontrast_ext.backends import native
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Recorder:
+    """Stands in for `native.launch_cuda`: what a call gets and what it leaves, storage by storage."""
+
+    def __init__(self):
+        self.calls: list[dict[str, Any]] = []
+        self.arrays: dict[str, np.ndarray] = {}
+        self.launch = native.launch_cuda
+
+    def __call__(self, kernel: str, device: torch.device, **fields: Any) -> None:
+        storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
+        call: dict[str, Any] = {"kernel": kernel, "scalars": {}, "pointers": {}}
+        for name, value in fields.items():
+            if not isinstance(value, Tensor):
+                call["scalars"][name] = 0 if value is None else value
+            elif value.numel() == 0:
+                call["scalars"][name] = 0
+            else:
+                storage = value.untyped_storage()
+                place, _ = storages.setdefault(storage.data_ptr(), (len(storages), storage))
+                call["pointers"][name] = (place, value.data_ptr() - storage.data_ptr())
+        index = len(self.calls)
+        for place, storage in storages.values():
+            self.arrays[f"{index}.{place}.before"] = _bytes_of(storage)
+        self.launch(kernel, device, **fields)
+        for place, storage in storages.values():
+            self.arrays[f"{index}.{place}.after"] = _bytes_of(storage)
+        call["storages"] = len(storages)
+        self.calls.append(call)
+
+    def save(self, path: Path) -> None:
+        calls = np.frombuffer(json.dumps(self.calls).encode(), np.uint8)
+        np.savez_compressed(path, calls=calls, **self.arrays)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
+    return torch.tensor([], dtype=torch.uint8).set_(storage).numpy().copy()
+
+
+# --- problems --------------------------------------------------------------------------------------------------------
+
+
+def _maps(batch: int, height: int, width: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (batch, height, width)
+    labels = torch.randint(0, classes, shape)
+    predictions = torch.where(torch.rand(shape) < 0.4, torch.randint(0, classes, shape), labels)
+    labels[torch.rand(shape) < 0.2] = 255
+    labels[torch.rand(shape) < 0.05] = classes + 3  # no class: ignored
+    return labels, predictions, torch.randint(-50, 50, shape, dtype=torch.int32)
+
+
+def _layouts(embeddings: Tensor) -> list[Tensor]:
+    """The same map contiguous, channels_last, and inside of a larger one."""
+    inside = F.pad(embeddings, (1, 2, 3, 0))[..., 3:, 1:-2]
+    return [embeddings, embeddings.to(memory_format=torch.channels_last), inside]
+
+
+def _sampling() -> None:
+    problems = [
+        ((2, 17, 23, 5), dict(max_samples=64, max_views=10)),
+        ((3, 8, 9, 6), dict(max_samples=5, max_views=3, min_pixels=1)),
+        ((1, 33, 41, 3), dict(max_samples=100, max_views=100, min_pixels=1)),
+        ((1, 1, 1, 1), dict(max_samples=1, max_views=1, min_pixels=0)),
+        ((0, 3, 3, 2), dict(max_samples=7, max_views=2)),
+    ]
+    for (*size, classes), settings in problems:
+        labels, predictions, priority = _maps(*size, classes)
+        hard_anchor_sampling(
+            labels, predictions, num_classes=classes, priority=priority, backend="cuda", **settings
+        )
+
+
+def _gather() -> None:
+    for dtype, channels in zip(DTYPES, (33, 20, 7), strict=True):
+        for embeddings in _layouts(torch.randn(2, channels, 5, 7).to(dtype)):
+            for normalize, count in ((True, 45), (False, 1), (True, 0)):
+                indices = torch.randint(0, 70, (count,))
+                indices[count // 2 :: 9] = 3  # several times
+                indices[count // 3 :: 11] = 70  # none
+                leaf = embeddings.detach().requires_grad_()
+                rows = gather_embeddings(leaf, indices, normalize=normalize, backend="cuda")
+                rows.backward(torch.randn_like(rows))
+
+
+def _enqueue() -> None:
+    for dtype, channels in zip(DTYPES, (33, 16, 5), strict=True):
+        bank = MemoryBank(4, channels, region_slots=3, pixel_slots=7, pixels_per_image=3, dtype=dtype)
+        for normalize, embeddings in zip(
+            (True, False, True), _layouts(torch.randn(2, channels, 11, 9).to(dtype)), strict=True
+        ):
+            bank.normalize = normalize
+            labels, _, priority = _maps(2, 11, 9, 4)
+            embeddings[0, :, 2, 3] = math.nan
+            embeddings[1, :, 1] = 0
+            bank.enqueue(embeddings, labels, priority=priority, backend="cuda")
+    bank = MemoryBank(3, 4, region_slots=0, pixel_slots=50, pixels_per_image=40)
+    labels, _, priority = _maps(1, 37, 31, 3)
+    bank.enqueue(torch.randn(1, 4, 37, 31), labels, priority=priority, backend="cuda")
+
+
+def _rows(count: int, channels: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, labels = F.normalize(torch.randn(count, channels), dim=1), torch.randint(0, classes, (count,))
+    labels[torch.rand(count) < 0.1] = -1
+    rows[labels < 0] = math.nan  # padding may hold anything
+    return rows.to(dtype), labels
+
+
+def _infonce(precision: str) -> None:
+    shapes = [(1, 1, 1, 1), (37, 150, 33, 3), (70, 9, 8, 2), (5, 0, 6, 2), (0, 5, 6, 2), (3, 130, 65, 5)]
+    if precision == "highest":
+        shapes.append((9, 70, 260, 2))
+    for dtype, (anchors, keys, channels, classes) in itertools.product(DTYPES, shapes):
+        if precision != "highest" and dtype != torch.float32:
+            continue
+        anchor_rows, anchor_labels = _rows(anchors, channels, classes, dtype)
+        key_rows, key_labels = _rows(keys, channels, classes, dtype)
+        if anchors == 70:
+            key_labels = key_labels.sort().values
+        infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda")
+        anchor_rows.requires_grad_(), key_rows.requires_grad_()
+        arguments = dict(temperature=0.1, exclude_self=anchors % 2 == 1, reduction="none", backend="cuda")
+        loss = infonce(anchor_rows, anchor_labels, key_rows, key_labels, **arguments)
+        loss.backward(torch.randn_like(loss))
+        loss = infonce(anchor_rows, anchor_labels, anchor_rows, anchor_labels, **arguments)
+        loss.backward(torch.randn_like(loss))
+
+
+def record(path: Path) -> int:
+    """Solves the problems on the CUDA backend, whose kernels take CPU tensors; returns the number of calls."""
+    torch.manual_seed(20210118)
+    recorder = Recorder()
+    before = torch.get_float32_matmul_precision()
+    torch.use_deterministic_algorithms(
+        True
+    )  # so that torch.empty is filled with NaN and the largest integers
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "launch_cuda", recorder)
+            _sampling()
+            _gather()
+            _enqueue()
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                _infonce(precision)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.use_deterministic_algorithms(False)
+    recorder.save(path)
+    return len(recorder.calls)

@@ -1,0 +1,72 @@
+"""Repeats the calls that record.py wrote down, in a process that may run under a sanitizer: it imports no torch.
+
+    python replay.py FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
+
+Every buffer is an allocation of its own, of exactly the size of the storage that it stands for. What a call leaves in
+them has to be, bit for bit, what the recorded call left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from build import load
+
+SCHEDULES = ("forward", "reverse", "20210118")
+
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype = ctypes.c_void_p
+_libc.malloc.argtypes = [ctypes.c_size_t]
+_libc.free.argtypes = [ctypes.c_void_p]
+
+
+def replay(kernels: ModuleType, call: dict[str, Any], arrays: Any, index: int) -> list[str]:
+    """The fields behind which something else than recorded was left."""
+    befores = [arrays[f"{index}.{i}.before"] for i in range(call["storages"])]
+    buffers = [_libc.malloc(before.nbytes) for before in befores]
+    try:
+        for buffer, before in zip(buffers, befores, strict=True):
+            ctypes.memmove(buffer, before.ctypes.data, before.nbytes)
+        pointers = {name: buffers[place] + offset for name, (place, offset) in call["pointers"].items()}
+        getattr(kernels, call["kernel"])(device=0, stream=0, **call["scalars"], **pointers)
+        differing = set()
+        for place, buffer in enumerate(buffers):
+            after = arrays[f"{index}.{place}.after"]
+            if ctypes.string_at(buffer, after.nbytes) != after.tobytes():
+                differing.add(place)
+        return [name for name, (place, _) in call["pointers"].items() if place in differing]
+    finally:
+        for buffer in buffers:
+            _libc.free(buffer)
+
+
+def main(folder: Path, recording: Path, schedules: tuple[str, ...] = SCHEDULES) -> int:
+    kernels = load(folder).cuda
+    arrays = dict(np.load(recording))
+    calls = json.loads(arrays["calls"].tobytes())
+    for schedule in schedules:
+        os.environ["PXC_EMULATOR_SCHEDULE"] = schedule
+        for index, call in enumerate(calls):
+            where = f"call {index}, {call['kernel']}({call['scalars']}), schedule {schedule}"
+            print(where, file=sys.stderr, flush=True)  # what a sanitizer's report is about
+            try:
+                differing = replay(kernels, call, arrays, index)
+            except RuntimeError as error:
+                print(f"FAILED: {where}: {error}")
+                return 1
+            if differing:
+                print(f"DIFFERS: {where}: {', '.join(differing)}")
+                return 2
+    print(f"{len(calls)} calls under {len(schedules)} schedules")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:]) or SCHEDULES))
