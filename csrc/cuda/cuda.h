@@ -2,7 +2,7 @@
 // and returns; none waits for the device or allocates. They throw std::runtime_error if a launch is refused.
 #pragma once
 
-#include <utility>
+#include <tuple>
 
 #include "../params.h"
 
@@ -16,7 +16,8 @@ void write(const WriteParams&);
 
 void infonce_forward(const InfonceForwardParams&);
 void infonce_backward(const InfonceBackwardParams&);
-// Rows and columns of a tile: (anchors, keys) of the forward, (keys, anchors) of the backward.
-std::pair<int, int> infonce_tile(int32_t dtype, int64_t channels);
+// Rows and columns of a tile, which are anchors and keys in the forward, keys and anchors in the backward; and
+// the bytes of shared memory that its block takes.
+std::tuple<int, int, int64_t> infonce_tile(int32_t dtype, int64_t channels);
 
 }  // namespace pxc::cuda

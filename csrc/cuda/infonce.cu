@@ -50,16 +50,16 @@ void find_ranges(const Launch& on, const int32_t* labels, int64_t count, int32_t
 }
 
 template <class Tile>
-size_t shared_bytes_of(const InfonceRows& p) {
-  return Tile::bytes(blocks_of(p.channels * int64_t(sizeof(typename Tile::T)), 128) * 128);
+size_t shared_bytes_of(int64_t channels) {
+  return Tile::bytes(blocks_of(channels * int64_t(sizeof(typename Tile::T)), 128) * 128);
 }
 
 }  // namespace
 
-std::pair<int, int> infonce_tile(int32_t dtype, int64_t channels) {
-  return with_tile(dtype, true, channels, [](auto use) {
+std::tuple<int, int, int64_t> infonce_tile(int32_t dtype, int64_t channels) {
+  return with_tile(dtype, true, channels, [&](auto use) {
     using Tile = typename decltype(use)::type;
-    return std::pair<int, int>(Tile::kBlockA, Tile::kBlockK);
+    return std::tuple<int, int, int64_t>(Tile::kBlockA, Tile::kBlockK, shared_bytes_of<Tile>(channels));
   });
 }
 
@@ -71,7 +71,7 @@ void infonce_forward(const InfonceForwardParams& p) {
     using Tile = typename decltype(use)::type;
     find_ranges<Tile::kBlockK>(p, in_batch ? p.sorted_labels : p.key_labels, num_keys, p.label_ranges);
     const dim3 grid(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits));
-    const size_t shared = shared_bytes_of<Tile>(p);
+    const size_t shared = shared_bytes_of<Tile>(p.channels);
     launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>, grid, Tile::kThreads,
            shared, p);
     launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>, grid, Tile::kThreads,
@@ -90,7 +90,7 @@ void infonce_backward(const InfonceBackwardParams& p) {
     find_ranges<Tile::kBlockK>(p, p.sorted_labels, p.num_anchors, p.label_ranges);
     const dim3 grid(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits));
     launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>, grid, Tile::kThreads,
-           shared_bytes_of<Tile>(p), p);
+           shared_bytes_of<Tile>(p.channels), p);
   });
   if (p.grad_parts == nullptr) return;
   launch(p, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,

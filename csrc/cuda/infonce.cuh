@@ -358,7 +358,8 @@ struct Engine {
   }
 
   // S of the warp: its rows times its columns, over all channels, 128 bytes of them at a time. A step of the
-  // tensor cores takes 32 bytes: two chunks.
+  // tensor cores takes 32 bytes: two chunks. Unrolling by 2 hides more latency, for more registers.
+  template <int kUnroll>
   __device__ __forceinline__ void multiply_rows(Scores& scores, int stage) const {
     const int row = row_warp * Tile::kFragments * 16 + lane % 16,
               column = col_warp * Tile::kScoreCols * 8 + lane % 8;
@@ -369,7 +370,7 @@ struct Engine {
         [&](int f, int half) { each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; }); });
 #pragma unroll 1
     for (int byte = 0; byte < row_stride; byte += 128) {
-#pragma unroll
+#pragma unroll kUnroll
       for (int chunk = 0; chunk < 8; chunk += 4) {
         Operand<Tile> b[2][Tile::kScoreCols][2];  // of two steps
 #pragma unroll
@@ -634,7 +635,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
       [&](int stage, bool mixed, int64_t) {
         visited = true;
         typename Engine<Tile>::Scores scores;
-        engine.multiply_rows(scores, stage);
+        engine.template multiply_rows<2>(scores, stage);
         if (mixed) {
           each_score<Tile>([&](int n, int e) {
             const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
@@ -742,12 +743,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
     engine.exchange[threadIdx.x] = combined_lse(shift, sum, Tile::kWeightBias);
   }
   sync_block();  // the log-sum-exps are there
-  int row_labels[Tile::kFragments][2];
   typename Engine<Tile>::PerRow neg_lse, loss, pos_weight, count;
   each_row<Tile>([&](int f, int half) {
     const int64_t row = engine.first_row + engine.local_row(f, half);
     const bool inside = row < anchors.count;
-    row_labels[f][half] = engine.label(anchors, row);
     neg_lse[f][half] = inside ? engine.exchange[engine.local_row(f, half)] : 0.f;
     loss[f][half] = pos_weight[f][half] = count[f][half] = 0.f;
   });
@@ -767,15 +766,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
       [&](int stage, bool, int64_t first_column) {
         visited = true;
         typename Engine<Tile>::Scores scores;
-        engine.multiply_rows(scores, stage);
+        engine.template multiply_rows<1>(scores, stage);
         each_row<Tile>([&](int f, int half) {
           float loss_of_tile = 0.f, weight_of_tile = 0.f;
+          const int64_t row = engine.first_row + engine.local_row(f, half);
+          const int own_label = engine.label(anchors, row);  // read anew: registers are short here
           each_score<Tile>([&](int n, int e) {
             float& score = scores[f][n][2 * half + e];
             const int column = engine.local_column(n) + e, label = key_labels[stage * Tile::kBlockK + column];
-            bool positive = label >= 0 && label == row_labels[f][half];
+            bool positive = label >= 0 && label == own_label;
             if (positive && p.exclude_self) {
-              const int64_t row = engine.first_row + engine.local_row(f, half);
               positive = first_column + column != (p.keys == nullptr ? row : p.order[row]);
             }
             const float margin = neg_lse[f][half] - score * scale;
@@ -905,7 +905,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
       },
       [&](int stage, bool mixed, int64_t first_column) {
         typename Engine<Tile>::Scores scores;
-        engine.multiply_rows(scores, stage);
+        engine.template multiply_rows<2>(scores, stage);
         each_score<Tile>([&](int n, int e) {
           const int column = engine.local_column(n) + e;
           const float4 anchor = coefficients[stage * Tile::kBlockK + column];
@@ -927,9 +927,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
         engine.template accumulate<Tile::kWeightParts>(output, stage);
       });
 
+  const float unscale = 1.f / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
-        output[f][n][i] = row_labels[f][i / 2] < 0 ? 0.f : output[f][n][i] / (peak_scale * p.temperature);
+        output[f][n][i] = row_labels[f][i / 2] < 0 ? 0.f : output[f][n][i] * unscale;
       });
   if (p.grad_parts == nullptr) {
     engine.write(output, p.grad, keys.order, p.grad_channels, p.grad_channels);

@@ -279,7 +279,7 @@ def infonce_forward(
     )
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
-    block_a, block_k = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
+    block_a, block_k, _ = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     key_tiles = -(-num_keys // block_k)
     splits = _splits(-(-num_anchors // block_a), key_tiles, anchors.device)
     bytes_of_row = anchors.shape[1] * anchors.element_size()
@@ -339,7 +339,7 @@ def _infonce_backward(
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
-    block_k, block_a = native.cuda_kernels.infonce_tile(
+    block_k, block_a, _ = native.cuda_kernels.infonce_tile(
         dtype, anchors.shape[1]
     )  # rows are keys, columns anchors
     anchor_tiles = -(-num_anchors // block_a)
