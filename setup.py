@@ -36,7 +36,14 @@ CXX_FLAGS = [
     "-Wextra",
 ]
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+# Two architectures of a file at a time: one file is most of the work.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--cudart=static",
+    "--threads=2",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+]
 
 # Sources that are compiled once per instruction set; the choice among them is made at run time.
 PER_ISA_SOURCES = ["csrc/cpu/infonce.cpp", "csrc/cpu/regions.cpp"]
@@ -67,12 +74,16 @@ class CudaToolkit:
 
     @property
     def targets(self):
-        """The code embedded: machine code for each architecture and PTX for whatever comes after them."""
-        return [f"sm_{arch}" for arch in self.archs] + [f"compute_{self.archs[-1]}"]
+        """The code embedded: machine code for each architecture, and PTX for those that have none.
+
+        All comes from the PTX of the lowest: the kernels use nothing newer, and it is made once, which is
+        half of the work for one architecture.
+        """
+        return [f"sm_{arch}" for arch in self.archs] + [f"compute_{self.archs[0]}"]
 
     @property
     def gencode(self):
-        return [f"-gencode=arch=compute_{target.split('_')[1]},code={target}" for target in self.targets]
+        return [f"-gencode=arch=compute_{self.archs[0]},code=[{','.join(self.targets)}]"]
 
 
 def find_cuda():

@@ -322,7 +322,7 @@ def test_cuda_sources_are_compiled_for_what_nvcc_lists(toy, nvcc):
     assert (answer, have_cuda, archs) == ("42", "1", "sm_90 compute_90")
     assert compiler.endswith("nvcc 12.9")
     compiled = log.read_text().splitlines()[-1]
-    assert "-gencode=arch=compute_90,code=sm_90 -gencode=arch=compute_90,code=compute_90" in compiled
+    assert "-gencode=arch=compute_90,code=[sm_90,compute_90]" in compiled
     assert "--cudart=static" in compiled and "-fPIC" in compiled
     assert "ninja: no work to do." in build(toy, PATH=path).stdout
 
