@@ -1,0 +1,69 @@
+"""What the compiler made of the CUDA kernels, which no emulator shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import compiled_code
+import pytest
+
+from pixcontrast_ext.backends import native
+
+SMALLEST_SHARED = 101376  # bytes a block may use on sm_86, sm_89 and sm_120
+
+if native._C is None or not native._C.cuda_archs:
+    pytest.skip("the module was built without CUDA kernels", allow_module_level=True)
+if compiled_code.cuobjdump() is None:
+    pytest.skip("cuobjdump is neither on PATH nor in an installed triton", allow_module_level=True)
+
+MODULE = Path(native._C.__file__)
+ARCHS = [name for name in native._C.cuda_archs.split() if name.startswith("sm_")]
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return compiled_code.resources(MODULE)
+
+
+def test_every_kernel_is_compiled_for_every_architecture(resources):
+    assert len(resources) > 30
+    for name, by_arch in resources.items():
+        assert sorted(by_arch) == sorted(ARCHS), name
+
+
+def test_nothing_spills_and_nothing_lies_in_local_memory(resources):
+    for name, by_arch in resources.items():
+        for arch, used in by_arch.items():
+            assert used.stack == 0, f"{name} uses {used.stack} bytes of local memory a thread on {arch}"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
+    if arch not in ARCHS:
+        pytest.skip(f"the toolkit does not compile for {arch}")
+    kernels = compiled_code.instructions(MODULE, arch)
+    tiles = {name: count for name, count in kernels.items() if "Tile<" in name}
+    assert len(tiles) == 24  # 3 passes, 4 kinds of arithmetic, 2 widths
+    for name, count in tiles.items():
+        assert count["HMMA"] >= 32, name
+        assert count["LDGSTS"] > 0 and count["LDSM"] > 0, name
+        assert count["LDL"] == count["STL"] == 0, name
+        assert not [op for op in count if op.startswith(("ATOM", "RED"))], name
+
+
+@pytest.mark.parametrize("dtype", [0, 1, 2])
+@pytest.mark.parametrize("channels", [8, 64, 200, 256, 264, 512])
+def test_tiles_fit_the_smallest_device(dtype, channels):
+    *_, shared = native.cuda_kernels.infonce_tile(dtype, channels)
+    assert 0 < shared <= SMALLEST_SHARED
+
+
+def test_registers_are_those_of_the_table():
+    compiler = native._C.compiler.rpartition(", ")[2]
+    recorded = compiled_code.TABLE.read_text()
+    if f"as {compiler} compiles" not in recorded:
+        pytest.skip(f"the table is of another compiler: {recorded.splitlines()[0]}; this is {compiler}")
+    found = compiled_code.table(MODULE, compiler)
+    assert found == recorded, (
+        "registers have changed; see what it means, then run tests/compiled_code.py --update"
+    )
