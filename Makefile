@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -27,6 +27,11 @@ lint: $(INSTALLED)  ## ruff, clang-format, mypy
 
 bench: $(BUILT)  ## time the ops beside their baselines
 	$(BIN)/python -m benchmarks
+
+# With the Python at hand and what it has: such machines are often offline.
+gpu:  ## build, test and time the kernels on a CUDA device, and write down what came out
+	PIXCONTRAST_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=. $(PYTHON) tests/gpu_report.py $(PARTS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info pixcontrast_ext/*.so

@@ -1,8 +1,8 @@
 """What the tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
 carelessly.
 
-The backend `cuda` runs on CPU tensors, in the emulator. With PIXCONTRAST_TEST_CUDA=device it is left alone, for the
-tests that run the kernels on a GPU.
+The backend `cuda` takes CPU tensors: its kernels run in the emulator, or, with PIXCONTRAST_TEST_CUDA=device, on a GPU
+that gets copies of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import pytest
 import torch
 
+import on_device
 from emulator import build
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
@@ -36,15 +37,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in redundant]
 
 
-@pytest.fixture(scope="session", autouse=not ON_DEVICE)
-def emulator() -> None:
-    """Puts the CUDA kernels, compiled for the emulator, in the place of those for a device."""
-    native.cuda_kernels = build.load(build.build("plain")).cuda
+@pytest.fixture(scope="session", autouse=True)
+def cuda_on_cpu_tensors() -> None:
+    if ON_DEVICE:
+        native.launch_cuda = on_device.launch_cuda
+    else:
+        native.cuda_kernels = build.load(build.build("plain")).cuda
     native.cuda_device_type = "cpu"
     backends.DEVICES["cuda"] = ("cpu",)
 
 
-@pytest.fixture(params=["reference", "cpu"] if ON_DEVICE else ["reference", "cpu", "cuda"])
+@pytest.fixture(params=["reference", "cpu", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -1,0 +1,51 @@
+"""Every CUDA kernel once over small, ragged shapes on the device: what compute-sanitizer is run over."""
+
+from __future__ import annotations
+
+import torch
+
+from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
+
+
+def contrast(a: int, k: int, d: int, dtype: torch.dtype, device: str) -> None:
+    anchors, keys = (torch.randn(n, d, device=device, dtype=dtype, requires_grad=True) for n in (a, k))
+    anchor_labels, key_labels = (torch.randint(-1, 4, (n,), device=device) for n in (a, k))
+    infonce(
+        anchors, anchor_labels, keys, key_labels, temperature=1.0, exclude_self=True, backend="cuda"
+    ).backward()
+    infonce(
+        anchors, anchor_labels, anchors, anchor_labels, temperature=1.0, exclude_self=True, backend="cuda"
+    ).backward()
+    with torch.no_grad():
+        infonce(anchors, anchor_labels, keys, key_labels, temperature=1.0, backend="cuda")
+
+
+def maps(channels: int, dtype: torch.dtype, device: str, layout: torch.memory_format) -> None:
+    embeddings = torch.randn(2, channels, 37, 41, device=device, dtype=dtype).to(memory_format=layout)
+    embeddings.requires_grad_()
+    labels, predictions = (torch.randint(0, 5, (2, 37, 41), device=device) for _ in range(2))
+    sample = hard_anchor_sampling(
+        labels, predictions, num_classes=5, max_samples=70, max_views=9, backend="cuda"
+    )
+    gather_embeddings(embeddings, sample.indices, backend="cuda").float().square().sum().backward()
+    bank = MemoryBank(5, channels, region_slots=3, pixel_slots=17, process_group=None).to(device)
+    for _ in range(2):
+        bank.enqueue(embeddings.detach(), labels, backend="cuda")
+
+
+def main(device: str = "cuda") -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for shape in ((70, 150, 65), (33, 90, 300), (1, 1, 8)):
+            contrast(*shape, dtype, device)
+    torch.set_float32_matmul_precision("high")
+    contrast(70, 150, 65, torch.float32, device)
+    torch.set_float32_matmul_precision("highest")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps(65, torch.float32, device, layout)
+        maps(16, torch.bfloat16, device, layout)
+
+
+if __name__ == "__main__":
+    main()
+    torch.cuda.synchronize()

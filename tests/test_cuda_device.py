@@ -1,0 +1,322 @@
+"""What only a GPU can show: streams, graphs, synchronisation, repeatability, sizes, accuracy of its tensor cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pixcontrast_ext import (
+    MemoryBank,
+    PixelContrastLoss,
+    backends,
+    gather_embeddings,
+    hard_anchor_sampling,
+    infonce,
+)
+from pixcontrast_ext.backends import cuda, native, reference
+
+if not torch.cuda.is_available():
+    pytest.skip("torch finds no CUDA device", allow_module_level=True)
+if getattr(native._C, "cuda", None) is None:
+    pytest.skip("the module was built without CUDA kernels", allow_module_level=True)
+
+DEVICE = torch.device("cuda", 0)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BACKENDS = ["cuda"]
+GRADIENT_BAR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(monkeypatch):
+    """Tensors of this file lie on the device, whatever the other tests were given."""
+    monkeypatch.setattr(native, "cuda_kernels", native._C.cuda)
+    monkeypatch.setattr(native, "cuda_device_type", "cuda")
+    monkeypatch.setitem(backends.DEVICES, "cuda", ("cuda",))
+
+
+@pytest.fixture(params=BACKENDS)
+def device_backend(request):
+    return request.param
+
+
+def draw(a, k, d, classes, dtype=torch.float32, sort=True):
+    anchors, keys = (F.normalize(torch.randn(n, d, device=DEVICE), dim=1).to(dtype) for n in (a, k))
+    anchor_labels, key_labels = (
+        torch.randint(0, classes, (n,), device=DEVICE, dtype=torch.int32) for n in (a, k)
+    )
+    if sort:
+        anchor_labels, key_labels = anchor_labels.sort().values, key_labels.sort().values
+    return anchors, anchor_labels, keys, key_labels
+
+
+def draw_maps(batch=4, channels=64, height=64, width=48, classes=7, dtype=torch.float32):
+    embeddings = torch.randn(batch, channels, height, width, device=DEVICE, dtype=dtype)
+    labels = torch.randint(0, classes + 1, (batch, height // 8, width // 8), device=DEVICE)
+    labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[labels == classes] = 255
+    predictions = torch.where(torch.rand(labels.shape, device=DEVICE) < 0.3, (labels + 1) % classes, labels)
+    return embeddings, labels, predictions
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1024, 19000, 256, 19), (100, 9500, 256, 19), (700, 5001, 129, 7), (333, 4000, 512, 59)]
+)
+@pytest.mark.parametrize("sort", [True, False])
+def test_infonce_against_double_precision(device_backend, dtype, shape, sort):
+    inputs = draw(*shape, dtype=dtype, sort=sort)
+    loss, lse, weight, count, grad = torch.ops.pixcontrast.infonce_forward(
+        *inputs, 0.07, False, True, device_backend
+    )
+    scale = 1.0 / count.clamp(min=1)
+    key_grad = torch.ops.pixcontrast.infonce_backward_keys(
+        *inputs, lse, weight, scale, 0.07, False, device_backend
+    )
+    anchors, keys = (x.double().requires_grad_() for x in inputs[::2])
+    expected, _ = reference.infonce_per_anchor(anchors, inputs[1], keys, inputs[3], 0.07, False)
+    expected.sum().backward()
+    assert error(loss, expected.detach()) <= 1e-6
+    assert error(grad, anchors.grad) <= GRADIENT_BAR[dtype]
+    assert error(key_grad, keys.grad) <= GRADIENT_BAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1024, 256, 19), (3001, 64, 5)])
+def test_symmetric_infonce_against_double_precision(device_backend, dtype, shape):
+    a, d, classes = shape
+    anchors, labels, _, _ = draw(a, 1, d, classes, dtype=dtype, sort=False)
+    loss, lse, weight, count, _ = torch.ops.pixcontrast.infonce_forward(
+        anchors, labels, anchors, labels, 0.1, True, False, device_backend
+    )
+    grad = torch.ops.pixcontrast.infonce_backward_symmetric(
+        anchors, labels, lse, weight, 1.0 / count.clamp(min=1), 0.1, True, device_backend
+    )
+    exact = anchors.double().requires_grad_()
+    expected, _ = reference.infonce_per_anchor(exact, labels, exact, labels, 0.1, True)
+    expected.sum().backward()
+    assert error(loss, expected.detach()) <= 1e-6
+    assert error(grad, exact.grad) <= GRADIENT_BAR[dtype]
+
+
+def test_tf32_is_rounded_to_nearest(device_backend):
+    inputs = draw(1024, 19000, 256, 19)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        loss, _, _, _, grad = torch.ops.pixcontrast.infonce_forward(
+            *inputs, 0.07, False, True, device_backend
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    anchors = inputs[0].double().requires_grad_()
+    expected, _ = reference.infonce_per_anchor(anchors, inputs[1], inputs[2].double(), inputs[3], 0.07, False)
+    expected.sum().backward()
+    assert 1e-8 < error(grad, anchors.grad) <= 1e-3  # truncated operands are beyond it
+    assert error(loss, expected.detach()) <= 1e-4
+
+
+class Step:
+    """One training step of the criterion on fixed memory: sampling, gather, loss, backward, enqueue."""
+
+    def __init__(self, backend, dtype=torch.float32):
+        self.embeddings, self.labels, self.predictions = draw_maps(dtype=dtype)
+        self.embeddings.requires_grad_()
+        self.priority = torch.randint(2**31 - 1, self.labels.shape, device=DEVICE, dtype=torch.int32)
+        self.bank = MemoryBank(7, 64, region_slots=20, pixel_slots=100, dtype=dtype, process_group=None).to(
+            DEVICE
+        )
+        self.backend = backend
+        self.bank.enqueue(self.embeddings.detach(), self.labels, priority=self.priority, backend=backend)
+
+    def __call__(self):
+        sample = hard_anchor_sampling(
+            self.labels, self.predictions, num_classes=7, max_samples=300, max_views=20, priority=self.priority,
+            backend=self.backend,
+        )  # fmt: skip
+        anchors = gather_embeddings(self.embeddings, sample.indices, backend=self.backend)
+        keys, key_labels = self.bank.flat()
+        loss = infonce(anchors, sample.labels, keys, key_labels, temperature=0.1, backend=self.backend)
+        (grad,) = torch.autograd.grad(loss, self.embeddings)
+        self.bank.enqueue(self.embeddings.detach(), self.labels, priority=self.priority, backend=self.backend)
+        return loss, grad, sample.indices, self.bank.keys.clone(), self.bank.key_labels.clone()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_repeat_gives_the_same_bits(device_backend, dtype):
+    step = Step(device_backend, dtype)
+    state = {name: value.clone() for name, value in step.bank.state_dict().items()}
+    first = step()
+    for _ in range(500):
+        step.bank.load_state_dict(state)
+        for found, expected in zip(step(), first, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_a_side_stream_is_respected(device_backend):
+    step = Step(device_backend)
+    state = {name: value.clone() for name, value in step.bank.state_dict().items()}
+    expected = step()
+    step.bank.load_state_dict(state)
+    kept = step.embeddings.detach().clone()
+    with torch.no_grad():
+        step.embeddings.fill_(float("nan"))
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read the NaN
+        with torch.no_grad():
+            step.embeddings.copy_(kept)
+        found = step()
+    side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_graph_captures_the_whole_step(device_backend):
+    step = Step(device_backend)
+    state = {name: value.clone() for name, value in step.bank.state_dict().items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    with torch.no_grad():  # other data in the same memory
+        step.embeddings.copy_(torch.randn_like(step.embeddings))
+        step.priority.copy_(torch.randint_like(step.priority, 2**31 - 1))
+    step.bank.load_state_dict(state)
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = [output.clone() for output in outputs]
+    step.bank.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+
+
+@pytest.mark.parametrize("with_bank", [True, False])
+def test_a_step_never_waits_for_the_device(device_backend, with_bank):
+    embeddings, labels, _ = draw_maps()
+    logits = torch.randn(4, 7, *labels.shape[1:], device=DEVICE)
+    bank = MemoryBank(7, 64, region_slots=20, pixel_slots=100, process_group=None) if with_bank else None
+    loss_function = PixelContrastLoss(7, max_samples=200, max_views=10, bank=bank, backend=device_backend).to(
+        DEVICE
+    )
+    embeddings.requires_grad_()
+    loss_function(embeddings, labels, logits).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_function(embeddings, labels, logits).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert embeddings.grad.isfinite().all()
+
+
+def test_the_whole_criterion_agrees_with_the_reference(device_backend):
+    embeddings, labels, _ = draw_maps()
+    logits = torch.randn(4, 7, *labels.shape[1:], device=DEVICE)
+    losses, grads = [], []
+    for backend in ("reference", device_backend):
+        bank = MemoryBank(7, 64, region_slots=20, pixel_slots=100, process_group=None)
+        function = PixelContrastLoss(7, max_samples=200, max_views=10, bank=bank, backend=backend).to(DEVICE)
+        x = embeddings.clone().requires_grad_()
+        torch.manual_seed(5)
+        for _ in range(3):
+            loss = function(x, labels, logits)
+        loss.backward()
+        losses.append(loss.detach()), grads.append(x.grad)
+    assert losses[0] > 0
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-6, atol=0)
+    assert error(grads[1], grads[0].double()) <= 1e-5
+
+
+def test_bad_labels_and_indices_are_ignored(device_backend):
+    embeddings, labels, predictions = draw_maps()
+    priority = torch.randint(2**31 - 1, labels.shape, device=DEVICE, dtype=torch.int32)
+    wild = torch.where(labels == 255, torch.randint(1000, 10**9, labels.shape, device=DEVICE), labels)
+    settings = dict(num_classes=7, max_samples=300, max_views=20, priority=priority, backend=device_backend)
+    for found, expected in zip(
+        hard_anchor_sampling(wild, predictions, **settings),
+        hard_anchor_sampling(labels, predictions, **settings),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    indices = torch.tensor([0, -1, 2**40, 5], device=DEVICE)
+    rows = gather_embeddings(embeddings, indices, backend=device_backend)
+    assert (rows[1:3] == 0).all() and (rows[[0, 3]] != 0).any()
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements(device_backend):
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB of device memory")
+    k, d = 2**31 // 256 + 70_001, 256
+    keys = torch.zeros(k, d, device=DEVICE, dtype=torch.bfloat16)
+    key_labels = torch.full((k,), -1, device=DEVICE, dtype=torch.int32)
+    anchors, anchor_labels, last, last_labels = draw(100, 3000, d, 5, dtype=torch.bfloat16)
+    keys[-3000:], key_labels[-3000:] = last, last_labels
+    found = torch.ops.pixcontrast.infonce_forward(
+        anchors, anchor_labels, keys, key_labels, 0.1, False, True, device_backend
+    )
+    expected = torch.ops.pixcontrast.infonce_forward(
+        anchors, anchor_labels, last, last_labels, 0.1, False, True, device_backend
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+    del keys
+    height, width = 2**12, 2**31 // 2**12 // 8 + 3
+    embeddings = torch.zeros(1, 8, height, width, device=DEVICE, dtype=torch.bfloat16)
+    embeddings[0, :, -1] = 1.0
+    labels = torch.full((1, height, width), 255, device=DEVICE)
+    labels[0, -1, -1] = 1
+    bank = MemoryBank(2, 8, region_slots=2, pixel_slots=2, process_group=None).to(DEVICE)
+    bank.enqueue(embeddings, labels, backend=device_backend)
+    assert bank.region_fill.tolist() == [0, 1]
+    torch.testing.assert_close(bank.keys[1, 0], torch.full((8,), 8**-0.5, device=DEVICE))
+    sample = hard_anchor_sampling(
+        labels, labels, num_classes=2, max_samples=4, max_views=1, min_pixels=1, backend=device_backend
+    )
+    assert sample.indices[0].item() == height * width - 1
+
+
+def test_a_refused_launch_raises():
+    inputs = draw(64, 100, 64, 3)
+    with pytest.raises(RuntimeError, match="infonce_.*invalid"):
+        outputs = [torch.empty(64, device=DEVICE) for _ in range(3)]
+        before = cuda._splits
+        try:
+            cuda._splits = lambda *_: 70_000  # beyond what a grid may have
+            cuda.infonce_forward(
+                *inputs, 0.1, False, *outputs, torch.empty(64, device=DEVICE, dtype=torch.int32), None
+            )
+        finally:
+            cuda._splits = before
+    assert infonce(*inputs, temperature=0.1).isfinite()
+
+
+def test_fullgraph_compile(device_backend):
+    embeddings, labels, predictions = draw_maps()
+    priority = torch.randint(2**31 - 1, labels.shape, device=DEVICE, dtype=torch.int32)
+    _, _, keys, key_labels = draw(1, 500, 64, 7)
+
+    def step(embeddings):
+        sample = hard_anchor_sampling(
+            labels,
+            predictions,
+            num_classes=7,
+            max_samples=300,
+            max_views=20,
+            priority=priority,
+            backend=device_backend,
+        )
+        anchors = gather_embeddings(embeddings, sample.indices, backend=device_backend)
+        return infonce(anchors, sample.labels, keys, key_labels, temperature=0.1, backend=device_backend)
+
+    torch.testing.assert_close(
+        torch.compile(step, fullgraph=True)(embeddings), step(embeddings), rtol=1e-6, atol=0
+    )
