@@ -176,9 +176,8 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   for_each_sum([&](int64_t i) { sums[i] = 0.f; });
 
   for (int strip = 0; strip < chunk.size; strip += tile.strip) {
-    sync_block();  // the strip before has been added, or the classes are there
     squares[thread] = 0.f;
-    sync_block();  // warps may add to others' squares
+    sync_block();  // all squares are zero, the classes are there, and the strip before has been added
     for (int64_t d = 0; d < p.channels; d += tile.slice) stage(p, tile, chunk, strip, d, staged, squares);
     sync_block();  // all squares are there
     if (thread < tile.strip) {
