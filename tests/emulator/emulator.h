@@ -75,10 +75,11 @@ PXC_DEFINE_MIN_MAX(unsigned long)
 PXC_DEFINE_MIN_MAX(long long)
 PXC_DEFINE_MIN_MAX(unsigned long long)
 #undef PXC_DEFINE_MIN_MAX
-inline float min(float a, float b) { return fminf(a, b); }  // of a number and NaN, the number
-inline float max(float a, float b) { return fmaxf(a, b); }
-inline double min(double a, double b) { return fmin(a, b); }
-inline double max(double a, double b) { return fmax(a, b); }
+// Of a number and any NaN, the number. (The C library makes an exception of signalling ones.)
+inline float min(float a, float b) { return b < a || a != a ? b : a; }
+inline float max(float a, float b) { return a < b || a != a ? b : a; }
+inline double min(double a, double b) { return b < a || a != a ? b : a; }
+inline double max(double a, double b) { return a < b || a != a ? b : a; }
 
 inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
 

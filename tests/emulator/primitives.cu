@@ -201,9 +201,7 @@ __global__ void misuse_kernel(int fault, int* global) {
       if (thread != 63) sync_block();
       break;
     case 3:  // different counts
-      sync_group(1, thread < 32 ? 32 : 64);
-      if (thread < 32) sync_group(1, 64);
-      if (thread >= 32) sync_group(1, 32);
+      sync_group(1, thread < 32 ? 64 : 32);
       break;
     case 4:  // half of each warp
       if (lane < 16) sync_group(1, 32);

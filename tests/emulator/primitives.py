@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 
 
@@ -30,3 +31,20 @@ class Primitives:
         )
         if message:
             raise RuntimeError(message.decode())
+
+
+def exact_buffer(size: int) -> int:
+    """Zeros, of exactly so many bytes, in an allocation that a sanitizer knows."""
+    libc = ctypes.CDLL(None)
+    libc.calloc.restype = ctypes.c_void_p
+    libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    return libc.calloc(1, size)
+
+
+if (
+    __name__ == "__main__"
+):  # python -m emulator.primitives LIBRARY FAULT ...: the faults of race_kernel one after another
+    primitives = Primitives(Path(sys.argv[1]))
+    for fault in sys.argv[2:]:
+        print(f"fault {fault}", file=sys.stderr, flush=True)
+        primitives.run("race", [exact_buffer(65 * 4)], (int(fault),))

@@ -1,6 +1,6 @@
 """Repeats the calls that record.py wrote down, in a process that may run under a sanitizer: it imports no torch.
 
-    python replay.py FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
+    python -m emulator.replay FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
 
 Every buffer is an allocation of its own, of exactly the size of the storage that it stands for. What a call leaves in
 them has to be, bit for bit, what the recorded call left.
@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from build import load
+
+from emulator.build import load
 
 SCHEDULES = ("forward", "reverse", "20210118")
 

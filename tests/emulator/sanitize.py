@@ -1,0 +1,58 @@
+"""Runs a module of this folder under the sanitizer of a variant; Python itself is not compiled for any."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+_RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
+
+_OPTIONS = {
+    # Python does not free all, and leaves what it calls from C without a frame.
+    "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "exitcode=66",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+def _library(name: str) -> str | None:
+    found = subprocess.run(
+        [os.environ.get("CXX", "g++"), f"-print-file-name={name}"], capture_output=True, text=True
+    ).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+@functools.cache
+def missing(variant: str) -> str | None:
+    """Why a variant cannot be run here, or None."""
+    runtime = _RUNTIMES.get(variant)
+    if runtime is None or _library(runtime):
+        return None
+    return f"the compiler has no {runtime}"
+
+
+@functools.cache
+def _prefix() -> list[str]:
+    """ThreadSanitizer wants memory where it expects it; some kernels spread addresses wider than it knows."""
+    fixed = ["setarch", "-R"]
+    works = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True).returncode == 0
+    return fixed if works else []
+
+
+def run(
+    variant: str, module: str, *arguments: object, timeout: float = 900, **options: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments ...`; `options` are environment variables."""
+    environment = {**os.environ, **_OPTIONS, "PYTHONPATH": str(TESTS), **options}
+    if variant in _RUNTIMES:
+        # The C++ library as well: its exceptions are caught by the sanitizer, which looks for it at the start.
+        environment["LD_PRELOAD"] = f"{_library(_RUNTIMES[variant])} {_library('libstdc++.so.6')}"
+    command = [*_prefix(), sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
