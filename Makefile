@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 CSRC      := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+EMULATOR  := $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu)
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -19,10 +20,13 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 test: $(BUILT)  ## the whole test suite
 	$(BIN)/python -m pytest tests
 
+mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
+	PYTHONPATH=tests $(BIN)/python -m emulator.mutants
+
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC) $(EMULATOR))
 	$(BIN)/mypy
 
 bench: $(BUILT)  ## time the ops beside their baselines

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ON_DEVICE
-from emulator import build, record, replay, sanitize
+from emulator import build, mutants, record, replay, sanitize
 from emulator.primitives import Primitives
 
 FOLDER = Path(build.__file__).parent
@@ -489,3 +489,10 @@ def test_kernels_pass_the_sanitizers_under_every_schedule(recording, variant):
     folder = sanitized(variant, "_C")
     done = sanitize.run(variant, "emulator.replay", folder, recording)
     assert done.returncode == 0 and "ThreadSanitizer" not in done.stderr, done.stdout + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutants_still_fit_the_kernels(mutant):
+    """`make mutants` puts them to the test."""
+    source = (build.ROOT / "csrc" / "cuda" / mutant.file).read_text()
+    assert mutant.apply(source) != source

@@ -95,7 +95,7 @@ def _sampling() -> None:
 
 
 def _gather() -> None:
-    for dtype, channels in zip(DTYPES, (33, 20, 7), strict=True):
+    for dtype, channels in zip(DTYPES, (33, 70, 7), strict=True):
         for embeddings in _layouts(torch.randn(2, channels, 5, 7).to(dtype)):
             for normalize, count in ((True, 45), (False, 1), (True, 0)):
                 indices = torch.randint(0, 70, (count,))
@@ -104,6 +104,11 @@ def _gather() -> None:
                 leaf = embeddings.detach().requires_grad_()
                 rows = gather_embeddings(leaf, indices, normalize=normalize, backend="cuda")
                 rows.backward(torch.randn_like(rows))
+    # More than 2^32 pixels, in the memory of one row of them.
+    width = 2**16 + 1
+    embeddings = torch.randn(1, 2, 1, width).half().expand(width, 2, 1, width)
+    indices = torch.tensor([width**2 - 1, width**2 - 77, 2**31 + 5, 3])
+    gather_embeddings(embeddings, indices, backend="cuda")
 
 
 def _enqueue() -> None:

@@ -17,7 +17,7 @@ _OPTIONS = {
     # Python does not free all, and leaves what it calls from C without a frame.
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "exitcode=66",
+    "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
     "OPENBLAS_NUM_THREADS": "1",
 }
 

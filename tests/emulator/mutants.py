@@ -1,0 +1,285 @@
+"""Puts faults into the CUDA kernels, one at a time, and shows which check of the tests finds each.
+
+    python -m emulator.mutants [NAME ...]
+
+Every fault is one that people make. The kernels are changed in a copy, built for the emulator, and the recorded calls
+are replayed: first for other bits, then under AddressSanitizer, then under ThreadSanitizer, each under all schedules.
+Exits with 1 if a fault survives.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulator import build, sanitize
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # in csrc/cuda
+    text: str  # stands there once
+    replacement: str
+
+    def apply(self, source: str) -> str:
+        if source.count(self.text) != 1:
+            raise ValueError(
+                f"{self.name}: {self.file} has its text {source.count(self.text)} times, not once"
+            )
+        return source.replace(self.text, self.replacement)
+
+
+MUTANTS = [
+    # infonce: barriers and copies
+    Mutant(
+        "tile read before its copies are visible",
+        "infonce.cuh",
+        "sync_block();  // all copies are visible to all, and nobody reads the other stage any more",
+        "",
+    ),
+    Mutant("wait for all groups but one", "infonce.cuh", "cp_async_wait<0>();", "cp_async_wait<1>();"),
+    Mutant(
+        "weights read before they are written",
+        "infonce.cuh",
+        "sync_row_warps();  // the weights of all columns are there",
+        "",
+    ),
+    Mutant(
+        "maxima read before they are written",
+        "infonce.cuh",
+        "engine.sync_row_warps();  // the maxima of all column warps are there",
+        "",
+    ),
+    Mutant(
+        "sums overwritten while they are read",
+        "infonce.cuh",
+        "sync_block();  // before the next sum overwrites them",
+        "",
+    ),
+    Mutant(
+        "group barrier of too many threads",
+        "infonce.cuh",
+        "sync_group(1 + row_warp, Tile::kColWarps * kWarp);",
+        "sync_group(1 + row_warp, 2 * Tile::kColWarps * kWarp);",
+    ),
+    Mutant(
+        "return before a barrier",
+        "infonce.cuh",
+        "const unsigned place_of_label = unsigned(label);  // -1 becomes the largest",
+        "const unsigned place_of_label = unsigned(label);\n  if (anchor >= p.num_anchors) return;",
+    ),
+    Mutant(
+        "shuffle under a condition",
+        "infonce.cuh",
+        "range.low = min(range.low, shuffle_xor(range.low, lanes));",
+        "if (range.high >= 0) range.low = min(range.low, shuffle_xor(range.low, lanes));",
+    ),
+    # infonce: bounds, masks and places
+    Mutant(
+        "label read behind the last",
+        "infonce.cuh",
+        "return place < side.count ? side.labels[place] : -1;",
+        "return place <= side.count ? side.labels[place] : -1;",
+    ),
+    Mutant(
+        "one tile too many",
+        "infonce.cuh",
+        "if (tile < num_tiles_) range =",
+        "if (tile <= num_tiles_) range =",
+    ),
+    Mutant(
+        "one split too many",
+        "infonce.cuh",
+        "for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts",
+        "for (int64_t split = 0; split <= p.splits; ++split) sum += p.grad_parts",
+    ),
+    Mutant(
+        "all splits write one part",
+        "infonce.cuh",
+        "p.grad_parts + int64_t(blockIdx.y) * keys.count * p.grad_channels;",
+        "p.grad_parts + int64_t(0) * keys.count * p.grad_channels;",
+    ),
+    Mutant(
+        "channels behind the last are not zero",
+        "infonce.cuh",
+        "inside ? from + chunk * 16 : side.rows,\n                    inside ? 16 : 0);",
+        "inside ? from + chunk * 16 : side.rows,\n                    16);",
+    ),
+    Mutant(
+        "rows without a label are loaded",
+        "infonce.cuh",
+        "const bool wanted = !check_labels || label(side, first + row) >= 0;",
+        "const bool wanted = first + row < side.count;",
+    ),
+    Mutant(
+        "keys without a label are negatives",
+        "infonce.cuh",
+        "if (label < 0 || label == row_labels[f][half])",
+        "if (label == row_labels[f][half])",
+    ),
+    Mutant(
+        "self excluded by the sorted place",
+        "infonce.cuh",
+        "(p.keys == nullptr ? row : p.order[row]);",
+        "row;",
+    ),
+    Mutant(
+        "fragment's second half a row below",
+        "infonce.cuh",
+        "* 16 + half * 8 + group;",
+        "* 16 + half + 2 * group;",
+    ),
+    Mutant("columns not transposed", "infonce.cuh", "ldmatrix_x4_trans(bits,", "ldmatrix_x4(bits,"),
+    Mutant(
+        "weights read where they would lie unswizzled",
+        "infonce.cuh",
+        "load_fragment(a[f], weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);",
+        "load_fragment(a[f], weights + (row * (Tile::kBlockK * int(sizeof(T)) / 16) + 2 * step + lane / 16) * 16 + "
+        "part * kWeightBytes);",
+    ),
+    Mutant(
+        "half of the sums not written",
+        "infonce.cuh",
+        "if (quad == 0) exchange[col_warp",
+        "if (quad == 0 && half == 0) exchange[col_warp",
+    ),
+    Mutant(
+        "one row too many written",
+        "infonce.cuh",
+        "if (row >= rows.count) return;",
+        "if (row > rows.count) return;",
+    ),
+    # pools and sampling
+    Mutant(
+        "block's step of the sort ordered by warp",
+        "pools.cuh",
+        "if (max(stride, next) > kWarp) {",
+        "if (max(stride, next) > 2 * kWarp) {",
+    ),
+    Mutant(
+        "bits set before they are cleared", "pools.cuh", "sync_warp();  // before others set bits in it", ""
+    ),
+    Mutant("bits read before they are set", "pools.cuh", "sync_warp();  // all bits are set", ""),
+    Mutant(
+        "scan over sums still being read",
+        "pools.cuh",
+        "sync_block();  // the sums of an earlier call have been read",
+        "",
+    ),
+    Mutant("count in a histogram not yet empty", "pools.cuh", "sync_block();  // the histogram is empty", ""),
+    Mutant(
+        "first padding row left out",
+        "sampling.cuh",
+        "for (int64_t row = rows + thread;",
+        "for (int64_t row = rows + 1 + thread;",
+    ),
+    # gather
+    Mutant("index used unchecked", "gather.cuh", "if (!is_pixel(p, index)) {", "if (false) {"),
+    Mutant(
+        "pixels behind the last written",
+        "gather.cuh",
+        "for (int64_t d = first_channel; inside && d < last_channel; ++d) {",
+        "for (int64_t d = first_channel; d < last_channel; ++d) {",
+    ),
+    Mutant(
+        "index in 32 bits",
+        "pixels.cuh",
+        "if (m.batch * m.height * m.width <= INT64_C(0xffffffff)) {",
+        "if (true) {",
+    ),
+    Mutant(
+        "every slice starts at channel 0",
+        "gather.cuh",
+        "const int64_t first_channel = blockIdx.x % slices * kSpreadChannels;",
+        "const int64_t first_channel = 0;",
+    ),
+    # enqueue
+    Mutant("norms of squares not yet there", "enqueue.cuh", "sync_block();  // all squares are there", ""),
+    Mutant("rows of pixels not yet there", "enqueue.cuh", "sync_block();  // sums and pixels are there", ""),
+    Mutant(
+        "candidates copied before they are placed",
+        "enqueue.cuh",
+        "sync_block();  // the warps copy other threads' candidates",
+        "",
+    ),
+    Mutant("a candidate too few stays", "enqueue.cuh", "order >= written - slots", "order > written - slots"),
+]
+
+
+def verdict(done: subprocess.CompletedProcess[str]) -> str:
+    """What stopped a replay, in a line."""
+    for text in (done.stdout, done.stderr):
+        for pattern in (
+            r"^(FAILED|DIFFERS): call \d+, \w+\(.*?\), schedule (\w+):? ?(.*)$",
+            r"^.*ERROR: (AddressSanitizer): ([^\n]*?) on ",
+            r"^.*(runtime error): (.*)$",
+            r"^WARNING: (ThreadSanitizer): (data race)",
+        ):
+            found = re.search(pattern, text, re.M)
+            if found:
+                return " ".join(found.groups())[:120]
+    return f"exit status {done.returncode}"
+
+
+def caught_by(root: Path, recording: Path) -> str | None:
+    """The check that fails for the kernels in `root`, or None."""
+    for variant in build.VARIANTS:
+        folder = build.build(variant, root, root / "build")
+        try:
+            done = sanitize.run(variant, "emulator.replay", folder, recording, timeout=900)
+        except subprocess.TimeoutExpired:
+            return f"{variant}: does not end"
+        if done.returncode:
+            return f"{variant}: {verdict(done)}"
+    return None
+
+
+def main(names: list[str]) -> int:
+    from emulator import record
+    from pixcontrast_ext import backends
+    from pixcontrast_ext.backends import native
+
+    unknown = set(names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        raise SystemExit(f"no mutant is called {', '.join(unknown)}")
+    for variant in build.VARIANTS:
+        reason = sanitize.missing(variant)
+        if reason:
+            raise SystemExit(reason)
+        folder = build.build(variant)
+    native.cuda_kernels = build.load(build.build("plain")).cuda
+    native.cuda_device_type = "cpu"
+    backends.DEVICES["cuda"] = ("cpu",)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        root, recording = Path(temporary), Path(temporary) / "calls.npz"
+        record.record(recording)
+        # With what is built already: only the changed file is compiled.
+        for name in ("csrc", "tests/emulator"):
+            shutil.copytree(build.ROOT / name, root / name)
+        shutil.copytree(folder.parent, root / "build")
+        if (reason := caught_by(root, recording)) is not None:
+            raise SystemExit(f"the kernels fail as they are: {reason}")
+        for mutant in MUTANTS:
+            if names and mutant.name not in names:
+                continue
+            start, file = time.monotonic(), root / "csrc" / "cuda" / mutant.file
+            original = file.read_text()
+            file.write_text(mutant.apply(original))
+            reason = caught_by(root, recording)
+            file.write_text(original)
+            survivors += reason is None
+            seconds = time.monotonic() - start
+            print(f"{mutant.name:45} {reason or 'SURVIVES'}  ({seconds:.0f} s)", flush=True)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
