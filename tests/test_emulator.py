@@ -347,6 +347,20 @@ def test_products_are_fast_enough(plain):
     assert (result == 16000).all()
 
 
+def test_switching_by_the_system_works_too(tmp_path):
+    """What other processors than x86-64 get."""
+    library = tmp_path / "primitives.so"
+    command = [*build.compiler(), *build.FLAGS, "-DPXC_EMULATOR_UCONTEXT=1", "-O1", "-shared", "-o", library]
+    sources = ["tests/emulator/emulator.cpp", "-x", "c++", "tests/emulator/primitives.cu"]
+    done = subprocess.run([*command, *sources], cwd=build.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    emulator = Emulator(library)
+    for fault, _ in MISUSES:
+        with pytest.raises(RuntimeError):
+            emulator.run("misuse", np.zeros(64, np.int32), numbers=(fault,))
+        test_named_barriers(emulator)
+
+
 # (fault, what is said of it)
 AT = r"at primitives\.cu:\d+"
 MISUSES = [

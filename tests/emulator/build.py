@@ -30,6 +30,10 @@ FLAGS = """-std=c++17 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wex
 -I tests/emulator -I csrc -DPXC_HAVE_CUDA=1 -DPXC_EMULATED=1""".split()
 
 
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
 def _statements(root: Path, build_dir: str) -> list[str]:
     import pybind11
 
@@ -72,15 +76,14 @@ def build(
     build_dir = build_dir or source_root / "build" / f"emulator-{sysconfig.get_config_var('SOABI')}"
     build_dir.mkdir(parents=True, exist_ok=True)
     relative = os.path.relpath(build_dir, source_root)
-    compiler = os.environ.get("CXX", "g++")
     lines = [
         f"builddir = {relative}",
         "rule compile",
-        f"  command = {compiler} {shlex.join(FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
+        f"  command = {shlex.join(compiler())} {shlex.join(FLAGS)} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} -shared $flags $in -o $out",
+        f"  command = {shlex.join(compiler())} -shared $flags $in -o $out",
         *_statements(source_root, relative),
     ]
     text, file = "\n".join(lines) + "\n", build_dir / "build.ninja"

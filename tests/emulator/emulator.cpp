@@ -22,7 +22,10 @@
 
 #include "portable.h"
 
-#ifndef __x86_64__
+#if !defined(__x86_64__) && !defined(PXC_EMULATOR_UCONTEXT)
+#define PXC_EMULATOR_UCONTEXT 1  // slower: it makes system calls
+#endif
+#if PXC_EMULATOR_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -57,7 +60,7 @@ constexpr size_t kStackSize = 256 << 10;
 
 // --- contexts: a stack and the registers that a call preserves ---
 
-#ifdef __x86_64__
+#if !PXC_EMULATOR_UCONTEXT
 
 struct Context {
   void* stack_pointer;

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from emulator.build import compiler
+
 TESTS = Path(__file__).parents[1]
 
 _RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
@@ -24,7 +26,7 @@ _OPTIONS = {
 
 def _library(name: str) -> str | None:
     found = subprocess.run(
-        [os.environ.get("CXX", "g++"), f"-print-file-name={name}"], capture_output=True, text=True
+        [*compiler(), f"-print-file-name={name}"], capture_output=True, text=True
     ).stdout.strip()
     return found if os.path.isabs(found) else None
 
