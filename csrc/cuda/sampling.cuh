@@ -8,7 +8,7 @@
 namespace pxc::cuda {
 namespace {
 
-constexpr int kPlanThreads = 1024;
+constexpr int kPlanThreads = 512;
 enum Kind { kHard = 0, kEasy = 1, kKinds = 2 };
 
 struct Sizes {
@@ -38,7 +38,7 @@ __device__ __forceinline__ int64_t first_pixel(const Pool& hard) {
 
 // Rules 2 to 4 and the order of 6, by one block: what each pool keeps and where it goes. There are few pools,
 // and what follows needs all of them. Pairs are numbered as their rows come out, by class, then image.
-__global__ void __launch_bounds__(kPlanThreads) sampling_plan_kernel(SamplingParams p, Pools pools) {
+__global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(SamplingParams p, Pools pools) {
   SharedMemory shared;
   const SelectMemory memory(shared);
   const int thread = int(threadIdx.x);
