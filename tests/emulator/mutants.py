@@ -89,6 +89,12 @@ MUTANTS = [
         "return place <= side.count ? side.labels[place] : -1;",
     ),
     Mutant(
+        "label looked at behind the last",
+        "infonce.cuh",
+        "const int label = first + i < side.count ?",
+        "const int label = first + i <= side.count ?",
+    ),
+    Mutant(
         "one tile too many",
         "infonce.cuh",
         "if (tile < num_tiles_) range =",
@@ -199,6 +205,12 @@ MUTANTS = [
         "gather.cuh",
         "const int64_t first_channel = blockIdx.x % slices * kSpreadChannels;",
         "const int64_t first_channel = 0;",
+    ),
+    Mutant(
+        "slices overlap, and write the same",
+        "gather.cuh",
+        "min(first_channel + kSpreadChannels, p.channels);",
+        "min(first_channel + 2 * kSpreadChannels, p.channels);",
     ),
     # enqueue
     Mutant("norms of squares not yet there", "enqueue.cuh", "sync_block();  // all squares are there", ""),
