@@ -293,6 +293,19 @@ def test_rows_without_a_label_may_hold_anything(backend, order, value):
     assert (found[1][anchor_labels < 0] == 0).all() and (found[2][key_labels < 0] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_any_negative_label_is_none(backend, poison, dtype):
+    anchors, anchor_labels, keys, key_labels = draw(300, 500, 16, 4, unlabelled=0.3)
+    expected = run((anchors, anchor_labels, keys, key_labels), backend)
+
+    def scattered(labels):
+        return torch.where(labels < 0, torch.randint(-128, 0, labels.shape), labels).to(dtype)
+
+    found = run((anchors, scattered(anchor_labels), keys, scattered(key_labels)), backend)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nan_propagates(backend):
     for side in (0, 2):
         inputs = draw(30, 600, 16, 5, unlabelled=0.0)

@@ -545,19 +545,22 @@ constexpr int kOrderThreads = 256;
 template <class Params>
 __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) {
   SharedMemory memory;
-  int* labels = memory.take<int>(kOrderThreads);
-  const int64_t anchor = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
-  const int label = anchor < p.num_anchors ? p.anchor_labels[anchor] : -1;
-  const unsigned place_of_label = unsigned(label);  // -1 becomes the largest
-  int64_t before = 0;
+  unsigned* ranks = memory.take<unsigned>(kOrderThreads);
+  const auto rank_of = [](int label) { return label < 0 ? 0x80000000u : unsigned(label); };
+  const int64_t own_first = int64_t(blockIdx.x) * kOrderThreads, anchor = own_first + threadIdx.x;
+  const int label = anchor < p.num_anchors ? max(p.anchor_labels[anchor], -1) : -1;
+  const unsigned rank = rank_of(label);
+  int before = 0;
   for (int64_t first = 0; first < p.num_anchors; first += kOrderThreads) {
     const int64_t other = first + threadIdx.x;
-    if (other < p.num_anchors) labels[threadIdx.x] = max(p.anchor_labels[other], -1);
-    sync_block();  // the labels are there
-    const int count = int(min(p.num_anchors - first, int64_t(kOrderThreads)));
-    for (int i = 0; i < count; ++i) {
-      const unsigned theirs = unsigned(labels[i]);
-      before += theirs < place_of_label || (theirs == place_of_label && first + i < anchor);
+    ranks[threadIdx.x] = other < p.num_anchors ? rank_of(p.anchor_labels[other]) : ~0u;
+    sync_block();  // the ranks are there
+    if (first == own_first) {
+      for (unsigned i = 0; i < kOrderThreads; ++i) before += ranks[i] < rank + (i < threadIdx.x);
+    } else {
+      const unsigned limit = rank + (first < own_first);  // of equals, those with a smaller index
+#pragma unroll 16
+      for (int i = 0; i < kOrderThreads; ++i) before += ranks[i] < limit;
     }
     sync_block();  // before the next overwrite them
   }
