@@ -53,29 +53,13 @@ inline void check(cudaError_t status, const char* what) {
                            cudaGetErrorString(status));
 }
 
-// The runtime is linked statically, so it has a current device of its own.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device_ != before_) check(cudaSetDevice(device_), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (device_ != before_) cudaSetDevice(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int device_, before_ = 0;
-};
-
-// Runs kernel(arguments...) on the caller's stream; an empty grid is no launch. Throws if it is refused.
+// Runs kernel(arguments...) on the caller's stream; an empty grid is no launch. Throws if it is refused. The
+// caller has made the device current for itself; the runtime, linked statically, is told as well.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& on, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
             size_t shared, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  const DeviceGuard guard(on.device);
+  check(cudaSetDevice(on.device), "cudaSetDevice");
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);

@@ -80,8 +80,12 @@ def launch_cuda(kernel: str, device: torch.device, **fields: Any) -> None:
     Scratch memory may be dropped after the call: torch's allocator reuses it in the order of the stream.
     """
     arguments = {name: _argument(kernel, name, value, device) for name, value in fields.items()}
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    getattr(cuda_kernels, kernel)(device=device.index or 0, stream=stream, **arguments)
+    start = getattr(cuda_kernels, kernel)
+    if device.type != "cuda":  # emulated
+        start(device=0, stream=0, **arguments)
+        return
+    with torch.cuda.device(device):
+        start(device=device.index, stream=torch.cuda.current_stream(device).cuda_stream, **arguments)
 
 
 def _argument(kernel: str, name: str, value: Any, device: torch.device) -> Any:
