@@ -183,7 +183,7 @@ def main() -> int:
     if "device" in parts:
         steps.append(pytest_step("device tests", ["tests/test_cuda_device.py"], limit))
         steps.append(
-            pytest_step("conformance of the primitives", ["tests/test_emulator.py", "-k", "conform"], limit)
+            pytest_step("conformance of the primitives", ["tests/test_emulator.py", "-k", "device"], limit)
         )
     if "timings" in parts:
         timings, figures = benchmark_step(limit, folder)
