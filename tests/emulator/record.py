@@ -112,8 +112,11 @@ def _gather() -> None:
 
 
 def _enqueue() -> None:
-    for dtype, channels in zip(DTYPES, (33, 16, 5), strict=True):
-        bank = MemoryBank(4, channels, region_slots=3, pixel_slots=7, pixels_per_image=3, dtype=dtype)
+    slots = ((3, 7), (1, 4), (2, 0))  # for 2 regions and 6 pixels at a time
+    for dtype, channels, (regions, pixels) in zip(DTYPES, (33, 16, 5), slots, strict=True):
+        bank = MemoryBank(
+            4, channels, region_slots=regions, pixel_slots=pixels, pixels_per_image=3, dtype=dtype
+        )
         for normalize, embeddings in zip(
             (True, False, True), _layouts(torch.randn(2, channels, 11, 9).to(dtype)), strict=True
         ):
