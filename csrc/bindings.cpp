@@ -165,8 +165,8 @@ void read(Fields& fields, cuda::GatherBackwardParams& p) {
   read(fields, static_cast<Launch&>(p));
   read(fields, static_cast<EmbeddingMap&>(p));
   fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype)
-      PXC_FIELD(grad_rows) PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(row_pixels)
-          PXC_FIELD(sorted_pixels) PXC_FIELD(sorted_rows) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
+      PXC_FIELD(grad_rows) PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(row_pixels) PXC_FIELD(sorted_pixels)
+          PXC_FIELD(sorted_rows) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
               PXC_FIELD(grad_stride_channel) PXC_FIELD(grad_stride_row) PXC_FIELD(grad_stride_column);
 }
 

@@ -212,14 +212,14 @@ struct GatherBackwardParams : Launch, EmbeddingMap {
   const int64_t* indices;  // [rows]
   int64_t num_rows;
   int32_t normalize;
-  int32_t rows_dtype;       // DType
-  const void* grad_rows;    // [rows, D]
-  const float* inv_norm;    // [rows], from the forward
-  float* wide;              // [rows, D] scratch: gradients of the pixels
-  int64_t* row_pixels;      // [rows] scratch: their indices, -1 for a row without gradient
-  int64_t* sorted_pixels;   // [rows] scratch: the same in order
-  int64_t* sorted_rows;     // [rows] scratch: whose they are
-  void* grad_map;           // [B, D, H, W] out, dense, map_dtype, with the four strides below
+  int32_t rows_dtype;      // DType
+  const void* grad_rows;   // [rows, D]
+  const float* inv_norm;   // [rows], from the forward
+  float* wide;             // [rows, D] scratch: gradients of the pixels
+  int64_t* row_pixels;     // [rows] scratch: their indices, -1 for a row without gradient
+  int64_t* sorted_pixels;  // [rows] scratch: the same in order
+  int64_t* sorted_rows;    // [rows] scratch: whose they are
+  void* grad_map;          // [B, D, H, W] out, dense, map_dtype, with the four strides below
   int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
 };
 

@@ -16,8 +16,8 @@ void write(const WriteParams&);
 
 void infonce_forward(const InfonceForwardParams&);
 void infonce_backward(const InfonceBackwardParams&);
-// Rows and columns of a tile, which are anchors and keys in the forward, keys and anchors in the backward; and
-// the bytes of shared memory that its block takes.
+// Rows and columns of a tile, which are anchors and keys in the forward, keys and anchors in the backward;
+// and the bytes of shared memory that its block takes.
 std::tuple<int, int, int64_t> infonce_tile(int32_t dtype, int64_t channels);
 
 }  // namespace pxc::cuda
