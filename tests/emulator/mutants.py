@@ -72,8 +72,8 @@ MUTANTS = [
     Mutant(
         "return before a barrier",
         "infonce.cuh",
-        "const unsigned place_of_label = unsigned(label);  // -1 becomes the largest",
-        "const unsigned place_of_label = unsigned(label);\n  if (anchor >= p.num_anchors) return;",
+        "const unsigned rank = rank_of(label);",
+        "const unsigned rank = rank_of(label);\n  if (anchor >= p.num_anchors) return;",
     ),
     Mutant(
         "shuffle under a condition",
