@@ -273,6 +273,8 @@ struct InfonceForwardParams : Launch, InfonceRows {
   int32_t* label_ranges;     // [key tiles, 2] scratch: smallest and largest label
   float* shift_parts;        // [splits, A] scratch
   float* sum_parts;          // [splits, A] scratch: of exp2(score - shift)
+  float* shift;              // [A] scratch: those combined
+  float* sum;                // [A] scratch
   float* negative_parts;     // [splits, A, part_channels] scratch: O of pass 1; null without gradient
   float* loss_parts;         // [splits, A] scratch: sum of eq. (2)
   float* pos_weight_parts;   // [splits, A] scratch: of sigma

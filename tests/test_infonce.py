@@ -215,6 +215,20 @@ def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
         assert error(found[0], expected[0]) <= 1e-6 and error(found[1], expected[1]) <= 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_to_allow_tf32_is_understood(dtype):
+    """torch has an old and a new setting, and refuses to read the old one after a write to the new."""
+    inputs, setting = draw(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
+    exactly, before = run(inputs, "cuda"), setting.fp32_precision
+    try:
+        setting.fp32_precision = "tf32"
+        found = run(inputs, "cuda")
+    finally:
+        setting.fp32_precision = before
+    assert torch.equal(found[0], exactly[0]) == (dtype != torch.float32)
+    torch.testing.assert_close(found[0], exactly[0], rtol=1e-3, atol=1e-4)
+
+
 def test_autocast_does_not_reach_the_logits(backend):
     inputs = draw(100, 400, 64, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -312,6 +326,41 @@ def test_nan_propagates(backend):
         inputs[side][3, 2] = math.nan
         loss, _, _ = run(inputs, backend)
         assert loss[3 if side == 0 else slice(None)].isnan().all()
+
+
+@pytest.mark.parametrize("num_keys", [1, 17, 33, 65, 97, 513])
+def test_nan_propagates_from_the_last_negative(backend, num_keys):
+    """Alone in its tile: a maximum that passes over NaN finds no negative there."""
+    anchors, anchor_labels, keys, key_labels = draw(30, num_keys + 1, 16, 5, unlabelled=0.0)
+    anchor_labels[:], key_labels[:], key_labels[-1] = 0, 0, 1
+    keys[-1] = math.nan
+    loss, grad, _ = run((anchors, anchor_labels, keys, key_labels), backend)
+    assert loss.isnan().all() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("labels", [[1, 1, 2], [0, 0, 1], [1, 1, 2, -1], [0, 0, 1, -1]])
+def test_in_batch_padding_has_no_part_in_steep_gradients(backend, dtype, labels):
+    """All negatives are far below 0, so what has a score of 0 for want of a label is far above them all."""
+    angles = torch.tensor([0.0, 2.1, 4.2, 0.0])[: len(labels)]
+    anchors = (8 * torch.stack([angles.cos(), angles.sin()], 1)).to(dtype).requires_grad_()
+    labels = torch.tensor(labels)
+    loss = infonce(
+        anchors,
+        labels,
+        anchors,
+        labels,
+        temperature=0.07,
+        exclude_self=True,
+        reduction="none",
+        backend=backend,
+    )
+    loss.sum().backward()
+    truth = anchors.detach().double().requires_grad_()
+    expected, _ = reference.infonce_per_anchor(truth, labels, truth, labels, 0.07, True)
+    expected.sum().backward()
+    assert error(loss.detach(), expected.detach()) <= 1e-5
+    assert error(anchors.grad, truth.grad) <= (1e-4 if dtype == torch.float32 else 1e-2)
 
 
 def test_inf_gives_no_finite_loss(backend):
@@ -481,6 +530,16 @@ def test_bad_input(backend, change, kind, message):
     )
     with pytest.raises(kind, match=message):
         infonce(**(arguments | change))
+
+
+def test_cuda_refuses_rows_that_differ():
+    anchors, anchor_labels, keys, key_labels = draw(8, 9, 16, 2)
+    labels = anchor_labels.int(), key_labels.int()
+    for other in (keys.bfloat16(), keys[:, :8]):
+        with pytest.raises(ValueError, match=r"anchors \(8, 16\) of torch.float32 do not fit keys \(9, "):
+            torch.ops.pixcontrast.infonce_forward(
+                anchors, labels[0], other, labels[1], 0.1, False, True, "cuda"
+            )
 
 
 def test_labels_beyond_int32_do_not_wrap(backend):

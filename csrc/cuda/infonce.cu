@@ -74,11 +74,12 @@ void infonce_forward(const InfonceForwardParams& p) {
     const size_t shared = shared_bytes_of<Tile>(p.channels);
     launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>, grid, Tile::kThreads,
            shared, p);
+    launch(p, "infonce_fwd_combine_kernel", infonce_fwd_combine_kernel,
+           dim3(unsigned(blocks_of(p.num_anchors, kCombineThreads / kWarp))), kCombineThreads, 0, p);
     launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>, grid, Tile::kThreads,
            shared, p);
-    launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel,
-           dim3(unsigned(blocks_of(p.num_anchors, kFinishThreads / kWarp))), kFinishThreads, 0, p,
-           Tile::kWeightBias);
+    launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
+           kFinishThreads, shared_bytes<float2>(size_t(p.splits)), p, Tile::kWeightBias);
   });
 }
 

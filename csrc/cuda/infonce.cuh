@@ -87,6 +87,7 @@ template <class Math_, int kMaxChannels>
 struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
   using T = typename Math_::Element;
   using S = Shape<kMaxChannels* int(sizeof(T))>;
+  static constexpr int kMaxRowBytes = kMaxChannels * int(sizeof(T));
   static constexpr int kBlockA = S::kRowWarps * S::kFragments * 16;
   static constexpr int kThreads = S::kRowWarps * S::kColWarps * kWarp;
   static constexpr int kScoreCols = S::kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
@@ -433,9 +434,20 @@ struct Engine {
   template <int kParts>
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
 #pragma unroll 1
-    for (int part = 0; part < kParts; ++part) accumulate_part(output, stage, part);
+    for (int part = 0; part < kParts; ++part) accumulate_part<false>(output, stage, part);
   }
 
+  // The same for the pass that matters most, where rows as long as the tile takes are spared the question of
+  // every 16 channels whether there are any: it keeps the compiler from loading ahead.
+  __device__ __forceinline__ void accumulate_fast(Output& output, int stage) const {
+    if (Tile::kParts == 1 && row_stride == Tile::kMaxRowBytes) {
+      accumulate_part<true>(output, stage, 0);
+    } else {
+      accumulate_part<false>(output, stage, 0);
+    }
+  }
+
+  template <bool kFull>
   __device__ __forceinline__ void accumulate_part(Output& output, int stage, int part) const {
 #pragma unroll
     for (int step = 0; step < Tile::kBlockK / Tile::kStepK; ++step) {
@@ -448,7 +460,7 @@ struct Engine {
       const unsigned char* tile = column_tile(stage) + step * Tile::kStepK * row_stride;
 #pragma unroll
       for (int n = 0; n < Tile::kOutputCols; n += 2) {
-        if (channel(n) * int(sizeof(T)) < row_stride) {
+        if (kFull || channel(n) * int(sizeof(T)) < row_stride) {
           Operand<Tile> b[4];  // columns of this step by 16 channels: those of pieces n and n + 1
           load_columns(b, tile, n);
 #pragma unroll
@@ -482,18 +494,20 @@ struct Engine {
 
   // Sums a value of each row over the threads that share it; thread `row` of the block gets that row's. All
   // call it.
-  __device__ __forceinline__ float sum_over_row(const PerRow& values) const {
+  template <class Value>
+  __device__ __forceinline__ Value sum_over_row(const Value (&values)[Tile::kFragments][2]) const {
+    static_assert(sizeof(Value) == sizeof(float), "they share the exchange");
+    Value* sums = reinterpret_cast<Value*>(exchange);
     each_row<Tile>([&](int f, int half) {
-      float sum = values[f][half];
+      Value sum = values[f][half];
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
-      if (quad == 0) exchange[col_warp * Tile::kBlockA + local_row(f, half)] = sum;
+      if (quad == 0) sums[col_warp * Tile::kBlockA + local_row(f, half)] = sum;
     });
     sync_block();  // every warp's sums are there
-    float sum = 0.f;
+    Value sum = 0;
     if (int(threadIdx.x) < Tile::kBlockA) {
-      for (int warp = 0; warp < Tile::kColWarps; ++warp)
-        sum += exchange[warp * Tile::kBlockA + int(threadIdx.x)];
+      for (int warp = 0; warp < Tile::kColWarps; ++warp) sum += sums[warp * Tile::kBlockA + int(threadIdx.x)];
     }
     sync_block();  // before the next sum overwrites them
     return sum;
@@ -690,7 +704,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
           each_output<Tile>([&](int f, int n, int i) { output[f][n][i] *= rescale[f][i / 2]; });
         }
         engine.template store_weights<1>(scores);
-        engine.template accumulate<1>(output, stage);
+        engine.accumulate_fast(output, stage);
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
@@ -709,24 +723,41 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
   }
 }
 
-// Adds up a row's splits: its shift, and the sum of exp2(score - shift).
-__device__ __forceinline__ void combine(const InfonceForwardParams& p, int64_t row, float* shift,
-                                        float* sum) {
-  *shift = -INFINITY;
-  *sum = 0.f;
-  for (int64_t split = 0; split < p.splits; ++split) {
-    *shift = fmaxf(*shift, p.shift_parts[split * p.num_anchors + row]);
+constexpr int kCombineThreads = 128;
+
+// Sums over the lanes, in a fixed order; every lane gets the sum.
+template <class Value>
+__device__ __forceinline__ Value sum_over_warp(Value value) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
+// Combines the splits of each anchor's negatives, a warp for one: the shift, the sum of exp2(score - shift).
+__global__ void __launch_bounds__(kCombineThreads) infonce_fwd_combine_kernel(InfonceForwardParams p) {
+  const int64_t row = (int64_t(blockIdx.x) * kCombineThreads + threadIdx.x) / kWarp;
+  const int lane = int(threadIdx.x) % kWarp;
+  if (row >= p.num_anchors) return;
+  float shift = -INFINITY, sum = 0.f;
+  for (int64_t split = lane; split < p.splits; split += kWarp) {
+    shift = fmaxf(shift, p.shift_parts[split * p.num_anchors + row]);
   }
-  for (int64_t split = 0; split < p.splits; ++split) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) shift = fmaxf(shift, shuffle_xor(shift, lanes));
+  for (int64_t split = lane; split < p.splits; split += kWarp) {
     const float shift_of_part = p.shift_parts[split * p.num_anchors + row];
-    if (shift_of_part == -INFINITY) continue;
-    *sum += p.sum_parts[split * p.num_anchors + row] * exp2_approx(shift_of_part - *shift);
+    const float sum_of_part = p.sum_parts[split * p.num_anchors + row];
+    // A maximum passes over NaN: a part without a shift has met no negative, or NaN only, as its sum tells.
+    sum += shift_of_part == -INFINITY ? sum_of_part : sum_of_part * exp2_approx(shift_of_part - shift);
+  }
+  sum = sum_over_warp(sum);
+  if (lane == 0) {
+    p.shift[row] = shift;
+    p.sum[row] = sum;
   }
 }
 
-// Eq. (1) in units of log2; -inf without negatives.
-__device__ __forceinline__ float combined_lse(float shift, float sum, float weight_bias) {
-  return shift == -INFINITY ? -INFINITY : shift + log2f(sum) - weight_bias;
+// Eq. (1) in units of log2; without negatives the sum is 0, and this -inf.
+__device__ __forceinline__ float combined_lse(const InfonceForwardParams& p, int64_t row, float weight_bias) {
+  return p.shift[row] + log2f(p.sum[row]) - weight_bias;
 }
 
 // Pass 2 over the anchors' own class, knowing eq. (1): eq. (2) to (4), and G.
@@ -740,20 +771,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
   const float scale = kLog2E / p.temperature;
   const bool with_grad = p.positive_parts != nullptr;
 
-  if (int(threadIdx.x) < Tile::kBlockA && engine.first_row + threadIdx.x < anchors.count) {
-    float shift, sum;
-    combine(p, engine.first_row + threadIdx.x, &shift, &sum);
-    engine.exchange[threadIdx.x] = combined_lse(shift, sum, Tile::kWeightBias);
-  }
-  sync_block();  // the log-sum-exps are there
-  typename Engine<Tile>::PerRow neg_lse, loss, pos_weight, count;
+  typename Engine<Tile>::PerRow neg_lse, loss, pos_weight;
+  int count[Tile::kFragments][2];
   each_row<Tile>([&](int f, int half) {
     const int64_t row = engine.first_row + engine.local_row(f, half);
-    const bool inside = row < anchors.count;
-    neg_lse[f][half] = inside ? engine.exchange[engine.local_row(f, half)] : 0.f;
-    loss[f][half] = pos_weight[f][half] = count[f][half] = 0.f;
+    neg_lse[f][half] = row < anchors.count ? combined_lse(p, row, Tile::kWeightBias) : 0.f;
+    loss[f][half] = pos_weight[f][half] = 0.f;
+    count[f][half] = 0;
   });
-  sync_block();  // before the exchange is used again
   typename Engine<Tile>::Output output = {};
 
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
@@ -786,7 +811,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
             const float sigma = (margin >= 0.f ? 1.f : odds) / (1.f + odds);
             loss_of_tile += positive ? kLn2 * fmaxf(margin, 0.f) + log1pf(odds) : 0.f;
             weight_of_tile += positive ? sigma : 0.f;
-            count[f][half] += positive ? 1.f : 0.f;
+            count[f][half] += positive;
             score = positive ? sigma * Tile::kWeightScale : 0.f;
           });
           loss[f][half] += loss_of_tile;
@@ -799,11 +824,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
   const float losses = engine.sum_over_row(loss), weights = engine.sum_over_row(pos_weight);
-  const float counts = engine.sum_over_row(count);
+  const int counts = engine.sum_over_row(count);
   if (int(threadIdx.x) < min(anchors.count - engine.first_row, int64_t(Tile::kBlockA))) {
     p.loss_parts[part + threadIdx.x] = losses;
     p.pos_weight_parts[part + threadIdx.x] = weights;
-    p.pos_count_parts[part + threadIdx.x] = int(counts);
+    p.pos_count_parts[part + threadIdx.x] = counts;
   }
   if (with_grad && visited) {  // else no count is above 0, and nobody reads the output
     float* to = p.positive_parts + int64_t(blockIdx.y) * p.num_anchors * p.part_channels;
@@ -813,45 +838,53 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
 
 constexpr int kFinishThreads = 128;
 
-// The second stage: combines the splits of each anchor, a warp for one, and puts it where the caller has it.
+// The second stage: adds up the splits of an anchor, a block for one, and puts it where the caller has it.
 __global__ void __launch_bounds__(kFinishThreads)
     infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias) {
-  const int64_t row = (int64_t(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
+  SharedMemory memory;
+  float2* factors = memory.take<float2>(size_t(p.splits));  // of a split's O and G; below 0: never written
+  const int64_t row = blockIdx.x, anchor = p.order[row];
   const int lane = int(threadIdx.x) % kWarp;
-  if (row >= p.num_anchors) return;
-  const int64_t anchor = p.order[row];
   const bool labelled = p.sorted_labels[row] >= 0;
-  float shift, sum, loss = 0.f, pos_weight = 0.f;
-  int64_t pos_count = 0;
-  combine(p, row, &shift, &sum);
-  for (int64_t split = 0; split < p.splits; ++split) {
+  const float shift = p.shift[row], sum = p.sum[row];
+  float loss = 0.f, pos_weight = 0.f;
+  int pos_count = 0;
+  for (int64_t split = lane; split < p.splits; split += kWarp) {
     loss += p.loss_parts[split * p.num_anchors + row];
     pos_weight += p.pos_weight_parts[split * p.num_anchors + row];
     pos_count += p.pos_count_parts[split * p.num_anchors + row];
   }
+  loss = sum_over_warp(loss);
+  pos_weight = sum_over_warp(pos_weight);
+  pos_count = sum_over_warp(pos_count);
   const bool contrasts = labelled && pos_count > 0;
-  if (lane == 0) {
+  if (threadIdx.x == 0) {
     p.loss[anchor] = contrasts ? loss / float(pos_count) : 0.f;
-    p.neg_lse[anchor] = labelled ? combined_lse(shift, sum, weight_bias) * kLn2 : -INFINITY;
+    p.neg_lse[anchor] = labelled ? combined_lse(p, row, weight_bias) * kLn2 : -INFINITY;
     p.pos_weight[anchor] = contrasts ? pos_weight : 0.f;
-    p.pos_count[anchor] = contrasts ? int32_t(pos_count) : 0;
+    p.pos_count[anchor] = contrasts ? pos_count : 0;
   }
   if (p.anchor_grad == nullptr) return;
-  const bool repelled = contrasts && shift != -INFINITY;
-  const float push = repelled ? pos_weight / sum : 0.f, pull = exp2f(-weight_bias);
-  const float factor = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
-  for (int64_t d = lane; d < p.grad_channels; d += kWarp) {
+  for (int64_t split = threadIdx.x; split < p.splits; split += kFinishThreads) {
+    const int64_t part = split * p.num_anchors + row;
+    const float shift_of_part = p.shift_parts[part];
+    factors[split] = make_float2(shift_of_part == -INFINITY ? -1.f : exp2_approx(shift_of_part - shift),
+                                 p.pos_count_parts[part] > 0 ? 1.f : -1.f);
+  }
+  sync_block();  // the factors are there
+  const float push = contrasts && sum != 0.f ? pos_weight / sum : 0.f, pull = exp2f(-weight_bias);
+  const float scale = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
+  for (int64_t d = threadIdx.x; d < p.grad_channels; d += kFinishThreads) {
     float negatives = 0.f, positives = 0.f;
-    for (int64_t split = 0; split < p.splits && contrasts; ++split) {
-      const int64_t part = split * p.num_anchors + row;
-      const float shift_of_part = p.shift_parts[part];
-      if (shift_of_part != -INFINITY) {
-        negatives += p.negative_parts[part * p.part_channels + d] * exp2_approx(shift_of_part - shift);
-      }
-      if (p.pos_count_parts[part] > 0) positives += p.positive_parts[part * p.part_channels + d];
+#pragma unroll 8
+    for (int64_t split = 0; split < p.splits; ++split) {
+      const int64_t place = (split * p.num_anchors + row) * p.part_channels + d;
+      const float2 factor = factors[split];
+      if (factor.x >= 0.f) negatives += p.negative_parts[place] * factor.x;
+      if (factor.y >= 0.f) positives += p.positive_parts[place];
     }
     p.anchor_grad[anchor * p.grad_channels + d] =
-        contrasts ? factor * (push * negatives - pull * positives) : 0.f;
+        contrasts ? scale * (push * negatives - pull * positives) : 0.f;
   }
 }
 
@@ -864,11 +897,12 @@ __device__ __forceinline__ float weight_scale(const float* peak) {
   return bits_float(uint32_t(127 + 13 - exponent) << 23);
 }
 
-// ds of eq. (5) for one anchor: `anchor` holds its log-sum-exp, its factors of negatives and of positives.
-__device__ __forceinline__ float score_gradient(const float4& anchor, float score, bool positive) {
-  if (!positive) return anchor.y * exp2_approx(score - anchor.x);
-  const float odds = exp2_approx(score - anchor.x);
-  return -anchor.z / (1.f + odds);
+// ds of eq. (5) of one anchor, which holds its log-sum-exp and its factors of negatives and of positives.
+__device__ __forceinline__ float negative_gradient(const float4& anchor, float score) {
+  return anchor.y * exp2_approx(score - anchor.x);
+}
+__device__ __forceinline__ float positive_gradient(const float4& anchor, float score) {
+  return -anchor.z / (1.f + exp2_approx(score - anchor.x));
 }
 
 // Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
@@ -908,22 +942,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
       },
       [&](int stage, bool mixed, int64_t first_column) {
         typename Engine<Tile>::Scores scores;
-        engine.template multiply_rows<2>(scores, stage);
+        engine.template multiply_rows<1>(scores, stage);
         each_score<Tile>([&](int n, int e) {
           const int column = engine.local_column(n) + e;
+          const int64_t place = first_column + column;
           const float4 anchor = coefficients[stage * Tile::kBlockK + column];
-          const int label = int(float_bits(anchor.w));
+          const int label = place < anchors.count ? int(float_bits(anchor.w)) : -1;
           each_row<Tile>([&](int f, int half) {
             float& score = scores[f][n][2 * half + e];
+            const float4& mirror = row_coefficients[f][half];
             const float scaled = score * scale;
-            const bool positive = mixed && label == row_labels[f][half];
-            score = score_gradient(anchor, scaled, positive);
-            if (symmetric) score += score_gradient(row_coefficients[f][half], scaled, positive);
-            if (positive && p.exclude_self) {
-              const int64_t row = engine.first_row + engine.local_row(f, half), place = first_column + column;
-              if (row == (symmetric || place >= anchors.count ? place : p.order[place])) score = 0.f;
+            if (!mixed || label != row_labels[f][half]) {
+              score =
+                  negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);
+            } else {
+              score =
+                  positive_gradient(anchor, scaled) + (symmetric ? positive_gradient(mirror, scaled) : 0.f);
+              const int64_t row = engine.first_row + engine.local_row(f, half);
+              if (p.exclude_self && label >= 0 && row == (symmetric ? place : p.order[place])) score = 0.f;
             }
-            score *= peak_scale;
+            // An anchor that takes no part has factors of 0, its mirror may be anything.
+            score = mixed && label < 0 ? 0.f : score * peak_scale;
           });
         });
         engine.template store_weights<Tile::kWeightParts>(scores);

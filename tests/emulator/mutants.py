@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "half of the sums not written",
         "infonce.cuh",
-        "if (quad == 0) exchange[col_warp",
-        "if (quad == 0 && half == 0) exchange[col_warp",
+        "if (quad == 0) sums[col_warp",
+        "if (quad == 0 && half == 0) sums[col_warp",
     ),
     Mutant(
         "one row too many written",
