@@ -45,6 +45,8 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
 ]
 
+COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")  # CXX may begin with one
+
 # Sources that are compiled once per instruction set; the choice among them is made at run time.
 PER_ISA_SOURCES = ["csrc/cpu/infonce.cpp", "csrc/cpu/regions.cpp"]
 AVX2 = "-mavx2 -mfma -mf16c"
@@ -224,7 +226,8 @@ class NinjaBuild:
             f"  command = {cxx} $in {quoted(link_flags)} $libraries -o $out",
         ]
         if self.with_cuda:
-            nvcc_flags = [f"-ccbin={self.cxx[-1]}", *NVCC_FLAGS] + ["-lineinfo"] * debug
+            host_compiler = next(word for word in self.cxx if Path(word).name not in COMPILER_LAUNCHERS)
+            nvcc_flags = [f"-ccbin={host_compiler}", *NVCC_FLAGS] + ["-lineinfo"] * debug
             rules += [
                 "rule nvcc",
                 f"  command = {quoted([self.cuda.nvcc, *nvcc_flags])} $flags -MD -MF $out.d -c $in -o $out",

@@ -21,6 +21,7 @@ struct BFloat16 {
 };
 
 constexpr int kWarp = 32;
+constexpr int kMaxSharedBytes = 99 * 1024;  // of a block, on the smallest of the devices: sm_86, 89 and 120
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // What an array of `count` elements takes of a block's shared memory.
@@ -53,6 +54,15 @@ inline void check(cudaError_t status, const char* what) {
                            cudaGetErrorString(status));
 }
 
+// Why the runtime does not work, say because the driver is older than it; empty if it does.
+inline std::string runtime_problem() {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaSuccess) return {};
+  cudaGetLastError();
+  return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
+}
+
 // Runs kernel(arguments...) on the caller's stream; an empty grid is no launch. Throws if it is refused. The
 // caller has made the device current for itself; the runtime, linked statically, is told as well.
 template <class... Parameters, class... Arguments>
@@ -61,8 +71,8 @@ void launch(const Launch& on, const char* name, void (*kernel)(Parameters...), d
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check(cudaSetDevice(on.device), "cudaSetDevice");
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), name);
+  if (shared > 48 * 1024) {  // the same for every launch: another thread may be about to launch the kernel
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), name);
   }
   const auto start = [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};

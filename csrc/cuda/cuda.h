@@ -2,11 +2,14 @@
 // and returns; none waits for the device or allocates. They throw std::runtime_error if a launch is refused.
 #pragma once
 
+#include <string>
 #include <tuple>
 
 #include "../params.h"
 
 namespace pxc::cuda {
+
+std::string runtime_problem();  // why the module's CUDA runtime does not work; empty if it does
 
 void sampling(const SamplingParams&);
 void gather(const GatherParams&);

@@ -22,6 +22,9 @@ CHUNK = 1024  # pixels that a block sorts, kChunk in pools.cuh
 @functools.cache
 def _unsupported_device(index: int) -> str | None:
     """Why the compiled kernels do not run on a device."""
+    problem: str = native.cuda_kernels.runtime_problem()
+    if problem:
+        return f"the CUDA runtime in the module does not start: {problem}"
     major, minor = torch.cuda.get_device_capability(index)
     built = native._C.cuda_archs.split()
     machine_code = [int(name.removeprefix("sm_")) for name in built if name.startswith("sm_")]
@@ -42,7 +45,8 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
     if native.cuda_device_type == "cuda":
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        reason = _unsupported_device(torch.cuda.current_device())
+        # A call with CUDA tensors has started CUDA. Asking before would, and later forks could not use it.
+        reason = _unsupported_device(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
         if reason is not None:
             return reason
     if dtype is not None and dtype not in native.DTYPE_CODES:
@@ -226,20 +230,22 @@ def enqueue_write(
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def _slots(device: torch.device, shared_bytes: int) -> int:
+    """How many blocks of an InfoNCE kernel run at a time: one or two a multiprocessor, as shared memory allows."""
     if device.type == "cpu":
-        return 4  # of the emulated device: enough for several splits of small problems
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 8  # of the emulated device: enough for several splits of small problems
+    properties = torch.cuda.get_device_properties(device)
+    fit = properties.shared_memory_per_multiprocessor // (shared_bytes + 1024)  # a kilobyte is the system's
+    return int(properties.multi_processor_count * max(1, min(2, fit)))
 
 
 @functools.cache
-def _splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:
+def _splits(row_tiles: int, column_tiles: int, slots: int) -> int:
     """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly.
 
-    Two blocks run on a multiprocessor at a time. A wave of blocks takes as long as its longest walk.
+    A wave of blocks takes as long as its longest walk.
     """
-    slots = 2 * _multiprocessors(device)
-    most = max(1, min(column_tiles, 2 * slots // max(row_tiles, 1), 65535))
+    most = max(1, min(column_tiles, 2 * slots // max(row_tiles, 1), 1024))
 
     def cost(splits: int) -> int:
         return -(-row_tiles * splits // slots) * -(-column_tiles // splits)
@@ -253,11 +259,19 @@ def _aligned(rows: Tensor) -> Tensor:
     unit = 16 // rows.element_size()
     if rows.shape[1] % unit == 0 and rows.data_ptr() % 16 == 0:
         return rows
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % unit)).clone()
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % unit))  # new memory, whatever the padding
 
 
-def _full_float32() -> bool:
-    return torch.get_float32_matmul_precision() == "highest"
+def _full_float32(dtype: torch.dtype) -> bool:
+    """Whether fp32 rows are to keep fp32's accuracy. Both of torch's ways to allow TF32 end in this setting."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def _check_alike(anchors: Tensor, keys: Tensor) -> None:
+    if anchors.dtype != keys.dtype or anchors.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"anchors {tuple(anchors.shape)} of {anchors.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
+        )
 
 
 def infonce_forward(
@@ -273,15 +287,16 @@ def infonce_forward(
     pos_count: Tensor,  # [A] int32, out
     anchor_grad: Tensor | None,  # [A, D] float32, out
 ) -> None:
+    _check_alike(anchors, keys)
     (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
     )
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
-    block_a, block_k, _ = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
+    block_a, block_k, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     key_tiles = -(-num_keys // block_k)
-    splits = _splits(-(-num_anchors // block_a), key_tiles, anchors.device)
+    splits = _splits(-(-num_anchors // block_a), key_tiles, _slots(anchors.device, shared))
     bytes_of_row = anchors.shape[1] * anchors.element_size()
     part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
 
@@ -293,7 +308,7 @@ def infonce_forward(
         "infonce_forward",
         anchors.device,
         rows_dtype=dtype,
-        full_float32=_full_float32(),
+        full_float32=_full_float32(anchors.dtype),
         channels=anchors.shape[1],
         temperature=temperature,
         exclude_self=exclude_self,
@@ -309,6 +324,8 @@ def infonce_forward(
         label_ranges=scratch(key_tiles, 2, dtype=torch.int32),
         shift_parts=scratch(splits, num_anchors),
         sum_parts=scratch(splits, num_anchors),
+        shift=scratch(num_anchors),
+        sum=scratch(num_anchors),
         negative_parts=scratch(splits, num_anchors, part_channels) if with_grad else None,
         loss_parts=scratch(splits, num_anchors),
         pos_weight_parts=scratch(splits, num_anchors),
@@ -336,14 +353,15 @@ def _infonce_backward(
     exclude_self: bool,
     grad: Tensor,
 ) -> None:
+    if keys is not None:
+        _check_alike(anchors, keys)
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
-    block_k, block_a, _ = native.cuda_kernels.infonce_tile(
-        dtype, anchors.shape[1]
-    )  # rows are keys, columns anchors
+    # Rows are keys, columns anchors.
+    block_k, block_a, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     anchor_tiles = -(-num_anchors // block_a)
-    splits = _splits(-(-num_rows // block_k), anchor_tiles, anchors.device)
+    splits = _splits(-(-num_rows // block_k), anchor_tiles, _slots(anchors.device, shared))
     peak = None
     if anchors.dtype == torch.float16 and num_anchors:
         peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()
@@ -351,7 +369,7 @@ def _infonce_backward(
         "infonce_backward",
         anchors.device,
         rows_dtype=dtype,
-        full_float32=_full_float32(),
+        full_float32=_full_float32(anchors.dtype),
         channels=anchors.shape[1],
         temperature=temperature,
         exclude_self=exclude_self,

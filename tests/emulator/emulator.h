@@ -180,6 +180,8 @@ T value_of(uint64_t bits) {
 
 // --- launching ---
 
+inline std::string runtime_problem() { return {}; }
+
 template <class... Parameters, class... Arguments>
 void launch(const Launch&, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
             size_t shared, Arguments... arguments) {

@@ -1,0 +1,9 @@
+// What the module's own CUDA runtime, linked statically, says of itself.
+#include "../portable.h"
+#include "cuda.h"
+
+namespace pxc::cuda {
+
+std::string runtime_problem() { return pxc::runtime_problem(); }
+
+}  // namespace pxc::cuda
