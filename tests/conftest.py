@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def cuda_on_cpu_tensors() -> None:
     if ON_DEVICE:
+        assert torch.cuda.is_available(), "PIXCONTRAST_TEST_CUDA=device, and torch finds no CUDA device"
         native.launch_cuda = on_device.launch_cuda
     else:
         native.cuda_kernels = build.load(build.build("plain")).cuda
