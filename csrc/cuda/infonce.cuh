@@ -43,6 +43,7 @@ template <class T, int kParts_>
 struct Math {
   using Element = T;
   static constexpr int kParts = kParts_;
+  static constexpr bool kRoundsRows = std::is_same_v<T, float> && kParts == 1;
   // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
   static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
   static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
@@ -50,6 +51,8 @@ struct Math {
   // of the passes over few pairs are therefore split in two.
   static constexpr int kWeightParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 };
+
+__device__ __forceinline__ float rounded_to_tf32(float value) { return bits_float(to_tf32(value)); }
 
 // What a register of a fragment is multiplied as.
 template <class Math>
@@ -305,11 +308,20 @@ struct Engine {
     return column_tiles + stage * Tile::kBlockK * row_stride;
   }
 
+  // Rounds the tile of rows to TF32, once for all the columns it meets.
+  __device__ __forceinline__ void round_rows() const {
+    for (int byte = int(threadIdx.x) * 16; byte < Tile::kBlockA * row_stride; byte += Tile::kThreads * 16) {
+      float4& chunk = *reinterpret_cast<float4*>(row_tile + byte);
+      chunk = make_float4(rounded_to_tf32(chunk.x), rounded_to_tf32(chunk.y), rounded_to_tf32(chunk.z),
+                          rounded_to_tf32(chunk.w));
+    }
+  }
+
   // Visits the tiles of a walk: weigh(stage, mixed, first column) for each, with the tile in shared memory.
   // load_extra(stage, first column) starts the copies that go with a tile.
   template <class Walk, class LoadExtra, class Weigh>
   __device__ __forceinline__ void run(Walk& walk, LoadExtra load_extra, Weigh weigh) const {
-    bool mixed = false;
+    bool mixed = false, rounded = false;
     int tile = walk.next(&mixed);
     if (tile < 0) return;
     const auto start = [&](int stage, int tile, bool mixed) {
@@ -326,6 +338,11 @@ struct Engine {
       bool next_mixed = false;
       const int next = walk.next(&next_mixed);
       if (next >= 0) start(stage ^ 1, next, next_mixed);
+      if (Tile::kRoundsRows && !rounded) {
+        round_rows();
+        sync_block();  // all rows are rounded
+        rounded = true;
+      }
       weigh(stage, mixed, int64_t(tile) * Tile::kBlockK);
       tile = next;
       mixed = next_mixed;
@@ -355,7 +372,13 @@ struct Engine {
     uint32_t bits[4];
     ldmatrix_x4(bits, place);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i].set(bits[i]);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (Tile::kParts == 1) {
+        a[i].parts[0] = bits[i];  // of rows and of weights, which were rounded in shared memory
+      } else {
+        a[i].set(bits[i]);
+      }
+    }
   }
 
   // S of the warp: its rows times its columns, over all channels, 128 bytes of them at a time. A step of the
@@ -367,8 +390,9 @@ struct Engine {
     const unsigned char* own_columns = column_tile(stage);
     const int column_offset = tile_offset(column, lane / 8, row_stride);
     const int row_offset = tile_offset(row, lane / 16, row_stride);
-    each_row<Tile>(
-        [&](int f, int half) { each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; }); });
+    // A single sum would make every product wait for the one before.
+    constexpr int kChains = Tile::kFragments * Tile::kScoreCols == 1 ? 2 : 1;
+    Scores sums[kChains] = {};
 #pragma unroll 1
     for (int byte = 0; byte < row_stride; byte += 128) {
 #pragma unroll kUnroll
@@ -390,11 +414,17 @@ struct Engine {
                 a, row_tile + byte + f * 16 * row_stride + offset_further(row_offset, chunk + 2 * step));
 #pragma unroll
             for (int n = 0; n < Tile::kScoreCols; ++n)
-              multiply(scores[f][n], a, b[step][n][0], b[step][n][1]);
+              multiply(sums[step % kChains][f][n], a, b[step][n][0], b[step][n][1]);
           }
         }
       }
     }
+    each_row<Tile>([&](int f, int half) {
+      each_score<Tile>([&](int n, int e) {
+        const int i = 2 * half + e;
+        scores[f][n][i] = kChains == 1 ? sums[0][f][n][i] : sums[0][f][n][i] + sums[kChains - 1][f][n][i];
+      });
+    });
   }
 
   __device__ __forceinline__ unsigned char* weight_place(int row, int chunk) const {
@@ -412,7 +442,9 @@ struct Engine {
         unsigned char* place = weight_place(local_row(f, half), byte / 16) + byte % 16;
         float first = scores[f][n][2 * half], second = scores[f][n][2 * half + 1];
         if constexpr (sizeof(T) == 4) {
-          *reinterpret_cast<float2*>(place) = make_float2(first, second);
+          *reinterpret_cast<float2*>(place) =
+              Tile::kRoundsRows ? make_float2(rounded_to_tf32(first), rounded_to_tf32(second))
+                                : make_float2(first, second);
         } else {
 #pragma unroll
           for (int part = 0; part < kParts; ++part, place += kWeightBytes) {
