@@ -532,6 +532,14 @@ def test_bad_input(backend, change, kind, message):
         infonce(**(arguments | change))
 
 
+def test_cuda_takes_rows_of_up_to_512_channels():
+    rows, labels = torch.randn(4, 513), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="InfoNCE kernels take up to 512 channels, got 513"):
+        infonce(rows, labels, rows, labels, temperature=0.1, backend="cuda")
+    loss = infonce(rows[:, :512], labels, rows[:, :512].clone(), labels, temperature=10.0, backend="cuda")
+    assert loss.isfinite()
+
+
 def test_cuda_refuses_rows_that_differ():
     anchors, anchor_labels, keys, key_labels = draw(8, 9, 16, 2)
     labels = anchor_labels.int(), key_labels.int()

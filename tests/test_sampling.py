@@ -248,3 +248,10 @@ def test_bad_label_is_ignored_on_a_gpu(poison, value):
     found = hard_anchor_sampling(bad, predictions, priority=priority, backend="cuda", **settings)
     assert expected.count > 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_cuda_names_what_does_not_fit_a_sort_key():
+    maps = draw(1, 5, 6, 3)
+    settings = dict(max_samples=9, max_views=3, priority=maps[2], backend="cuda")
+    with pytest.raises(ValueError, match="up to 2097151 classes, got num_classes=2097152"):
+        hard_anchor_sampling(*maps[:2], num_classes=2**21, **settings)
