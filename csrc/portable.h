@@ -1,7 +1,8 @@
 // The CUDA surface a kernel may use, and nothing else of CUDA: built-in variables, __global__ and the like,
-// and the functions below. nvcc maps them to intrinsics and PTX. Any other compiler takes them from
-// emulator.h in tests/emulator/, which runs the same kernels on a CPU, a fiber per CUDA thread; it documents
-// what it checks. Neither side knows a thing about contrast.
+// vectors such as float4, min and max, the functions of <cmath>, and those below. nvcc maps them to
+// intrinsics and PTX. Any other compiler takes them from emulator.h in tests/emulator/, which runs the same
+// kernels on a CPU, a fiber per CUDA thread; it documents what it checks. Neither side knows a thing about
+// contrast.
 #pragma once
 
 #include <cmath>

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 
-import on_device
 import pytest
 import torch
 
+import on_device
 from emulator import build
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native

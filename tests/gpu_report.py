@@ -84,7 +84,9 @@ def pytest_step(name: str, arguments: list[str], limit: int) -> Step:
             )
         else:
             step.passed += 1
-    if code not in (0, 1, 5) and not step.failed:
+    if (code not in (0, 1) and not step.failed) or step.passed + step.failed + sum(
+        step.skipped.values()
+    ) == 0:
         step.failed, step.detail = 1, output[-3000:]
     return step
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import compiled_code
 import pytest
 
+import compiled_code
 from pixcontrast_ext.backends import native
 
 SMALLEST_SHARED = 101376  # bytes a block may use on sm_86, sm_89 and sm_120

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -282,6 +284,40 @@ def test_more_than_2_to_the_31_elements(device_backend):
         labels, labels, num_classes=2, max_samples=4, max_views=1, min_pixels=1, backend=device_backend
     )
     assert sample.indices[0].item() == height * width - 1
+
+
+def test_other_threads_run_while_a_call_waits(device_backend):
+    """The GIL is free in a launch, even if the queue of the device is full."""
+    inputs, counted, done = draw(64, 500, 64, 3), 0, threading.Event()
+
+    def launch_many():
+        for _ in range(3000):
+            torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, False, device_backend)
+        done.set()
+
+    thread = threading.Thread(target=launch_many)
+    torch.cuda._sleep(1_000_000_000)
+    thread.start()
+    while not done.is_set():
+        counted += 1
+    thread.join()
+    torch.cuda.synchronize()
+    assert counted > 100
+
+
+def test_tensors_of_another_device(device_backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    inputs = draw(64, 500, 64, 3)
+    expected = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, device_backend)
+    other = torch.device("cuda", 1)
+    found = torch.ops.pixcontrast.infonce_forward(
+        *(x.to(other) for x in inputs), 0.1, False, True, device_backend
+    )
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(found, expected, strict=True):
+        assert a.device == other
+        torch.testing.assert_close(a.to(DEVICE), b, rtol=1e-6, atol=1e-7)
 
 
 def test_a_refused_launch_raises():

@@ -17,8 +17,8 @@
 //
 // Rows and columns come in the order of their class where that is known. Most tiles then hold no positive of
 // their block and take a path without masks. Several blocks share the walk of one row tile, each with a
-// partial result of its own, and a second stage combines those in order: nothing is atomic, and a repeat
-// gives the same bits.
+// partial result of its own, and a second stage combines those in a fixed order: nothing is atomic, and
+// a repeat gives the same bits.
 //
 // Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 sum.
 #pragma once
@@ -47,8 +47,9 @@ struct Math {
   // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
   static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
   static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
-  // bf16 weights err by 2e-3 each, which is much where they are all alike: sigma of a class is near 1. Those
-  // of the passes over few pairs are therefore split in two.
+  // bf16 weights err by 2e-3 each, which is much where they are all alike, as sigma of a class is, and in the
+  // gradient of a key, which few anchors make up. All passes but the one over the negatives split them in
+  // two.
   static constexpr int kWeightParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 };
 
@@ -107,13 +108,15 @@ struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
 
 // --- shared memory: rows of 16-byte chunks, in an order that keeps eight rows off each other's banks ---
 
-// Where chunk `chunk` of row `row` lies, for rows of kChunks chunks (8: or a multiple of it). ldmatrix reads
-// one chunk of eight rows at a time. With eight chunks and more, also one element of rows 0 to 3 or 4 to 7 in
-// two neighbouring chunks is read without conflict, which is how TF32 takes the second product's fragments.
+// Where chunk `chunk` of row `row` lies, for rows of kChunks chunks: 2, 4, or 8 for any multiple of it.
+// ldmatrix reads one chunk of eight rows at a time. With eight chunks and more, also one element of rows 0 to
+// 3 or 4 to 7 in two neighbouring chunks is read without conflict, which is how TF32 takes the second
+// product's fragments.
 template <int kChunks>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   if constexpr (kChunks == 8) return chunk ^ ((row << 1 | (row >> 2 & 1)) & 7);
-  return chunk ^ (row / (8 / kChunks) & (kChunks - 1));
+  if constexpr (kChunks == 4) return chunk ^ ((row >> 1 & 1) << 1 | (row >> 2 & 1));
+  return chunk ^ (row >> 2 & 1);
 }
 
 // The byte at which a chunk of a tile begins; row_stride is a multiple of 128.

@@ -54,7 +54,7 @@ namespace pxc::emulator {
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp, kMaxBarriers = 16;
-constexpr size_t kMaxShared = 232448;  // 227 KiB: what a block can have on sm_90
+constexpr size_t kMaxShared = kMaxSharedBytes;
 constexpr unsigned kMaxGridYZ = 65535;
 constexpr size_t kStackSize = 256 << 10;
 

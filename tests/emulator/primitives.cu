@@ -27,14 +27,6 @@ __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, float* sum) {
   for (int i = 0; i < 4; ++i) sum[lane * 4 + i] = sum_fragment[i];
 }
 
-// As fast as it goes: `products` of them in each of the warps.
-__global__ void mma_speed_kernel(int products, float* result) {
-  uint32_t a[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
-  float sum[4] = {};
-  for (int i = 0; i < products; ++i) mma<BFloat16>(sum, a, a[0], a[1]);
-  result[blockIdx.x * blockDim.x + threadIdx.x] = sum[0];
-}
-
 // rows [32, 4], fragments [32, 4]
 __global__ void ldmatrix_kernel(const uint32_t* rows, int transposed, uint32_t* fragments) {
   SharedMemory memory;
@@ -166,16 +158,6 @@ __global__ void stale_kernel(uint32_t* words) {
   uint32_t* shared = memory.take<uint32_t>(kWarp);
   words[blockIdx.x * kWarp + threadIdx.x] = shared[threadIdx.x];
   shared[threadIdx.x] = 7;
-}
-
-// Keeps arrays on the stack whose addresses are known to others; of every block, the same stacks.
-__global__ void stack_kernel(const int* values, int* results) {
-  int local[16];
-  for (int i = 0; i < 16; ++i) local[i] = values[(threadIdx.x + unsigned(i)) % blockDim.x];
-  sync_block();
-  int sum = 0;
-  for (int i = 0; i < 16; ++i) sum += local[(i + int(threadIdx.x)) % 16];
-  results[blockIdx.x * blockDim.x + threadIdx.x] = shuffle_xor(sum, 1);
 }
 
 // --- wrong ---
@@ -379,11 +361,6 @@ const Primitive kPrimitives[] = {
     {"mma_half", call_mma<Half>},
     {"mma_bfloat16", call_mma<BFloat16>},
     {"mma_tf32", call_mma<float>},
-    {"mma_speed",
-     [](const Call& call) {
-       launch(call.on, "mma_speed", mma_speed_kernel, dim3(1), 128, 0, call.number(0),
-              call.pointer<float>(0));
-     }},
     {"ldmatrix",
      [](const Call& call) {
        launch(call.on, "ldmatrix", ldmatrix_kernel, dim3(1), kWarp, shared_bytes<uint32_t>(kWarp * 4),
@@ -429,11 +406,6 @@ const Primitive kPrimitives[] = {
      [](const Call& call) {
        launch(call.on, "stale", stale_kernel, dim3(3), kWarp, shared_bytes<uint32_t>(kWarp),
               call.pointer<uint32_t>(0));
-     }},
-    {"stack",
-     [](const Call& call) {
-       launch(call.on, "stack", stack_kernel, dim3(unsigned(call.number(0))), 64, 0, call.pointer<int>(0),
-              call.pointer<int>(1));
      }},
     {"misuse",
      [](const Call& call) {
