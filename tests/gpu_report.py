@@ -205,11 +205,7 @@ def main() -> int:
             table(steps),
             "",
             *(f"## {step.name} failed\n\n```\n{step.detail}\n```\n" for step in steps if step.failed),
-            "## Timings",
-            "",
-            "```",
-            figures,
-            "```",
+            *(["## Timings", "", "```", figures, "```"] if figures else []),
             "",
         ]
     )

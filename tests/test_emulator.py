@@ -274,6 +274,12 @@ def test_every_16_bit_number(machine):
         assert np.isnan(found[nan, column].copy().view(np.float32)).all()
 
 
+def test_every_ticket_is_given_once(machine):
+    found = np.zeros((2, 2, 3, 64), np.int32)
+    machine.run("ticket", np.zeros(1, np.int32), found, numbers=(3, 2, 2, 64))
+    assert sorted(found.ravel().tolist()) == list(range(768))
+
+
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_nvcc_compiles_the_primitives(tmp_path):
     assert compile_for_device(tmp_path / "primitives.o", "-arch=sm_80", "-c").stat().st_size > 0

@@ -33,7 +33,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
@@ -80,8 +79,6 @@ inline float min(float a, float b) { return b < a || a != a ? b : a; }
 inline float max(float a, float b) { return a < b || a != a ? b : a; }
 inline double min(double a, double b) { return b < a || a != a ? b : a; }
 inline double max(double a, double b) { return a < b || a != a ? b : a; }
-
-inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
 
 namespace pxc {
 namespace emulator {

@@ -44,6 +44,7 @@ MUTANTS = [
         "sync_block();  // all copies are visible to all, and nobody reads the other stage any more",
         "",
     ),
+    Mutant("rows read before all are rounded", "infonce.cuh", "sync_block();  // all rows are rounded", ""),
     Mutant("wait for all groups but one", "infonce.cuh", "cp_async_wait<0>();", "cp_async_wait<1>();"),
     Mutant(
         "weights read before they are written",
