@@ -1,5 +1,5 @@
-// Blockwise InfoNCE on tensor cores, eq. (1) to (6) of backends/reference.py, without the anchors x keys
-// matrix.
+// Blockwise InfoNCE on tensor cores, eq. (1) to (6) of backends/reference.py. The anchors x keys matrix is
+// never stored.
 //
 // One engine serves every pass. A block keeps a tile of rows in shared memory and walks over tiles of
 // columns, which cp.async brings one tile ahead. Of each it computes the scores S = rows . columns^T, turns
@@ -47,9 +47,8 @@ struct Math {
   // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
   static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
   static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
-  // bf16 weights err by 2e-3 each, which is much where they are all alike, as sigma of a class is, and in the
-  // gradient of a key, which few anchors make up. All passes but the one over the negatives split them in
-  // two.
+  // bf16 weights err by 2e-3 each, which is much where they are all alike, as sigma of a class is, and in
+  // the gradient of a key, which few anchors make up. Only the pass over the negatives takes them whole.
   static constexpr int kWeightParts = std::is_same_v<T, BFloat16> ? 2 : 1;
 };
 
