@@ -1,14 +1,22 @@
 """What the tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
 carelessly.
 
-The backend `cuda` takes CPU tensors: its kernels run in the emulator, or, with PIXCONTRAST_TEST_CUDA=device, on a GPU
-that gets copies of them.
+The backends for a GPU take CPU tensors: the kernels of `cuda` run in the emulator, those of `triton` in Triton's
+interpreter, or, with PIXCONTRAST_TEST_CUDA=device, both on a GPU that gets copies of the tensors.
+PIXCONTRAST_TEST_BACKENDS names those to test; a comma between two.
 """
 
 from __future__ import annotations
 
 import os
 
+ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
+BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
+GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
+if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis
 import pytest
 import torch
 
@@ -16,12 +24,15 @@ import on_device
 from emulator import build
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
-
-ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
+from pixcontrast_ext.backends import triton as triton_backend
+from pixcontrast_ext.backends.triton import launch
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    hypothesis.settings.register_profile("interpreter", max_examples=15)
+    if BACKENDS == ["triton"] and not ON_DEVICE:
+        hypothesis.settings.load_profile("interpreter")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,7 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     redundant = [
         item
         for item in items
-        if (params := getattr(getattr(item, "callspec", None), "params", {})).get("backend") == "cuda"
+        if (params := getattr(getattr(item, "callspec", None), "params", {})).get("backend")
+        in ("cuda", "triton")
         and params.get("instruction_set") in sets[1:]
     ]
     config.hook.pytest_deselected(items=redundant)
@@ -42,14 +54,21 @@ def cuda_on_cpu_tensors() -> None:
     if ON_DEVICE:
         assert torch.cuda.is_available(), "PIXCONTRAST_TEST_CUDA=device, and torch finds no CUDA device"
         native.launch_cuda = on_device.launch_cuda
-    else:
+        launch.launch, launch.capability = on_device.launch_triton, on_device.capability
+    elif "cuda" in BACKENDS:
         native.cuda_kernels = build.load(build.build("plain")).cuda
     native.cuda_device_type = "cpu"
-    backends.DEVICES["cuda"] = ("cpu",)
+    backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
+    triton_backend.INTERPRETED = True
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=GPU_BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 

@@ -91,8 +91,8 @@ def pytest_step(name: str, arguments: list[str], limit: int) -> Step:
     return step
 
 
-def sanitizer_step(tool: str, limit: int) -> Step:
-    step = Step(f"compute-sanitizer {tool}")
+def sanitizer_step(tool: str, backend: str, limit: int) -> Step:
+    step = Step(f"compute-sanitizer {tool}, {backend}")
     if shutil.which("compute-sanitizer") is None:
         step.skipped["compute-sanitizer is not on PATH"] += 1
         return step
@@ -105,6 +105,7 @@ def sanitizer_step(tool: str, limit: int) -> Step:
         "9",
         sys.executable,
         "tests/gpu_small.py",
+        backend,
     ]
     # Every tensor its own allocation, so that reading past one is seen.
     code, output = run(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -193,7 +194,7 @@ def main() -> int:
         steps.append(timings)
     if "sanitizers" in parts:
         tools = ("memcheck", "racecheck", "initcheck", "synccheck")
-        steps += [sanitizer_step(tool, limit) for tool in tools]
+        steps += [sanitizer_step(tool, name, limit) for name in ("cuda", "triton") for tool in tools]
     if "suite" in parts:
         steps.append(pytest_step("whole suite, kernels on the device", ["tests"], limit))
     text = "\n".join(

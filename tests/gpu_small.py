@@ -1,51 +1,53 @@
-"""Every CUDA kernel once over small, ragged shapes on the device: what compute-sanitizer is run over."""
+"""Every kernel of a backend once over small, ragged shapes on the device: what compute-sanitizer is run over."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
 
 
-def contrast(a: int, k: int, d: int, dtype: torch.dtype, device: str) -> None:
+def contrast(a: int, k: int, d: int, dtype: torch.dtype, device: str, backend: str) -> None:
     anchors, keys = (torch.randn(n, d, device=device, dtype=dtype, requires_grad=True) for n in (a, k))
     anchor_labels, key_labels = (torch.randint(-1, 4, (n,), device=device) for n in (a, k))
     infonce(
-        anchors, anchor_labels, keys, key_labels, temperature=1.0, exclude_self=True, backend="cuda"
+        anchors, anchor_labels, keys, key_labels, temperature=1.0, exclude_self=True, backend=backend
     ).backward()
     infonce(
-        anchors, anchor_labels, anchors, anchor_labels, temperature=1.0, exclude_self=True, backend="cuda"
+        anchors, anchor_labels, anchors, anchor_labels, temperature=1.0, exclude_self=True, backend=backend
     ).backward()
     with torch.no_grad():
-        infonce(anchors, anchor_labels, keys, key_labels, temperature=1.0, backend="cuda")
+        infonce(anchors, anchor_labels, keys, key_labels, temperature=1.0, backend=backend)
 
 
-def maps(channels: int, dtype: torch.dtype, device: str, layout: torch.memory_format) -> None:
+def maps(channels: int, dtype: torch.dtype, device: str, layout: torch.memory_format, backend: str) -> None:
     embeddings = torch.randn(2, channels, 37, 41, device=device, dtype=dtype).to(memory_format=layout)
     embeddings.requires_grad_()
     labels, predictions = (torch.randint(0, 5, (2, 37, 41), device=device) for _ in range(2))
     sample = hard_anchor_sampling(
-        labels, predictions, num_classes=5, max_samples=70, max_views=9, backend="cuda"
+        labels, predictions, num_classes=5, max_samples=70, max_views=9, backend=backend
     )
-    gather_embeddings(embeddings, sample.indices, backend="cuda").float().square().sum().backward()
+    gather_embeddings(embeddings, sample.indices, backend=backend).float().square().sum().backward()
     bank = MemoryBank(5, channels, region_slots=3, pixel_slots=17, process_group=None).to(device)
     for _ in range(2):
-        bank.enqueue(embeddings.detach(), labels, backend="cuda")
+        bank.enqueue(embeddings.detach(), labels, backend=backend)
 
 
-def main(device: str = "cuda") -> None:
+def main(backend: str, device: str = "cuda") -> None:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for shape in ((70, 150, 65), (33, 90, 300), (1, 1, 8)):
-            contrast(*shape, dtype, device)
+            contrast(*shape, dtype, device, backend)
     torch.set_float32_matmul_precision("high")
-    contrast(70, 150, 65, torch.float32, device)
+    contrast(70, 150, 65, torch.float32, device, backend)
     torch.set_float32_matmul_precision("highest")
     for layout in (torch.contiguous_format, torch.channels_last):
-        maps(65, torch.float32, device, layout)
-        maps(16, torch.bfloat16, device, layout)
+        maps(65, torch.float32, device, layout, backend)
+        maps(16, torch.bfloat16, device, layout, backend)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
     torch.cuda.synchronize()

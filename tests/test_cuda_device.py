@@ -16,7 +16,7 @@ from pixcontrast_ext import (
     hard_anchor_sampling,
     infonce,
 )
-from pixcontrast_ext.backends import cuda, native, reference
+from pixcontrast_ext.backends import cuda, native, reference, schedule, triton
 
 if not torch.cuda.is_available():
     pytest.skip("torch finds no CUDA device", allow_module_level=True)
@@ -25,7 +25,7 @@ if getattr(native._C, "cuda", None) is None:
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["cuda"]
+BACKENDS = ["cuda", "triton"]
 GRADIENT_BAR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
@@ -34,7 +34,9 @@ def on_the_device(monkeypatch):
     """Tensors of this file lie on the device, whatever the other tests were given."""
     monkeypatch.setattr(native, "cuda_kernels", native._C.cuda)
     monkeypatch.setattr(native, "cuda_device_type", "cuda")
-    monkeypatch.setitem(backends.DEVICES, "cuda", ("cuda",))
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    for name in BACKENDS:
+        monkeypatch.setitem(backends.DEVICES, name, ("cuda",))
 
 
 @pytest.fixture(params=BACKENDS)
@@ -324,14 +326,14 @@ def test_a_refused_launch_raises():
     inputs = draw(64, 100, 64, 3)
     with pytest.raises(RuntimeError, match="infonce_.*invalid"):
         outputs = [torch.empty(64, device=DEVICE) for _ in range(3)]
-        before = cuda._splits
+        before = schedule.splits
         try:
-            cuda._splits = lambda *_: 70_000  # beyond what a grid may have
+            schedule.splits = lambda *_: 70_000  # beyond what a grid may have
             cuda.infonce_forward(
                 *inputs, 0.1, False, *outputs, torch.empty(64, device=DEVICE, dtype=torch.int32), None
             )
         finally:
-            cuda._splits = before
+            schedule.splits = before
     assert infonce(*inputs, temperature=0.1).isfinite()
 
 

@@ -290,7 +290,7 @@ def test_nvcc_compiles_the_primitives(tmp_path):
 
 def test_every_kernel_runs_on_small_shapes():
     """What `make gpu` gives to compute-sanitizer."""
-    gpu_small.main("cpu")
+    gpu_small.main("cuda", "cpu")
 
 
 def tickets(emulator: Emulator, *shape: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import oracle
+from conftest import GPU_BACKENDS
 from pixcontrast_ext import backends, infonce
 from pixcontrast_ext.backends import cpu, reference
 
@@ -139,7 +140,7 @@ def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order)
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
     assert error(found[0], expected[0]) <= 1e-6
     for grad, truth in zip(found[1:], expected[1:], strict=True):
-        rounding = 1e-3 if backend == "cuda" else 1e-6
+        rounding = 1e-3 if backend in GPU_BACKENDS else 1e-6
         assert error(grad, truth) <= error(truth.to(dtype), truth) * 1.01 + rounding
 
 
@@ -149,7 +150,7 @@ def test_gradient_before_rounding(backend, dtype):
     inputs = (anchors, anchor_labels.int(), keys, key_labels.int())
     *_, anchor_grad = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, backend)
     _, expected, _ = exact(inputs)
-    bar = 1e-3 if backend == "cuda" and dtype != torch.float32 else 2e-6
+    bar = 1e-3 if backend in GPU_BACKENDS and dtype != torch.float32 else 2e-6
     assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= bar
 
 
@@ -208,7 +209,7 @@ def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-    if backend == "cuda" and precision != "highest":
+    if backend in GPU_BACKENDS and precision != "highest":
         assert error(found[0], expected[0]) <= 5e-5
         assert all(2e-6 < error(found[i], expected[i]) <= 1e-3 for i in (1, 2))
     else:
@@ -216,13 +217,13 @@ def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_way_to_allow_tf32_is_understood(dtype):
+def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
     """torch has an old and a new setting, and refuses to read the old one after a write to the new."""
     inputs, setting = draw(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
-    exactly, before = run(inputs, "cuda"), setting.fp32_precision
+    exactly, before = run(inputs, gpu_backend), setting.fp32_precision
     try:
         setting.fp32_precision = "tf32"
-        found = run(inputs, "cuda")
+        found = run(inputs, gpu_backend)
     finally:
         setting.fp32_precision = before
     assert torch.equal(found[0], exactly[0]) == (dtype != torch.float32)
@@ -532,21 +533,23 @@ def test_bad_input(backend, change, kind, message):
         infonce(**(arguments | change))
 
 
-def test_cuda_takes_rows_of_up_to_512_channels():
+def test_a_gpu_takes_rows_of_up_to_512_channels(gpu_backend):
     rows, labels = torch.randn(4, 513), torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match="InfoNCE kernels take up to 512 channels, got 513"):
-        infonce(rows, labels, rows, labels, temperature=0.1, backend="cuda")
-    loss = infonce(rows[:, :512], labels, rows[:, :512].clone(), labels, temperature=10.0, backend="cuda")
+        infonce(rows, labels, rows, labels, temperature=0.1, backend=gpu_backend)
+    loss = infonce(
+        rows[:, :512], labels, rows[:, :512].clone(), labels, temperature=10.0, backend=gpu_backend
+    )
     assert loss.isfinite()
 
 
-def test_cuda_refuses_rows_that_differ():
+def test_rows_that_differ_are_refused(gpu_backend):
     anchors, anchor_labels, keys, key_labels = draw(8, 9, 16, 2)
     labels = anchor_labels.int(), key_labels.int()
     for other in (keys.bfloat16(), keys[:, :8]):
         with pytest.raises(ValueError, match=r"anchors \(8, 16\) of torch.float32 do not fit keys \(9, "):
             torch.ops.pixcontrast.infonce_forward(
-                anchors, labels[0], other, labels[1], 0.1, False, True, "cuda"
+                anchors, labels[0], other, labels[1], 0.1, False, True, gpu_backend
             )
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
+from conftest import BACKENDS
 from pixcontrast_ext import hard_anchor_sampling
 
 
@@ -71,19 +72,30 @@ def test_chooses_what_the_rules_say(backend, poison, shape, settings, priorities
     st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
     st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
 )  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_any_input(
-    batch, height, width, classes, max_samples, max_views, min_pixels, ignored, wrong, priorities, seed
+    backend,
+    batch,
+    height,
+    width,
+    classes,
+    max_samples,
+    max_views,
+    min_pixels,
+    ignored,
+    wrong,
+    priorities,
+    seed,
 ):
     maps = draw(batch, height, width, classes, ignored=ignored, wrong=wrong, priorities=priorities, seed=seed)
-    for backend in ("reference", "cpu", "cuda"):
-        check(
-            *maps,
-            backend,
-            num_classes=classes,
-            max_samples=max_samples,
-            max_views=max_views,
-            min_pixels=min_pixels,
-        )
+    check(
+        *maps,
+        backend,
+        num_classes=classes,
+        max_samples=max_samples,
+        max_views=max_views,
+        min_pixels=min_pixels,
+    )
 
 
 def test_all_hard_and_all_easy(backend):
@@ -240,12 +252,12 @@ def test_bad_label_is_named_with_its_place(careful_backend):
 
 
 @pytest.mark.parametrize("value", [-1, -(2**63), 5, 2**31, 2**63 - 1])
-def test_bad_label_is_ignored_on_a_gpu(poison, value):
+def test_bad_label_is_ignored_on_a_gpu(gpu_backend, poison, value):
     labels, predictions, priority = draw(2, 13, 17, 5)
     bad = torch.where(labels == 255, value, labels)
     settings = dict(num_classes=5, max_samples=40, max_views=6)
     expected = hard_anchor_sampling(labels, predictions, priority=priority, backend="reference", **settings)
-    found = hard_anchor_sampling(bad, predictions, priority=priority, backend="cuda", **settings)
+    found = hard_anchor_sampling(bad, predictions, priority=priority, backend=gpu_backend, **settings)
     assert expected.count > 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import native, schedule
 
 MAX_CHANNELS = 512  # of an InfoNCE row
 MAX_CLASSES = 2**21 - 1  # a sort key has 22 bits for (class, hard or easy), all ones for neither
@@ -239,39 +239,12 @@ def _slots(device: torch.device, shared_bytes: int) -> int:
     return int(properties.multi_processor_count * max(1, min(2, fit)))
 
 
-@functools.cache
-def _splits(row_tiles: int, column_tiles: int, slots: int) -> int:
-    """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly.
-
-    A wave of blocks takes as long as its longest walk.
-    """
-    most = max(1, min(column_tiles, 2 * slots // max(row_tiles, 1), 1024))
-
-    def cost(splits: int) -> int:
-        return -(-row_tiles * splits // slots) * -(-column_tiles // splits)
-
-    least = min(cost(splits) for splits in range(1, most + 1))
-    return next(splits for splits in range(1, most + 1) if cost(splits) <= 1.05 * least)
-
-
 def _aligned(rows: Tensor) -> Tensor:
     """The rows themselves if they are of 16-byte units, else a copy with zero channels behind."""
     unit = 16 // rows.element_size()
     if rows.shape[1] % unit == 0 and rows.data_ptr() % 16 == 0:
         return rows
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % unit))  # new memory, whatever the padding
-
-
-def _full_float32(dtype: torch.dtype) -> bool:
-    """Whether fp32 rows are to keep fp32's accuracy. Both of torch's ways to allow TF32 end in this setting."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-
-
-def _check_alike(anchors: Tensor, keys: Tensor) -> None:
-    if anchors.dtype != keys.dtype or anchors.shape[1] != keys.shape[1]:
-        raise ValueError(
-            f"anchors {tuple(anchors.shape)} of {anchors.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
-        )
 
 
 def infonce_forward(
@@ -287,7 +260,7 @@ def infonce_forward(
     pos_count: Tensor,  # [A] int32, out
     anchor_grad: Tensor | None,  # [A, D] float32, out
 ) -> None:
-    _check_alike(anchors, keys)
+    schedule.check_alike(anchors, keys)
     (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
@@ -296,7 +269,7 @@ def infonce_forward(
     dtype = native.DTYPE_CODES[anchors.dtype]
     block_a, block_k, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     key_tiles = -(-num_keys // block_k)
-    splits = _splits(-(-num_anchors // block_a), key_tiles, _slots(anchors.device, shared))
+    splits = schedule.splits(-(-num_anchors // block_a), key_tiles, _slots(anchors.device, shared))
     bytes_of_row = anchors.shape[1] * anchors.element_size()
     part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
 
@@ -308,7 +281,7 @@ def infonce_forward(
         "infonce_forward",
         anchors.device,
         rows_dtype=dtype,
-        full_float32=_full_float32(anchors.dtype),
+        full_float32=schedule.full_float32(anchors.dtype),
         channels=anchors.shape[1],
         temperature=temperature,
         exclude_self=exclude_self,
@@ -354,14 +327,14 @@ def _infonce_backward(
     grad: Tensor,
 ) -> None:
     if keys is not None:
-        _check_alike(anchors, keys)
+        schedule.check_alike(anchors, keys)
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
     # Rows are keys, columns anchors.
     block_k, block_a, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     anchor_tiles = -(-num_anchors // block_a)
-    splits = _splits(-(-num_rows // block_k), anchor_tiles, _slots(anchors.device, shared))
+    splits = schedule.splits(-(-num_rows // block_k), anchor_tiles, _slots(anchors.device, shared))
     peak = None
     if anchors.dtype == torch.float16 and num_anchors:
         peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()
@@ -369,7 +342,7 @@ def _infonce_backward(
         "infonce_backward",
         anchors.device,
         rows_dtype=dtype,
-        full_float32=_full_float32(anchors.dtype),
+        full_float32=schedule.full_float32(anchors.dtype),
         channels=anchors.shape[1],
         temperature=temperature,
         exclude_self=exclude_self,

@@ -1,0 +1,36 @@
+"""What the backends for a GPU decide on the host: how a walk is shared out, and how exact fp32 products are."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def splits(row_tiles: int, column_tiles: int, slots: int) -> int:
+    """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly.
+
+    `slots` blocks run at a time. A wave of blocks takes as long as its longest walk.
+    """
+    most = max(1, min(column_tiles, 2 * slots // max(row_tiles, 1), 1024))
+
+    def cost(count: int) -> int:
+        return -(-row_tiles * count // slots) * -(-column_tiles // count)
+
+    least = min(cost(count) for count in range(1, most + 1))
+    return next(count for count in range(1, most + 1) if cost(count) <= 1.05 * least)
+
+
+def full_float32(dtype: torch.dtype) -> bool:
+    """Whether fp32 rows are to keep fp32's accuracy. Both of torch's ways to allow TF32 end in this setting."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def check_alike(anchors: Tensor, keys: Tensor) -> None:
+    """Rows that a kernel takes for one dtype and one width have to be so."""
+    if anchors.dtype != keys.dtype or anchors.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"anchors {tuple(anchors.shape)} of {anchors.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
+        )

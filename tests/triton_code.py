@@ -1,0 +1,209 @@
+"""Compiles the Triton kernels for devices that are not there, and reads what came out: registers, spills, shared memory.
+
+    python tests/triton_code.py            compile every shipped configuration and print the table
+    python tests/triton_code.py --update   write it to tests/triton_code-<version of triton>.txt
+
+A launcher decides what is compiled, so the launchers are run, with everything but the compiler behind them missing: every
+configuration that ships is compiled, and no other.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import compiled_code
+from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends.triton import infonce, launch
+
+ARCHS = (80, 90)
+MULTIPROCESSORS = {80: 108, 90: 132}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int16: "i16",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel as Triton would compile it at a launch."""
+
+    module: str
+    kernel: str
+    arch: int
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        blocks = [f"{key}={value}" for key, value in self.constants if key.isupper()]
+        dtypes = [
+            kind for name, kind in self.signature if name in ("keys", "anchors", "rows", "embeddings", "map")
+        ]
+        return " ".join([self.kernel, *dtypes[:1], *blocks, f"w{self.num_warps} s{self.num_stages}"])
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+    mma: int
+    cp_async: int
+    cvt_rna: int
+    seconds: float
+
+
+def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Job:
+    """As Triton specialises a launch: on dtypes, on integers that are 1, and on what 16 divides."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
+    assert set(values) == set(names), f"{kernel.__name__}: {set(names) ^ set(values)}"
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            divisible.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+    return Job(
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        arch,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(divisible),
+        options.get("num_warps", 4),
+        options.get("num_stages", 3),
+    )
+
+
+@contextlib.contextmanager
+def recording(arch: int) -> Iterator[dict[Job, None]]:
+    """Within it, launches are written down instead of made, and devices are of `arch`."""
+    jobs: dict[Job, None] = {}
+    before = launch.launch, launch.capability, launch.multiprocessors, infonce._splits
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        if 0 not in grid:
+            jobs[job_of(arch, kernel, arguments, options)] = None
+
+    launch.launch = record
+    launch.capability = lambda device: divmod(arch, 10)
+    launch.multiprocessors = lambda device: MULTIPROCESSORS[arch]
+    infonce._splits = lambda device, rows, columns, resident: schedule.splits(
+        rows, columns, MULTIPROCESSORS[arch] * resident
+    )
+    try:
+        yield jobs
+    finally:
+        launch.launch, launch.capability, launch.multiprocessors, infonce._splits = before
+
+
+def launch_infonce(dtype: torch.dtype, channels: int) -> None:
+    a, k = 1024, 95_008
+    anchors, keys = torch.empty(a, channels, dtype=dtype), torch.empty(k, channels, dtype=dtype)
+    anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
+    rows = [torch.ones(a) for _ in range(3)]
+    count = torch.empty(a, dtype=torch.int32)
+    for grad in (None, torch.empty(a, channels)):
+        infonce.infonce_forward(anchors, anchor_labels, keys, key_labels, 0.1, False, *rows, count, grad)
+    infonce.infonce_backward_keys(
+        anchors, anchor_labels, keys, key_labels, *rows, 0.1, False, torch.empty(k, channels)
+    )
+    infonce.infonce_backward_symmetric(anchors, anchor_labels, *rows, 0.1, True, torch.empty(a, channels))
+
+
+def all_jobs(arch: int, widths: tuple[int, ...] = (64, 128, 256, 512)) -> list[Job]:
+    """Every configuration that ships for a device."""
+    with recording(arch) as jobs:
+        for channels in widths:
+            for dtype in (torch.bfloat16, torch.float16):
+                launch_infonce(dtype, channels)
+            for precision in ("tf32", "ieee"):
+                before = torch.backends.cuda.matmul.fp32_precision
+                torch.backends.cuda.matmul.fp32_precision = precision
+                try:
+                    launch_infonce(torch.float32, channels)
+                finally:
+                    torch.backends.cuda.matmul.fp32_precision = before
+    return list(jobs)
+
+
+def compile_job(job: Job) -> Code:
+    kernel = getattr(sys.modules[job.module], job.kernel)
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        signature=dict(job.signature),
+        constexprs={(names.index(name),): value for name, value in job.constants},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible},
+    )
+    options = dict(num_warps=job.num_warps, num_stages=job.num_stages, enable_fp_fusion=True)
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    seconds = time.perf_counter() - start
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (used,) = compiled_code.resources(Path(file.name)).values()
+    (resources,) = used.values()
+    ptx = compiled.asm["ptx"]
+    return Code(
+        resources.registers,
+        resources.stack,
+        compiled.metadata.shared,
+        ptx.count("wgmma.mma_async"),
+        ptx.count("mma.sync"),
+        len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        ptx.count("cvt.rna.tf32"),
+        seconds,
+    )
+
+
+def compile_all(jobs: list[Job], workers: int = 2) -> dict[Job, Code]:
+    """In processes of their own and with an empty cache, so that the seconds are those of a compilation."""
+    with tempfile.TemporaryDirectory() as cache:
+        before = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+                return dict(zip(jobs, pool.map(compile_job, jobs), strict=True))
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR") if before is None else os.environ.update(
+                TRITON_CACHE_DIR=before
+            )
