@@ -7,9 +7,10 @@ CSRC      := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 EMULATOR  := $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu)
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
+OLDEST_TRITON := $(VENV)/triton-3.6
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants lint bench gpu clean
+.PHONY: help demo test test-rest test-triton mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -17,8 +18,18 @@ help:  ## this list
 demo: $(BUILT)  ## train a small model with and without the loss, and draw the result
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
-test: $(BUILT)  ## the whole test suite
-	$(BIN)/python -m pytest tests
+# Side by side: the backends of the package, and those of Triton's interpreter, with the newest and the oldest Triton.
+# Waiting threads give their core away (OMP_WAIT_POLICY).
+test: $(BUILT) $(OLDEST_TRITON)  ## the whole test suite
+	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-triton
+
+test-rest:
+	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests
+
+test-triton:
+	PIXCONTRAST_TEST_BACKENDS=triton $(BIN)/python -m pytest tests -k triton
+	PIXCONTRAST_TEST_BACKENDS=triton PIXCONTRAST_TEST_WIDTHS=256 PYTHONPATH=$(OLDEST_TRITON) \
+	    $(BIN)/python -m pytest tests -k "triton and (any_input or code or $(SUBSET))"
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
 	PYTHONPATH=tests $(BIN)/python -m emulator.mutants
@@ -47,6 +58,12 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,bench,dev]"
+	touch $@
+
+# The oldest Triton that is supported, and a numpy that its interpreter takes.
+$(OLDEST_TRITON): $(INSTALLED)
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0 numpy==2.3.5
 	touch $@
 
 $(BUILT): $(INSTALLED) $(CSRC)

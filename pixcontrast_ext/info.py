@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 
 import torch
@@ -11,12 +12,22 @@ from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
 
 
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def report() -> str:
-    """Versions, how the native module was built, threads, devices, and for each backend ready or why not."""
+    """Versions, how the native module was built, threads, devices, for each backend ready or why not, and which would
+    serve a call.
+    """
     lines = [
         ("pixcontrast_ext", pixcontrast_ext.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
+        ("triton", triton_version() or "not installed"),
     ]
     if native.unavailable:
         lines.append(("native module", native.unavailable))
@@ -31,6 +42,10 @@ def report() -> str:
     lines += [("threads", str(torch.get_num_threads())), ("CUDA devices", ", ".join(devices) or "none")]
     for name, reason in backends.available_backends().items():
         lines.append((f"backend {name}", "ready" if reason is None else f"off: {reason}"))
+    lines.append(("CPU tensors go to", backends.choice("cpu")))
+    lines.append(
+        ("CUDA tensors go to", backends.choice("cuda") if devices else "nowhere: torch finds no CUDA device")
+    )
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
 

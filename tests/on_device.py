@@ -1,7 +1,7 @@
 """Runs the kernels for a GPU on the device for tests whose tensors lie on the CPU.
 
-The backend tests compare backends on one set of tensors. With a GPU, their backends `cuda` and `triton` go through here:
-every launch takes copies of the tensors' whole storages to the device, and brings all of them back.
+The backend tests compare backends on one set of tensors. With a GPU, their backends `cuda` and `triton` go through
+here: every launch takes copies of the tensors' whole storages to the device, and brings all of them back.
 """
 
 from __future__ import annotations

@@ -85,6 +85,23 @@ def test_available_backends_and_info_agree():
         line = next(line for line in text.splitlines() if line.startswith(f"backend {name} "))
         assert line.endswith("ready" if reason is None else f"off: {reason}")
     assert torch.__version__ in text and native._C.instruction_set() in text
+    assert re.search(r"^CPU tensors go to +cpu$", text, re.M)
+
+
+def test_info_tells_which_backend_serves_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a device")
+    off = {"cuda": "it was compiled for sm_90", "triton": None}
+    for name in off:
+        monkeypatch.setattr(backends.get(name), "unsupported", lambda *_, name=name: off[name])
+    assert re.search(
+        r"^CUDA tensors go to +triton \(cuda is off: it was compiled for sm_90\)$", report(), re.M
+    )
+    off["cuda"] = None
+    assert re.search(r"^CUDA tensors go to +cuda$", report(), re.M)
+    off["cuda"], off["triton"] = "no kernels", "not installed"
+    expected = r"^CUDA tensors go to +reference \(cuda is off: no kernels; triton is off: not installed\)$"
+    assert re.search(expected, report(), re.M)
 
 
 def test_a_backend_that_is_off_cannot_be_entered(monkeypatch):

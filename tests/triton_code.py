@@ -1,16 +1,19 @@
-"""Compiles the Triton kernels for devices that are not there, and reads what came out: registers, spills, shared memory.
+"""Compiles the Triton kernels for devices that are not there, and reads what comes out: registers, spills, memory.
 
     python tests/triton_code.py            compile every shipped configuration and print the table
-    python tests/triton_code.py --update   write it to tests/triton_code-<version of triton>.txt
+    python tests/triton_code.py --update   write it to tests/triton-<version>.txt
 
-A launcher decides what is compiled, so the launchers are run, with everything but the compiler behind them missing: every
+A launcher decides what is compiled. So the launchers are run with nothing but the compiler behind them: every
 configuration that ships is compiled, and no other.
 """
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import sys
@@ -29,9 +32,11 @@ from triton.compiler import ASTSource
 
 import compiled_code
 from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends import triton as backend
 from pixcontrast_ext.backends.triton import infonce, launch
 
 ARCHS = (80, 90)
+WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
 MULTIPROCESSORS = {80: 108, 90: 132}
 _TYPES = {
     torch.float32: "fp32",
@@ -139,15 +144,39 @@ def launch_infonce(dtype: torch.dtype, channels: int) -> None:
     rows = [torch.ones(a) for _ in range(3)]
     count = torch.empty(a, dtype=torch.int32)
     for grad in (None, torch.empty(a, channels)):
-        infonce.infonce_forward(anchors, anchor_labels, keys, key_labels, 0.1, False, *rows, count, grad)
-    infonce.infonce_backward_keys(
+        backend.infonce_forward(anchors, anchor_labels, keys, key_labels, 0.1, False, *rows, count, grad)
+    backend.infonce_backward_keys(
         anchors, anchor_labels, keys, key_labels, *rows, 0.1, False, torch.empty(k, channels)
     )
-    infonce.infonce_backward_symmetric(anchors, anchor_labels, *rows, 0.1, True, torch.empty(a, channels))
+    backend.infonce_backward_symmetric(anchors, anchor_labels, *rows, 0.1, True, torch.empty(a, channels))
 
 
-def all_jobs(arch: int, widths: tuple[int, ...] = (64, 128, 256, 512)) -> list[Job]:
-    """Every configuration that ships for a device."""
+def launch_maps(dtype: torch.dtype, layout: torch.memory_format, channels: int) -> None:
+    batch, height, width, classes, a = 2, 128, 256, 19, 1024
+    embeddings = torch.empty(batch, channels, height, width, dtype=dtype).to(memory_format=layout)
+    labels = torch.zeros(batch, height, width, dtype=torch.int64)
+    priority = torch.zeros(batch, height, width, dtype=torch.int32)
+    indices, anchor_labels = torch.zeros(a, dtype=torch.int64), torch.zeros(a, dtype=torch.int32)
+    backend.hard_anchor_sampling(
+        labels, labels, priority, classes, a, 100, 101, 255, indices, anchor_labels, anchor_labels[0]
+    )
+    for normalize in (True, False):
+        rows, inv_norm = torch.empty(a, channels, dtype=dtype), torch.empty(a)
+        backend.gather(embeddings, indices, normalize, rows, inv_norm)
+        backend.gather_backward(rows, embeddings, indices, inv_norm, normalize, torch.empty_like(embeddings))
+        slots = torch.empty(batch, classes, 11, channels, dtype=dtype)
+        slot_labels = torch.empty(batch, classes, 11, dtype=torch.int32)
+        backend.enqueue_collect(embeddings, labels, priority, classes, 10, 255, normalize, slots, slot_labels)
+    keys, key_labels = (
+        torch.empty(classes, 80, channels, dtype=dtype),
+        torch.empty(classes, 80, dtype=torch.int32),
+    )
+    rings = [torch.zeros(classes, dtype=torch.int64) for _ in range(4)]
+    backend.enqueue_write(slots, slot_labels, keys, key_labels, *rings, 40)
+
+
+def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
+    """Every configuration that ships for a device, for rows of these widths."""
     with recording(arch) as jobs:
         for channels in widths:
             for dtype in (torch.bfloat16, torch.float16):
@@ -159,6 +188,9 @@ def all_jobs(arch: int, widths: tuple[int, ...] = (64, 128, 256, 512)) -> list[J
                     launch_infonce(torch.float32, channels)
                 finally:
                     torch.backends.cuda.matmul.fp32_precision = before
+            for layout in (torch.contiguous_format, torch.channels_last):
+                for dtype in (torch.float32, torch.bfloat16):
+                    launch_maps(dtype, layout, channels)
     return list(jobs)
 
 
@@ -207,3 +239,45 @@ def compile_all(jobs: list[Job], workers: int = 2) -> dict[Job, Code]:
             os.environ.pop("TRITON_CACHE_DIR") if before is None else os.environ.update(
                 TRITON_CACHE_DIR=before
             )
+
+
+def table(codes: dict[Job, Code]) -> str:
+    lines = [
+        f"# What triton {triton.__version__} makes of the kernels; written by tests/triton_code.py --update"
+    ]
+    lines += sorted(
+        f"sm_{job.arch} {job.name}: {code.registers} registers, {code.shared} bytes"
+        for job, code in codes.items()
+    )
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def table_path() -> Path:
+    return Path(__file__).parent / f"triton-{'.'.join(triton.__version__.split('.')[:2])}.txt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
+    parser.add_argument("--json", type=Path, help="write what was found there")
+    arguments = parser.parse_args()
+    jobs = [job for arch in ARCHS for job in all_jobs(arch, tuple(arguments.widths))]
+    codes = compile_all(jobs)
+    text = table(codes)
+    if arguments.update:
+        table_path().write_text(text)
+    if arguments.json:
+        found = [
+            dict(arch=job.arch, name=job.name, kernel=job.kernel, **dataclasses.asdict(code))
+            for job, code in codes.items()
+        ]
+        arguments.json.write_text(json.dumps(dict(table=text, kernels=found)))
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ import torch
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
-# Tried in this order when none is named.
+# Tried in this order when none is named. Which of the two for a GPU is faster has not been measured.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Devices whose tensors a backend takes; None: any. The tests, which emulate CUDA on a CPU, add to it.
 DEVICES: dict[str, tuple[str, ...] | None] = {
@@ -113,6 +113,17 @@ def resolve(
         if _reason_against(name, op, device, dtype, channels) is None:
             return name
     raise ValueError(f"no backend serves {op} on {device} tensors of {dtype}")
+
+
+def choice(device: str) -> str:
+    """Which backend serves calls on tensors of a device type when none is named, and why not those before it."""
+    passed_over = []
+    for name in _BY_DEVICE.get(device, ("reference",)):
+        reason = _reason_off(name)
+        if reason is None:
+            return f"{name} ({'; '.join(passed_over)})" if passed_over else name
+        passed_over.append(f"{name} is off: {reason}")
+    return f"none ({'; '.join(passed_over)})"
 
 
 # A constant under torch.compile: a graph keeps the backend that it was traced with. This is what

@@ -1,7 +1,7 @@
 """Blockwise InfoNCE in Triton, eq. (1) to (6) of backends/reference.py; the anchors x keys matrix is never stored.
 
-Every pass gives each program a tile of rows, and walks over tiles of columns: scores S = rows . columns^T become weights
-P, and P . columns is added to the output, so that a column tile is loaded once for both products.
+In every pass a program has a tile of rows and walks over tiles of columns: scores S = rows . columns^T become weights P,
+and P . columns is added to the output, so that a column tile is loaded once for both products.
 
     pass        rows      columns           weights                    output
     negatives   anchors   keys              exp2(score - shift)        O, and the log-sum-exp, eq. (1)
@@ -19,7 +19,7 @@ Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -68,7 +68,7 @@ def infonce_order_kernel(
     BLOCK_D: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    """Puts rows in the order of (label, index), those without a label last: a row's place is how many come before it."""
+    """Puts rows in the order of (label, index), those without a label last: a place is the number of rows before it."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     label = tl.load(labels + index, mask=inside, other=-1)
@@ -197,35 +197,99 @@ def infonce_plan_kernel(
 
 
 @triton.jit
-def load_operands(rows, place, inside, count, channels, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows that were stored as operands."""
-    d = tl.arange(0, BLOCK_D)
+def load_operands(
+    rows,
+    place,
+    inside,
+    count,
+    channels,
+    first,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PREPARED: tl.constexpr,
+):
+    """BLOCK_D channels from `first` on of rows at places, as operands; zeros where it is not inside.
+
+    PREPARED rows were stored as operands; others become such here.
+    """
+    d = first + tl.arange(0, BLOCK_D)
     places = rows + place.to(tl.int64)[:, None] * channels + d[None, :]
     mask = inside[:, None] & (d < channels)[None, :]
     whole = tl.load(places, mask=mask, other=0.0)
-    if INTERPRETED:
-        whole = whole.to(tl.float32)
-    rest = whole
-    if PRECISION == "tf32x3":
+    if PREPARED and PRECISION == "tf32x3":
         rest = tl.load(places + count.to(tl.int64) * channels, mask=mask, other=0.0)
+    elif PREPARED and PRECISION == "tf32":
+        rest = whole
+    else:
+        whole, rest = as_operand(whole, PRECISION)
     return whole, rest
 
 
 @triton.jit
-def load_columns(
-    rows, tile, count, channels, labels, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+def dot_rows(
+    left,
+    left_rest,
+    left_rows,
+    left_place,
+    left_inside,
+    left_count,
+    right,
+    right_rest,
+    right_rows,
+    right_place,
+    right_inside,
+    right_count,
+    channels,
+    PREPARED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """A tile of columns and their labels; -1 and zeros where there is none, whatever stands there."""
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, BLOCK_D)
-    places = rows + columns.to(tl.int64)[:, None] * channels + d[None, :]
-    if MASKED:
-        label = tl.load(labels + columns, mask=columns < count, other=-1)
-        tile_rows = tl.load(places, mask=(label >= 0)[:, None] & (d < channels)[None, :], other=0.0)
+    """left . right^T, of operands; or of slices of them, fetched anew, where whole rows fill the registers."""
+    scores = tl.zeros([left_place.shape[0], right_place.shape[0]], tl.float32)
+    if SLICE == BLOCK_D:
+        scores = multiply(left, left_rest, tl.trans(right), tl.trans(right_rest), scores, PRECISION)
     else:
-        label = columns
-        tile_rows = tl.load(places, mask=(d < channels)[None, :], other=0.0)
-    return tile_rows, label, columns
+        for first in range(0, channels, SLICE):
+            a, a_rest = load_operands(
+                left_rows, left_place, left_inside, left_count, channels, first, SLICE, PRECISION, True
+            )
+            b, b_rest = load_operands(
+                right_rows,
+                right_place,
+                right_inside,
+                right_count,
+                channels,
+                first,
+                SLICE,
+                PRECISION,
+                PREPARED,
+            )
+            scores = multiply(a, a_rest, tl.trans(b), tl.trans(b_rest), scores, PRECISION)
+    return scores
+
+
+@triton.jit
+def load_row_tile(
+    rows, place, inside, count, channels, BLOCK_D: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The rows of a program, unless they are fetched in slices."""
+    row, rest = 0.0, 0.0
+    if SLICE == BLOCK_D:
+        row, rest = load_operands(rows, place, inside, count, channels, 0, BLOCK_D, PRECISION, True)
+    return row, rest
+
+
+@triton.jit
+def load_labels(labels, column, count, MASKED: tl.constexpr):
+    """Labels of columns, -1 behind the last, and which columns take part: all, unless MASKED."""
+    if MASKED:
+        label = tl.load(labels + column, mask=column < count, other=-1)
+        inside = label >= 0
+    else:
+        label = column
+        inside = tl.full(column.shape, 1, tl.int1)
+    return label, inside
 
 
 @triton.jit
@@ -233,6 +297,9 @@ def fold_negatives(
     shift,  # [BLOCK_A] running, log2 units
     total,  # [BLOCK_A] sum of exp2(score - shift)
     output,  # [BLOCK_A, BLOCK_D] sum of exp2(score - shift) key
+    anchors,
+    rows,
+    num_anchors,
     anchor,
     anchor_rest,
     anchor_label,
@@ -246,17 +313,35 @@ def fold_negatives(
     MASKED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,
+    SLICE: tl.constexpr,
     WEIGHT_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    for i in tl.range(tl.program_id(1), num_tiles, tl.num_programs(1), disable_licm=True):
-        key, label, _ = load_columns(
-            keys, tl.load(tiles + i), num_keys, channels, key_labels, BLOCK_K, BLOCK_D, MASKED
+    for i in tl.range(tl.program_id(1), num_tiles, tl.num_programs(1), disable_licm=not HOIST):
+        column = tl.load(tiles + i) * BLOCK_K + tl.arange(0, BLOCK_K)
+        label, inside = load_labels(key_labels, column, num_keys, MASKED)
+        key, key_rest = load_operands(keys, column, inside, num_keys, channels, 0, BLOCK_D, PRECISION, False)
+        scores = dot_rows(
+            anchor,
+            anchor_rest,
+            anchors,
+            rows,
+            rows < num_anchors,
+            num_anchors,
+            key,
+            key_rest,
+            keys,
+            column,
+            inside,
+            num_keys,
+            channels,
+            False,
+            BLOCK_D,
+            SLICE,
+            PRECISION,
         )
-        key, key_rest = as_operand(key, PRECISION)
-        scores = tl.zeros([anchor.shape[0], BLOCK_K], tl.float32)
-        scores = multiply(anchor, anchor_rest, tl.trans(key), tl.trans(key_rest), scores, PRECISION)
         if MASKED:
             negative = (label >= 0)[None, :] & (label[None, :] != anchor_label[:, None])
             scores = tl.where(negative, scores, float("-inf"))
@@ -295,6 +380,8 @@ def infonce_fwd_negatives_kernel(
     output_parts,  # [splits, A, channels] out
     WITH_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,  # loop invariants: the addresses that wgmma takes fill the registers
+    SLICE: tl.constexpr,  # channels that are multiplied at a time; BLOCK_D: all
     WEIGHT_BIAS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -305,7 +392,9 @@ def infonce_fwd_negatives_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = rows < num_anchors
     label = tl.load(sorted_labels + rows, mask=inside, other=-1)
-    anchor, anchor_rest = load_operands(anchors, rows, inside, num_anchors, channels, BLOCK_D, PRECISION)
+    anchor, anchor_rest = load_row_tile(
+        anchors, rows, inside, num_anchors, channels, BLOCK_D, SLICE, PRECISION
+    )
     shift = tl.full([BLOCK_A], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_A], tl.float32)
     output = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
@@ -316,6 +405,9 @@ def infonce_fwd_negatives_kernel(
             shift,
             total,
             output,
+            anchors,
+            rows,
+            num_anchors,
             anchor,
             anchor_rest,
             label,
@@ -329,6 +421,8 @@ def infonce_fwd_negatives_kernel(
             masked == 1,
             WITH_GRAD,
             PRECISION,
+            HOIST,
+            SLICE,
             WEIGHT_BIAS,
             BLOCK_K,
             BLOCK_D,
@@ -402,6 +496,8 @@ def infonce_fwd_positives_kernel(
     output_parts,  # [splits, A, channels] out
     WITH_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,
+    SLICE: tl.constexpr,
     WEIGHT_BIAS: tl.constexpr,
     WEIGHT_PARTS: tl.constexpr,
     SIGMA_SCALE: tl.constexpr,
@@ -417,7 +513,9 @@ def infonce_fwd_positives_kernel(
     own_label = tl.load(sorted_labels + rows, mask=rows < num_anchors, other=-1)
     index = tl.load(order + rows, mask=rows < num_anchors, other=0)
     inside = rows < num_anchors
-    anchor, anchor_rest = load_operands(anchors, rows, inside, num_anchors, channels, BLOCK_D, PRECISION)
+    anchor, anchor_rest = load_row_tile(
+        anchors, rows, inside, num_anchors, channels, BLOCK_D, SLICE, PRECISION
+    )
     excluded = tl.where(exclude_self != 0, index, -1)
     neg_lse = tl.load(shift + rows, mask=rows < num_anchors, other=0.0)
     neg_lse += tl.log2(tl.load(total + rows, mask=rows < num_anchors, other=1.0)) - WEIGHT_BIAS
@@ -429,12 +527,32 @@ def infonce_fwd_positives_kernel(
     place = OWN * tl.cdiv(tl.num_programs(0), ROW_PIECES) + planned
     own_tiles = tiles + place.to(tl.int64) * most_tiles
     num_pieces = PIECES * tl.load(tile_counts + place)
-    for i in tl.range(tl.program_id(1), num_pieces, tl.num_programs(1), disable_licm=True):
+    for i in tl.range(tl.program_id(1), num_pieces, tl.num_programs(1), disable_licm=not HOIST):
         piece = PIECES * tl.load(own_tiles + i // PIECES) + i % PIECES
-        key, label, column = load_columns(keys, piece, num_keys, channels, key_labels, BLOCK_K, BLOCK_D, True)
-        key, key_rest = as_operand(key, PRECISION)
-        scores = tl.zeros([BLOCK_A, BLOCK_K], tl.float32)
-        scores = multiply(anchor, anchor_rest, tl.trans(key), tl.trans(key_rest), scores, PRECISION)
+        column = piece * BLOCK_K + tl.arange(0, BLOCK_K)
+        label, labelled = load_labels(key_labels, column, num_keys, True)
+        key, key_rest = load_operands(
+            keys, column, labelled, num_keys, channels, 0, BLOCK_D, PRECISION, False
+        )
+        scores = dot_rows(
+            anchor,
+            anchor_rest,
+            anchors,
+            rows,
+            inside,
+            num_anchors,
+            key,
+            key_rest,
+            keys,
+            column,
+            labelled,
+            num_keys,
+            channels,
+            False,
+            BLOCK_D,
+            SLICE,
+            PRECISION,
+        )
         positive = (label >= 0)[None, :] & (label[None, :] == own_label[:, None])
         positive = positive & (column[None, :] != excluded[:, None])
         margin = neg_lse[:, None] - scores * scale
@@ -484,44 +602,52 @@ def infonce_fwd_finish_kernel(
     anchor_grad,  # [A, channels] out, eq. (6) for g = 1
     WITH_GRAD: tl.constexpr,
     WEIGHT_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The second stage: adds up the splits of an anchor, and puts it where the caller has it."""
-    row = tl.program_id(0)
+    """The second stage: adds up the splits of anchors, and puts them where the caller has them."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_anchors
     d = tl.arange(0, BLOCK_D)
-    index = tl.load(order + row)
-    row_shift, row_total = tl.load(shift + row), tl.load(total + row)
-    sum_loss, sum_weight, sum_count = 0.0, 0.0, 0
-    negatives = tl.zeros([BLOCK_D], tl.float32)
-    positives = tl.zeros([BLOCK_D], tl.float32)
+    index = tl.load(order + row, mask=inside, other=0)
+    row_shift = tl.load(shift + row, mask=inside, other=0.0)
+    row_total = tl.load(total + row, mask=inside, other=1.0)
+    sum_loss = tl.zeros([ROWS], tl.float32)
+    sum_weight = tl.zeros([ROWS], tl.float32)
+    sum_count = tl.zeros([ROWS], tl.int32)
+    negatives = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    positives = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
-        parts = split.to(tl.int64) * num_anchors + row
-        sum_loss += tl.sum(tl.load(loss_parts + parts, mask=split < splits, other=0.0), 0)
-        sum_weight += tl.sum(tl.load(pos_weight_parts + parts, mask=split < splits, other=0.0), 0)
-        sum_count += tl.sum(tl.load(pos_count_parts + parts, mask=split < splits, other=0), 0)
+        parts = split.to(tl.int64)[None, :] * num_anchors + row[:, None]
+        present = inside[:, None] & (split < splits)[None, :]
+        sum_loss += tl.sum(tl.load(loss_parts + parts, mask=present, other=0.0), 1)
+        sum_weight += tl.sum(tl.load(pos_weight_parts + parts, mask=present, other=0.0), 1)
+        sum_count += tl.sum(tl.load(pos_count_parts + parts, mask=present, other=0), 1)
         if WITH_GRAD:
-            places = parts[:, None] * channels + d[None, :]
-            inside = (split < splits)[:, None] & (d < channels)[None, :]
-            part_shift = tl.load(shift_parts + parts, mask=split < splits, other=float("-inf"))
-            factor = tl.where(part_shift == float("-inf"), 1.0, tl.exp2(part_shift - row_shift))
-            part = tl.load(negative_parts + places, mask=inside, other=0.0)
-            negatives += tl.sum(part * factor[:, None], 0)
-            positives += tl.sum(tl.load(positive_parts + places, mask=inside, other=0.0), 0)
-    labelled = tl.load(sorted_labels + row) >= 0
+            places = parts[:, :, None] * channels + d[None, None, :]
+            read = present[:, :, None] & (d < channels)[None, None, :]
+            part_shift = tl.load(shift_parts + parts, mask=present, other=float("-inf"))
+            factor = tl.where(part_shift == float("-inf"), 1.0, tl.exp2(part_shift - row_shift[:, None]))
+            part = tl.load(negative_parts + places, mask=read, other=0.0)
+            negatives += tl.sum(part * factor[:, :, None], 1)
+            positives += tl.sum(tl.load(positive_parts + places, mask=read, other=0.0), 1)
+    labelled = tl.load(sorted_labels + row, mask=inside, other=-1) >= 0
     contrasts = labelled & (sum_count > 0)
     count = tl.maximum(sum_count, 1).to(tl.float32)
     lse = (row_shift + tl.log2(row_total) - WEIGHT_BIAS) * LN2
-    tl.store(loss + index, tl.where(contrasts, sum_loss / count, 0.0))
-    tl.store(neg_lse + index, tl.where(labelled, lse, float("-inf")))
-    tl.store(pos_weight + index, tl.where(contrasts, sum_weight, 0.0))
-    tl.store(pos_count + index, tl.where(contrasts, sum_count, 0))
+    tl.store(loss + index, tl.where(contrasts, sum_loss / count, 0.0), mask=inside)
+    tl.store(neg_lse + index, tl.where(labelled, lse, float("-inf")), mask=inside)
+    tl.store(pos_weight + index, tl.where(contrasts, sum_weight, 0.0), mask=inside)
+    tl.store(pos_count + index, tl.where(contrasts, sum_count, 0), mask=inside)
     if WITH_GRAD:
         push = tl.where(row_total == 0.0, 0.0, sum_weight / row_total)
-        grad = (push * negatives - positives) * (inv_temperature / count)
+        grad = (push[:, None] * negatives - positives) * (inv_temperature / count)[:, None]
         tl.store(
-            anchor_grad + index.to(tl.int64) * channels + d, tl.where(contrasts, grad, 0.0), mask=d < channels
+            anchor_grad + index.to(tl.int64)[:, None] * channels + d[None, :],
+            tl.where(contrasts[:, None], grad, 0.0),
+            mask=inside[:, None] & (d < channels)[None, :],
         )
 
 
@@ -543,7 +669,11 @@ def positive_gradient(score, lse, pull):
 @triton.jit
 def fold_gradient(
     output,  # [BLOCK_K, BLOCK_D]
-    row,  # [BLOCK_K, BLOCK_D] keys
+    rows,
+    row_place,
+    row_inside,
+    num_rows,
+    row,
     row_rest,
     row_label,
     row_index,
@@ -564,22 +694,42 @@ def fold_gradient(
     MASKED: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,
+    SLICE: tl.constexpr,
     WEIGHT_PARTS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    for i in tl.range(tl.program_id(1), num_tiles, tl.num_programs(1), disable_licm=True):
+    for i in tl.range(tl.program_id(1), num_tiles, tl.num_programs(1), disable_licm=not HOIST):
         places = tl.load(tiles + i) * BLOCK_A + tl.arange(0, BLOCK_A)
         inside = places < num_anchors
         label = tl.load(sorted_labels + places, mask=inside, other=-1)
         index = tl.load(order + places, mask=inside, other=0)
         anchor, anchor_rest = load_operands(
-            anchors, places, inside, num_anchors, channels, BLOCK_D, PRECISION
+            anchors, places, inside, num_anchors, channels, 0, BLOCK_D, PRECISION, True
         )
         lse = tl.load(coefficients + places, mask=inside, other=0.0)[None, :]
         push = tl.load(coefficients + num_anchors + places, mask=inside, other=0.0)[None, :]
-        scores = tl.zeros([row.shape[0], BLOCK_A], tl.float32)
-        scores = multiply(row, row_rest, tl.trans(anchor), tl.trans(anchor_rest), scores, PRECISION) * scale
+        scores = dot_rows(
+            row,
+            row_rest,
+            rows,
+            row_place,
+            row_inside,
+            num_rows,
+            anchor,
+            anchor_rest,
+            anchors,
+            places,
+            inside,
+            num_anchors,
+            channels,
+            True,
+            BLOCK_D,
+            SLICE,
+            PRECISION,
+        )
+        scores *= scale
         weights = negative_gradient(scores, lse, push)
         if SYMMETRIC:
             weights += negative_gradient(scores, row_lse[:, None], row_push[:, None])
@@ -621,6 +771,8 @@ def infonce_bwd_keys_kernel(
     SYMMETRIC: tl.constexpr,
     PEAK: tl.constexpr,
     PRECISION: tl.constexpr,
+    HOIST: tl.constexpr,
+    SLICE: tl.constexpr,
     WEIGHT_PARTS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -638,7 +790,7 @@ def infonce_bwd_keys_kernel(
         lse = tl.load(coefficients + places, mask=inside, other=0.0)
         push = tl.load(coefficients + num_anchors + places, mask=inside, other=0.0)
         pull = tl.load(coefficients + 2 * num_anchors + places, mask=inside, other=0.0)
-    row, row_rest = load_operands(keys, places, label >= 0, num_keys, channels, BLOCK_D, PRECISION)
+    row, row_rest = load_row_tile(keys, places, label >= 0, num_keys, channels, BLOCK_D, SLICE, PRECISION)
     weight_scale = 1.0
     if PEAK:  # a power of two that takes the largest weight to 2^14 and below, near the top of fp16's range
         exponent = tl.load(peak).to(tl.int32, bitcast=True) >> 23
@@ -648,6 +800,10 @@ def infonce_bwd_keys_kernel(
         listed = masked * row_tiles + row_tile
         output = fold_gradient(
             output,
+            keys,
+            places,
+            label >= 0,
+            num_keys,
             row,
             row_rest,
             label,
@@ -669,6 +825,8 @@ def infonce_bwd_keys_kernel(
             masked == 1,
             SYMMETRIC,
             PRECISION,
+            HOIST,
+            SLICE,
             WEIGHT_PARTS,
             BLOCK_A,
             BLOCK_D,
@@ -705,6 +863,17 @@ class Tile(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
+    hoist: bool = True  # loop invariants out of the walk
+    slice: int | None = None  # channels whose products are summed at a time, fetched anew; None: all
+
+    def options(self, block_d: int) -> dict[str, Any]:
+        return dict(
+            HOIST=self.hoist,
+            SLICE=self.slice or block_d,
+            BLOCK_D=block_d,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+        )
 
 
 class Tiles(NamedTuple):
@@ -716,20 +885,70 @@ class Tiles(NamedTuple):
     resident: int  # programs that a multiprocessor holds at a time
 
 
-# By (major number of the compute capability, what is multiplied): tiles for rows of up to so many channels.
+# By (major number of the compute capability, what is multiplied): tiles for rows of up to so many channels. All of
+# them compile without spills with every Triton that is supported, and those of (8, ...) fit the 99 KB of shared memory
+# that the smallest device after an A100 has.
 _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
-    (9, "half"): {512: Tiles(Tile(128, 64, 8, 3), Tile(64, 16, 8, 3), Tile(128, 32, 8, 3), 1)},
-    (9, "tf32"): {512: Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), 1)},
-    (9, "tf32x3"): {512: Tiles(Tile(128, 64, 8, 3), Tile(128, 16, 8, 3), Tile(128, 32, 8, 3), 1)},
+    (9, "half"): {
+        64: Tiles(Tile(128, 128, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3), 1),
+        128: Tiles(Tile(128, 128, 8, 3), Tile(128, 16, 8, 3), Tile(128, 64, 8, 3), 1),
+        256: Tiles(
+            Tile(128, 64, 8, 3, hoist=False),
+            Tile(128, 16, 8, 3, hoist=False),
+            Tile(128, 32, 8, 3, hoist=False),
+            1,
+        ),
+        512: Tiles(Tile(64, 32, 8, 3, hoist=False), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
+    },
+    (9, "tf32"): {
+        64: Tiles(Tile(128, 64, 8, 3, False), Tile(128, 32, 8, 3, False), Tile(128, 32, 8, 3, False), 1),
+        128: Tiles(Tile(128, 32, 8, 3, False), Tile(64, 32, 8, 3, False), Tile(128, 32, 8, 3, False), 1),
+        256: Tiles(Tile(64, 32, 8, 3, False), Tile(64, 32, 8, 3, False), Tile(64, 32, 8, 3, False), 1),
+        512: Tiles(
+            Tile(32, 32, 8, 3, True, 64), Tile(32, 16, 8, 3, True, 64), Tile(32, 16, 8, 3, True, 64), 1
+        ),
+    },
+    (9, "tf32x3"): {
+        64: Tiles(Tile(128, 32, 8, 3, False), Tile(128, 32, 8, 3, False), Tile(128, 32, 8, 3, False), 1),
+        128: Tiles(Tile(64, 32, 8, 3, False), Tile(64, 16, 8, 3, False), Tile(64, 32, 8, 3, False), 1),
+        256: Tiles(
+            Tile(64, 32, 8, 3, False, 32), Tile(64, 16, 8, 3, False, 32), Tile(32, 16, 8, 2, True, 32), 1
+        ),
+        512: Tiles(
+            Tile(32, 16, 8, 2, True, 32), Tile(32, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), 1
+        ),
+    },
+    (8, "half"): {
+        128: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3), 2),
+        256: Tiles(Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), 1),
+        512: Tiles(Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
+    },
+    (8, "tf32"): {
+        128: Tiles(Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), 1),
+        256: Tiles(Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
+        512: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), 1),
+    },
+    (8, "tf32x3"): {
+        128: Tiles(
+            Tile(64, 16, 8, 2, True, 32), Tile(64, 16, 8, 2, True, 32), Tile(64, 16, 8, 2, True, 32), 1
+        ),
+        256: Tiles(
+            Tile(64, 16, 8, 2, True, 32), Tile(32, 16, 8, 2, True, 32), Tile(32, 16, 8, 2, True, 32), 1
+        ),
+        512: Tiles(
+            Tile(32, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), 1
+        ),
+    },
 }
 MAX_CHANNELS = 512
 
-_ORDER = dict(BLOCK=16, OTHERS=256, num_warps=4)
-_PREPARE = dict(BLOCK=16, num_warps=4)
+# The interpreter takes as long for a large tile as for a small one.
+_ORDER = dict(BLOCK=64 if INTERPRETED else 16, OTHERS=512 if INTERPRETED else 256, num_warps=4)
+_PREPARE = dict(BLOCK=256 if INTERPRETED else 16, num_warps=4)
 _RANGES = dict(TILES=16, num_warps=4)
 _PLAN = dict(TILES=1024, num_warps=4)
 _COMBINE = dict(BLOCK=32, SPLITS=16, num_warps=4)
-_FINISH = dict(SPLITS=8, num_warps=4)
+_FINISH = dict(ROWS=64 if INTERPRETED else 2, SPLITS=4, num_warps=4)
 _BWD_FINISH = dict(BLOCK=1024, num_warps=4)
 
 
@@ -757,7 +976,7 @@ def _tiles(device: torch.device, precision: str, channels: int) -> Tiles:
 
 
 def _block_d(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
+    return max(64, triton.next_power_of_2(channels))
 
 
 @functools.cache
@@ -902,7 +1121,6 @@ def infonce_forward(
         WITH_GRAD=with_grad,
         PRECISION=math_of.precision,
         WEIGHT_BIAS=math_of.weight_bias,
-        BLOCK_D=block_d,
     )
     launch.launch(
         infonce_fwd_negatives_kernel,
@@ -923,8 +1141,7 @@ def infonce_forward(
         negative_parts,
         BLOCK_A=negatives.rows,
         BLOCK_K=negatives.columns,
-        num_warps=negatives.num_warps,
-        num_stages=negatives.num_stages,
+        **negatives.options(block_d),
         **blocks,
     )
     launch.launch(
@@ -966,13 +1183,12 @@ def infonce_forward(
         PIECES=negatives.columns // positives.columns,
         BLOCK_A=positives.rows,
         BLOCK_K=positives.columns,
-        num_warps=positives.num_warps,
-        num_stages=positives.num_stages,
+        **positives.options(block_d),
         **blocks,
     )
     launch.launch(
         infonce_fwd_finish_kernel,
-        (num_anchors,),
+        (triton.cdiv(num_anchors, _FINISH["ROWS"]),),
         order,
         sorted_labels,
         num_anchors,
@@ -1062,9 +1278,7 @@ def _backward(
         WEIGHT_PARTS=math_of.weight_parts,
         BLOCK_A=tile.columns,
         BLOCK_K=tile.rows,
-        BLOCK_D=_block_d(channels),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options(_block_d(channels)),
     )
     if splits > 1:
         launch.launch(

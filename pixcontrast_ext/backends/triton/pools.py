@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.triton.numerics import INTERPRETED
 
 MAX_PIXELS = 2**31 - 1  # of an image
 
@@ -24,7 +25,9 @@ DIGITS: tl.constexpr = tl.constexpr(256)
 
 _COUNT = dict(CHUNK=256, BINS=128, num_warps=4)
 _SCAN = dict(BLOCK=4096, num_warps=8)
-_SCATTER = dict(CHUNK=256, OTHERS=32, num_warps=4)
+_SCATTER = dict(
+    CHUNK=256, OTHERS=256 if INTERPRETED else 32, num_warps=4
+)  # the interpreter likes large tiles
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""Hard-anchor sampling in five launches: three sort the pixels into pools, one plans how many anchors each pool gives, one
-selects them. The rules are numbered as in backends/reference.py, which states them in full.
+"""Hard-anchor sampling in five launches: three sort the pixels into pools, one plans how many anchors each pool gives,
+one selects them. The rules are numbered as in backends/reference.py, which states them in full.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SELECT = dict(BLOCK=2048, num_warps=8)
 
 @triton.jit
 def load_pair(starts, pair, inside, batch, num_classes, chunks):
-    """Where the hard and the easy pixels of pairs (class, image) begin in their image's keys, and how many there are."""
+    """Where the hard and the easy pixels of a pair (class, image) begin in the image's keys, and how many there are."""
     image, label = (pair % batch).to(tl.int64), (pair // batch).to(tl.int64)
     starts += image * (2 * num_classes.to(tl.int64) * chunks + 1) + 2 * label * chunks
     hard = tl.load(starts, mask=inside, other=0)

@@ -1,0 +1,125 @@
+"""What is Triton's own: its interpreter's roundings, masks at the end of memory, which versions and devices it serves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from conftest import BACKENDS
+from pixcontrast_ext import backends
+from pixcontrast_ext.backends import triton as triton_backend
+from pixcontrast_ext.backends.triton import infonce, numerics
+
+ROOT = Path(__file__).parents[1]
+if "triton" not in BACKENDS:
+    pytest.skip("PIXCONTRAST_TEST_BACKENDS leaves triton out", allow_module_level=True)
+
+
+def guard(*arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "tests/triton_guard.py", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+
+
+def test_nothing_is_touched_behind_the_end_of_a_tensor():
+    done = guard()
+    assert (done.returncode, done.stdout) == (0, "no overrun\n"), done.stderr[-3000:]
+
+
+def test_touching_what_lies_behind_a_tensor_is_seen():
+    assert guard("--overrun").returncode == -signal.SIGSEGV
+
+
+@triton.jit
+def round_kernel(values, rounded, tf32, count, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    value = tl.load(values + i, mask=i < count, other=0.0)
+    tl.store(rounded + i, numerics.rounded_to(value, rounded.dtype.element_ty), mask=i < count)
+    tl.store(tf32 + i, numerics.rounded_to_tf32(value), mask=i < count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_stores_round_to_nearest_even(dtype):
+    special = [
+        0.0,
+        -0.0,
+        1.0,
+        float("inf"),
+        -float("inf"),
+        float("nan"),
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        1 + 2**-11,
+        3e38,
+    ]
+    values = torch.cat([torch.tensor(special), torch.randn(900) * 10 ** torch.empty(900).uniform_(-6, 4)])
+    rounded, tf32 = torch.empty_like(values, dtype=dtype), torch.empty_like(values)
+    round_kernel[(1,)](values, rounded, tf32, len(values), BLOCK=1024)
+    torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_tf32_rounds_to_nearest():
+    values = torch.cat([torch.tensor([1 + 2**-11, 1 + 2**-12, -(1 + 3 * 2**-11), 0.0]), torch.randn(1000)])
+    nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # what a GPU makes
+    values = torch.cat([values, torch.tensor([float("inf")]), nan])
+    rounded, tf32 = torch.empty_like(values), torch.empty_like(values)
+    round_kernel[(1,)](values, rounded, tf32, len(values), BLOCK=2048)
+    exponent = values.abs().double().clamp(1e-30, 1e38).log2().floor()
+    step = 2.0 ** (exponent - 10)
+    nearest = (
+        (values.double().abs() / step + 0.5).floor() * step * values.double().sign()
+    )  # ties away from zero
+    assert torch.equal(tf32[:-2].double(), nearest[:-2])
+    assert tf32[-2] == float("inf") and tf32[-1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.5.1", "needs triton 3.6 or later, and 3.5.1"), (None, "not installed")]
+)
+def test_versions_that_do_not_serve(monkeypatch, version, reason):
+    def found(name: str) -> str:
+        if version is None:
+            raise triton_backend.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(triton_backend.importlib.metadata, "version", found)
+    triton_backend._unavailable.cache_clear()
+    try:
+        assert reason in backends.available_backends()["triton"]
+    finally:
+        monkeypatch.undo()
+        triton_backend._unavailable.cache_clear()
+
+
+def test_an_old_device_is_named(monkeypatch):
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    triton_backend._unsupported_device.cache_clear()
+    try:
+        assert (
+            backends.available_backends()["triton"]
+            == "it needs a device of sm_80 or later, and this is sm_75"
+        )
+    finally:
+        triton_backend._unsupported_device.cache_clear()
+
+
+@pytest.mark.parametrize("arithmetic", sorted(infonce._TILES))
+def test_tiles_of_the_positives_divide_those_of_the_plan(arithmetic):
+    assert max(infonce._TILES[arithmetic]) == triton_backend.MAX_CHANNELS
+    for tiles in infonce._TILES[arithmetic].values():
+        assert tiles.negatives.rows % tiles.positives.rows == 0
+        assert tiles.negatives.columns % tiles.positives.columns == 0

@@ -1,0 +1,121 @@
+"""Runs every Triton kernel in the interpreter on tensors that end where memory ends: `python tests/triton_guard.py`.
+
+Behind the last element of each tensor, scratch memory included, lies a page that nobody may touch, so that a load or
+store without its mask kills the process. `--overrun` puts in such a load, to show that it does.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import contextlib
+import ctypes
+import math
+import mmap
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixcontrast_ext import MemoryBank, backends, gather_embeddings, hard_anchor_sampling, infonce
+from pixcontrast_ext.backends import triton as triton_backend
+
+PROT_NONE = 0
+_libc = ctypes.CDLL(None, use_errno=True)
+_empty = torch.empty
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a contiguous tensor, which ends at a page that nobody may touch."""
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return _empty(shape, dtype=dtype)
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if _libc.mprotect(ctypes.c_void_p(address + pages * mmap.PAGESIZE), mmap.PAGESIZE, PROT_NONE):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    offset = pages * mmap.PAGESIZE - size
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    return guarded(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[None]:
+    """What the launchers allocate lies before such a page as well."""
+
+    def new_empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return guarded(tuple(sizes), dtype or like.dtype)
+
+    def empty_like(like: Tensor, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return guarded(tuple(like.shape), dtype or like.dtype)
+
+    with (
+        mock.patch.object(Tensor, "new_empty", new_empty),
+        mock.patch.object(torch, "empty_like", empty_like),
+    ):
+        yield
+
+
+@triton.jit
+def overrun_kernel(values, total, count, BLOCK: tl.constexpr):
+    """Reads one element more than there are."""
+    i = tl.arange(0, BLOCK)
+    tl.store(total, tl.sum(tl.load(values + i, mask=i <= count, other=0.0), 0))
+
+
+def contrast(a: int, k: int, d: int, dtype: torch.dtype) -> None:
+    anchors, keys = (copied(torch.randn(n, d).to(dtype)).requires_grad_() for n in (a, k))
+    anchor_labels, key_labels = (copied(torch.randint(-1, 4, (n,), dtype=torch.int32)) for n in (a, k))
+    settings = dict(temperature=1.0, exclude_self=True, backend="triton")
+    infonce(anchors, anchor_labels, keys, key_labels, **settings).backward()
+    infonce(anchors, anchor_labels, anchors, anchor_labels, **settings).backward()
+
+
+def maps(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
+    embeddings = copied(torch.randn(batch, channels, height, width).to(dtype)).requires_grad_()
+    labels, predictions = (copied(torch.randint(0, 5, (batch, height, width))) for _ in range(2))
+    priority = copied(torch.randint(2**31 - 1, labels.shape, dtype=torch.int32))
+    sample = hard_anchor_sampling(
+        labels, predictions, num_classes=5, max_samples=37, max_views=9, priority=priority, backend="triton"
+    )
+    gather_embeddings(embeddings, sample.indices, backend="triton").float().square().sum().backward()
+    bank = MemoryBank(5, channels, region_slots=3, pixel_slots=17, process_group=None)
+    for name, buffer in list(bank.named_buffers()):
+        setattr(bank, name, copied(buffer))
+    for _ in range(2):
+        bank.enqueue(embeddings.detach(), labels, priority=priority, backend="triton")
+
+
+def main() -> None:
+    backends.DEVICES["triton"] = ("cpu",)
+    triton_backend.INTERPRETED = True
+    torch.manual_seed(0)
+    if "--overrun" in sys.argv[1:]:
+        overrun_kernel[(1,)](
+            guarded((13,), torch.float32).zero_(), guarded((1,), torch.float32), 13, BLOCK=16
+        )
+        return
+    with guarded_memory():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for shape in ((70, 150, 65), (1, 1, 1), (33, 130, 64)):
+                contrast(*shape, dtype)
+        for shape in ((2, 5, 17, 19), (1, 1, 1, 1), (3, 33, 16, 16)):
+            maps(*shape, torch.float32)
+            maps(*shape, torch.bfloat16)
+    print("no overrun")
+
+
+if __name__ == "__main__":
+    main()
