@@ -1,4 +1,4 @@
-"""What is Triton's own: its interpreter's roundings, masks at the end of memory, which versions and devices it serves."""
+"""What is Triton's own: the interpreter's roundings, masks at the end of memory, versions and devices that it serves."""
 
 from __future__ import annotations
 

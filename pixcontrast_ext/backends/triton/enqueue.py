@@ -21,7 +21,7 @@ from pixcontrast_ext.backends.triton.pools import select_threshold, sort_pools
 
 _SHARE = 512  # pixels of a program that sums
 _ELEMENTS = 8192  # of its tile
-_ROWS = dict(BLOCK=2048, ROWS=4, num_warps=8)
+_ROWS = dict(BLOCK=512, ROWS=4, num_warps=4)
 _WRITE = dict(CANDIDATES=32, num_warps=4)
 _MAX_WRITE_D = 256
 
@@ -52,6 +52,7 @@ def collect_regions_kernel(
     """Sums of normalised pixels, for each class in a share of an image's sorted pixels."""
     image = (tl.program_id(0) // shares).to(tl.int64)
     share = tl.program_id(0) % shares
+    embeddings += image * stride_batch
     keys += image * pixels
     labels += image * pixels
     starts += image * (num_classes.to(tl.int64) * chunks + 1)
@@ -64,8 +65,8 @@ def collect_regions_kernel(
         total = tl.zeros([BLOCK_D, BLOCK_PIXELS], tl.float32)
         for first in range(position, end, BLOCK_PIXELS):
             i = first + tl.arange(0, BLOCK_PIXELS)
-            pixel = image * pixels + (tl.load(keys + i, mask=i < end, other=0) & 0xFFFFFFFF)
-            offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column)
+            pixel = tl.load(keys + i, mask=i < end, other=0) & 0xFFFFFFFF
+            offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column, False)
             value = tl.load(
                 embeddings + d[:, None] * stride_channel + offset[None, :],
                 mask=(d < channels)[:, None] & (i < end)[None, :],
@@ -108,7 +109,9 @@ def collect_rows_kernel(
 ):
     """What an image offers of one class. A row whose norm is zero or not finite is none."""
     pair = tl.program_id(0).to(tl.int64)
-    image, label = pair // num_classes, pair % num_classes
+    image = (tl.program_id(0) // num_classes).to(tl.int64)
+    label = (tl.program_id(0) % num_classes).to(tl.int64)
+    embeddings += image * stride_batch
     keys += image * pixels
     starts += image * (num_classes.to(tl.int64) * chunks + 1)
     begin, end = tl.load(starts + label * chunks), tl.load(starts + (label + 1) * chunks)
@@ -128,9 +131,9 @@ def collect_rows_kernel(
         if NORMALIZE:
             squares = tl.sum(region * region, 0)
             # A zero or NaN sum needs no scale: it is refused below.
-            region /= tl.where(squares > 0, tl.sqrt(squares), 1.0)
+            region *= 1.0 / tl.where(squares > 0, tl.sqrt(squares), 1.0)
         else:
-            region /= size.to(tl.float64)
+            region *= 1.0 / size.to(tl.float64)
     value = rounded_to(region.to(tl.float32), dtype)
     stored = value.to(tl.float32)
     squares = tl.sum(stored * stored, 0)
@@ -151,8 +154,8 @@ def collect_rows_kernel(
         tl.debug_barrier()  # other threads read what is chosen
     for first in range(0, pixels_per_image, ROWS):
         slot = first + tl.arange(0, ROWS)
-        pixel = image * pixels + tl.load(chosen_pixels + slot, mask=slot < keep, other=0)
-        offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column)
+        pixel = tl.load(chosen_pixels + slot, mask=slot < keep, other=0)
+        offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column, False)
         values = tl.load(
             embeddings + offset[:, None] + d[None, :] * stride_channel,
             mask=(slot < keep)[:, None] & (d < channels)[None, :],
@@ -203,20 +206,20 @@ def write_kernel(
         ptr, fill = pixel_ptr + label, pixel_fill + label
     if slots > 0:
         # Never an address outside of the ring.
-        start = (tl.load(ptr) % slots + slots) % slots
+        start = ((tl.load(ptr) % slots + slots) % slots).to(tl.int32)
         candidates = batch * per_image
-        written = tl.full([], 0, tl.int64)
+        written = 0
         for first in range(0, candidates, CANDIDATES):
             candidate = first + tl.arange(0, CANDIDATES)
             place = row_of(candidate, label, per_image, of_pixels, num_classes, pixels_per_image)
             offered = tl.load(row_labels + place, mask=candidate < candidates, other=-1) == label
-            written += tl.sum(offered.to(tl.int64), 0)
-        before = tl.full([], 0, tl.int64)
+            written += tl.sum(offered.to(tl.int32), 0)
+        before = 0
         for first in range(0, candidates, CANDIDATES):
             candidate = first + tl.arange(0, CANDIDATES)
             place = row_of(candidate, label, per_image, of_pixels, num_classes, pixels_per_image)
             offered = tl.load(row_labels + place, mask=candidate < candidates, other=-1) == label
-            order = before + tl.cumsum(offered.to(tl.int64), 0) - 1
+            order = before + tl.cumsum(offered.to(tl.int32), 0) - 1
             stays = offered & (order >= written - slots)
             slot = first_slot + (start + order) % slots
             for channel in range(0, channels, BLOCK_D):
@@ -225,9 +228,9 @@ def write_kernel(
                 row = tl.load(rows + place[:, None] * channels + d[None, :], mask=inside)
                 tl.store(keys + slot[:, None] * channels + d[None, :], row, mask=inside)
             tl.store(key_labels + slot, tl.full([CANDIDATES], 0, tl.int32) + label.to(tl.int32), mask=stays)
-            before += tl.sum(offered.to(tl.int64), 0)
+            before += tl.sum(offered.to(tl.int32), 0)
         tl.debug_barrier()  # everybody has read the pointer
-        tl.store(ptr, (start + written) % slots)
+        tl.store(ptr, ((start + written) % slots).to(tl.int64))
         tl.store(fill, tl.minimum(tl.load(fill) + written, slots))
 
 

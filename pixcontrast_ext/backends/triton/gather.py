@@ -13,7 +13,7 @@ from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
 
-_ELEMENTS = 2048  # of a program's rows
+_ELEMENTS = 1024  # of a program's rows
 _SORT = dict(BLOCK=32, OTHERS=256, num_warps=4)
 _MAP = dict(BLOCK_PIXELS=128, BLOCK_D=64, num_warps=4)
 
@@ -34,6 +34,7 @@ def gather_kernel(
     rows,  # [A, D] out
     inv_norm,  # [A] float32 out
     NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -42,7 +43,7 @@ def gather_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     index = tl.load(indices + row, mask=row < num_rows, other=-1)
     readable = (index >= 0) & (index < num_pixels)
-    offset = pixel_offset(index, height, width, stride_batch, stride_row, stride_column)
+    offset = pixel_offset(index, height, width, stride_batch, stride_row, stride_column, WIDE)
     pixel = tl.load(
         embeddings + offset[:, None] + d[None, :] * stride_channel,
         mask=readable[:, None] & (d < channels)[None, :],
@@ -75,6 +76,7 @@ def gather_bwd_rows_kernel(
     wide,  # [A, D] float32 out: gradients of the pixels
     row_pixels,  # [A] int64 out: their indices, -1 for a row without gradient
     NORMALIZE: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -92,7 +94,7 @@ def gather_bwd_rows_kernel(
     grad = tl.load(grad_rows + places, mask=inside, other=0.0).to(tl.float32)
     named = tl.sum((grad != 0.0).to(tl.int32), 1) > 0
     if NORMALIZE:
-        offset = pixel_offset(index, height, width, stride_batch, stride_row, stride_column)
+        offset = pixel_offset(index, height, width, stride_batch, stride_row, stride_column, WIDE)
         scale = tl.load(inv_norm + row, mask=row < num_rows, other=0.0)[:, None]
         pixel = tl.load(
             embeddings + offset[:, None] + d[None, :] * stride_channel, mask=inside, other=0.0
@@ -155,6 +157,7 @@ def gather_bwd_map_kernel(
     stride_row,
     stride_column,
     grad_map,  # [B, D, H, W] out, dense
+    WIDE: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -169,7 +172,7 @@ def gather_bwd_map_kernel(
         row = tl.load(sorted_rows + i)
         grad = tl.load(wide + row * channels + d, mask=d < channels, other=0.0)
         total += tl.where((pixel == tl.load(sorted_pixels + i))[None, :], grad[:, None], 0.0)
-    offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column)
+    offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column, WIDE)
     tl.store(
         grad_map + d[:, None] * stride_channel + offset[None, :],
         rounded_to(total, grad_map.dtype.element_ty),
@@ -179,6 +182,10 @@ def gather_bwd_map_kernel(
 
 def _num_pixels(embeddings: Tensor) -> int:
     return embeddings.shape[0] * embeddings.shape[2] * embeddings.shape[3]
+
+
+def _wide(embeddings: Tensor) -> bool:
+    return _num_pixels(embeddings) >= 2**31
 
 
 def _rows_of(channels: int) -> dict[str, int]:
@@ -205,6 +212,7 @@ def gather(
         rows,
         inv_norm,
         NORMALIZE=normalize,
+        WIDE=_wide(embeddings),
         **tile,
     )
 
@@ -234,6 +242,7 @@ def gather_backward(
         wide,
         row_pixels,
         NORMALIZE=normalize,
+        WIDE=_wide(embeddings),
         **tile,
     )
     launch.launch(
@@ -255,5 +264,6 @@ def gather_backward(
         num_pixels,
         *pixels.sizes(grad_embeddings),
         grad_embeddings,
+        WIDE=_wide(embeddings),
         **_MAP,
     )

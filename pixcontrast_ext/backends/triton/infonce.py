@@ -1,7 +1,7 @@
 """Blockwise InfoNCE in Triton, eq. (1) to (6) of backends/reference.py; the anchors x keys matrix is never stored.
 
-In every pass a program has a tile of rows and walks over tiles of columns: scores S = rows . columns^T become weights P,
-and P . columns is added to the output, so that a column tile is loaded once for both products.
+In every pass a program has a tile of rows and walks over tiles of columns. Scores S = rows . columns^T become weights
+P, and P . columns is added to the output, so that a column tile is loaded once for both products.
 
     pass        rows      columns           weights                    output
     negatives   anchors   keys              exp2(score - shift)        O, and the log-sum-exp, eq. (1)

@@ -8,10 +8,16 @@ from torch import Tensor
 
 
 @triton.jit
-def pixel_offset(index, height, width, stride_batch, stride_row, stride_column):
-    """Where the first channel of a pixel lies; `index` is int64, flat over B * H * W."""
+def pixel_offset(index, height, width, stride_batch, stride_row, stride_column, WIDE: tl.constexpr):
+    """Where the first channel of a pixel lies; `index` is flat over B * H * W.
+
+    Divides in 32 bits, a tenth of the time that 64 take, unless the pixels are too many for it (WIDE).
+    """
+    if not WIDE:
+        index = index.to(tl.int32)
     column, line = index % width, index // width
-    return (line // height) * stride_batch + (line % height) * stride_row + column * stride_column
+    image, row = (line // height).to(tl.int64), (line % height).to(tl.int64)
+    return image * stride_batch + row * stride_row + column.to(tl.int64) * stride_column
 
 
 @triton.jit
