@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 import torch
 
+import interpreter
 import on_device
 from emulator import build
 from pixcontrast_ext import backends
@@ -57,6 +58,8 @@ def cuda_on_cpu_tensors() -> None:
         launch.launch, launch.capability = on_device.launch_triton, on_device.capability
     elif "cuda" in BACKENDS:
         native.cuda_kernels = build.load(build.build("plain")).cuda
+    if not ON_DEVICE:
+        interpreter.patch_once_a_launch()
     native.cuda_device_type = "cpu"
     backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
     triton_backend.INTERPRETED = True

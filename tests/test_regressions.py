@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from conftest import BACKENDS
 from pixcontrast_ext import (
     MemoryBank,
     PixelContrastCrossEntropyLoss,
@@ -225,6 +226,9 @@ def profiled(step):
     return ops, calls, peak
 
 
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name != "triton"]
+)  # the interpreter is Python
 def test_10_work_does_not_grow_with_the_pairs_of_image_and_class(backend):
     """There was a Python loop over them: 1930 ops to sample a batch of 8, 2990 to enqueue it."""
     found = []

@@ -1,4 +1,4 @@
-"""What is Triton's own: the interpreter's roundings, masks at the end of memory, versions and devices that it serves."""
+"""What is Triton's own: the interpreter's roundings, masks at the end of memory, the versions and devices it serves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ import triton
 import triton.language as tl
 
 from conftest import BACKENDS
-from pixcontrast_ext import backends
+from pixcontrast_ext import MemoryBank, backends, gather_embeddings, hard_anchor_sampling, infonce
 from pixcontrast_ext.backends import triton as triton_backend
-from pixcontrast_ext.backends.triton import infonce, numerics
+from pixcontrast_ext.backends.triton import infonce as infonce_kernels
+from pixcontrast_ext.backends.triton import launch, numerics
 
 ROOT = Path(__file__).parents[1]
 if "triton" not in BACKENDS:
@@ -117,9 +120,36 @@ def test_an_old_device_is_named(monkeypatch):
         triton_backend._unsupported_device.cache_clear()
 
 
-@pytest.mark.parametrize("arithmetic", sorted(infonce._TILES))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_launches_do_not_depend_on_the_data(monkeypatch, batch):
+    """Nor on its size; sampling and enqueueing take six at most."""
+    counts: dict[str, int] = {}
+    make = launch.launch
+
+    def counted(op: str, call: Callable[[], Any]) -> Any:
+        def count(*arguments: Any, **options: Any) -> None:
+            counts[op] = counts.get(op, 0) + 1
+            make(*arguments, **options)
+
+        monkeypatch.setattr(launch, "launch", count)
+        return call()
+
+    embeddings = torch.randn(batch, 5, 9, 8, requires_grad=True)
+    labels = torch.randint(0, 3, (batch, 9, 8))
+    bank = MemoryBank(3, 5, region_slots=2, pixel_slots=9, process_group=None)
+    settings = dict(num_classes=3, max_samples=30, max_views=9, min_pixels=1, backend="triton")
+    sample = counted("sampling", lambda: hard_anchor_sampling(labels, labels, **settings))
+    anchors = counted("gather", lambda: gather_embeddings(embeddings, sample.indices, backend="triton"))
+    counted("enqueue", lambda: bank.enqueue(embeddings.detach(), labels, backend="triton"))
+    contrast = dict(temperature=0.1, backend="triton")
+    loss = counted("infonce", lambda: infonce(anchors, sample.labels, *bank.flat(), **contrast))
+    counted("backward", loss.backward)
+    assert counts == {"sampling": 5, "gather": 1, "enqueue": 6, "infonce": 7, "backward": 3}
+
+
+@pytest.mark.parametrize("arithmetic", sorted(infonce_kernels._TILES))
 def test_tiles_of_the_positives_divide_those_of_the_plan(arithmetic):
-    assert max(infonce._TILES[arithmetic]) == triton_backend.MAX_CHANNELS
-    for tiles in infonce._TILES[arithmetic].values():
+    assert max(infonce_kernels._TILES[arithmetic]) == triton_backend.MAX_CHANNELS
+    for tiles in infonce_kernels._TILES[arithmetic].values():
         assert tiles.negatives.rows % tiles.positives.rows == 0
         assert tiles.negatives.columns % tiles.positives.columns == 0

@@ -38,6 +38,7 @@ from pixcontrast_ext.backends.triton import infonce, launch
 ARCHS = (80, 90)
 WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
 MULTIPROCESSORS = {80: 108, 90: 132}
+MAP_WIDTHS = (64, 256)  # those of maps
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -188,7 +189,7 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
                     launch_infonce(torch.float32, channels)
                 finally:
                     torch.backends.cuda.matmul.fp32_precision = before
-            for layout in (torch.contiguous_format, torch.channels_last):
+            for layout in (torch.contiguous_format, torch.channels_last) if channels in MAP_WIDTHS else ():
                 for dtype in (torch.float32, torch.bfloat16):
                     launch_maps(dtype, layout, channels)
     return list(jobs)

@@ -3,8 +3,8 @@ pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write:
 go into the rings, in image order.
 
 The map is read once, in the order of the pixels' classes: every program takes an equal share of an image's pixels, has
-few classes in it, and leaves a sum for each. On the way through the sorted pixels share i and class c meet at most once,
-and i + c grows with every such meeting, so that it numbers the sums.
+few classes in it, and leaves a sum for each. On the way through the sorted pixels share i and class c meet at most
+once, and i + c grows with every such meeting, so that it numbers the sums.
 """
 
 from __future__ import annotations

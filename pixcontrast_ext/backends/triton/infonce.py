@@ -84,9 +84,11 @@ def infonce_order_kernel(
     store_operands(rows, index, label, sorted_rows, place, inside, count, channels, BLOCK_D, PRECISION)
     if WITH_COEFFICIENTS:
         lse = tl.load(neg_lse + index, mask=inside, other=0.0) * LOG2E
-        # Without negatives exp2(score - lse) has to be 0, and sigma 1.
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        # Without negatives exp2(score - lse) has to be 0, and sigma as well.
+        alone = lse == float("-inf")
+        lse = tl.where(alone, float("inf"), lse)
         pull = tl.load(grad_scale + index, mask=inside, other=0.0) * inv_temperature
+        pull = tl.where(alone, 0.0, pull)
         push = pull * tl.load(pos_weight + index, mask=inside, other=0.0)
         tl.store(coefficients + place, lse, mask=inside)
         tl.store(coefficients + count + place, push, mask=inside)
