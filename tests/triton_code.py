@@ -138,42 +138,66 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
         launch.launch, launch.capability, launch.multiprocessors, infonce._splits = before
 
 
-def launch_infonce(dtype: torch.dtype, channels: int) -> None:
-    a, k = 1024, 95_008
+def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008) -> None:
     anchors, keys = torch.empty(a, channels, dtype=dtype), torch.empty(k, channels, dtype=dtype)
     anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
     rows = [torch.ones(a) for _ in range(3)]
     count = torch.empty(a, dtype=torch.int32)
-    for grad in (None, torch.empty(a, channels)):
-        backend.infonce_forward(anchors, anchor_labels, keys, key_labels, 0.1, False, *rows, count, grad)
+    for exclude_self, grad in ((False, None), (True, torch.empty(a, channels))):
+        backend.infonce_forward(
+            anchors, anchor_labels, keys, key_labels, 0.1, exclude_self, *rows, count, grad
+        )
     backend.infonce_backward_keys(
         anchors, anchor_labels, keys, key_labels, *rows, 0.1, False, torch.empty(k, channels)
     )
     backend.infonce_backward_symmetric(anchors, anchor_labels, *rows, 0.1, True, torch.empty(a, channels))
 
 
-def launch_maps(dtype: torch.dtype, layout: torch.memory_format, channels: int) -> None:
-    batch, height, width, classes, a = 2, 128, 256, 19, 1024
+def launch_maps(
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    channels: int,
+    batch: int = 2,
+    height: int = 128,
+    width: int = 256,
+    classes: int = 19,
+    samples: int = 1024,
+    per_image: int = 10,
+    slots: int = 40,
+) -> None:
     embeddings = torch.empty(batch, channels, height, width, dtype=dtype).to(memory_format=layout)
     labels = torch.zeros(batch, height, width, dtype=torch.int64)
     priority = torch.zeros(batch, height, width, dtype=torch.int32)
-    indices, anchor_labels = torch.zeros(a, dtype=torch.int64), torch.zeros(a, dtype=torch.int32)
+    indices, anchor_labels = torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int32)
     backend.hard_anchor_sampling(
-        labels, labels, priority, classes, a, 100, 101, 255, indices, anchor_labels, anchor_labels[0]
+        labels, labels, priority, classes, samples, 100, 101, 255, indices, anchor_labels, anchor_labels[0]
     )
+    rows, inv_norm = torch.empty(samples, channels, dtype=dtype), torch.empty(samples)
+    candidates = torch.empty(batch, classes, 1 + per_image, channels, dtype=dtype)
+    candidate_labels = torch.empty(batch, classes, 1 + per_image, dtype=torch.int32)
     for normalize in (True, False):
-        rows, inv_norm = torch.empty(a, channels, dtype=dtype), torch.empty(a)
         backend.gather(embeddings, indices, normalize, rows, inv_norm)
         backend.gather_backward(rows, embeddings, indices, inv_norm, normalize, torch.empty_like(embeddings))
-        slots = torch.empty(batch, classes, 11, channels, dtype=dtype)
-        slot_labels = torch.empty(batch, classes, 11, dtype=torch.int32)
-        backend.enqueue_collect(embeddings, labels, priority, classes, 10, 255, normalize, slots, slot_labels)
-    keys, key_labels = (
-        torch.empty(classes, 80, channels, dtype=dtype),
-        torch.empty(classes, 80, dtype=torch.int32),
-    )
+        backend.enqueue_collect(
+            embeddings, labels, priority, classes, per_image, 255, normalize, candidates, candidate_labels
+        )
+    keys = torch.empty(classes, 2 * slots, channels, dtype=dtype)
+    key_labels = torch.empty(classes, 2 * slots, dtype=torch.int32)
     rings = [torch.zeros(classes, dtype=torch.int64) for _ in range(4)]
-    backend.enqueue_write(slots, slot_labels, keys, key_labels, *rings, 40)
+    backend.enqueue_write(candidates, candidate_labels, keys, key_labels, *rings, slots)
+
+
+def smallest_jobs(arch: int) -> list[Job]:
+    """Everything once, or nearly: Triton makes constants of arguments that are 1."""
+    with recording(arch) as jobs:
+        launch_infonce(torch.float32, 1, a=1, k=1)
+        launch_maps(
+            torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
+        )
+        launch_maps(
+            torch.float32, torch.contiguous_format, 2, 1, 1, 1, classes=1, samples=1, per_image=0, slots=1
+        )
+    return list(jobs)
 
 
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
@@ -266,6 +290,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
     jobs = [job for arch in ARCHS for job in all_jobs(arch, tuple(arguments.widths))]
+    jobs = list(dict.fromkeys(jobs + smallest_jobs(ARCHS[-1])))
     codes = compile_all(jobs)
     text = table(codes)
     if arguments.update:

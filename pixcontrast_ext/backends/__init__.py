@@ -117,7 +117,7 @@ def resolve(
 
 def choice(device: str) -> str:
     """Which backend serves calls on tensors of a device type when none is named, and why not those before it."""
-    passed_over = []
+    passed_over: list[str] = []
     for name in _BY_DEVICE.get(device, ("reference",)):
         reason = _reason_off(name)
         if reason is None:

@@ -55,10 +55,10 @@ def collect_regions_kernel(
     embeddings += image * stride_batch
     keys += image * pixels
     labels += image * pixels
-    starts += image * (num_classes.to(tl.int64) * chunks + 1)
+    starts += image * (tl.cast(num_classes, tl.int64) * chunks + 1)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     position = share * SHARE
-    last = tl.minimum(position + SHARE, tl.load(starts + num_classes.to(tl.int64) * chunks))
+    last = tl.minimum(position + SHARE, tl.load(starts + tl.cast(num_classes, tl.int64) * chunks))
     while position < last:
         label = tl.load(labels + (tl.load(keys + position) & 0xFFFFFFFF))
         end = tl.minimum(last, tl.load(starts + (label + 1) * chunks))
@@ -113,7 +113,7 @@ def collect_rows_kernel(
     label = (tl.program_id(0) % num_classes).to(tl.int64)
     embeddings += image * stride_batch
     keys += image * pixels
-    starts += image * (num_classes.to(tl.int64) * chunks + 1)
+    starts += image * (tl.cast(num_classes, tl.int64) * chunks + 1)
     begin, end = tl.load(starts + label * chunks), tl.load(starts + (label + 1) * chunks)
     size = end - begin
     keep = tl.minimum(size, pixels_per_image)

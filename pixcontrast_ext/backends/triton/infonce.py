@@ -111,7 +111,7 @@ def store_operands(
     written = inside[:, None] & (d < channels)[None, :]
     tl.store(places, whole, mask=written)
     if PRECISION == "tf32x3":
-        tl.store(places + count.to(tl.int64) * channels, rest, mask=written)
+        tl.store(places + tl.cast(count, tl.int64) * channels, rest, mask=written)
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def load_operands(
     mask = inside[:, None] & (d < channels)[None, :]
     whole = tl.load(places, mask=mask, other=0.0)
     if PREPARED and PRECISION == "tf32x3":
-        rest = tl.load(places + count.to(tl.int64) * channels, mask=mask, other=0.0)
+        rest = tl.load(places + tl.cast(count, tl.int64) * channels, mask=mask, other=0.0)
     elif PREPARED and PRECISION == "tf32":
         rest = whole
     else:

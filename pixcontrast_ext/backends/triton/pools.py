@@ -61,7 +61,7 @@ def pool_count_kernel(
     pool = load_pools(
         labels, predictions, image * pixels + pixel, pixel < pixels, num_classes, ignore_index, HARD_AND_EASY
     )
-    starts += image * (num_pools.to(tl.int64) * chunks + 1)
+    starts += image * (tl.cast(num_pools, tl.int64) * chunks + 1)
     for first in range(0, num_pools, BINS):
         counted = (pool >= first) & (pool < first + BINS)
         counts = tl.histogram(tl.where(counted, pool - first, 0), BINS, mask=counted)
@@ -113,7 +113,7 @@ def pool_scatter_kernel(
         )
         before = (other_pool[None, :] == pool[:, None]) & (other[None, :] < pixel[:, None])
         rank += tl.sum(before.to(tl.int32), 1)
-    starts += image * (num_pools.to(tl.int64) * chunks + 1)
+    starts += image * (tl.cast(num_pools, tl.int64) * chunks + 1)
     place = tl.load(starts + pool.to(tl.int64) * chunks + chunk, mask=pool >= 0, other=0) + rank
     urgency = tl.load(priority + image * pixels + pixel, mask=inside, other=0).to(tl.int64)
     tl.store(keys + image * pixels + place, (urgency << 32) | pixel, mask=pool >= 0)

@@ -22,7 +22,7 @@ _SELECT = dict(BLOCK=2048, num_warps=8)
 def load_pair(starts, pair, inside, batch, num_classes, chunks):
     """Where the hard and the easy pixels of a pair (class, image) begin in the image's keys, and how many there are."""
     image, label = (pair % batch).to(tl.int64), (pair // batch).to(tl.int64)
-    starts += image * (2 * num_classes.to(tl.int64) * chunks + 1) + 2 * label * chunks
+    starts += image * (2 * tl.cast(num_classes, tl.int64) * chunks + 1) + 2 * label * chunks
     hard = tl.load(starts, mask=inside, other=0)
     easy = tl.load(starts + chunks, mask=inside, other=0)
     end = tl.load(starts + 2 * chunks, mask=inside, other=0)
