@@ -12,12 +12,15 @@ import pytest
 import triton
 
 import compiled_code
+from conftest import BACKENDS
 
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may use
 SMALLEST_SHARED = 101_376  # on sm_86, sm_89 and sm_120, which run what is compiled like sm_80
 SECONDS = 20
 ROOT = Path(__file__).parents[1]
 
+if "triton" not in BACKENDS:
+    pytest.skip("PIXCONTRAST_TEST_BACKENDS leaves triton out", allow_module_level=True)
 if compiled_code.cuobjdump() is None:
     pytest.skip("cuobjdump is neither on PATH nor in an installed triton", allow_module_level=True)
 
