@@ -14,8 +14,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from conftest import BACKENDS
+import gpu_small
+from conftest import BACKENDS, ON_DEVICE
 from pixcontrast_ext import MemoryBank, backends, gather_embeddings, hard_anchor_sampling, infonce
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import infonce as infonce_kernels
@@ -67,7 +69,7 @@ def test_stores_round_to_nearest_even(dtype):
     ]
     values = torch.cat([torch.tensor(special), torch.randn(900) * 10 ** torch.empty(900).uniform_(-6, 4)])
     rounded, tf32 = torch.empty_like(values, dtype=dtype), torch.empty_like(values)
-    round_kernel[(1,)](values, rounded, tf32, len(values), BLOCK=1024)
+    launch.launch(round_kernel, (1,), values, rounded, tf32, len(values), BLOCK=1024)
     torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -76,7 +78,7 @@ def test_tf32_rounds_to_nearest():
     nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # what a GPU makes
     values = torch.cat([values, torch.tensor([float("inf")]), nan])
     rounded, tf32 = torch.empty_like(values), torch.empty_like(values)
-    round_kernel[(1,)](values, rounded, tf32, len(values), BLOCK=2048)
+    launch.launch(round_kernel, (1,), values, rounded, tf32, len(values), BLOCK=2048)
     exponent = values.abs().double().clamp(1e-30, 1e38).log2().floor()
     step = 2.0 ** (exponent - 10)
     nearest = (
@@ -153,3 +155,62 @@ def test_tiles_of_the_positives_divide_those_of_the_plan(arithmetic):
     for tiles in infonce_kernels._TILES[arithmetic].values():
         assert tiles.negatives.rows % tiles.positives.rows == 0
         assert tiles.negatives.columns % tiles.positives.columns == 0
+
+
+@pytest.mark.parametrize("channels", [50, 128, 200, 512])
+@pytest.mark.parametrize("arithmetic", ["bf16", "fp16", "tf32", "tf32x3"])
+@pytest.mark.parametrize("major", [8, 9])
+def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, channels):
+    """Loss and gradients against fp64, with the tiles of each device."""
+    monkeypatch.setattr(launch, "capability", lambda device: (major, 0))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic, torch.float32)
+    rows = [torch.nn.functional.normalize(torch.randn(n, channels), dim=1).to(dtype) for n in (37, 70)]
+    anchor_labels, key_labels = (torch.randint(-1, 4, (n,), dtype=torch.int32) for n in (37, 70))
+    key_labels = key_labels.sort().values
+
+    def gradients(backend: str, rows: list[Tensor]) -> list[Tensor]:
+        anchors, keys = (x.clone().requires_grad_() for x in rows)
+        settings = dict(temperature=0.1, exclude_self=True, backend=backend)
+        loss = infonce(anchors, anchor_labels, keys, key_labels, **settings)
+        in_batch = infonce(anchors, anchor_labels, anchors, anchor_labels, **settings)
+        found = torch.autograd.grad(loss, (anchors, keys))
+        return [loss.detach(), *found, in_batch.detach(), *torch.autograd.grad(in_batch, anchors)]
+
+    setting = torch.backends.cuda.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "tf32" if arithmetic == "tf32" else "ieee"
+    try:
+        found = gradients("triton", rows)
+    finally:
+        setting.fp32_precision = before
+    expected = gradients("reference", [x.double() for x in rows])
+    bars = {
+        torch.float32: 2e-6,
+        torch.float16: 1.5e-3,
+        torch.bfloat16: 4e-3,
+    }  # rounding of a gradient to its dtype too
+    bar = 1e-3 if arithmetic == "tf32" else bars[dtype]
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours.double() - exact).norm() <= bar * exact.norm()
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="the whole suite runs on the device already")
+def test_what_runs_under_sanitizers_runs_here():
+    gpu_small.main("triton", "cpu")
+
+
+def test_tiny_pixels_have_a_direction(gpu_backend):
+    """Squares of this norm are subnormal, or 0."""
+    embeddings = torch.zeros(1, 4, 1, 2)
+    embeddings[0, :, 0, 0] = 1e-20
+    rows = gather_embeddings(embeddings, torch.tensor([0, 1]), backend=gpu_backend)
+    torch.testing.assert_close(rows, torch.tensor([[0.5] * 4, [0.0] * 4]), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+def test_a_temperature_beyond_float32(temperature):
+    rows, labels = torch.randn(9, 4), torch.arange(9) % 3
+    loss, expected = (
+        infonce(rows, labels, rows.clone(), labels, temperature=temperature, backend=name)
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(loss, expected)

@@ -93,7 +93,7 @@ def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
@@ -102,7 +102,7 @@ def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
     return Job(
         kernel.fn.__module__,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def splits(row_tiles: int, column_tiles: int, slots: int) -> int:
     """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly.
 

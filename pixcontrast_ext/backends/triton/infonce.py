@@ -18,7 +18,6 @@ Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ MIXED: tl.constexpr = tl.constexpr(1)  # both, or columns without a label
 OWN: tl.constexpr = tl.constexpr(2)  # may hold positives
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def infonce_order_kernel(
     rows,  # [count, channels]
     labels,  # [count] int32
@@ -60,7 +59,7 @@ def infonce_order_kernel(
     grad_scale,
     coefficients,  # [3, count] out: neg_lse in log2 units, the factors of negatives and of positives, all in order
     count,
-    channels,
+    CHANNELS: tl.constexpr,
     inv_temperature,
     WITH_COEFFICIENTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -81,7 +80,7 @@ def infonce_order_kernel(
         place += tl.sum((other_rank[None, :] < rank[:, None]).to(tl.int32), 1)
     tl.store(order + place, index, mask=inside)
     tl.store(sorted_labels + place, label, mask=inside)
-    store_operands(rows, index, label, sorted_rows, place, inside, count, channels, BLOCK_D, PRECISION)
+    store_operands(rows, index, label, sorted_rows, place, inside, count, CHANNELS, BLOCK_D, PRECISION)
     if WITH_COEFFICIENTS:
         lse = tl.load(neg_lse + index, mask=inside, other=0.0) * LOG2E
         # Without negatives exp2(score - lse) has to be 0, and sigma as well.
@@ -97,30 +96,39 @@ def infonce_order_kernel(
 
 @triton.jit
 def store_operands(
-    rows, index, label, target, place, inside, count, channels, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+    rows,
+    index,
+    label,
+    target,
+    place,
+    inside,
+    count,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Copies rows to their places as operands; zeros where there is no label, whatever stands there."""
     d = tl.arange(0, BLOCK_D)
     row = tl.load(
-        rows + index.to(tl.int64)[:, None] * channels + d[None, :],
-        mask=(label >= 0)[:, None] & (d < channels)[None, :],
+        rows + index.to(tl.int64)[:, None] * CHANNELS + d[None, :],
+        mask=(label >= 0)[:, None] & (d < CHANNELS)[None, :],
         other=0.0,
     )
     whole, rest = as_operand(row, PRECISION)
-    places = target + place.to(tl.int64)[:, None] * channels + d[None, :]
-    written = inside[:, None] & (d < channels)[None, :]
+    places = target + place.to(tl.int64)[:, None] * CHANNELS + d[None, :]
+    written = inside[:, None] & (d < CHANNELS)[None, :]
     tl.store(places, whole, mask=written)
     if PRECISION == "tf32x3":
-        tl.store(places + tl.cast(count, tl.int64) * channels, rest, mask=written)
+        tl.store(places + tl.cast(count, tl.int64) * CHANNELS, rest, mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def infonce_prepare_kernel(
     rows,  # [count, channels]
     labels,  # [count] int32
     target,  # [PARTS, count, channels] out, as operands
     count,
-    channels,
+    CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,24 +137,24 @@ def infonce_prepare_kernel(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     label = tl.load(labels + index, mask=inside, other=-1)
-    store_operands(rows, index, label, target, index, inside, count, channels, BLOCK_D, PRECISION)
+    store_operands(rows, index, label, target, index, inside, count, CHANNELS, BLOCK_D, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_tiles"])
 def infonce_ranges_kernel(
     labels,  # [count] int32
     count,
     ranges,  # [3, tiles] int32 out: smallest and largest label, whether some have none; largest -1 without any
-    tiles,
+    num_tiles,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     places = tile[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     label = tl.load(labels + places, mask=places < count, other=-1)
-    tl.store(ranges + tile, tl.min(tl.where(label < 0, NO_LABEL, label), 1), mask=tile < tiles)
-    tl.store(ranges + tiles + tile, tl.max(tl.maximum(label, -1), 1), mask=tile < tiles)
-    tl.store(ranges + 2 * tiles + tile, (tl.min(label, 1) < 0).to(tl.int32), mask=tile < tiles)
+    tl.store(ranges + tile, tl.min(tl.where(label < 0, NO_LABEL, label), 1), mask=tile < num_tiles)
+    tl.store(ranges + num_tiles + tile, tl.max(tl.maximum(label, -1), 1), mask=tile < num_tiles)
+    tl.store(ranges + 2 * num_tiles + tile, (tl.min(label, 1) < 0).to(tl.int32), mask=tile < num_tiles)
 
 
 @triton.jit
@@ -157,7 +165,7 @@ def append(tiles, found, tile, wanted):
     return found + tl.sum(wanted, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def infonce_plan_kernel(
     row_labels,  # [rows] int32
     num_rows,
@@ -204,22 +212,22 @@ def load_operands(
     place,
     inside,
     count,
-    channels,
+    CHANNELS: tl.constexpr,
     first,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PREPARED: tl.constexpr,
 ):
-    """BLOCK_D channels from `first` on of rows at places, as operands; zeros where it is not inside.
+    """BLOCK_D CHANNELS from `first` on of rows at places, as operands; zeros where it is not inside.
 
     PREPARED rows were stored as operands; others become such here.
     """
     d = first + tl.arange(0, BLOCK_D)
-    places = rows + place.to(tl.int64)[:, None] * channels + d[None, :]
-    mask = inside[:, None] & (d < channels)[None, :]
+    places = rows + place.to(tl.int64)[:, None] * CHANNELS + d[None, :]
+    mask = inside[:, None] & (d < CHANNELS)[None, :]
     whole = tl.load(places, mask=mask, other=0.0)
     if PREPARED and PRECISION == "tf32x3":
-        rest = tl.load(places + tl.cast(count, tl.int64) * channels, mask=mask, other=0.0)
+        rest = tl.load(places + tl.cast(count, tl.int64) * CHANNELS, mask=mask, other=0.0)
     elif PREPARED and PRECISION == "tf32":
         rest = whole
     else:
@@ -241,7 +249,7 @@ def dot_rows(
     right_place,
     right_inside,
     right_count,
-    channels,
+    CHANNELS: tl.constexpr,
     PREPARED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SLICE: tl.constexpr,
@@ -252,16 +260,16 @@ def dot_rows(
     if SLICE == BLOCK_D:
         scores = multiply(left, left_rest, tl.trans(right), tl.trans(right_rest), scores, PRECISION)
     else:
-        for first in range(0, channels, SLICE):
+        for first in range(0, CHANNELS, SLICE):
             a, a_rest = load_operands(
-                left_rows, left_place, left_inside, left_count, channels, first, SLICE, PRECISION, True
+                left_rows, left_place, left_inside, left_count, CHANNELS, first, SLICE, PRECISION, True
             )
             b, b_rest = load_operands(
                 right_rows,
                 right_place,
                 right_inside,
                 right_count,
-                channels,
+                CHANNELS,
                 first,
                 SLICE,
                 PRECISION,
@@ -273,12 +281,19 @@ def dot_rows(
 
 @triton.jit
 def load_row_tile(
-    rows, place, inside, count, channels, BLOCK_D: tl.constexpr, SLICE: tl.constexpr, PRECISION: tl.constexpr
+    rows,
+    place,
+    inside,
+    count,
+    CHANNELS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SLICE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The rows of a program, unless they are fetched in slices."""
     row, rest = 0.0, 0.0
     if SLICE == BLOCK_D:
-        row, rest = load_operands(rows, place, inside, count, channels, 0, BLOCK_D, PRECISION, True)
+        row, rest = load_operands(rows, place, inside, count, CHANNELS, 0, BLOCK_D, PRECISION, True)
     return row, rest
 
 
@@ -310,7 +325,7 @@ def fold_negatives(
     keys,
     key_labels,
     num_keys,
-    channels,
+    CHANNELS: tl.constexpr,
     scale,
     MASKED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
@@ -324,7 +339,7 @@ def fold_negatives(
     for i in tl.range(tl.program_id(1), num_tiles, tl.num_programs(1), disable_licm=not HOIST):
         column = tl.load(tiles + i) * BLOCK_K + tl.arange(0, BLOCK_K)
         label, inside = load_labels(key_labels, column, num_keys, MASKED)
-        key, key_rest = load_operands(keys, column, inside, num_keys, channels, 0, BLOCK_D, PRECISION, False)
+        key, key_rest = load_operands(keys, column, inside, num_keys, CHANNELS, 0, BLOCK_D, PRECISION, False)
         scores = dot_rows(
             anchor,
             anchor_rest,
@@ -338,7 +353,7 @@ def fold_negatives(
             column,
             inside,
             num_keys,
-            channels,
+            CHANNELS,
             False,
             BLOCK_D,
             SLICE,
@@ -364,7 +379,7 @@ def fold_negatives(
     return shift, total, output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "most_tiles"])
 def infonce_fwd_negatives_kernel(
     anchors,  # [PARTS, A, channels], in order
     sorted_labels,  # [A] int32
@@ -372,7 +387,7 @@ def infonce_fwd_negatives_kernel(
     keys,  # [K, channels]
     key_labels,  # [K] int32
     num_keys,
-    channels,
+    CHANNELS: tl.constexpr,
     scale,
     tiles,  # [3, row tiles, column tiles] int32
     tile_counts,  # [3, row tiles] int32
@@ -383,7 +398,7 @@ def infonce_fwd_negatives_kernel(
     WITH_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HOIST: tl.constexpr,  # loop invariants: the addresses that wgmma takes fill the registers
-    SLICE: tl.constexpr,  # channels that are multiplied at a time; BLOCK_D: all
+    SLICE: tl.constexpr,  # CHANNELS that are multiplied at a time; BLOCK_D: all
     WEIGHT_BIAS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -395,7 +410,7 @@ def infonce_fwd_negatives_kernel(
     inside = rows < num_anchors
     label = tl.load(sorted_labels + rows, mask=inside, other=-1)
     anchor, anchor_rest = load_row_tile(
-        anchors, rows, inside, num_anchors, channels, BLOCK_D, SLICE, PRECISION
+        anchors, rows, inside, num_anchors, CHANNELS, BLOCK_D, SLICE, PRECISION
     )
     shift = tl.full([BLOCK_A], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_A], tl.float32)
@@ -418,7 +433,7 @@ def infonce_fwd_negatives_kernel(
             keys,
             key_labels,
             num_keys,
-            channels,
+            CHANNELS,
             scale,
             masked == 1,
             WITH_GRAD,
@@ -434,13 +449,13 @@ def infonce_fwd_negatives_kernel(
     tl.store(total_parts + parts, total, mask=rows < num_anchors)
     if WITH_GRAD:
         tl.store(
-            output_parts + parts[:, None] * channels + d[None, :],
+            output_parts + parts[:, None] * CHANNELS + d[None, :],
             output,
-            mask=(rows < num_anchors)[:, None] & (d < channels)[None, :],
+            mask=(rows < num_anchors)[:, None] & (d < CHANNELS)[None, :],
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "splits"])
 def infonce_fwd_combine_kernel(
     shift_parts,  # [splits, A]
     total_parts,  # [splits, A]
@@ -475,7 +490,7 @@ def infonce_fwd_combine_kernel(
     tl.store(total + rows, combined, mask=rows < num_anchors)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "most_tiles", "exclude_self"])
 def infonce_fwd_positives_kernel(
     anchors,  # [PARTS, A, channels], in order
     order,  # [A] int32
@@ -484,7 +499,7 @@ def infonce_fwd_positives_kernel(
     keys,  # [K, channels]
     key_labels,  # [K] int32
     num_keys,
-    channels,
+    CHANNELS: tl.constexpr,
     scale,
     exclude_self,
     tiles,  # [3, row tiles, column tiles] int32
@@ -516,7 +531,7 @@ def infonce_fwd_positives_kernel(
     index = tl.load(order + rows, mask=rows < num_anchors, other=0)
     inside = rows < num_anchors
     anchor, anchor_rest = load_row_tile(
-        anchors, rows, inside, num_anchors, channels, BLOCK_D, SLICE, PRECISION
+        anchors, rows, inside, num_anchors, CHANNELS, BLOCK_D, SLICE, PRECISION
     )
     excluded = tl.where(exclude_self != 0, index, -1)
     neg_lse = tl.load(shift + rows, mask=rows < num_anchors, other=0.0)
@@ -534,7 +549,7 @@ def infonce_fwd_positives_kernel(
         column = piece * BLOCK_K + tl.arange(0, BLOCK_K)
         label, labelled = load_labels(key_labels, column, num_keys, True)
         key, key_rest = load_operands(
-            keys, column, labelled, num_keys, channels, 0, BLOCK_D, PRECISION, False
+            keys, column, labelled, num_keys, CHANNELS, 0, BLOCK_D, PRECISION, False
         )
         scores = dot_rows(
             anchor,
@@ -549,7 +564,7 @@ def infonce_fwd_positives_kernel(
             column,
             labelled,
             num_keys,
-            channels,
+            CHANNELS,
             False,
             BLOCK_D,
             SLICE,
@@ -575,18 +590,18 @@ def infonce_fwd_positives_kernel(
     tl.store(pos_count_parts + parts, pos_count, mask=rows < num_anchors)
     if WITH_GRAD:
         tl.store(
-            output_parts + parts[:, None] * channels + d[None, :],
+            output_parts + parts[:, None] * CHANNELS + d[None, :],
             output / SIGMA_SCALE,
-            mask=(rows < num_anchors)[:, None] & (d < channels)[None, :],
+            mask=(rows < num_anchors)[:, None] & (d < CHANNELS)[None, :],
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "splits"])
 def infonce_fwd_finish_kernel(
     order,  # [A] int32
     sorted_labels,  # [A] int32
     num_anchors,
-    channels,
+    CHANNELS: tl.constexpr,
     inv_temperature,
     splits,
     shift_parts,  # [splits, A]
@@ -628,8 +643,8 @@ def infonce_fwd_finish_kernel(
         sum_weight += tl.sum(tl.load(pos_weight_parts + parts, mask=present, other=0.0), 1)
         sum_count += tl.sum(tl.load(pos_count_parts + parts, mask=present, other=0), 1)
         if WITH_GRAD:
-            places = parts[:, :, None] * channels + d[None, None, :]
-            read = present[:, :, None] & (d < channels)[None, None, :]
+            places = parts[:, :, None] * CHANNELS + d[None, None, :]
+            read = present[:, :, None] & (d < CHANNELS)[None, None, :]
             part_shift = tl.load(shift_parts + parts, mask=present, other=float("-inf"))
             factor = tl.where(part_shift == float("-inf"), 1.0, tl.exp2(part_shift - row_shift[:, None]))
             part = tl.load(negative_parts + places, mask=read, other=0.0)
@@ -647,9 +662,9 @@ def infonce_fwd_finish_kernel(
         push = tl.where(row_total == 0.0, 0.0, sum_weight / row_total)
         grad = (push[:, None] * negatives - positives) * (inv_temperature / count)[:, None]
         tl.store(
-            anchor_grad + index.to(tl.int64)[:, None] * channels + d[None, :],
+            anchor_grad + index.to(tl.int64)[:, None] * CHANNELS + d[None, :],
             tl.where(contrasts[:, None], grad, 0.0),
-            mask=inside[:, None] & (d < channels)[None, :],
+            mask=inside[:, None] & (d < CHANNELS)[None, :],
         )
 
 
@@ -689,7 +704,7 @@ def fold_gradient(
     sorted_labels,
     coefficients,
     num_anchors,
-    channels,
+    CHANNELS: tl.constexpr,
     scale,
     weight_scale,
     exclude_self,
@@ -708,7 +723,7 @@ def fold_gradient(
         label = tl.load(sorted_labels + places, mask=inside, other=-1)
         index = tl.load(order + places, mask=inside, other=0)
         anchor, anchor_rest = load_operands(
-            anchors, places, inside, num_anchors, channels, 0, BLOCK_D, PRECISION, True
+            anchors, places, inside, num_anchors, CHANNELS, 0, BLOCK_D, PRECISION, True
         )
         lse = tl.load(coefficients + places, mask=inside, other=0.0)[None, :]
         push = tl.load(coefficients + num_anchors + places, mask=inside, other=0.0)[None, :]
@@ -725,7 +740,7 @@ def fold_gradient(
             places,
             inside,
             num_anchors,
-            channels,
+            CHANNELS,
             True,
             BLOCK_D,
             SLICE,
@@ -752,7 +767,7 @@ def fold_gradient(
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "most_tiles", "exclude_self"])
 def infonce_bwd_keys_kernel(
     anchors,  # [PARTS, A, channels], in order
     order,  # [A] int32
@@ -762,7 +777,7 @@ def infonce_bwd_keys_kernel(
     keys,  # [PARTS, K, channels]; the anchors if SYMMETRIC, in their order
     key_labels,  # [K] int32
     num_keys,
-    channels,
+    CHANNELS: tl.constexpr,
     scale,
     exclude_self,
     peak,  # [] largest weight, of which fp16 needs to know; only with PEAK
@@ -792,7 +807,7 @@ def infonce_bwd_keys_kernel(
         lse = tl.load(coefficients + places, mask=inside, other=0.0)
         push = tl.load(coefficients + num_anchors + places, mask=inside, other=0.0)
         pull = tl.load(coefficients + 2 * num_anchors + places, mask=inside, other=0.0)
-    row, row_rest = load_row_tile(keys, places, label >= 0, num_keys, channels, BLOCK_D, SLICE, PRECISION)
+    row, row_rest = load_row_tile(keys, places, label >= 0, num_keys, CHANNELS, BLOCK_D, SLICE, PRECISION)
     weight_scale = 1.0
     if PEAK:  # a power of two that takes the largest weight to 2^14 and below, near the top of fp16's range
         exponent = tl.load(peak).to(tl.int32, bitcast=True) >> 23
@@ -820,7 +835,7 @@ def infonce_bwd_keys_kernel(
             sorted_labels,
             coefficients,
             num_anchors,
-            channels,
+            CHANNELS,
             scale,
             weight_scale,
             exclude_self,
@@ -837,13 +852,13 @@ def infonce_bwd_keys_kernel(
     output = tl.where((label >= 0)[:, None], output / weight_scale, 0.0)
     parts = tl.program_id(1).to(tl.int64) * num_keys + index
     tl.store(
-        grad_parts + parts[:, None] * channels + d[None, :],
+        grad_parts + parts[:, None] * CHANNELS + d[None, :],
         output,
-        mask=inside[:, None] & (d < channels)[None, :],
+        mask=inside[:, None] & (d < CHANNELS)[None, :],
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "size"])
 def infonce_bwd_finish_kernel(grad_parts, splits, size, grad, BLOCK: tl.constexpr):
     """The second stage of the backward: adds the splits, in order."""
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -888,8 +903,8 @@ class Tiles(NamedTuple):
 
 
 # By (major number of the compute capability, what is multiplied): tiles for rows of up to so many channels. All of
-# them compile without spills with every Triton that is supported, and those of (8, ...) fit the 99 KB of shared memory
-# that the smallest device after an A100 has.
+# them compile without spills with the oldest and the newest Triton that are supported, for rows of 64, 128, 256 and 512
+# channels, and those of (8, ...) fit the 99 KB of shared memory that the smallest device after an A100 has.
 _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
     (9, "half"): {
         64: Tiles(Tile(128, 128, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3), 1),
@@ -942,7 +957,6 @@ _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
         ),
     },
 }
-MAX_CHANNELS = 512
 
 # The interpreter takes as long for a large tile as for a small one.
 _ORDER = dict(BLOCK=64 if INTERPRETED else 16, OTHERS=512 if INTERPRETED else 256, num_warps=4)
@@ -981,7 +995,11 @@ def _block_d(channels: int) -> int:
     return max(64, triton.next_power_of_2(channels))
 
 
-@functools.cache
+def _scale(temperature: float) -> float:
+    """log2(e) / temperature, above 0 in fp32 too: -inf times 0 would be NaN."""
+    return max(LOG2E.value / temperature, 1e-37)
+
+
 def _splits(device: torch.device, row_tiles: int, column_tiles: int, resident: int) -> int:
     slots = 8 if device.type == "cpu" else launch.multiprocessors(device) * resident
     return schedule.splits(row_tiles, column_tiles, slots)
@@ -1104,7 +1122,7 @@ def infonce_forward(
     )
     row_pieces = negatives.rows // positives.rows
     splits = _splits(device, row_tiles, column_tiles, resident)
-    scale = LOG2E.value / temperature
+    scale = _scale(temperature)
     with_grad = anchor_grad is not None
     block_d = _block_d(channels)
 
@@ -1267,7 +1285,7 @@ def _backward(
         row_labels,
         num_rows,
         channels,
-        LOG2E.value / temperature,
+        _scale(temperature),
         int(exclude_self),
         neg_lse if peak is None else peak,
         tiles,
