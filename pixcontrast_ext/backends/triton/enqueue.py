@@ -20,7 +20,7 @@ from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
 from pixcontrast_ext.backends.triton.pools import select_threshold, sort_pools
 
 _SHARE = 512  # pixels of a program that sums
-_ELEMENTS = 8192  # of its tile
+_ELEMENTS = 4096  # of its tile
 _ROWS = dict(BLOCK=512, ROWS=4, num_warps=4)
 _WRITE = dict(CANDIDATES=32, num_warps=4)
 _MAX_WRITE_D = 256

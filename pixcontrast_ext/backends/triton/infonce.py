@@ -908,11 +908,11 @@ class Tiles(NamedTuple):
 _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
     (9, "half"): {
         64: Tiles(Tile(128, 128, 8, 3), Tile(128, 32, 8, 3), Tile(128, 64, 8, 3), 1),
-        128: Tiles(Tile(128, 128, 8, 3), Tile(128, 16, 8, 3), Tile(128, 64, 8, 3), 1),
+        128: Tiles(Tile(128, 128, 8, 3), Tile(128, 16, 8, 3), Tile(128, 32, 8, 3), 1),
         256: Tiles(
             Tile(128, 64, 8, 3, hoist=False),
             Tile(128, 16, 8, 3, hoist=False),
-            Tile(128, 32, 8, 3, hoist=False),
+            Tile(128, 16, 8, 3, hoist=False),
             1,
         ),
         512: Tiles(Tile(64, 32, 8, 3, hoist=False), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
@@ -920,16 +920,20 @@ _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
     (9, "tf32"): {
         64: Tiles(Tile(128, 64, 8, 3, False), Tile(128, 32, 8, 3, False), Tile(128, 32, 8, 3, False), 1),
         128: Tiles(Tile(128, 32, 8, 3, False), Tile(64, 32, 8, 3, False), Tile(128, 32, 8, 3, False), 1),
-        256: Tiles(Tile(64, 32, 8, 3, False, 64), Tile(64, 32, 8, 3, False), Tile(64, 32, 8, 3, False), 1),
+        256: Tiles(
+            Tile(64, 32, 8, 3, False, 64), Tile(64, 32, 8, 3, False, 64), Tile(64, 32, 8, 3, False, 64), 1
+        ),
         512: Tiles(
             Tile(32, 16, 8, 3, True, 64), Tile(32, 16, 8, 3, True, 64), Tile(32, 16, 8, 3, True, 64), 1
         ),
     },
     (9, "tf32x3"): {
         64: Tiles(Tile(128, 32, 8, 3, False), Tile(128, 32, 8, 3, False), Tile(128, 32, 8, 3, False), 1),
-        128: Tiles(Tile(64, 32, 8, 3, False, 64), Tile(64, 16, 8, 3, False), Tile(64, 32, 8, 3, False), 1),
+        128: Tiles(
+            Tile(64, 32, 8, 3, False, 64), Tile(64, 16, 8, 3, False), Tile(64, 32, 8, 3, False, 64), 1
+        ),
         256: Tiles(
-            Tile(64, 32, 8, 3, False, 32), Tile(32, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), 1
+            Tile(32, 32, 8, 2, True, 32), Tile(32, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), 1
         ),
         512: Tiles(
             Tile(16, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), 1
@@ -937,13 +941,13 @@ _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
     },
     (8, "half"): {
         128: Tiles(Tile(64, 64, 4, 3), Tile(64, 16, 4, 3), Tile(64, 32, 4, 3), 2),
-        256: Tiles(Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), 1),
+        256: Tiles(Tile(64, 32, 8, 3), Tile(64, 16, 8, 3), Tile(32, 32, 8, 3), 1),
         512: Tiles(Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
     },
     (8, "tf32"): {
         128: Tiles(Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 8, 3), 1),
         256: Tiles(Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
-        512: Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), 1),
+        512: Tiles(Tile(16, 16, 8, 2, True, 64), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), 1),
     },
     (8, "tf32x3"): {
         128: Tiles(
