@@ -940,8 +940,8 @@ _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
         ),
     },
     (8, "half"): {
-        128: Tiles(Tile(64, 64, 4, 3), Tile(64, 16, 4, 3), Tile(64, 32, 4, 3), 2),
-        256: Tiles(Tile(64, 32, 8, 3), Tile(64, 16, 8, 3), Tile(32, 32, 8, 3), 1),
+        128: Tiles(Tile(64, 64, 4, 3), Tile(64, 16, 4, 3), Tile(64, 32, 8, 3), 2),
+        256: Tiles(Tile(64, 32, 8, 3), Tile(64, 16, 8, 3), Tile(64, 16, 8, 3), 1),
         512: Tiles(Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), Tile(32, 32, 8, 3), 1),
     },
     (8, "tf32"): {
@@ -957,7 +957,7 @@ _TILES: dict[tuple[int, str], dict[int, Tiles]] = {
             Tile(64, 16, 8, 2, True, 32), Tile(32, 16, 8, 2, True, 32), Tile(32, 16, 8, 2, True, 32), 1
         ),
         512: Tiles(
-            Tile(32, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), 1
+            Tile(32, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 32), Tile(16, 16, 8, 2, True, 16), 1
         ),
     },
 }
