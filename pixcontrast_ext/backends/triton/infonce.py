@@ -41,10 +41,8 @@ from pixcontrast_ext.backends.triton.numerics import (
 SLACK: tl.constexpr = tl.constexpr(8.0)
 NO_LABEL: tl.constexpr = tl.constexpr(2**31 - 1)  # sorts behind every label
 
-# Which list of the plan.
-PURE: tl.constexpr = tl.constexpr(0)  # negatives only
-MIXED: tl.constexpr = tl.constexpr(1)  # both, or columns without a label
-OWN: tl.constexpr = tl.constexpr(2)  # may hold positives
+# The plan's lists: 0 of tiles with negatives only, 1 of those with positives as well or with columns without a label,
+OWN: tl.constexpr = tl.constexpr(2)  # and this one of those that may hold positives
 
 
 @triton.jit(do_not_specialize=["count"])
