@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import native, schedule
 
 # A tile of scores is 4 MiB, and is written and read three times while it is in the shared cache. Smaller tiles would
 # fit the cores' own caches, but cost more in starting and joining threads than they save.
@@ -185,10 +185,7 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    if rows.dtype != keys.dtype or rows.shape[1:2] + rows.shape[3:] != keys.shape[:1] + keys.shape[2:]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} of {rows.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
-        )
+    schedule.check_candidates(rows, keys)
     try:
         native.launch(
             "write",

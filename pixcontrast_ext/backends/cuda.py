@@ -205,10 +205,7 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    if rows.dtype != keys.dtype or rows.shape[1:2] + rows.shape[3:] != keys.shape[:1] + keys.shape[2:]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} of {rows.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
-        )
+    schedule.check_candidates(rows, keys)
     native.launch_cuda(
         "write",
         keys.device,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixcontrast_ext.backends import schedule
 from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
@@ -311,10 +312,7 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    if rows.dtype != keys.dtype or rows.shape[1:2] + rows.shape[3:] != keys.shape[:1] + keys.shape[2:]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} of {rows.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
-        )
+    schedule.check_candidates(rows, keys)
     batch, num_classes, per_class, channels = rows.shape
     launch.launch(
         write_kernel,

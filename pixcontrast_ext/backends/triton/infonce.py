@@ -216,7 +216,7 @@ def load_operands(
     PRECISION: tl.constexpr,
     PREPARED: tl.constexpr,
 ):
-    """BLOCK_D CHANNELS from `first` on of rows at places, as operands; zeros where it is not inside.
+    """BLOCK_D channels from `first` on of rows at places, as operands; zeros where it is not inside.
 
     PREPARED rows were stored as operands; others become such here.
     """
@@ -396,7 +396,7 @@ def infonce_fwd_negatives_kernel(
     WITH_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
     HOIST: tl.constexpr,  # loop invariants: the addresses that wgmma takes fill the registers
-    SLICE: tl.constexpr,  # CHANNELS that are multiplied at a time; BLOCK_D: all
+    SLICE: tl.constexpr,  # channels that are multiplied at a time; BLOCK_D: all
     WEIGHT_BIAS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_K: tl.constexpr,
