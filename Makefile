@@ -26,6 +26,7 @@ test: $(BUILT) $(OLDEST_TRITON)  ## the whole test suite
 
 test-rest:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 test-triton:
 	PIXCONTRAST_TEST_BACKENDS=triton $(BIN)/python -m pytest tests -k triton
@@ -41,8 +42,9 @@ lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC) $(EMULATOR))
 	$(BIN)/mypy
 
-bench: $(BUILT)  ## time the ops beside their baselines
-	$(BIN)/python -m benchmarks
+bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.md (an hour on two cores)
+	$(BIN)/python -m benchmarks --csv auto
+	$(BIN)/python -m benchmarks.pages
 
 # With the Python at hand and what it has: such machines are often offline.
 gpu:  ## build, test and time the kernels on a CUDA device, and write down what came out

@@ -1,1 +1,17 @@
-"""Each op timed beside the baselines it has to beat: ``python -m benchmarks [op ...]``."""
+"""Each op timed beside every alternative: ``python -m benchmarks [op ...]``."""
+
+from importlib import import_module
+from types import ModuleType
+
+OPS = ("infonce", "sampling", "gather", "enqueue", "training_step", "network_step")
+
+
+def load(op: str) -> ModuleType:
+    """The module of an op. It has
+
+    SHAPE: the class of its shapes.
+    BACKENDS: by device, those of the package's backends that may be timed; the first ones are unless told.
+    plan(device): shape and dtypes by name.
+    case(shape, dtype, device, backends, name): the methods at one shape.
+    """
+    return import_module(f".{op}", __package__)

@@ -1,111 +1,210 @@
-"""Times the ops named (all of them unless told) and prints their ratios to the baselines beside the bars.
+"""Time the ops named (all of them unless told) beside every alternative that runs here.
 
-The exit code is 1 if a result is wrong, and with --check also if a ratio misses its bar.
+Every result is checked before anything is timed; the exit code is 1 if one is wrong, and with --check also if a ratio
+has fallen.
 """
 
+from __future__ import annotations
+
 import argparse
-import dataclasses
-import json
 import os
-import platform
 import sys
-from importlib import import_module
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .harness import BARS, Incorrect, Section, Settings
+from pixcontrast_ext import available_backends
 
-OPS = ("infonce", "sampling", "gather", "enqueue", "training_step")
-
-
-def verdict(name: str, value: float) -> tuple[str, bool]:
-    """The bar as text, and whether the value is on its good side."""
-    if name not in BARS:
-        return "", True
-    side, bar = BARS[name]
-    return f"{side} {bar:g}", value >= bar if side == ">=" else value <= bar
+from . import OPS, guard, load
+from .harness import DTYPES, Case, Incorrect, Row, Settings, measure
+from .report import show
+from .results import Record, environment, path_of, ratios, write
+from .shapes import Sizes, select
 
 
-def digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+@dataclass(frozen=True)
+class Planned:
+    op: str
+    name: str
+    shape: Sizes
+    dtype: str
 
 
-def show(section: Section, console: Console) -> None:
-    console.print(f"\n[bold]{section.title}[/bold]")
-    for fact in section.facts:
-        console.print(f"  {fact}", style="dim", highlight=False, soft_wrap=True)
-    table = Table("method", *(("min ms", "median ms", section.unit)), box=None, padding=(0, 2))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, timing in section.timings.items():
-        table.add_row(name, *map(digits, (timing.minimum_ms, timing.median_ms, timing.rate)))
-    console.print(table)
-    table = Table("ratio", "value", "bar", "", box=None, padding=(0, 2))
-    table.columns[1].justify = "right"
-    for name, value in section.ratios.items():
-        bar, passed = verdict(name, value)
-        table.add_row(name, f"{value:.2f}", bar, ("[green]ok" if passed else "[red]missed") if bar else "")
-    console.print(table)
+def plan(ops: Iterable[str], device: str, patterns: list[str], dtypes: list[str]) -> list[Planned]:
+    """What is to be measured. Raises ValueError if no op has a shape of a name."""
+    planned: dict[tuple[str, Sizes, str], Planned] = {}
+    found = set()
+    for op in ops:
+        module = load(op)
+        known = module.plan(device)
+        shapes = {name: shape for name, (shape, _) in known.items()}
+        usual = next(iter(known.values()))[1]
+        chosen = {} if patterns else shapes
+        for pattern in patterns:
+            selected = select(shapes, module.SHAPE, pattern)
+            chosen |= selected
+            found |= {pattern} if selected else set()
+        for name, shape in chosen.items():
+            for dtype in dtypes or (known[name][1] if name in known else usual):
+                # A sweep's centre may have a name already.
+                planned.setdefault((op, shape, dtype), Planned(op, name, shape, dtype))
+    if unknown := set(patterns) - found:
+        names = dict.fromkeys(name for op in ops for name in load(op).plan(device))
+        raise ValueError(f"no shape is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    return list(planned.values())
+
+
+def backends_of(op: str, device: str, named: list[str]) -> list[str]:
+    """Those named, or all that are ready but the reference, which stores what the others save."""
+    served = load(op).BACKENDS[device]
+    if named:
+        return [name for name in served if name in named]
+    ready = available_backends()
+    return [name for name in served if name != "reference" and ready[name] is None]
+
+
+def measure_all(
+    planned: list[Planned],
+    device: str,
+    named: list[str],
+    settings: Settings,
+    console: Console,
+    keep: Callable[[list[Row]], None] = lambda rows: None,
+) -> tuple[list[Row], list[str]]:
+    """The rows of all, and what was incorrect. `keep` gets the rows of each case as soon as they are there."""
+    rows: list[Row] = []
+    failures: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(planned))
+        for each in planned:
+            backends = backends_of(each.op, device, named)
+            case: Case = load(each.op).case(each.shape, each.dtype, device, backends, each.name)
+            title = f"{each.op} {each.name} {each.dtype}"
+            try:
+                of_case = measure(
+                    case, settings, lambda text, title=title: bar.update(task, description=f"{title}: {text}")
+                )
+                show(case, of_case, console)
+                keep(of_case)
+                rows += of_case
+            except Incorrect as error:
+                console.print(f"[bold red]incorrect[/bold red] {error}", soft_wrap=True)
+                failures.append(str(error))
+            del case
+            bar.advance(task)
+    return rows, failures
+
+
+def check(device: str, settings: Settings, named: list[str], console: Console) -> int:
+    kind = guard.device_kind(device)
+    committed = [row for row in guard.read() if row.device == kind]
+    if not committed:
+        console.print(f"no ratios are committed for {kind}; measure them with --save-ratios")
+        return 2
+    values: dict[guard.Key, float] = {}
+    pending = committed
+    for _ in range(2):  # what fell is measured once more
+        cases = {(row.ratio.op, row.ratio.name, row.ratio.dtype) for row in pending}
+        planned = [
+            Planned(op, name, load(op).plan(device)[name][0], dtype) for op, name, dtype in sorted(cases)
+        ]
+        rows, failures = measure_all(planned, device, named, settings, console)
+        if failures:
+            return 1
+        for ratio in ratios(rows):
+            key = guard.key_of(ratio)
+            values[key] = max(values.get(key, 0.0), ratio.value)
+        pending = [row for row in committed if row.fell(values.get(row.key, float("nan")))]
+        if not pending:
+            break
+    for row in committed:
+        value = values.get(row.key, float("nan"))
+        mark = "[red]fell[/red]" if row.fell(value) else "[green]holds[/green]"
+        if row.bar is not None and value < row.bar:
+            mark += f" [yellow]below its bar {row.bar:g}[/yellow]"
+        console.print(
+            f"{mark} {guard.describe(row.ratio)}: {value:.3g}, was {row.ratio.value:.3g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"{len(pending)} of {len(committed)} ratios fell by more than {guard.SLACK:.0%}")
+    return int(bool(pending))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}")
-    parser.add_argument("--rounds", type=int, default=Settings.rounds)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if torch finds one, unless told")
     parser.add_argument(
-        "--num-keys", type=int, default=Settings.num_keys, help="K of infonce; 190000 needs 10 GB"
+        "--backends", nargs="+", default=[], help="of the package; all that are ready unless told"
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything there as well")
-    parser.add_argument("--check", action="store_true", help="fail if a ratio misses its bar")
+    parser.add_argument(
+        "--shapes", nargs="+", default=[], help="names or patterns (city*), or sizes (A1024-K19000-D256-C19)"
+    )
+    parser.add_argument("--dtypes", nargs="+", default=[], choices=tuple(DTYPES))
+    parser.add_argument("--seconds", type=float, default=Settings.seconds, help="of the rounds of one case")
+    parser.add_argument("--rounds", type=int, nargs=2, default=Settings.rounds, metavar=("LEAST", "MOST"))
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument(
+        "--csv", type=Path, help="add the rows there; `auto` for the machine's file in results/"
+    )
+    parser.add_argument("--list", action="store_true", help="say what would be measured")
+    parser.add_argument("--check", action="store_true", help="compare ratios with the committed table")
+    parser.add_argument("--save-ratios", action="store_true", help="put this run's ratios into the table")
     arguments = parser.parse_args()
     if unknown := set(arguments.ops) - set(OPS):
         parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
-    settings = Settings(rounds=arguments.rounds, num_keys=arguments.num_keys)
+    if unknown := set(arguments.backends) - set(available_backends()):
+        parser.error(
+            f"no such backend: {', '.join(sorted(unknown))}; there are {', '.join(available_backends())}"
+        )
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device")
+    least, most = arguments.rounds
+    if not 2 <= least <= most:
+        parser.error(f"--rounds {least} {most}: expected 2 <= LEAST <= MOST")
+    settings = Settings(arguments.seconds, (least, most), not arguments.no_memory)
 
-    console = Console()
-    load_average = os.getloadavg()[0]  # beside other work, thread barriers wait for whole time slices
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    about = environment(device)
+    # Beside other work the barriers between threads wait for whole time slices.
     console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, Python {platform.python_version()}; "
-        f"{settings.rounds} interleaved rounds; load average {load_average:.1f} before",
+        f"{about.device}, {about.threads} threads, torch {about.torch}, Triton {about.triton or 'none'}, Python "
+        f"{about.python}, commit {about.commit}; load average {os.getloadavg()[0]:.1f} before",
         highlight=False,
         soft_wrap=True,
     )
-    sections, failures = [], []
-    for op in arguments.ops or OPS:
-        try:
-            section = import_module(f".{op}", __package__).run(settings)
-        except Incorrect as error:
-            console.print(f"[bold red]incorrect[/bold red] {error}", soft_wrap=True)
-            failures.append(str(error))
-            continue
-        sections.append(section)
-        show(section, console)
+    if arguments.check:
+        return check(device, settings, arguments.backends, console)
+    try:
+        planned = plan(arguments.ops or OPS, device, arguments.shapes, arguments.dtypes)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.list:
+        for each in planned:
+            console.print(f"{each.op} {each.name} {each.dtype}: {each.shape}", highlight=False)
+        return 0
+    path = path_of(about) if str(arguments.csv) == "auto" else arguments.csv
 
-    missed = [
-        f"{name} is {value:.2f}, its bar {verdict(name, value)[0]}"
-        for section in sections
-        for name, value in section.ratios.items()
-        if not verdict(name, value)[1]
-    ]
-    for line in missed:
-        console.print(f"[red]missed:[/red] {line}", highlight=False, soft_wrap=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            report = {
-                "torch": torch.__version__,
-                "load_average_before": load_average,
-                "threads": torch.get_num_threads(),
-                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-                "settings": dataclasses.asdict(settings),
-                "sections": [dataclasses.asdict(section) for section in sections],
-                "incorrect": failures,
-                "missed": missed,
-            }
-            json.dump(report, file, indent=1)
-    return 1 if failures or (arguments.check and missed) else 0
+    def keep(rows: list[Row]) -> None:
+        if path is not None:
+            write(path, [Record(row, about) for row in rows])
+
+    rows, failures = measure_all(planned, device, arguments.backends, settings, console, keep)
+    if path is not None:
+        console.print(f"{len(rows)} figures written to {path}")
+    if arguments.save_ratios:
+        guard.save(guard.device_kind(device), ratios(rows))
+        console.print(f"ratios written to {guard.TABLE}")
+    for failure in failures:
+        console.print(f"[bold red]incorrect[/bold red] {failure}", soft_wrap=True)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

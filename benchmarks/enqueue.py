@@ -1,51 +1,97 @@
 """Filling the memory bank, beside loops over images and classes and beside one plain read of the map."""
 
+from __future__ import annotations
+
+from functools import cache
+
 import torch
 
 from pixcontrast_ext import MemoryBank
 
 from .baselines import loops
-from .harness import Method, Section, Settings, draw_priority, embedding_map, relative_error, scenes
+from .harness import DTYPES, Candidate, Case, Errors, Method, Work, differing, relative_error
+from .inputs import draw_priority, embedding_map, scenes
+from .shapes import MAPS, Maps
 
-BATCH, DIM, HEIGHT, WIDTH, NUM_CLASSES, SLOTS = 8, 256, 64, 128, 19, 1000
+SHAPE = Maps
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+COUNTED = (
+    "map, labels and priority read once; what is written is small. Ours draws its priority within the "
+    "time, and normalises the embeddings, which the loops are given normalised"
+)
+SLOTS = 1000  # of each kind and class
 
 
-def make_bank() -> MemoryBank:
-    return MemoryBank(NUM_CLASSES, DIM, region_slots=SLOTS, pixel_slots=SLOTS)
+def plan(device: str) -> dict[str, tuple[Maps, tuple[str, ...]]]:
+    two = {"quick": ("fp32", "bf16"), "cityscapes": ("fp32", "bf16")}
+    return {name: (shape, two.get(name, ("fp32",))) for name, shape in MAPS.items()}
 
 
-def run(settings: Settings) -> Section:
-    labels, _ = scenes(BATCH, HEIGHT, WIDTH, NUM_CLASSES)
-    embeddings = embedding_map(BATCH, DIM, HEIGHT, WIDTH)
-    priority = draw_priority(labels)
-    section = Section(f"enqueue: {BATCH}×{DIM}×{HEIGHT}×{WIDTH} fp32, {NUM_CLASSES} classes", unit="GB/s")
+class Inputs:
+    def __init__(self, shape: Maps, dtype: str, device: str):
+        self.shape, self.device = shape, device
+        self.labels, _ = scenes(shape.B, shape.H, shape.W, shape.C, device=device)
+        self.embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, DTYPES[dtype], device)
+        self.priority = draw_priority(self.labels)
 
-    bank, truth = make_bank(), make_bank()
-    bank.enqueue(embeddings, labels, priority=priority)
-    truth.enqueue(embeddings, labels, priority=priority, backend="reference")
-    section.check("ours: keys", relative_error(bank.keys, truth.keys), 1e-6)
-    for name in ("key_labels", "region_ptr", "region_fill", "pixel_ptr", "pixel_fill"):
-        differing = (getattr(bank, name) != getattr(truth, name)).sum().item()
-        section.check(f"ours: {name} that differ from the reference", differing, 0)
+    def bank(self) -> MemoryBank:
+        bank = MemoryBank(
+            self.shape.C, self.shape.D, region_slots=SLOTS, pixel_slots=SLOTS, process_group=None
+        )
+        return bank.to(self.device)
 
-    # The loops draw other pixels, but the regions hold no chance.
-    looped = loops.Bank(NUM_CLASSES, DIM, SLOTS)
-    looped.enqueue(embeddings, labels)
-    section.check("loops: regions", relative_error(looped.regions, truth.keys[:, :SLOTS]), 1e-5)
-    section.check("loops: pixel_ptr", (looped.pixel_ptr != truth.pixel_ptr).sum().item(), 0)
+    @cache  # noqa: B019 - as long as the case
+    def truth(self) -> MemoryBank:
+        bank = self.bank()
+        bank.enqueue(self.embeddings, self.labels, priority=self.priority, backend="reference")
+        return bank
 
-    pairs = int(truth.region_fill.sum())
-    work = embeddings.nbytes + labels.nbytes
-    section.facts.append(f"{pairs} (image, class) pairs; unit embeddings, which ours normalises all the same")
-    section.facts.append(f"work: map and labels read once = {work / 1e6:.1f} MB; what is written is small")
-    section.time(
-        [
-            Method("ours", lambda: bank.enqueue(embeddings, labels), work),
-            Method("loops", lambda: looped.enqueue(embeddings, labels), work),
-            Method("one read of the map", lambda: torch.sum(embeddings, (2, 3)), work),
-        ],
-        settings.rounds,
+
+def ours(inputs: Inputs, backend: str) -> Method:
+    bank = inputs.bank()
+
+    def verify() -> Errors:
+        bank.enqueue(inputs.embeddings, inputs.labels, priority=inputs.priority, backend=backend)
+        truth = inputs.truth()
+        errors: Errors = {"keys": (relative_error(bank.keys, truth.keys), 1e-6)}
+        for name in ("key_labels", "region_ptr", "region_fill", "pixel_ptr", "pixel_fill"):
+            errors[f"{name} that differ"] = (differing(getattr(bank, name), getattr(truth, name)), 0)
+        return errors
+
+    return Method(lambda: bank.enqueue(inputs.embeddings, inputs.labels, backend=backend), verify=verify)
+
+
+def looped(inputs: Inputs) -> Method:
+    bank = loops.Bank(inputs.shape.C, inputs.shape.D, SLOTS, device=inputs.device)
+
+    def verify() -> Errors:
+        """The loops draw other pixels, but the regions hold no chance."""
+        bank.enqueue(inputs.embeddings, inputs.labels)
+        truth = inputs.truth()
+        limit = 1e-5 if inputs.embeddings.dtype == torch.float32 else 1e-2  # they sum in the map's dtype
+        return {
+            "regions": (relative_error(bank.regions, truth.keys[:, :SLOTS]), limit),
+            "pixel_ptr that differ": (differing(bank.pixel_ptr, truth.pixel_ptr), 0),
+        }
+
+    return Method(lambda: bank.enqueue(inputs.embeddings, inputs.labels), verify=verify)
+
+
+def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
+    inputs = cache(lambda: Inputs(shape, dtype, device))
+    candidates = {f"ours ({backend})": Candidate(lambda b=backend: ours(inputs(), b)) for backend in backends}
+    candidates["loops"] = Candidate(lambda: looped(inputs()))
+    floor = "one read of the map"
+    candidates[floor] = Candidate(lambda: Method(lambda: torch.sum(inputs().embeddings, (2, 3))))
+    pixels = shape.B * shape.H * shape.W
+    return Case(
+        "enqueue",
+        name or str(shape),
+        shape,
+        dtype,
+        device,
+        candidates,
+        {"fwd": Work(bytes=pixels * (shape.D * DTYPES[dtype].itemsize + 8 + 4))},
+        COUNTED,
+        floor,
     )
-    section.ratio("enqueue: loops / ours", "loops", "ours")
-    section.ratio("enqueue: ours / one read of the map", "ours", "one read of the map")
-    return section

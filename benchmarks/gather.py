@@ -1,6 +1,9 @@
-"""Reading the anchors out of the map, beside indexing a copy of the map laid out as [B·H·W, D]."""
+"""Reading the anchors out of the map with the map's dense gradient, beside indexing a copy of the map as [B·H·W, D]."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -8,52 +11,84 @@ from torch import Tensor
 from pixcontrast_ext import gather_embeddings, hard_anchor_sampling
 
 from .baselines import loops
-from .harness import Method, Section, Settings, draw_priority, embedding_map, relative_error, scenes
+from .harness import DTYPES, Candidate, Case, Errors, Method, Work, relative_error
+from .inputs import draw_priority, embedding_map, scenes
+from .shapes import MAPS, Maps
 
-BATCH, DIM, HEIGHT, WIDTH, NUM_CLASSES = 8, 256, 64, 128, 19
+SHAPE = Maps
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+COUNTED = "rows read and written, and with the backward again; the backward writes the map's dense gradient"
+LIMIT = {"fp32": 1e-5, "bf16": 1e-2}
 
 
-def run(settings: Settings) -> Section:
-    labels, predictions = scenes(BATCH, HEIGHT, WIDTH, NUM_CLASSES)
-    embeddings = embedding_map(BATCH, DIM, HEIGHT, WIDTH).requires_grad_()
-    indices = hard_anchor_sampling(
-        labels, predictions, num_classes=NUM_CLASSES, priority=draw_priority(labels), backend="reference"
-    ).indices
-    cotangent = torch.randn(len(indices), DIM, generator=torch.Generator().manual_seed(4))
-    section = Section(f"gather: {len(indices)} rows of {BATCH}×{DIM}×{HEIGHT}×{WIDTH} fp32", unit="GB/s")
+def plan(device: str) -> dict[str, tuple[Maps, tuple[str, ...]]]:
+    return {name: (MAPS[name], ("fp32", "bf16")) for name in ("quick", "cityscapes")}
 
-    def reference(embeddings: Tensor, indices: Tensor) -> Tensor:
-        return gather_embeddings(embeddings, indices, backend="reference")
 
-    def forward(gather: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(lambda: gather(embeddings, indices))
+class Inputs:
+    def __init__(self, shape: Maps, dtype: str, device: str):
+        labels, predictions = scenes(shape.B, shape.H, shape.W, shape.C, device=device)
+        embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, DTYPES[dtype], device)
+        self.embeddings = embeddings.requires_grad_()
+        self.indices = hard_anchor_sampling(
+            labels,
+            predictions,
+            num_classes=shape.C,
+            max_samples=shape.A,
+            priority=draw_priority(labels),
+            backend="reference",
+        ).indices
+        generator = torch.Generator().manual_seed(4)
+        cotangent = torch.randn(shape.A, shape.D, generator=generator)
+        self.cotangent = cotangent.to(device, DTYPES[dtype])
 
-    def forward_backward(gather: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
-        def call() -> list[Tensor]:
-            rows = gather(embeddings, indices)
-            return [rows.detach(), *torch.autograd.grad(rows, embeddings, cotangent)]
+    def train(self, gather: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        rows = gather(self.embeddings, self.indices)
+        return rows.detach(), *torch.autograd.grad(rows, self.embeddings, self.cotangent)
 
-        return call
+    @cache  # noqa: B019 - as long as the case
+    def truth(self) -> tuple[Tensor, Tensor]:
+        return self.train(partial(gather_embeddings, backend="reference"))
 
-    truth = forward_backward(reference)()
-    for name, gather in {"ours": gather_embeddings, "copy": loops.gather}.items():
-        rows, gradient = forward_backward(gather)()
-        section.check(f"{name}: rows", relative_error(rows, truth[0]), 1e-6)
-        section.check(f"{name}: gradient of the map", relative_error(gradient, truth[1]), 1e-5)
 
-    read = 2 * truth[0].nbytes
-    written = embeddings.nbytes
-    section.facts.append(
-        f"work: rows read and written = {read / 1e6:.1f} MB; the backward writes the map's dense gradient = "
-        f"{written / 1e6:.1f} MB"
+def method(gather: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, limit: float) -> Method:
+    def verify() -> Errors:
+        names = ("rows", "gradient of the map")
+        return {
+            name: (relative_error(found, truth), limit)
+            for name, found, truth in zip(names, inputs.train(gather), inputs.truth(), strict=True)
+        }
+
+    return Method(
+        lambda: gather(inputs.embeddings, inputs.indices),
+        [inputs.embeddings],
+        inputs.cotangent,
+        verify=verify,
     )
-    methods = []
-    for name, gather in {"ours": gather_embeddings, "copy": loops.gather}.items():
-        methods.append(Method(f"{name} fwd", forward(gather), read))
-        methods.append(Method(f"{name} fwd+bwd", forward_backward(gather), 2 * read + written))
-    methods.append(Method("zeros of the map's size", lambda: torch.zeros_like(embeddings), written))
-    section.time(methods, settings.rounds)
-    section.ratio("gather fwd: copy / ours", "copy fwd", "ours fwd")
-    section.ratio("gather fwd+bwd: copy / ours", "copy fwd+bwd", "ours fwd+bwd")
-    section.ratio("gather fwd+bwd: ours / zeros of the map's size", "ours fwd+bwd", "zeros of the map's size")
-    return section
+
+
+def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
+    inputs = cache(lambda: Inputs(shape, dtype, device))
+    candidates = {
+        f"ours ({backend})": Candidate(
+            lambda b=backend: method(partial(gather_embeddings, backend=b), inputs(), LIMIT[dtype])
+        )
+        for backend in backends
+    }
+    candidates["indexed copy"] = Candidate(lambda: method(loops.gather, inputs(), LIMIT[dtype]))
+    candidates["zeros of the map's size"] = Candidate(
+        lambda: Method(both=lambda: torch.zeros_like(inputs().embeddings))
+    )
+    size = DTYPES[dtype].itemsize
+    rows, gradient = 2 * shape.A * shape.D * size, shape.B * shape.D * shape.H * shape.W * size
+    return Case(
+        "gather",
+        name or str(shape),
+        shape,
+        dtype,
+        device,
+        candidates,
+        {"fwd": Work(bytes=rows), "fwd+bwd": Work(bytes=2 * rows + gradient)},
+        COUNTED,
+        "zeros of the map's size",
+    )

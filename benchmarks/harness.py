@@ -1,107 +1,151 @@
-"""What every benchmark shares: interleaved timing, peak memory, realistic inputs and the bars.
+"""What the benchmarks share: a case is one op at one shape, with the methods that do the same work.
 
-A number says little by itself on a shared machine, so every round runs each method once and the ratios are
-taken between the fastest rounds of one process. Results are checked before anything is timed.
+Each method is verified before anything is timed. All are then called in turn, round after round, so that their ratios
+hold where times do not. What comes out is long: one row for each figure.
 """
 
-import gc
-import os
+from __future__ import annotations
+
+import contextlib
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# ratio -> (which side of the bar is good, the bar)
-BARS: dict[str, tuple[str, float]] = {
-    "infonce fp32 fwd+bwd: dense fp32 / ours": (">=", 5.0),
-    "infonce fp32 fwd+bwd: ours / bare fp32": ("<=", 1.25),
-    "infonce bf16 fwd+bwd: dense fp32 / ours": (">=", 5.0),
-    "infonce bf16 fwd+bwd: ours / bare fp32": ("<=", 1.35),
-    "infonce fp32 extra MiB, K 19000": ("<=", 16.0),
-    "infonce fp32 extra MiB, K 190000": ("<=", 16.0),
-    "infonce bf16 extra MiB, K 19000": ("<=", 16.0),
-    "infonce bf16 extra MiB, K 190000": ("<=", 16.0),
-    "sampling + gather: loops / ours": (">=", 20.0),
-    "enqueue: loops / ours": (">=", 12.0),
-    "enqueue: ours / one read of the map": ("<=", 6.0),
-}
+from .clock import Call, Lap, count_launches, interleave
+from .memory import MIB, available_bytes, device_peak, host_peaks_apart
+from .shapes import Sizes
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Errors = dict[str, tuple[float, float]]
+"""What was compared: the error, and the largest that passes."""
 
 
 class Incorrect(Exception):
     """A method's result is not what it should be, so its time means nothing."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    rounds: int = 10
-    num_keys: int = 19000
-
-
-@dataclass(frozen=True)
-class Method:
-    name: str
-    call: Callable[[], object]
-    work: float  # operations or bytes, in the unit of its section
-
-
-@dataclass(frozen=True)
-class Timing:
-    minimum_ms: float
-    median_ms: float
-    rate: float  # 1e9 units of work a second, at the minimum
+class Unavailable(Exception):
+    """A method cannot run here; the message says why."""
 
 
 @dataclass
-class Section:
-    """One table of results."""
+class Method:
+    """One way to do the work.
 
-    title: str
-    unit: str  # of Timing.rate
-    facts: list[str] = field(default_factory=list)  # shapes, and what was counted as work
-    errors: dict[str, float] = field(default_factory=dict)
-    timings: dict[str, Timing] = field(default_factory=dict)
-    ratios: dict[str, float] = field(default_factory=dict)
+    `forward` is timed as the pass "fwd", without autograd. With `leaves`, the pass "fwd+bwd" calls it with autograd and
+    differentiates what it returns; how long that takes by itself is the pass "bwd". `both` stands in for that where
+    the gradient does not come from autograd.
+    """
 
-    def check(self, name: str, error: float, limit: float) -> None:
-        self.errors[name] = error
-        if not error <= limit:  # NaN fails as well
-            raise Incorrect(f"{self.title}: {name}: error {error:.3g} is above {limit:.3g}")
+    forward: Callable[[], object] | None = None
+    leaves: Sequence[Tensor] = ()
+    cotangent: Tensor | None = None
+    both: Callable[[], object] | None = None
+    verify: Callable[[], Errors] = dict
 
-    def time(self, methods: list[Method], rounds: int) -> None:
-        self.timings.update(interleave(methods, rounds))
+    def train(self, lap: Lap = lambda: None) -> object:
+        if self.both is not None:
+            outputs = self.both()
+            lap()
+            return outputs
+        assert self.forward is not None
+        output = self.forward()
+        lap()
+        assert isinstance(output, Tensor)
+        gradients = torch.autograd.grad(output, self.leaves, self.cotangent)
+        lap()
+        return output.detach(), *gradients
 
-    def ratio(self, name: str, above: str, below: str) -> None:
-        self.ratios[name] = self.timings[above].minimum_ms / self.timings[below].minimum_ms
+    def infer(self, lap: Lap = lambda: None) -> object:
+        assert self.forward is not None
+        with torch.no_grad():
+            outputs = self.forward()
+        lap()
+        return outputs
+
+    def passes(self) -> dict[str, Call]:
+        calls: dict[str, Call] = {}
+        if self.forward is not None:
+            calls["fwd"] = self.infer
+        if self.leaves or self.both is not None:
+            calls["fwd+bwd"] = self.train
+        return calls
+
+    def longest(self) -> Callable[[], object]:
+        """The pass that memory and launches are counted of."""
+        return self.train if self.leaves or self.both is not None else self.infer
 
 
-def interleave(methods: list[Method], rounds: int) -> dict[str, Timing]:
-    for method in methods:
-        method.call()
-    seconds: dict[str, list[float]] = {method.name: [] for method in methods}
-    gc.collect()
-    gc.disable()
+@dataclass(frozen=True)
+class Candidate:
+    """A method before it is built: what it needs at its peak, roughly, and a word for the reader."""
+
+    build: Callable[[], Method]
+    needs_bytes: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass has to do at least, whatever a method really does."""
+
+    flop: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass
+class Case:
+    op: str
+    name: str
+    shape: Sizes
+    dtype: str
+    device: str
+    candidates: dict[str, Candidate]
+    work: dict[str, Work]
+    counted: str  # what `work` counts, in words
+    floor: str | None = None  # the candidate that no method can beat
+    facts: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.op} {self.name} ({self.shape}) {self.dtype} {self.device}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `method` may be empty where a figure is of the case."""
+
+    op: str
+    name: str
+    shape: str
+    dtype: str
+    method: str
+    part: str  # fwd, bwd or fwd+bwd
+    metric: str
+    value: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    seconds: float = 20.0  # of a case's rounds
+    rounds: tuple[int, int] = (5, 20)
+    memory: bool = True
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """torch's setting for products of fp32 rows: "tf32" allows TF32, all else keeps fp32's accuracy."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
-        for _ in range(rounds):
-            for method in methods:
-                start = time.perf_counter()
-                method.call()
-                seconds[method.name].append(time.perf_counter() - start)
+        yield
     finally:
-        gc.enable()
-    return {
-        method.name: Timing(
-            minimum_ms=1e3 * min(seconds[method.name]),
-            median_ms=1e3 * statistics.median(seconds[method.name]),
-            rate=1e-9 * method.work / min(seconds[method.name]),
-        )
-        for method in methods
-    }
+        torch.set_float32_matmul_precision(before)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -110,94 +154,87 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm()).item()
 
 
-# ------------------------------------------------------------------------------------------------- memory
+def differing(value: Tensor, truth: Tensor) -> int:
+    return int((value != truth).sum())
 
 
-def resident_bytes(name: str) -> int:
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+Progress = Callable[[str], None]
 
 
-def peak_growth(call: Callable[[], list[Tensor]]) -> int:
-    """How far the process's resident memory rises above where it was, beyond the tensors `call` returns."""
-    gc.collect()
-    with open("/proc/self/clear_refs", "w") as clear_refs:
-        clear_refs.write("5")  # resets VmHWM
-    before = resident_bytes("VmRSS")
-    outputs = call()
-    peak = resident_bytes("VmHWM")
-    return peak - before - sum(output.nbytes for output in outputs)
+def measure(case: Case, settings: Settings, progress: Progress = lambda text: None) -> list[Row]:
+    """All figures of a case. Raises Incorrect, before anything is timed, if a method's result is off."""
+    with precision(case.dtype):
+        return _measure(case, settings, progress)
 
 
-def in_subprocess(module: str, *arguments: object) -> str:
-    """Runs a benchmark module by itself, with allocators that give back what they are done with.
+def _measure(case: Case, settings: Settings, progress: Progress) -> list[Row]:
+    rows: list[Row] = []
 
-    Otherwise what the warm-up had freed would be reused unseen, and pools would count as the op's memory.
-    """
-    environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "MKL_DISABLE_FAST_MM": "1",
-    }
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    def note(method: str, part: str, metric: str, value: float, text: str = "") -> None:
+        rows.append(Row(case.op, case.name, str(case.shape), case.dtype, method, part, metric, value, text))
 
+    methods: dict[str, Method] = {}
+    for name, candidate in case.candidates.items():
+        progress(f"verify {name}")
+        try:
+            if candidate.needs_bytes > 0.85 * available_bytes(case.device):
+                raise Unavailable(
+                    f"needs about {candidate.needs_bytes / 2**30:.3g} GiB, "
+                    f"{available_bytes(case.device) / 2**30:.3g} GiB are free"
+                )
+            method = candidate.build()
+            for what, (error, limit) in method.verify().items():
+                if not error <= limit:  # NaN fails as well
+                    raise Incorrect(f"{case.title}: {name}: {what} is off by {error:.3g}, over {limit:.3g}")
+                note(name, "", f"error of {what}", error)
+            methods[name] = method
+        except Unavailable as reason:
+            note(name, "", "absent", float("nan"), str(reason))
 
-# ------------------------------------------------------------------------------------------------- inputs
+    named_calls = [
+        (name, part, call) for name, method in methods.items() for part, call in method.passes().items()
+    ]
+    times = interleave(
+        [call for _, _, call in named_calls],
+        case.device,
+        settings.seconds,
+        settings.rounds,
+        lambda done, total: progress(f"round {done}/{total}"),
+    )
+    minimum: dict[tuple[str, str], float] = {}
+    for (name, part, _), series in zip(named_calls, times, strict=True):
+        parts = {part: [sum(laps) for laps in series]}
+        if len(series[0]) > 1:
+            parts["bwd"] = [laps[-1] for laps in series]
+        for each, milliseconds in parts.items():
+            minimum[name, each] = min(milliseconds)
+            p20, p50, p80 = (
+                statistics.quantiles(milliseconds, n=100, method="inclusive")[at - 1] for at in (20, 50, 80)
+            )
+            for metric, value in {"min": min(milliseconds), "p20": p20, "p50": p50, "p80": p80}.items():
+                note(name, each, f"{metric} ms", value)
+            note(name, each, "rounds", len(milliseconds))
+            if (work := case.work.get(each)) is not None:
+                if work.flop:
+                    note(name, each, "TFLOP/s", 1e-9 * work.flop / minimum[name, each])
+                if work.bytes:
+                    note(name, each, "GB/s", 1e-6 * work.bytes / minimum[name, each])
+    for (name, part), milliseconds_of in minimum.items():
+        if case.floor in methods and (case.floor, part) in minimum:
+            note(name, part, "share of the floor", minimum[case.floor, part] / milliseconds_of)
 
-
-def contrast_inputs(
-    num_anchors: int, num_keys: int, dim: int, dtype: torch.dtype, num_classes: int = 19
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit anchors sorted by class, as the sampler yields them, and unit keys in the bank's layout.
-
-    Embeddings scatter around a direction per class, so that positives are nearer than negatives.
-    Returns anchors [A, D], anchor_labels [A], keys [K, D], key_labels [K].
-    """
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(num_classes, dim, generator=generator)
-
-    def scatter(labels: Tensor) -> Tensor:
-        noise = torch.randn(len(labels), dim, generator=generator)
-        return F.normalize(centres[labels] + noise, dim=1).to(dtype)
-
-    anchor_labels = torch.randint(num_classes, (num_anchors,), generator=generator).sort().values
-    key_labels = torch.arange(num_keys) * num_classes // num_keys
-    anchors, keys = scatter(anchor_labels), scatter(key_labels)
-    return anchors, anchor_labels.int(), keys, key_labels.int()
-
-
-def scenes(
-    batch: int, height: int, width: int, num_classes: int = 19, ignore_index: int = 255
-) -> tuple[Tensor, Tensor]:
-    """Labels and predictions [B, H, W] int64: blobs of frequent and rare classes, some void, ~20 % errors."""
-    generator = torch.Generator().manual_seed(1)
-    size = (height, width)
-
-    def smooth(channels: int, scale: int) -> Tensor:
-        coarse = torch.randn(
-            batch, channels, max(1, height // scale), max(1, width // scale), generator=generator
-        )
-        return F.interpolate(coarse, size, mode="bilinear")
-
-    frequency = torch.randn(batch, num_classes, 1, 1, generator=generator)
-    truth = (smooth(num_classes, 8) + 0.5 * frequency).argmax(1)
-    wrong = torch.rand(batch, height, width, generator=generator) < 0.2
-    guess = torch.randint(num_classes, (batch, height, width), generator=generator)
-    predictions = torch.where(wrong, guess, truth)
-    labels = truth.masked_fill(smooth(1, 16)[:, 0] > 1.0, ignore_index)
-    return labels, predictions
-
-
-def embedding_map(batch: int, dim: int, height: int, width: int) -> Tensor:
-    """Unit pixel embeddings [B, D, H, W], as the authors' head delivers them."""
-    generator = torch.Generator().manual_seed(2)
-    return F.normalize(torch.randn(batch, dim, height, width, generator=generator), dim=1)
-
-
-def draw_priority(labels: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(2**31 - 1, labels.shape, generator=generator, dtype=torch.int32)
+    progress("launches")
+    for name, method in methods.items():
+        part = list(method.passes())[-1]
+        launches = count_launches(method.longest(), case.device)
+        note(name, part, "launches", launches.launches)
+        note(name, part, "syncs", launches.syncs)
+    if settings.memory:
+        progress("memory")
+        if case.device == "cuda":
+            peaks = {name: device_peak(method.longest()) for name, method in methods.items()}
+        else:
+            peaks = host_peaks_apart(case.op, str(case.shape), case.dtype, list(methods))
+        for name, peak in peaks.items():
+            note(name, list(methods[name].passes())[-1], "extra MiB", max(0, peak) / MIB)
+    return rows

@@ -1,116 +1,252 @@
-"""The contrastive loss beside the dense PyTorch loss (what it replaces) and two bare products (its floor).
+"""The contrastive loss with the gradient of its anchors, beside whatever else computes it or something of its size.
 
-The keys are a bank's, so only the anchors have a gradient. A peak of memory is measured in a process of its
-own: `python -m benchmarks.infonce METHOD DTYPE K` prints what fwd+bwd takes beyond its outputs, in bytes.
+The keys are a bank's, so only the anchors have a gradient; in-batch the anchors are the keys, and have it from both.
 """
 
-import sys
+from __future__ import annotations
+
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from pixcontrast_ext import infonce
 
+from .baselines import packages
+from .baselines.attention import MaskedAttention, flash_attention, plain_attention
 from .baselines.bare import BareProducts
-from .baselines.dense import dense_infonce
-from .harness import Method, Section, Settings, contrast_inputs, in_subprocess, peak_growth, relative_error
+from .baselines.chunked import chunked_infonce
+from .baselines.dense import BUFFERS, COMPILED_BUFFERS, dense_infonce
+from .harness import DTYPES, Candidate, Case, Errors, Method, Unavailable, Work, relative_error
+from .inputs import contrast_inputs
+from .shapes import ROWS, Rows, sweeps
 
-NUM_ANCHORS, DIM, TEMPERATURE = 1024, 256, 0.1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-LOSS_LIMIT = {"fp32": 1e-6, "bf16": 1e-3}
-GRADIENT_LIMIT = {"fp32": 2e-6, "bf16": 4e-3}  # a gradient stored in bf16 is off by 2⁻⁹ of itself
+SHAPE = Rows
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+COUNTED = "2·A·K·D operations of one product in fwd, and of two in fwd+bwd"
+TEMPERATURE = 0.1
+PAIRS = 200_000_000  # anchors x keys that are verified: all of most shapes
 
-Loss = Callable[..., Tensor]
-
-
-def forward(loss: Loss, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        with torch.no_grad():
-            return loss(*inputs, temperature=TEMPERATURE)
-
-    return call
-
-
-def forward_backward(loss: Loss, inputs: tuple[Tensor, ...]) -> Callable[[], list[Tensor]]:
-    """Returns [loss, gradient of the anchors]."""
-    anchors, *others = inputs
-    anchors = anchors.detach().requires_grad_()
-
-    def call() -> list[Tensor]:
-        value = loss(anchors, *others, temperature=TEMPERATURE)
-        (gradient,) = torch.autograd.grad(value, anchors)
-        return [value.detach(), gradient]
-
-    return call
+# Of the loss and of the gradient, against fp64 on the same rounded rows. A gradient that is stored in bf16 is off by
+# 2^-9 of itself, and logits that were rounded to bf16 by 2^-9 of 1 / temperature: the baselines' errors are theirs.
+OURS = {"fp32": (1e-6, 2e-6), "tf32": (1e-4, 1e-3), "bf16": (1e-5, 4e-3), "fp16": (1e-5, 1e-3)}
+PLAIN = {"fp32": (1e-5, 1e-4), "tf32": (1e-3, 1e-2), "bf16": (5e-2, 0.2), "fp16": (1e-2, 5e-2)}
 
 
-def check(section: Section, inputs: tuple[Tensor, ...], dtype: str) -> None:
-    """Loss and gradient of ours and of the dense baseline against the dense formula in fp64."""
-    anchors, anchor_labels, keys, key_labels = inputs
-    # Every n-th anchor, so that the fp64 matrices fit in memory whatever the number of keys.
-    step = max(1, len(anchors) * len(keys) // 20_000_000)
-    inputs = (anchors[::step].contiguous(), anchor_labels[::step].contiguous(), keys, key_labels)
-    in_fp64 = (inputs[0].double(), inputs[1], keys.double(), key_labels)
-    loss, gradient = forward_backward(dense_infonce, in_fp64)()
-    implementations = {"ours": infonce}
-    if (
-        dtype == "fp32"
-    ):  # in bf16 the dense loss rounds its logits: its error is the reader's to see, not a bug
-        implementations["dense"] = dense_infonce
-    for name, implementation in implementations.items():
-        result = forward_backward(implementation, inputs)()
-        section.check(f"{name} {dtype}: loss", relative_error(result[0], loss), LOSS_LIMIT[dtype])
-        section.check(f"{name} {dtype}: gradient", relative_error(result[1], gradient), GRADIENT_LIMIT[dtype])
+@cache
+def compiled_infonce() -> Callable[..., Tensor]:
+    """As a user would have it: the first shape is compiled as it is, the second for all sizes."""
+    torch._dynamo.config.recompile_limit = 64  # dtypes, with and without gradient, in-batch
+    return torch.compile(dense_infonce)
 
 
-def extra_mib(method: str, dtype: str, num_keys: int) -> float:
-    return int(in_subprocess("benchmarks.infonce", method, dtype, num_keys)) / 2**20
-
-
-def run(settings: Settings) -> Section:
-    num_keys = settings.num_keys
-    product = 2 * NUM_ANCHORS * num_keys * DIM
-    section = Section(f"infonce: A {NUM_ANCHORS}, K {num_keys}, D {DIM}", unit="GFLOP/s")
-    section.facts.append(
-        f"work: one product is 2·A·K·D = {product / 1e9:.1f} GFLOP; counted are one (fwd) or two (fwd+bwd), "
-        "whatever a method really does"
+def plan(device: str) -> dict[str, tuple[Rows, tuple[str, ...]]]:
+    of_paper, of_sweep = (
+        (("fp32", "bf16"), ("fp32",)) if device == "cpu" else (("bf16", "tf32", "fp32"), ("bf16",))
     )
-    section.facts.append("keys have no gradient; memory is the peak of fwd+bwd beyond loss and gradient")
-
-    methods = []
-    for dtype in DTYPES:
-        inputs = contrast_inputs(NUM_ANCHORS, num_keys, DIM, DTYPES[dtype])
-        check(section, inputs, dtype)
-        bare = BareProducts(inputs[0], inputs[2])
-        section.facts.append(f"bare {dtype}: the fastest tile is of {bare.tile} keys")
-        for name, loss in {"ours": infonce, "dense": dense_infonce}.items():
-            methods.append(Method(f"{name} {dtype} fwd", forward(loss, inputs), product))
-            methods.append(Method(f"{name} {dtype} fwd+bwd", forward_backward(loss, inputs), 2 * product))
-        methods.append(Method(f"bare {dtype} fwd", bare.forward, product))
-        methods.append(Method(f"bare {dtype} fwd+bwd", bare.both, 2 * product))
-    section.time(methods, settings.rounds)
-
-    for dtype in DTYPES:
-        for part in ("fwd", "fwd+bwd"):
-            ours, title = f"ours {dtype} {part}", f"infonce {dtype} {part}"
-            section.ratio(f"{title}: dense fp32 / ours", f"dense fp32 {part}", ours)
-            section.ratio(f"{title}: ours / bare fp32", ours, f"bare fp32 {part}")
-        for keys in (19000, 190000):
-            section.ratios[f"infonce {dtype} extra MiB, K {keys}"] = extra_mib("ours", dtype, keys)
-    # The dense loss at 190,000 keys would need some 8 GB: the smaller bank tells enough.
-    section.ratios["dense fp32 extra MiB, K 19000"] = extra_mib("dense", "fp32", 19000)
-    return section
+    return {name: (shape, of_paper) for name, shape in ROWS.items()} | {
+        name: (shape, of_sweep) for name, shape in sweeps(device).items()
+    }
 
 
-def main() -> None:
-    method, dtype, num_keys = sys.argv[1:]
-    loss = {"ours": infonce, "dense": dense_infonce}[method]
-    # A first call on few keys loads code and starts threads; neither is the op's memory.
-    forward_backward(loss, contrast_inputs(NUM_ANCHORS, 1900, DIM, DTYPES[dtype]))()
-    call = forward_backward(loss, contrast_inputs(NUM_ANCHORS, int(num_keys), DIM, DTYPES[dtype]))
-    print(peak_growth(call))
+class Inputs:
+    """The rows of a shape, and the truth about a part of them in fp64."""
+
+    def __init__(self, shape: Rows, dtype: torch.dtype, device: str):
+        self.in_batch = shape.K == 0
+        self.anchors, self.anchor_labels, self.keys, self.key_labels = contrast_inputs(
+            shape.A, shape.K, shape.D, dtype, shape.C, device
+        )
+        if self.in_batch:
+            self.keys, self.key_labels = self.anchors, self.anchor_labels
+        # Every n-th anchor, so that the classes stay; of a batch the part is a batch of its own.
+        step = -(-shape.A * max(shape.K, shape.A) // PAIRS)
+        if self.in_batch:
+            self.part = Rowset(self.anchors[::step], self.anchor_labels[::step], None, None)
+        else:
+            self.part = Rowset(self.anchors[::step], self.anchor_labels[::step], self.keys, self.key_labels)
+        self.whole = Rowset(
+            self.anchors,
+            self.anchor_labels,
+            None if self.in_batch else self.keys,
+            None if self.in_batch else self.key_labels,
+        )
+
+    @cache  # noqa: B019 - as long as the case
+    def truth(self) -> tuple[Tensor, Tensor]:
+        return self.part.double().train(dense_infonce)
 
 
-if __name__ == "__main__":
-    main()
+class Rowset:
+    """Anchors and keys as a loss takes them; without keys, the anchors are the keys."""
+
+    def __init__(self, anchors: Tensor, labels: Tensor, keys: Tensor | None, key_labels: Tensor | None):
+        self.leaf = anchors.detach().clone().requires_grad_()
+        self.labels, self.keys, self.key_labels = labels.contiguous(), keys, key_labels
+
+    def double(self) -> Rowset:
+        return Rowset(
+            self.leaf.double(),
+            self.labels,
+            None if self.keys is None else self.keys.double(),
+            self.key_labels,
+        )
+
+    def loss(self, function: Callable[..., Tensor]) -> Tensor:
+        if self.keys is None:
+            return function(
+                self.leaf, self.labels, self.leaf, self.labels, temperature=TEMPERATURE, exclude_self=True
+            )
+        return function(self.leaf, self.labels, self.keys, self.key_labels, temperature=TEMPERATURE)
+
+    def train(self, function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        loss = self.loss(function)
+        return loss.detach(), *torch.autograd.grad(loss, self.leaf)
+
+
+def loss_method(function: Callable[..., Tensor], inputs: Inputs, limits: tuple[float, float]) -> Method:
+    def verify() -> Errors:
+        loss, gradient = inputs.part.train(function)
+        truth, true_gradient = inputs.truth()
+        return {
+            "loss": (relative_error(loss, truth), limits[0]),
+            "gradient": (relative_error(gradient, true_gradient), limits[1]),
+        }
+
+    return Method(partial(inputs.whole.loss, function), [inputs.whole.leaf], verify=verify)
+
+
+def bare_method(inputs: Inputs) -> Method:
+    bare = BareProducts(inputs.anchors, inputs.keys)
+    return Method(bare.forward, both=bare.both)
+
+
+def attention_method(attention: Callable[..., Tensor], inputs: Inputs, masked: bool) -> Method:
+    def verify() -> Errors:
+        rows = slice(None, None, -(-len(inputs.anchors) * len(inputs.keys) // PAIRS))
+        found = attention()[rows]
+        mask = inputs.anchor_labels[rows, None] != inputs.key_labels if masked else None
+        truth = plain_attention(
+            inputs.anchors[rows].double(), inputs.keys.double(), mask, temperature=TEMPERATURE
+        )
+        return {"output": (relative_error(found, truth), PLAIN["bf16"][1])}
+
+    return Method(both=torch.no_grad()(attention), verify=verify)
+
+
+def cross_entropy_method(
+    function: Callable[..., Tensor], inputs: Inputs, limits: tuple[float, float]
+) -> Method:
+    """One positive a row: anchor i and key i."""
+    targets = torch.arange(len(inputs.anchors), device=inputs.anchors.device) % len(inputs.keys)
+    leaf = inputs.anchors.detach().clone().requires_grad_()
+    keys = inputs.keys.detach()
+
+    def verify() -> Errors:
+        exact = leaf.detach().double().requires_grad_()
+        truth = packages.cross_entropy(exact, keys.double(), targets, temperature=TEMPERATURE)
+        (true_gradient,) = torch.autograd.grad(truth, exact)
+        loss = function(leaf, keys, targets, temperature=TEMPERATURE)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return {
+            "loss": (relative_error(loss, truth), limits[0]),
+            "gradient": (relative_error(gradient, true_gradient), limits[1]),
+        }
+
+    return Method(partial(function, leaf, keys, targets, temperature=TEMPERATURE), [leaf], verify=verify)
+
+
+def importing(package: str, build: Callable[[], Method]) -> Callable[[], Method]:
+    def checked() -> Method:
+        try:
+            return build()
+        except ImportError as error:
+            raise Unavailable(f"{package} is not installed ({error})") from None
+
+    return checked
+
+
+def case(shape: Rows, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
+    @cache
+    def inputs(element: str = dtype) -> Inputs:
+        return Inputs(shape, DTYPES[element], device)
+
+    def loss(function: Callable[..., Tensor], limits: dict[str, tuple[float, float]], element: str = dtype):
+        return lambda: loss_method(function, inputs(element), limits[element])
+
+    in_batch = shape.K == 0
+    num_keys = shape.K or shape.A
+    matrix = 4 * shape.A * num_keys
+    candidates = {
+        f"ours ({backend})": Candidate(
+            loss(partial(infonce, backend=backend), OURS), BUFFERS * matrix if backend == "reference" else 0
+        )
+        for backend in backends
+    }
+    candidates["dense"] = Candidate(loss(dense_infonce, PLAIN), BUFFERS * matrix)
+    candidates["dense, torch.compile"] = Candidate(
+        loss(lambda *rows, **options: compiled_infonce()(*rows, **options), PLAIN), COMPILED_BUFFERS * matrix
+    )
+    if not in_batch:
+        candidates["chunked loop"] = Candidate(loss(chunked_infonce, PLAIN))
+        if shape.K % shape.C == 0 and dtype != "bf16":
+            candidates["pytorch-metric-learning"] = Candidate(
+                importing("pytorch-metric-learning", loss(packages.metric_learning_infonce, PLAIN)),
+                packages.metric_learning_bytes(shape.A, shape.K, shape.C),
+            )
+    flash = "flash attention, values = keys"
+    candidates[flash] = Candidate(
+        lambda: attention_method(
+            partial(flash_attention, inputs().anchors, inputs().keys, temperature=TEMPERATURE),
+            inputs(),
+            False,
+        ),
+        note="no labels, no loss: its forward does both products and the softmax",
+    )
+    if device == "cuda":
+        candidates |= on_cuda(shape, dtype, inputs)
+    floor = "two bare products"
+    candidates[floor] = Candidate(lambda: bare_method(inputs()), note="fwd is one of them")
+    if device == "cpu" and dtype == "bf16":  # what one would otherwise use there
+        candidates["dense, fp32"] = Candidate(loss(dense_infonce, PLAIN, "fp32"), BUFFERS * matrix)
+        candidates["two bare products, fp32"] = Candidate(lambda: bare_method(inputs("fp32")))
+
+    product = 2.0 * shape.A * num_keys * shape.D
+    return Case(
+        "infonce",
+        name or str(shape),
+        shape,
+        dtype,
+        device,
+        candidates,
+        {"fwd": Work(flop=product), "fwd+bwd": Work(flop=2 * product)},
+        COUNTED,
+        floor,
+    )
+
+
+def on_cuda(shape: Rows, dtype: str, inputs: Callable[[], Inputs]) -> dict[str, Candidate]:
+    """What runs on a GPU only: FlexAttention over the negatives, and losses of one positive a row."""
+    matrix = 4 * shape.A * (shape.K or shape.A)
+
+    def masked() -> Method:
+        rows = inputs()
+        attention = MaskedAttention(rows.anchors, rows.anchor_labels, rows.keys, rows.key_labels)
+        return attention_method(partial(attention, temperature=TEMPERATURE), rows, True)
+
+    def one_positive(package: str, function: Callable[..., Tensor]) -> Candidate:
+        return Candidate(
+            importing(package, lambda: cross_entropy_method(function, inputs(), PLAIN["bf16"])),
+            4 * matrix if package == "liger-kernel" else 0,
+            "another loss of the same shape: one positive a row",
+        )
+
+    candidates = {
+        "FlexAttention, values = keys": Candidate(masked, matrix, "the pass over the negatives alone"),
+        "Inf-CL": one_positive("inf-cl", packages.inf_cl_cross_entropy),
+        "Liger cross-entropy": one_positive("liger-kernel", packages.liger_cross_entropy),
+    }
+    if shape.K in (0, shape.A):
+        candidates["memeff LiT"] = one_positive("memeff", packages.memeff_cross_entropy)
+    return candidates

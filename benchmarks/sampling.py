@@ -1,70 +1,110 @@
-"""Hard-anchor sampling, alone and with the gather that follows, beside loops over images and classes."""
+"""Choosing the anchors, and reading them out of the map, beside loops over images and classes."""
 
-import torch
+from __future__ import annotations
+
+from functools import cache
+
+from torch import Tensor
 
 from pixcontrast_ext import gather_embeddings, hard_anchor_sampling
 
 from .baselines import loops
-from .harness import Method, Section, Settings, draw_priority, embedding_map, scenes
+from .harness import Candidate, Case, Errors, Method, Work, differing
+from .inputs import draw_priority, embedding_map, scenes
+from .shapes import MAPS, Maps
 
-BATCH, DIM, HEIGHT, WIDTH, NUM_CLASSES = 8, 256, 64, 128, 19
+SHAPE = Maps
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+COUNTED = "labels, predictions and priority read once, which ours draws within the time; forward only"
 
 
-def run(settings: Settings) -> Section:
-    labels, predictions = scenes(BATCH, HEIGHT, WIDTH, NUM_CLASSES)
-    embeddings = embedding_map(BATCH, DIM, HEIGHT, WIDTH)
-    section = Section(f"sampling: {BATCH}×{DIM}×{HEIGHT}×{WIDTH} fp32, {NUM_CLASSES} classes", unit="GB/s")
+def plan(device: str) -> dict[str, tuple[Maps, tuple[str, ...]]]:
+    return {name: (shape, ("fp32",)) for name, shape in MAPS.items()}
 
-    priority = draw_priority(labels)
-    ours = hard_anchor_sampling(labels, predictions, num_classes=NUM_CLASSES, priority=priority)
-    truth = hard_anchor_sampling(
-        labels, predictions, num_classes=NUM_CLASSES, priority=priority, backend="reference"
+
+class Inputs:
+    def __init__(self, shape: Maps, device: str):
+        self.shape = shape
+        self.labels, self.predictions = scenes(shape.B, shape.H, shape.W, shape.C, device=device)
+        self.embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, device=device)
+        self.priority = draw_priority(self.labels)
+
+    def sample(self, backend: str, priority: Tensor | None = None):
+        return hard_anchor_sampling(
+            self.labels,
+            self.predictions,
+            num_classes=self.shape.C,
+            max_samples=self.shape.A,
+            priority=priority,
+            backend=backend,
+        )
+
+    @cache  # noqa: B019 - as long as the case
+    def truth(self):
+        return self.sample("reference", self.priority)
+
+    def pools(self, indices: Tensor) -> Tensor:
+        """How many anchors come from each pool: (image, class, hard or easy)."""
+        labels, predictions = self.labels.flatten()[indices], self.predictions.flatten()[indices]
+        images = indices // self.labels[0].numel()
+        pool = (images * self.shape.C + labels) * 2 + (labels == predictions)
+        return pool.bincount(minlength=2 * self.shape.B * self.shape.C)
+
+
+def ours(inputs: Inputs, backend: str, gather: bool) -> Method:
+    def verify() -> Errors:
+        found, truth = inputs.sample(backend, inputs.priority), inputs.truth()
+        return {
+            f"{name}, rows that differ": (differing(getattr(found, name), getattr(truth, name)), 0)
+            for name in ("indices", "labels", "count")
+        }
+
+    def call() -> object:
+        sample = inputs.sample(backend)  # draws its priority
+        return gather_embeddings(inputs.embeddings, sample.indices, backend=backend) if gather else sample
+
+    return Method(call, verify=verify)
+
+
+def looped(inputs: Inputs, gather: bool) -> Method:
+    def sample() -> Tensor:
+        return loops.sample(inputs.labels, inputs.predictions, max_samples=inputs.shape.A)[0]
+
+    def verify() -> Errors:
+        """The loops choose other pixels, but as many hard and easy ones of each image and class."""
+        truth = inputs.truth().indices[: int(inputs.truth().count)]
+        return {
+            "anchors, pools that differ": (differing(inputs.pools(sample()), inputs.pools(truth)), 0),
+        }
+
+    def call() -> object:
+        return loops.gather(inputs.embeddings, sample()) if gather else sample()
+
+    return Method(call, verify=verify)
+
+
+def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
+    inputs = cache(lambda: Inputs(shape, device))
+    candidates = {}
+    for backend in backends:
+        candidates[f"ours ({backend})"] = Candidate(lambda b=backend: ours(inputs(), b, False))
+        candidates[f"ours ({backend}) + gather"] = Candidate(lambda b=backend: ours(inputs(), b, True))
+    candidates["loops"] = Candidate(lambda: looped(inputs(), False))
+    candidates["loops + gather"] = Candidate(lambda: looped(inputs(), True))
+    candidates["one read of labels and predictions"] = Candidate(lambda: one_read(inputs()))
+    pixels = shape.B * shape.H * shape.W
+    return Case(
+        "sampling",
+        name or str(shape),
+        shape,
+        dtype,
+        device,
+        candidates,
+        {"fwd": Work(bytes=(8 + 8 + 4) * pixels)},
+        COUNTED,
+        "one read of labels and predictions",
     )
-    for name in ("indices", "labels", "count"):
-        differing = (getattr(ours, name) != getattr(truth, name)).sum().item()
-        section.check(f"ours: {name} that differ from the reference", differing, 0)
-    count = int(truth.count)
 
-    # The loops choose other pixels, but as many hard and easy ones of each (image, class).
-    indices, _ = loops.sample(labels, predictions)
-    pools = [
-        (
-            (chosen // (HEIGHT * WIDTH) * NUM_CLASSES + labels.flatten()[chosen]) * 2
-            + (labels.flatten()[chosen] == predictions.flatten()[chosen])
-        ).bincount(minlength=BATCH * NUM_CLASSES * 2)
-        for chosen in (indices, truth.indices[:count])
-    ]
-    section.check("loops: anchors by pool", (pools[0] != pools[1]).sum().item(), 0)
 
-    def ours_sample():
-        return hard_anchor_sampling(labels, predictions, num_classes=NUM_CLASSES)
-
-    @torch.no_grad()
-    def ours_both():
-        return gather_embeddings(embeddings, ours_sample().indices)
-
-    @torch.no_grad()
-    def loops_both():
-        return loops.gather(embeddings, loops.sample(labels, predictions)[0])
-
-    maps = labels.nbytes + predictions.nbytes + priority.nbytes
-    rows = 2 * len(truth.indices) * DIM * embeddings.element_size()
-    section.facts.append(
-        f"{count} anchors of {len(truth.indices)} rows; {(labels == 255).float().mean():.0%} void"
-    )
-    section.facts.append(
-        f"work: labels, predictions and priority read once = {maps / 1e6:.1f} MB; the gather reads and "
-        f"writes its rows = {rows / 1e6:.1f} MB. Forward only; ours draws its priority within the time"
-    )
-    section.time(
-        [
-            Method("ours: sampling", ours_sample, maps),
-            Method("ours: sampling + gather", ours_both, maps + rows),
-            Method("loops: sampling", lambda: loops.sample(labels, predictions), maps),
-            Method("loops: sampling + gather", loops_both, maps + rows),
-        ],
-        settings.rounds,
-    )
-    section.ratio("sampling: loops / ours", "loops: sampling", "ours: sampling")
-    section.ratio("sampling + gather: loops / ours", "loops: sampling + gather", "ours: sampling + gather")
-    return section
+def one_read(inputs: Inputs) -> Method:
+    return Method(lambda: (inputs.labels.sum(), inputs.predictions.sum()))

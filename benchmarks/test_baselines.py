@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .baselines import loops
 from .baselines.bare import BareProducts
 from .baselines.dense import dense_infonce
-from .harness import contrast_inputs, embedding_map, scenes
+from .inputs import contrast_inputs, embedding_map, scenes
 
 
 def test_dense_loss_is_the_double_loop():

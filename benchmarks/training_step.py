@@ -1,8 +1,12 @@
-"""What the contrast term adds to a training step: sample, gather, contrast, backward to the map, enqueue.
+"""What the criterion does in a training step: sample, gather, contrast with the bank, backward to the map, enqueue.
 
-The baseline is the loops with the dense loss; it gathers all anchors at once, which spares it a dense
-gradient of the map per (image, class).
+The alternative is the loops with the dense loss. It gathers all anchors at once, which spares it a dense gradient of
+the map per image and class.
 """
+
+from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,56 +14,137 @@ from torch import Tensor
 from pixcontrast_ext import MemoryBank, PixelContrastLoss
 
 from .baselines import loops
-from .baselines.dense import dense_infonce
-from .harness import Method, Section, Settings, embedding_map, scenes
+from .baselines.dense import BUFFERS, dense_infonce
+from .harness import Candidate, Case, Errors, Method, Work
+from .inputs import contrast_inputs, embedding_map, scenes
+from .shapes import STEPS, Maps
 
-BATCH, DIM, HEIGHT, WIDTH, NUM_CLASSES, SLOTS = 8, 256, 64, 128, 19, 500
+SHAPE = Maps
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+COUNTED = "the two products of the loss, 4·A·K·D operations; all else comes on top"
 TEMPERATURE = 0.1
 
 
-def run(settings: Settings) -> Section:
-    labels, predictions = scenes(BATCH, HEIGHT, WIDTH, NUM_CLASSES)
-    embeddings = embedding_map(BATCH, DIM, HEIGHT, WIDTH).requires_grad_()
-    bank = MemoryBank(NUM_CLASSES, DIM, region_slots=SLOTS, pixel_slots=SLOTS)
-    criterion = PixelContrastLoss(NUM_CLASSES, temperature=TEMPERATURE, bank=bank)
-    looped = loops.Bank(NUM_CLASSES, DIM, SLOTS)
-    slots = torch.arange(SLOTS)
+def plan(device: str) -> dict[str, tuple[Maps, tuple[str, ...]]]:
+    return {name: (shape, ("fp32",)) for name, shape in STEPS.items()}
 
-    def ours() -> tuple[Tensor, Tensor]:
-        loss = criterion(embeddings, labels, predictions)
-        return loss.detach(), *torch.autograd.grad(loss, embeddings)
 
-    def baseline() -> tuple[Tensor, Tensor]:
-        indices, anchor_labels = loops.sample(labels, predictions)
-        anchors = loops.gather(embeddings, indices)
-        keys = torch.cat((looped.regions, looped.pixels), dim=1)
-        filled = torch.cat([slots < fill[:, None] for fill in (looped.region_fill, looped.pixel_fill)], dim=1)
-        classes = torch.arange(NUM_CLASSES)[:, None].expand_as(filled)
-        key_labels = torch.where(filled, classes, -1).flatten()
-        loss = dense_infonce(anchors, anchor_labels, keys.flatten(0, 1), key_labels, temperature=TEMPERATURE)
-        (gradient,) = torch.autograd.grad(loss, embeddings)
-        looped.enqueue(embeddings, labels)
-        return loss.detach(), gradient
+def full_bank(shape, device: str) -> MemoryBank:
+    """A bank of shape.K keys, half of them regions, every slot filled with a unit vector near its class's centre."""
+    slots = shape.K // (2 * shape.C)
+    bank = MemoryBank(shape.C, shape.D, region_slots=slots, pixel_slots=slots, process_group=None).to(device)
+    _, _, keys, _ = contrast_inputs(1, bank.key_labels.numel(), shape.D, torch.float32, shape.C, device)
+    bank.keys.copy_(keys.view_as(bank.keys))
+    bank.key_labels.copy_(torch.arange(shape.C, device=device)[:, None].expand_as(bank.key_labels))
+    bank.region_fill.fill_(slots)
+    bank.pixel_fill.fill_(slots)
+    return bank
 
-    section = Section(
-        f"training step: {BATCH}×{DIM}×{HEIGHT}×{WIDTH} fp32, bank of K {NUM_CLASSES * 2 * SLOTS}",
-        unit="GB/s",
-    )
-    for _ in range(2 * SLOTS // BATCH):
-        bank.enqueue(embeddings.detach(), labels)
-    looped.regions.copy_(bank.keys[:, :SLOTS])
-    looped.pixels.copy_(bank.keys[:, SLOTS:])
+
+def looped_bank(bank: MemoryBank) -> loops.Bank:
+    """The same rows in the loops' bank."""
+    num_classes, both, dim = bank.keys.shape
+    copy = loops.Bank(num_classes, dim, both // 2, device=bank.keys.device.type)
+    copy.regions.copy_(bank.keys[:, : both // 2])
+    copy.pixels.copy_(bank.keys[:, both // 2 :])
     for name in ("region_ptr", "region_fill", "pixel_ptr", "pixel_fill"):
-        getattr(looped, name).copy_(getattr(bank, name))
-    # Each draws its own anchors, so they agree as two samples of one quantity do.
-    (ours_loss, ours_gradient), (loss, gradient) = ours(), baseline()
-    section.check("ours: loss beside the baseline's", ((ours_loss - loss) / loss).abs().item(), 0.02)
-    section.check(
-        "ours: norm of the gradient", (ours_gradient.norm() / gradient.norm() - 1).abs().item(), 0.1
-    )
+        getattr(copy, name).copy_(getattr(bank, name))
+    return copy
 
-    section.facts.append("work: map read for the enqueue and its dense gradient written once")
-    work = 2 * embeddings.nbytes
-    section.time([Method("ours", ours, work), Method("loops + dense", baseline, work)], settings.rounds)
-    section.ratio("training step: loops + dense / ours", "loops + dense", "ours")
-    return section
+
+def looped_loss(
+    bank: loops.Bank, embeddings: Tensor, labels: Tensor, predictions: Tensor, max_samples: int
+) -> Tensor:
+    """The contrast term by loops and the dense loss; it does not enqueue."""
+    indices, anchor_labels = loops.sample(labels, predictions, max_samples=max_samples)
+    anchors = loops.gather(embeddings, indices)
+    keys, key_labels = bank.flat()
+    return dense_infonce(anchors, anchor_labels, keys, key_labels, temperature=TEMPERATURE)
+
+
+class Inputs:
+    def __init__(self, shape: Maps, device: str):
+        self.shape, self.device = shape, device
+        self.labels, self.predictions = scenes(shape.B, shape.H, shape.W, shape.C, device=device)
+        self.embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, device=device).requires_grad_()
+
+    def ours(self, backend: str) -> Method:
+        criterion = PixelContrastLoss(
+            self.shape.C,
+            temperature=TEMPERATURE,
+            max_samples=self.shape.A,
+            bank=full_bank(self.shape, self.device),
+            backend=backend,
+        )
+
+        def step() -> tuple[Tensor, Tensor]:
+            loss = criterion(self.embeddings, self.labels, self.predictions)
+            return loss.detach(), *torch.autograd.grad(loss, self.embeddings)
+
+        return Method(both=step, verify=lambda: self.compare(step()))
+
+    def looped(self) -> Method:
+        bank = looped_bank(full_bank(self.shape, self.device))
+
+        def step() -> tuple[Tensor, Tensor]:
+            loss = looped_loss(bank, self.embeddings, self.labels, self.predictions, self.shape.A)
+            gradients = torch.autograd.grad(loss, self.embeddings)
+            bank.enqueue(self.embeddings.detach(), self.labels)
+            return loss.detach(), *gradients
+
+        return Method(both=step, verify=lambda: self.compare(step()))
+
+    @cache  # noqa: B019 - as long as the case
+    def truth(self) -> tuple[float, float]:
+        """Loss and norm of the gradient, for every third anchor of the reference's sample, in fp64."""
+        from pixcontrast_ext import gather_embeddings, hard_anchor_sampling
+
+        sample = hard_anchor_sampling(
+            self.labels,
+            self.predictions,
+            num_classes=self.shape.C,
+            max_samples=self.shape.A,
+            backend="reference",
+        )
+        count = int(sample.count)
+        part = slice(0, count, max(1, count * self.shape.K // 100_000_000))
+        anchors = gather_embeddings(self.embeddings.detach(), sample.indices[part], backend="reference")
+        leaf = anchors.double().requires_grad_()
+        keys, key_labels = full_bank(self.shape, self.device).flat()
+        losses = dense_infonce(
+            leaf, sample.labels[part], keys.double(), key_labels, temperature=TEMPERATURE, reduction="none"
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        # Back through the norm of each row; the anchors are distinct pixels, so the map's gradient has their norm.
+        gradient = gradient - (gradient * leaf).sum(1, keepdim=True) * leaf
+        return losses.mean().item(), gradient.square().sum(1).mean().sqrt().item() / count**0.5
+
+    def compare(self, outcome: tuple[Tensor, Tensor]) -> Errors:
+        """Each draws anchors of its own, so they agree as samples of one quantity do."""
+        loss, norm = self.truth()
+        return {
+            "loss": (abs(outcome[0].item() / loss - 1), 0.02),
+            "norm of the gradient": (abs(outcome[1].norm().item() / norm - 1), 0.1),
+        }
+
+
+def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
+    inputs = cache(lambda: Inputs(shape, device))
+    candidates = {
+        f"ours ({backend})": Candidate(
+            lambda b=backend: inputs().ours(b),
+            BUFFERS * 4 * shape.A * shape.K if backend == "reference" else 0,
+        )
+        for backend in backends
+    }
+    candidates["loops + dense"] = Candidate(lambda: inputs().looped(), BUFFERS * 4 * shape.A * shape.K)
+    return Case(
+        "training_step",
+        name or str(shape),
+        shape,
+        dtype,
+        device,
+        candidates,
+        {"fwd+bwd": Work(flop=4.0 * shape.A * shape.K * shape.D)},
+        COUNTED,
+    )

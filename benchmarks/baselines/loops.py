@@ -44,8 +44,8 @@ def sample(
                 keep_hard = n_view - len(easy)
             else:
                 keep_hard = len(hard)
-            hard = hard[torch.randperm(len(hard))[:keep_hard]]
-            easy = easy[torch.randperm(len(easy))[: n_view - keep_hard]]
+            hard = hard[torch.randperm(len(hard), device=hard.device)[:keep_hard]]
+            easy = easy[torch.randperm(len(easy), device=easy.device)[: n_view - keep_hard]]
             chosen.append(torch.cat((hard, easy)) + image * num_pixels)
             chosen_labels.append(c.expand(n_view))
     return torch.cat(chosen), torch.cat(chosen_labels)
@@ -60,11 +60,13 @@ def gather(embeddings: Tensor, indices: Tensor) -> Tensor:
 class Bank:
     """Rings of regions and of pixels: two tensors [C, slots, D] with a pointer per class."""
 
-    def __init__(self, num_classes: int, dim: int, slots: int, pixels_per_image: int = 10):
-        self.regions = torch.zeros(num_classes, slots, dim)
-        self.pixels = torch.zeros(num_classes, slots, dim)
+    def __init__(
+        self, num_classes: int, dim: int, slots: int, pixels_per_image: int = 10, device: str = "cpu"
+    ):
+        self.regions = torch.zeros(num_classes, slots, dim, device=device)
+        self.pixels = torch.zeros(num_classes, slots, dim, device=device)
         self.region_ptr, self.pixel_ptr, self.region_fill, self.pixel_fill = torch.zeros(
-            4, num_classes, dtype=torch.long
+            4, num_classes, dtype=torch.long, device=device
         )
         self.slots, self.pixels_per_image = slots, pixels_per_image
 
@@ -85,10 +87,19 @@ class Bank:
                 self.region_ptr[c] = (ptr + 1) % self.slots
                 self.region_fill[c] = min(int(self.region_fill[c]) + 1, self.slots)
 
-                own = own[torch.randperm(len(own))[: self.pixels_per_image]]
+                own = own[torch.randperm(len(own), device=own.device)[: self.pixels_per_image]]
                 pixels = F.normalize(flat[image][:, own].T, dim=1)
                 ptr = int(self.pixel_ptr[c])
-                slots = torch.arange(ptr, ptr + len(own)) % self.slots
-                self.pixels[c, slots] = pixels
+                slots = torch.arange(ptr, ptr + len(own), device=own.device) % self.slots
+                self.pixels[c, slots] = pixels.to(self.pixels.dtype)
                 self.pixel_ptr[c] = (ptr + len(own)) % self.slots
                 self.pixel_fill[c] = min(int(self.pixel_fill[c]) + len(own), self.slots)
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """keys [K, D] and key_labels [K], -1 for unfilled slots: regions before pixels, class by class. A copy."""
+        num_classes, slots, dim = self.regions.shape
+        keys = torch.cat((self.regions, self.pixels), dim=1)
+        slot = torch.arange(slots, device=keys.device)
+        filled = torch.cat([slot < fill[:, None] for fill in (self.region_fill, self.pixel_fill)], dim=1)
+        classes = torch.arange(num_classes, device=keys.device)[:, None].expand_as(filled)
+        return keys.view(-1, dim), torch.where(filled, classes, -1).flatten()

@@ -1,0 +1,48 @@
+"""Attention with values = keys does the two products and a softmax of the same size: a speed that kernels reach.
+
+It is no loss. `flash_attention` knows no labels and lets every key take part; `flex_attention` masks those of the
+anchor's own class, which makes it the pass over the negatives.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def flash_attention(anchors: Tensor, keys: Tensor, *, temperature: float) -> Tensor:
+    """softmax(anchors @ keys.T / temperature) @ keys, by torch's scaled_dot_product_attention."""
+    heads = (rows[None, None] for rows in (anchors, keys, keys))
+    return F.scaled_dot_product_attention(*heads, scale=1 / temperature)[0, 0]
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+class MaskedAttention:
+    """`flash_attention` over the negatives alone, by FlexAttention; its block mask is made once."""
+
+    def __init__(self, anchors: Tensor, anchor_labels: Tensor, keys: Tensor, key_labels: Tensor):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def negative(batch, head, query, key):
+            return anchor_labels[query] != key_labels[key]
+
+        self.heads = [rows[None, None] for rows in (anchors, keys, keys)]
+        self.mask = create_block_mask(negative, 1, 1, len(anchors), len(keys), device=anchors.device)
+
+    def __call__(self, *, temperature: float) -> Tensor:
+        return _compiled_flex()(*self.heads, block_mask=self.mask, scale=1 / temperature)[0, 0]
+
+
+def plain_attention(anchors: Tensor, keys: Tensor, mask: Tensor | None, *, temperature: float) -> Tensor:
+    """What the two above compute, in the precision of the rows; mask [A, K] is true where a key takes part."""
+    logits = anchors @ keys.T / temperature
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=1) @ keys

@@ -1,0 +1,66 @@
+"""The loss as a loop over chunks of keys in PyTorch, with the anchors' gradient finished in the forward.
+
+What one gets without writing a kernel: no [A, K] matrix, but every step between two products is a pass over a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2048
+
+
+class ChunkedInfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchors, anchor_labels, keys, key_labels, temperature):
+        wide = anchors.float()
+        with_gradient = ctx.needs_input_grad[0]
+        neg_lse = wide.new_full((len(wide), 1), float("-inf"))
+        weighted_negatives = torch.zeros_like(wide)  # sum over negatives of exp(s - neg_lse) k
+        chunks = list(zip(keys.split(CHUNK), key_labels.split(CHUNK), strict=True))
+
+        for chunk, labels in chunks:
+            chunk = chunk.float()
+            logits = wide @ chunk.T / temperature
+            negatives = (anchor_labels[:, None] != labels) & (labels >= 0)
+            logits = logits.masked_fill(~negatives, float("-inf"))
+            grown = torch.logaddexp(neg_lse, logits.logsumexp(dim=1, keepdim=True))
+            if with_gradient:
+                weighted_negatives *= (neg_lse - grown).exp()
+                weighted_negatives.addmm_((logits - grown).exp(), chunk)
+            neg_lse = grown
+
+        loss = wide.new_zeros(len(wide), 1)
+        weight = wide.new_zeros(len(wide), 1)  # sum over positives of sigma
+        count = wide.new_zeros(len(wide), 1)
+        weighted_positives = torch.zeros_like(wide)  # sum over positives of sigma k
+        for chunk, labels in chunks:
+            positives = anchor_labels[:, None] == labels
+            if not positives.any():
+                continue
+            chunk = chunk.float()
+            gap = neg_lse - wide @ chunk.T / temperature
+            sigma = gap.sigmoid() * positives
+            loss += (F.softplus(gap) * positives).sum(dim=1, keepdim=True)
+            weight += sigma.sum(dim=1, keepdim=True)
+            count += positives.sum(dim=1, keepdim=True)
+            if with_gradient:
+                weighted_positives.addmm_(sigma, chunk)
+
+        per_anchor = 1 / (count.clamp(min=1) * (count > 0).sum().clamp(min=1))
+        if with_gradient:
+            gradient = (weight * weighted_negatives - weighted_positives) * (per_anchor / temperature)
+            ctx.save_for_backward(gradient.to(anchors.dtype))
+        return (loss * per_anchor).sum()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        (gradient,) = ctx.saved_tensors
+        return gradient * cotangent, None, None, None, None
+
+
+def chunked_infonce(
+    anchors: Tensor, anchor_labels: Tensor, keys: Tensor, key_labels: Tensor, *, temperature: float
+) -> Tensor:
+    """The mean of `dense_infonce` for keys that have no gradient and anchors that all have a negative."""
+    return ChunkedInfoNCE.apply(anchors, anchor_labels, keys, key_labels, temperature)

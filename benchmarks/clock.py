@@ -1,0 +1,128 @@
+"""Time and launches of a call. On a GPU between CUDA events, with the L2 cache overwritten before each call."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+L2_BYTES = 128 * 2**20  # more than any GPU's second-level cache
+HEAD_START = 2_000_000  # GPU cycles, about a millisecond, in which the host enqueues the call
+
+Lap = Callable[[], None]
+Call = Callable[[Lap], object]
+"""Does its work and calls the lap given at the end of every part of it."""
+
+
+class HostWatch:
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def start(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def lap(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        return [1e3 * (stop - start) for start, stop in zip(self.times, self.times[1:], strict=False)]
+
+
+class DeviceWatch:
+    def __init__(self, flush: torch.Tensor) -> None:
+        self.flush, self.events = flush, []  # type: ignore[var-annotated]
+
+    def start(self) -> None:
+        self.flush.zero_()
+        torch.cuda._sleep(HEAD_START)
+        self.lap()
+
+    def lap(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+
+    def milliseconds(self) -> list[float]:
+        self.events[-1].synchronize()
+        return [start.elapsed_time(stop) for start, stop in zip(self.events, self.events[1:], strict=False)]
+
+
+def interleave(
+    calls: Sequence[Call],
+    device: str,
+    seconds: float,
+    rounds: tuple[int, int],
+    after_round: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[list[float]]]:
+    """Calls each in turn, round after round: milliseconds by call, round and part.
+
+    As many rounds as fit into `seconds`, within the two limits of `rounds`: in between other work comes and goes on a
+    shared machine, and meets all calls alike.
+    """
+    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    times: list[list[list[float]]] = [[] for _ in calls]
+
+    def run(call: Call) -> list[float]:
+        watch = HostWatch() if flush is None else DeviceWatch(flush)
+        watch.start()
+        call(watch.lap)
+        return watch.milliseconds()
+
+    first = 1e-3 * sum(sum(run(call)) for call in calls)
+    total = max(rounds[0], min(rounds[1], int(seconds / first)))
+    gc.collect()
+    gc.disable()
+    try:
+        for done in range(total):
+            for call, series in zip(calls, times, strict=True):
+                series.append(run(call))
+            after_round(done + 1, total)
+    finally:
+        gc.enable()
+    return times
+
+
+# ------------------------------------------------------------------------------------------------- launches
+
+# What makes the host wait for the device: on a CPU, the operators that would; on a GPU, the runtime's own calls.
+READS_ON_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select"}
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
+
+
+@dataclass(frozen=True)
+class Launches:
+    """On a GPU: kernels, copies and fills on the device, and waits of the host. On a CPU: operators of torch that call
+    no other, and those of them whose outcome the host reads, so that on a GPU it would have to wait."""
+
+    launches: int
+    syncs: int
+
+
+def count_launches(call: Callable[[], object], device: str) -> Launches:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler talks
+    if device == "cuda":
+        total, nothing = _device_launches(call), _device_launches(lambda: None)  # the profiler waits as well
+        return Launches(total.launches - nothing.launches, total.syncs - nothing.syncs)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    leaves = [
+        event.name
+        for event in recorded.events()
+        if event.name.startswith(("aten::", "pixcontrast::")) and not event.cpu_children
+    ]
+    return Launches(len(leaves), sum(name in READS_ON_HOST for name in leaves))
+
+
+def _device_launches(call: Callable[[], object]) -> Launches:
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    events = recorded.events()
+    on_device = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    return Launches(on_device, sum(event.name in WAITS for event in events))

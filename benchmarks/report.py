@@ -1,0 +1,75 @@
+"""The figures of a case as a table, for the terminal and for the page."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .harness import Case, Row
+from .results import Figures, is_ours
+
+PART_NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
+
+
+def digits(value: float | None) -> str:
+    """Three significant ones, none of them after a decimal point that says nothing."""
+    if value is None:
+        return ""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return "0" if text in ("-0", "0") else text
+
+
+def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
+    """Header and one line for each method: milliseconds of each pass, and the rest of the last."""
+    whole = figures.whole()
+    ours = next(filter(is_ours, figures.methods), None)
+    rate = next((name for name in ("TFLOP/s", "GB/s") if any(key[2] == name for key in figures.values)), None)
+    header = ["method"]
+    header += [f"{PART_NAMES[part]} ms" for part in figures.parts[:-1]]
+    header += [f"{PART_NAMES[whole]} ms", "p20 - p80", "x ours"]
+    header += [rate] if rate else []
+    header += ["of the floor", "extra MiB", "launches", "syncs"]
+    lines = []
+    for method in figures.methods:
+
+        def value(metric: str, part: str = whole, method: str = method) -> float | None:
+            return figures.get(method, part, metric)
+
+        own, base = value("min ms"), figures.get(ours, whole, "min ms") if ours else None
+        share, p20 = value("share of the floor"), value("p20 ms")
+        line = [method]
+        line += [digits(value("p50 ms", part)) for part in figures.parts[:-1]]
+        line += [
+            digits(value("p50 ms")),
+            f"{digits(p20)} - {digits(value('p80 ms'))}" if p20 is not None else "",
+            digits(own / base) if own is not None and base is not None else "",
+        ]
+        line += [digits(value(rate))] if rate else []
+        line += [
+            f"{share:.0%}" if share is not None else "",
+            digits(value("extra MiB")),
+            digits(value("launches")),
+            digits(value("syncs")),
+        ]
+        lines.append(line)
+    return header, lines
+
+
+def show(case: Case, rows: list[Row], console: Console) -> None:
+    console.print(f"\n[bold]{case.title}[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"  counted: {case.counted}", style="dim", highlight=False, soft_wrap=True)
+    figures = Figures(rows)
+    header, lines = table(figures)
+    grid = Table(*header, box=None, padding=(0, 1))
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for line in lines:
+        grid.add_row(*line, style="bold" if is_ours(line[0]) else "")
+    console.print(grid)
+    for name, candidate in case.candidates.items():
+        if name in figures.absent:
+            console.print(f"  {name}: not run, {figures.absent[name]}", style="dim", highlight=False)
+        elif candidate.note:
+            console.print(f"  {name}: {candidate.note}", style="dim", highlight=False)

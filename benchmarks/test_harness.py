@@ -1,0 +1,263 @@
+"""The harness itself: what it refuses to time, what it counts, what it keeps, and when it says that a ratio fell."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from . import OPS, guard, infonce, load, pages, plots, results
+from . import __main__ as cli
+from .clock import count_launches, interleave
+from .harness import Candidate, Case, Incorrect, Method, Row, Settings, Unavailable, Work, measure
+from .memory import host_peaks_apart
+from .results import Environment, Figures, Ratio, Record, ratios
+from .shapes import MAPS, ROWS, Maps, Rows, select
+
+FAST = Settings(seconds=0.0, rounds=(3, 3), memory=False)
+
+
+def case_of(**candidates: Candidate) -> Case:
+    return Case("op", "name", Rows(K=5), "fp32", "cpu", candidates, {"fwd": Work(flop=2e9)}, "", "floor")
+
+
+def method(error: float = 0.0, **arguments) -> Candidate:
+    return Candidate(
+        lambda: Method(lambda: torch.ones(3), verify=lambda: {"sum": (error, 1e-6)}, **arguments)
+    )
+
+
+def value(rows: list[Row], name: str, metric: str, part: str = "fwd") -> float:
+    (found,) = [row.value for row in rows if (row.method, row.metric, row.part) == (name, metric, part)]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+@pytest.mark.parametrize("error", [1e-3, math.nan])
+def test_a_wrong_result_is_not_timed(error):
+    with pytest.raises(Incorrect, match=r"ours: sum is off by .*, over 1e-06"):
+        measure(case_of(floor=method(), ours=method(error)), FAST)
+
+
+def test_what_cannot_run_is_absent_with_its_reason():
+    def unavailable() -> Method:
+        raise Unavailable("no such package")
+
+    candidates = {
+        "floor": method(),
+        "large": Candidate(method().build, 2**60),
+        "gone": Candidate(unavailable),
+    }
+    rows = measure(case_of(**candidates), FAST)
+    absent = {row.method: row.note for row in rows if row.metric == "absent"}
+    assert absent["gone"] == "no such package"
+    assert absent["large"].startswith("needs about 1.07e+09 GiB, ")
+    assert {row.method for row in rows if row.metric == "p50 ms"} == {"floor"}
+
+
+def test_rates_and_shares_follow_from_the_fastest_round():
+    rows = measure(case_of(floor=method(), ours=method()), FAST)
+    own, floor = (value(rows, name, "min ms") for name in ("ours", "floor"))
+    assert value(rows, "ours", "TFLOP/s") == pytest.approx(2.0 / own)  # 2e9 operations
+    assert value(rows, "ours", "share of the floor") == pytest.approx(floor / own)
+    p20, p50, p80 = (value(rows, "ours", f"p{at} ms") for at in (20, 50, 80))
+    assert own <= p20 <= p50 <= p80
+    assert value(rows, "ours", "rounds") == 3
+
+
+def test_both_passes_hold_the_forward_and_the_backward():
+    leaf = torch.ones(4, requires_grad=True)
+    rows = measure(case_of(floor=Candidate(lambda: Method(lambda: (leaf * 2).sum(), [leaf]))), FAST)
+    assert {row.part for row in rows if row.metric == "min ms"} == {"fwd", "bwd", "fwd+bwd"}
+    assert value(rows, "floor", "min ms", "bwd") < value(rows, "floor", "min ms", "fwd+bwd")
+    (_, gradient) = Method(lambda: (leaf * 2).sum(), [leaf]).train()
+    assert torch.equal(gradient, torch.full((4,), 2.0))
+
+
+def test_rounds_are_interleaved_and_bounded():
+    order: list[str] = []
+    calls = [lambda lap, name=name: (order.append(name), lap()) for name in "ab"]
+    times = interleave(calls, "cpu", seconds=1e9, rounds=(2, 4))
+    assert order == list("ab") * 5  # one to see how long a round takes, then four
+    assert [len(series) for series in times] == [4, 4]
+    assert len(interleave(calls, "cpu", seconds=0, rounds=(2, 4))[0]) == 2
+
+
+def test_launches_and_host_reads_are_counted():
+    ones = torch.ones(10)
+    counted = count_launches(lambda: [ones.sum().item() for _ in range(3)], "cpu")
+    assert counted.syncs == 3
+    assert counted.launches >= 6
+    assert count_launches(lambda: torch.add(ones, ones), "cpu").launches == 1
+
+
+def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix():
+    shape = Rows(A=512, K=9500, D=64)
+    matrix = 4 * shape.A * shape.K
+    peaks = host_peaks_apart("infonce", str(shape), "fp32", ["dense", "ours (cpu)"])
+    assert peaks["dense"] > 4 * matrix
+    assert peaks["ours (cpu)"] < matrix
+
+
+def test_a_wrong_loss_is_caught_at_its_shape():
+    inputs = infonce.Inputs(Rows(A=40, K=190, D=16), torch.float32, "cpu")
+
+    def off(*rows, **options):
+        return infonce.infonce(*rows, **options) * 1.001
+
+    good = infonce.loss_method(infonce.infonce, inputs, infonce.OURS["fp32"]).verify()
+    bad = infonce.loss_method(off, inputs, infonce.OURS["fp32"]).verify()
+    assert all(error <= limit for error, limit in good.values())
+    assert all(error > limit for error, limit in bad.values())
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+
+def test_shapes_are_read_as_they_are_written():
+    for kind, shape in ((Rows, ROWS["coco-stuff"]), (Rows, ROWS["in-batch"]), (Maps, MAPS["camvid"])):
+        assert kind.parse(str(shape)) == shape
+    with pytest.raises(ValueError, match="'H3' of shape 'A5-H3' is no size of Rows"):
+        Rows.parse("A5-H3")
+
+
+def test_patterns_select_shapes():
+    assert list(select(ROWS, Rows, "cityscapes*")) == ["cityscapes", "cityscapes-95k", "cityscapes-one-view"]
+    assert select(ROWS, Rows, "A5-K7") == {"A5-K7-D256-C19": Rows(A=5, K=7)}
+    assert select(ROWS, Rows, "B2-H4") == {}
+
+
+def test_every_op_plans_on_both_devices_and_names_its_cases():
+    for device in ("cpu", "cuda"):
+        for each in cli.plan(OPS, device, [], []):
+            assert load(each.op).SHAPE.parse(str(each.shape)) == each.shape
+    assert [each.dtype for each in cli.plan(["infonce"], "cuda", ["quick"], [])] == ["bf16", "tf32", "fp32"]
+    with pytest.raises(ValueError, match="no shape is called quik; there are quick, "):
+        cli.plan(OPS, "cpu", ["quick", "quik"], [])
+
+
+def test_backends_are_those_named_or_ready():
+    assert cli.backends_of("infonce", "cpu", []) == ["cpu"]
+    assert cli.backends_of("infonce", "cpu", ["reference"]) == ["reference"]
+
+
+# ------------------------------------------------------------------------------------------------- results
+
+ABOUT = Environment("a device", 2, "3.11", "2.13", "", "0.1.0", "abc1234", "2026-01-31")
+
+
+def row(name: str, method: str, metric: str, figure: float, part: str = "fwd", note: str = "") -> Row:
+    return Row("infonce", name, "A1024-K5-D256-C19", "fp32", method, part, metric, figure, note)
+
+
+def test_results_survive_the_disk_and_newer_ones_replace_older_ones(tmp_path):
+    path = tmp_path / "results.csv"
+    old = [row("a", "dense", "min ms", 7.5), row("b", "dense", "absent", math.nan, note='a "reason", quoted')]
+    results.write(path, [Record(each, ABOUT) for each in old])
+    newer = dataclasses.replace(ABOUT, commit="def5678")
+    results.write(path, [Record(row("a", "ours (cpu)", "min ms", 2.5), newer)])
+    kept, added = results.read(path)
+    assert kept.row.note == 'a "reason", quoted' and math.isnan(kept.row.value) and kept.environment == ABOUT
+    assert added == Record(row("a", "ours (cpu)", "min ms", 2.5), newer)
+
+
+def test_ratios_compare_what_does_the_same_work():
+    rows = [
+        row("a", "ours (cpu)", "min ms", 2.0),
+        row("a", "ours (cpu) + gather", "min ms", 4.0),
+        row("a", "loops", "min ms", 30.0),
+        row("a", "ours (cpu)", "extra MiB", 0.5),
+        row("a", "loops", "extra MiB", 8.0),
+    ]
+    found = {(each.method, each.against, each.quantity): each.value for each in ratios(rows)}
+    assert found == {
+        ("ours (cpu)", "loops", "time"): 15.0,
+        ("ours (cpu)", "loops", "memory"): 16.0,
+        ("ours (cpu) + gather", "loops", "time"): 7.5,
+    }
+
+
+def test_a_ratio_falls_below_its_slack(tmp_path):
+    ratio = Ratio("infonce", "quick", "fp32", "ours (cpu)", "dense", "fwd+bwd", "time", 8.0)
+    committed = guard.Committed("cpu AVX2", ratio, 5.0)
+    assert not committed.fell(6.1) and committed.fell(5.9) and committed.fell(math.nan)
+    path = tmp_path / "ratios.csv"
+    guard.save("cpu AVX2", [ratio], path)
+    path.write_text(path.read_text().replace(",8,\n", ",8,5\n"))
+    guard.save("cpu AVX2", [dataclasses.replace(ratio, value=9.0)], path)
+    guard.save("cpu AVX512", [ratio], path)
+    assert guard.read(path) == [
+        guard.Committed("cpu AVX2", dataclasses.replace(ratio, value=9.0), 5.0),
+        guard.Committed("cpu AVX512", ratio, None),
+    ]
+
+
+def test_the_committed_ratios_are_of_cases_that_exist():
+    committed = guard.read()
+    assert committed
+    for each in committed:
+        device = "cpu" if each.device.startswith("cpu") else "cuda"
+        shape, dtypes = load(each.ratio.op).plan(device)[each.ratio.name]
+        assert each.ratio.dtype in dtypes, each
+        names = (
+            load(each.ratio.op).case(shape, each.ratio.dtype, device, ["cpu", "cuda", "triton"]).candidates
+        )
+        assert {each.ratio.method, each.ratio.against} <= set(names), each
+
+
+def test_check_names_what_fell(monkeypatch, capsys):
+    ratio = Ratio("infonce", "quick", "fp32", "ours (cpu)", "dense", "fwd+bwd", "time", 8.0)
+    fine = dataclasses.replace(ratio, against="chunked loop", value=1.0)
+    monkeypatch.setattr(guard, "read", lambda: [guard.Committed("here", each, 5.0) for each in (ratio, fine)])
+    monkeypatch.setattr(guard, "device_kind", lambda device: "here")
+    measured = {"ours (cpu)": 2.0, "dense": 9.0, "chunked loop": 11.0}
+    rows = [
+        Row("infonce", "quick", "", "fp32", name, "fwd+bwd", "min ms", time)
+        for name, time in measured.items()
+    ]
+    monkeypatch.setattr(cli, "measure_all", lambda *arguments: (rows, []))
+    console = cli.Console(width=200)
+    assert cli.check("cpu", FAST, [], console) == 1
+    printed = capsys.readouterr().out
+    assert (
+        "fell below its bar 5 infonce quick fp32 fwd+bwd: time of 'dense' / 'ours (cpu)': 4.5, was 8"
+        in printed
+    )
+    assert "holds infonce quick fp32 fwd+bwd: time of 'chunked loop' / 'ours (cpu)': 5.5, was 1" in printed
+    measured["dense"] = 15.0
+    rows[1] = dataclasses.replace(rows[1], value=15.0)
+    assert cli.check("cpu", FAST, [], console) == 0
+    monkeypatch.setattr(guard, "device_kind", lambda device: "elsewhere")
+    assert cli.check("cpu", FAST, [], console) == 2
+
+
+# ------------------------------------------------------------------------------------------------- pages
+
+
+def test_the_page_and_the_readme_say_what_the_results_say():
+    for path, text in pages.pages(draw=False).items():
+        assert path.read_text() == text, f"{path.name}: run python -m benchmarks.pages"
+
+
+def test_plots_follow_one_size_at_a_time():
+    def timed(name: str, shape: Rows, milliseconds: float) -> Row:
+        return Row("infonce", name, str(shape), "fp32", "dense", "fwd+bwd", "min ms", milliseconds)
+
+    rows = [
+        timed("sweep-K-10000", Rows(K=10_000), 1.0),
+        timed("camvid", Rows(K=22_000, C=11), 2.0),  # other classes
+        timed("cityscapes", Rows(K=190_000), 19.0),
+        timed("sweep-A-256", Rows(A=256, K=19_000), 0.5),
+    ]
+    assert plots.sweep(rows, "K", "fp32", "min ms") == {"dense": [(10_000, 1.0), (190_000, 19.0)]}
+    assert plots.sweep(rows, "D", "fp32", "min ms") == {}
+    assert plots.sweep(rows, "K", "bf16", "min ms") == {}
+
+
+def test_figures_of_a_case():
+    figures = Figures(
+        [row("a", "dense", "p50 ms", 3.0, "fwd+bwd"), row("a", "gone", "absent", math.nan, "", "why")]
+    )
+    assert (figures.methods, figures.absent, figures.whole()) == (["dense"], {"gone": "why"}, "fwd+bwd")

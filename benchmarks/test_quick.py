@@ -1,0 +1,63 @@
+"""A small set for pytest-benchmark: every method that runs on a CPU, verified and then timed in its longest pass.
+
+    pytest benchmarks --benchmark-autosave        # and after a change: --benchmark-compare
+
+Groups hold the methods of one case. With --benchmark-disable each is verified and called once.
+"""
+
+from functools import cache
+
+import pytest
+
+from . import load
+from .harness import Case, Method, Unavailable
+
+SHAPES = {
+    "infonce": {
+        "A256-K9500-D256-C19": ("fp32", "bf16"),
+        "A256-D64-C5": ("fp32",),
+        "A32-K380-D64-C19": ("fp32",),
+    },
+    "sampling": {"B4-D64-H64-W128-C19-A1024": ("fp32",)},
+    "gather": {"B4-D64-H64-W128-C19-A1024": ("fp32", "bf16")},
+    "enqueue": {"B4-D64-H64-W128-C19-A1024": ("fp32", "bf16")},
+    "training_step": {"B4-D64-H64-W128-C19-A512-K9500": ("fp32",)},
+    "network_step": {"B2-H96-W128-C11-A256-D64-K2200": ("fp32",)},
+}
+
+
+@cache
+def case(op: str, shape: str, dtype: str) -> Case:
+    module = load(op)
+    return module.case(module.SHAPE.parse(shape), dtype, "cpu", list(module.BACKENDS["cpu"]))
+
+
+@cache
+def verified(op: str, shape: str, dtype: str, name: str) -> Method:
+    method = case(op, shape, dtype).candidates[name].build()
+    errors = method.verify()
+    wrong = {what: pair for what, pair in errors.items() if not pair[0] <= pair[1]}
+    assert not wrong, f"{name}: (error, limit) {wrong}"
+    return method
+
+
+METHODS = [
+    (op, shape, dtype, name)
+    for op, shapes in SHAPES.items()
+    for shape, dtypes in shapes.items()
+    for dtype in dtypes
+    for name in case(op, shape, dtype).candidates
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "dtype", "name"), METHODS, ids=[" ".join(each) for each in METHODS])
+def test_quick(benchmark, op, shape, dtype, name):
+    of_case = case(op, shape, dtype)
+    if of_case.candidates[name].needs_bytes > 2**32:
+        pytest.skip(f"needs {of_case.candidates[name].needs_bytes / 2**30:.3g} GiB")
+    try:
+        method = verified(op, shape, dtype, name)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    benchmark.group = of_case.title
+    assert benchmark.pedantic(method.longest(), rounds=5, warmup_rounds=1) is not None or op == "enqueue"
