@@ -92,6 +92,7 @@ def measure_all(
                 show(case, of_case, console)
                 keep(of_case)
                 rows += of_case
+                failures += [row.note for row in of_case if row.metric == "incorrect"]
             except Incorrect as error:
                 console.print(f"[bold red]incorrect[/bold red] {error}", soft_wrap=True)
                 failures.append(str(error))

@@ -22,6 +22,7 @@ MIB = 2**20
 
 def available_bytes(device: str) -> int:
     if device == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     with open("/proc/meminfo") as memory:
         for line in memory:

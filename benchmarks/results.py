@@ -132,8 +132,8 @@ class Figures:
 
     def __init__(self, rows: list[Row]):
         self.values = {(row.method, row.part, row.metric): row.value for row in rows}
-        self.methods = list(dict.fromkeys(row.method for row in rows if row.metric != "absent"))
-        self.absent = {row.method: row.note for row in rows if row.metric == "absent"}
+        self.absent = {row.method: row.note for row in rows if row.metric in ("absent", "incorrect")}
+        self.methods = list(dict.fromkeys(row.method for row in rows if row.method not in self.absent))
         order = ("fwd", "bwd", "fwd+bwd")
         self.parts = [part for part in order if any(row.part == part for row in rows)]
 
@@ -147,6 +147,9 @@ class Figures:
 
 def is_ours(method: str) -> bool:
     return method.startswith("ours")
+
+
+WORTH_SAVING = 16.0  # MiB; of less, a ratio says nothing
 
 
 @dataclass(frozen=True)
@@ -176,5 +179,7 @@ def ratios(rows: Iterable[Row]) -> Iterator[Ratio]:
                 for part in figures.parts:
                     for quantity, metric in {"time": "min ms", "memory": "extra MiB"}.items():
                         above, below = figures.get(other, part, metric), figures.get(ours, part, metric)
-                        if above is not None and below is not None and below > 0:
+                        if above is None or below is None or below <= 0:
+                            continue
+                        if quantity == "time" or above >= WORTH_SAVING:
                             yield Ratio(op, name, dtype, ours, other, part, quantity, above / below)

@@ -37,8 +37,25 @@ def value(rows: list[Row], name: str, metric: str, part: str = "fwd") -> float:
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])
 def test_a_wrong_result_is_not_timed(error):
-    with pytest.raises(Incorrect, match=r"ours: sum is off by .*, over 1e-06"):
-        measure(case_of(floor=method(), ours=method(error)), FAST)
+    with pytest.raises(Incorrect, match=r"ours \(cpu\): sum is off by .*, over 1e-06"):
+        measure(case_of(floor=method(), **{"ours (cpu)": method(error)}), FAST)
+
+
+def test_a_wrong_alternative_is_named_and_not_timed():
+    rows = measure(case_of(floor=method(), dense=method(1e-3)), FAST)
+    (wrong,) = [row for row in rows if row.metric == "incorrect"]
+    assert wrong.method == "dense" and "sum is off by 0.001, over 1e-06" in wrong.note
+    assert {row.method for row in rows if row.metric == "p50 ms"} == {"floor"}
+
+
+def test_an_alternative_that_fails_is_absent_and_ours_is_not_excused():
+    def failing() -> Method:
+        raise RuntimeError("out of registers\nand a long trace")
+
+    rows = measure(case_of(floor=method(), dense=Candidate(failing)), FAST)
+    assert [row.note for row in rows if row.metric == "absent"] == ["RuntimeError: out of registers"]
+    with pytest.raises(RuntimeError, match="out of registers"):
+        measure(case_of(floor=method(), **{"ours (cpu)": Candidate(failing)}), FAST)
 
 
 def test_what_cannot_run_is_absent_with_its_reason():
@@ -99,6 +116,19 @@ def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix():
     peaks = host_peaks_apart("infonce", str(shape), "fp32", ["dense", "ours (cpu)"])
     assert peaks["dense"] > 4 * matrix
     assert peaks["ours (cpu)"] < matrix
+
+
+def test_the_truth_of_many_pairs_is_that_of_all_at_once(monkeypatch):
+    shape = Rows(A=40, K=100, D=16, C=7)
+    whole = infonce.Inputs(shape, torch.float32, "cpu").truth()
+    monkeypatch.setattr(infonce, "TRUTH_PAIRS", 900)
+    inputs = infonce.Inputs(shape, torch.float32, "cpu")
+    for found, expected in zip(
+        inputs.truth(), inputs.part.double().train(infonce.dense_infonce), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    for found, expected in zip(inputs.truth(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_wrong_loss_is_caught_at_its_shape():
@@ -169,12 +199,13 @@ def test_ratios_compare_what_does_the_same_work():
         row("a", "ours (cpu) + gather", "min ms", 4.0),
         row("a", "loops", "min ms", 30.0),
         row("a", "ours (cpu)", "extra MiB", 0.5),
-        row("a", "loops", "extra MiB", 8.0),
+        row("a", "loops", "extra MiB", 64.0),
+        row("a", "ours (cpu) + gather", "extra MiB", 0.0),
     ]
     found = {(each.method, each.against, each.quantity): each.value for each in ratios(rows)}
     assert found == {
         ("ours (cpu)", "loops", "time"): 15.0,
-        ("ours (cpu)", "loops", "memory"): 16.0,
+        ("ours (cpu)", "loops", "memory"): 128.0,
         ("ours (cpu) + gather", "loops", "time"): 7.5,
     }
 
