@@ -76,9 +76,13 @@ class Method:
             calls["fwd+bwd"] = self.train
         return calls
 
+    @property
+    def part(self) -> str:
+        """The pass that says most: memory and launches are counted of it."""
+        return "fwd+bwd" if self.leaves or self.both is not None else "fwd"
+
     def longest(self) -> Callable[[], object]:
-        """The pass that memory and launches are counted of."""
-        return self.train if self.leaves or self.both is not None else self.infer
+        return self.train if self.part == "fwd+bwd" else self.infer
 
 
 @dataclass(frozen=True)
@@ -167,91 +171,102 @@ def measure(case: Case, settings: Settings, progress: Progress = lambda text: No
 
     Another method that is off, fails or does not fit into memory has a row that says so, and no times.
     """
+    notes = _Notes(case)
     with precision(case.dtype):
-        return _measure(case, settings, progress)
+        methods = _verified(case, notes, progress)
+        _time(case, methods, settings, notes, progress)
+        progress("launches")
+        for name, method in methods.items():
+            launches = count_launches(method.longest(), case.device)
+            notes.add(name, method.part, "launches", launches.launches)
+            notes.add(name, method.part, "syncs", launches.syncs)
+        if settings.memory:
+            progress("memory")
+            if case.device == "cuda":
+                peaks = {name: device_peak(method.longest()) for name, method in methods.items()}
+            else:
+                peaks = host_peaks_apart(case.op, str(case.shape), case.dtype, list(methods))
+            for name, peak in peaks.items():
+                notes.add(name, methods[name].part, "extra MiB", max(0, peak) / MIB)
+    return notes.rows
 
 
-def _measure(case: Case, settings: Settings, progress: Progress) -> list[Row]:
-    rows: list[Row] = []
+class _Notes:
+    """The rows of a case as they come."""
 
-    def note(method: str, part: str, metric: str, value: float, text: str = "") -> None:
-        rows.append(Row(case.op, case.name, str(case.shape), case.dtype, method, part, metric, value, text))
+    def __init__(self, case: Case):
+        self.case, self.rows = case, list[Row]()
 
+    def add(self, method: str, part: str, metric: str, value: float, text: str = "") -> None:
+        case = self.case
+        self.rows.append(
+            Row(case.op, case.name, str(case.shape), case.dtype, method, part, metric, value, text)
+        )
+
+
+def _verified(case: Case, notes: _Notes, progress: Progress) -> dict[str, Method]:
+    """The methods that run here and whose results are right."""
     methods: dict[str, Method] = {}
     for name, candidate in case.candidates.items():
         progress(f"verify {name}")
         ours = name.startswith("ours")
         try:
-            if candidate.needs_bytes > 0.85 * available_bytes(case.device):
+            free = available_bytes(case.device)
+            if candidate.needs_bytes > 0.85 * free:
                 raise Unavailable(
-                    f"needs about {candidate.needs_bytes / 2**30:.3g} GiB, "
-                    f"{available_bytes(case.device) / 2**30:.3g} GiB are free"
+                    f"needs about {candidate.needs_bytes / 2**30:,.0f} GiB, {free / 2**30:,.0f} GiB are free"
                 )
             method = candidate.build()
             for what, (error, limit) in method.verify().items():
-                note(name, "", f"error of {what}", error)
+                notes.add(name, "", f"error of {what}", error)
                 if not error <= limit:  # NaN fails as well
                     raise Incorrect(f"{case.title}: {name}: {what} is off by {error:.3g}, over {limit:.3g}")
             if case.device == "cuda" and not ours:
                 method.longest()()  # memory that it lacks for the whole shape is seen here
             methods[name] = method
         except Unavailable as reason:
-            note(name, "", "absent", math.nan, str(reason))
+            notes.add(name, "", "absent", math.nan, str(reason))
         except Incorrect as reason:
             if ours:
                 raise
-            note(name, "", "incorrect", math.nan, str(reason))
+            notes.add(name, "", "incorrect", math.nan, str(reason))
         except Exception as error:
             if ours:
                 raise
             # Others' code may fail at a shape or on a device; that is no reason to lose what ours does there.
             first_line = next(iter(str(error).splitlines()), "")
-            note(name, "", "absent", math.nan, f"{type(error).__name__}: {first_line[:200]}")
+            notes.add(name, "", "absent", math.nan, f"{type(error).__name__}: {first_line[:200]}")
+    return methods
 
-    named_calls = [
-        (name, part, call) for name, method in methods.items() for part, call in method.passes().items()
-    ]
+
+def _time(
+    case: Case, methods: dict[str, Method], settings: Settings, notes: _Notes, progress: Progress
+) -> None:
+    calls = [(name, part, call) for name, method in methods.items() for part, call in method.passes().items()]
     times = interleave(
-        [call for _, _, call in named_calls],
+        [call for _, _, call in calls],
         case.device,
         settings.seconds,
         settings.rounds,
         lambda done, total: progress(f"round {done}/{total}"),
     )
-    minimum: dict[tuple[str, str], float] = {}
-    for (name, part, _), series in zip(named_calls, times, strict=True):
-        parts = {part: [sum(laps) for laps in series]}
-        if len(series[0]) > 1:
-            parts["bwd"] = [laps[-1] for laps in series]
-        for each, milliseconds in parts.items():
-            minimum[name, each] = min(milliseconds)
-            p20, p50, p80 = (
-                statistics.quantiles(milliseconds, n=100, method="inclusive")[at - 1] for at in (20, 50, 80)
-            )
-            for metric, value in {"min": min(milliseconds), "p20": p20, "p50": p50, "p80": p80}.items():
-                note(name, each, f"{metric} ms", value)
-            note(name, each, "rounds", len(milliseconds))
-            if (work := case.work.get(each)) is not None:
-                if work.flop:
-                    note(name, each, "TFLOP/s", 1e-9 * work.flop / minimum[name, each])
-                if work.bytes:
-                    note(name, each, "GB/s", 1e-6 * work.bytes / minimum[name, each])
-    for (name, part), milliseconds_of in minimum.items():
-        if case.floor in methods and (case.floor, part) in minimum:
-            note(name, part, "share of the floor", minimum[case.floor, part] / milliseconds_of)
-
-    progress("launches")
-    for name, method in methods.items():
-        part = list(method.passes())[-1]
-        launches = count_launches(method.longest(), case.device)
-        note(name, part, "launches", launches.launches)
-        note(name, part, "syncs", launches.syncs)
-    if settings.memory:
-        progress("memory")
-        if case.device == "cuda":
-            peaks = {name: device_peak(method.longest()) for name, method in methods.items()}
-        else:
-            peaks = host_peaks_apart(case.op, str(case.shape), case.dtype, list(methods))
-        for name, peak in peaks.items():
-            note(name, list(methods[name].passes())[-1], "extra MiB", max(0, peak) / MIB)
-    return rows
+    fastest: dict[tuple[str, str], float] = {}
+    for (name, part, _), rounds in zip(calls, times, strict=True):
+        series = {part: [sum(laps) for laps in rounds]}
+        if len(rounds[0]) > 1:
+            series["bwd"] = [laps[-1] for laps in rounds]
+        for each, milliseconds in series.items():
+            fastest[name, each] = min(milliseconds)
+            percentiles = statistics.quantiles(milliseconds, n=100, method="inclusive")
+            notes.add(name, each, "min ms", min(milliseconds))
+            for at in (20, 50, 80):
+                notes.add(name, each, f"p{at} ms", percentiles[at - 1])
+            notes.add(name, each, "rounds", len(milliseconds))
+            work = case.work.get(each, Work())
+            if work.flop:
+                notes.add(name, each, "TFLOP/s", 1e-9 * work.flop / min(milliseconds))
+            if work.bytes:
+                notes.add(name, each, "GB/s", 1e-6 * work.bytes / min(milliseconds))
+    for (name, part), milliseconds_of in fastest.items():
+        if case.floor is not None and (case.floor, part) in fastest:
+            notes.add(name, part, "share of the floor", fastest[case.floor, part] / milliseconds_of)

@@ -66,13 +66,14 @@ def overview(cases: dict[CaseKey, list[Row]]) -> Iterator[str]:
     yield from markdown(header, lines)
     yield ""
     yield "Times of loss and gradient; the columns of the others say how many times as long as ours they take."
-    reasons = {
-        f"{method} at {name} ({dtype}) {note}"
-        for (_, name, _, dtype), figures in named.items()
-        for method, note in figures.absent.items()
-    }
-    if reasons:
-        yield "Not run: " + "; ".join(sorted(reasons)) + "."
+    for method in others:
+        lacking = {
+            name: figures.absent[method]
+            for (_, name, _, _), figures in named.items()
+            if method in figures.absent
+        }
+        if lacking:
+            yield f"\n{method} was not run at {', '.join(lacking)}: at {min(lacking)} it {lacking[min(lacking)]}."
 
 
 def case_tables(op: str, cases: dict[CaseKey, list[Row]]) -> Iterator[str]:

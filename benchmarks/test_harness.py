@@ -70,7 +70,7 @@ def test_what_cannot_run_is_absent_with_its_reason():
     rows = measure(case_of(**candidates), FAST)
     absent = {row.method: row.note for row in rows if row.metric == "absent"}
     assert absent["gone"] == "no such package"
-    assert absent["large"].startswith("needs about 1.07e+09 GiB, ")
+    assert absent["large"].startswith("needs about 1,073,741,824 GiB, ")
     assert {row.method for row in rows if row.metric == "p50 ms"} == {"floor"}
 
 
