@@ -73,7 +73,7 @@ def overview(cases: dict[CaseKey, list[Row]]) -> Iterator[str]:
             if method in figures.absent
         }
         if lacking:
-            yield f"\n{method} was not run at {', '.join(lacking)}: at {min(lacking)} it {lacking[min(lacking)]}."
+            yield f"\n{method} was not run at {', '.join(lacking)} ({min(lacking)}: {lacking[min(lacking)]})."
 
 
 def case_tables(op: str, cases: dict[CaseKey, list[Row]]) -> Iterator[str]:

@@ -30,27 +30,32 @@ struct Group {
   uint32_t member[kLanes];  // all ones or zero: a select by `and` keeps a NaN out of the other classes
 };
 
-// What is built once per instruction set: the steps of InfoNCE between the products, and the class sums of
-// enqueue, for one or two channels at a time: strands[label][channel][lane] += plane[pixel] * weights[pixel].
+// What is built once per instruction set: the steps of InfoNCE between the products, and the two readings of
+// enqueue: the pixels' squares, sums[pixel] += plane[pixel]^2 over all planes, and the class sums, for one or
+// two channels at a time: strands[label][channel][lane] += plane[pixel] * weights[pixel].
 struct VectorKernels {
   void (*widen)(const WidenParams&);
   void (*negatives)(const NegativesParams&);
   void (*positives)(const PositivesParams&);
   void (*finish)(const FinishParams&);
   void (*coefficients)(const CoefficientsParams&);
+  void (*add_squares)(int32_t dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
+                      float* sums);
   void (*add_groups)(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
                      const float* weights, float* strands);
 };
 
-#define PXC_DECLARE_VECTOR_KERNELS(isa)                                                                     \
-  namespace isa {                                                                                           \
-  void widen(const WidenParams&);                                                                           \
-  void negatives(const NegativesParams&);                                                                   \
-  void positives(const PositivesParams&);                                                                   \
-  void finish(const FinishParams&);                                                                         \
-  void coefficients(const CoefficientsParams&);                                                             \
-  void add_groups(const Group*, int64_t, const float* const*, int, const float*, float*);                   \
-  constexpr VectorKernels kVectorKernels = {widen, negatives, positives, finish, coefficients, add_groups}; \
+#define PXC_DECLARE_VECTOR_KERNELS(isa)                                                   \
+  namespace isa {                                                                         \
+  void widen(const WidenParams&);                                                         \
+  void negatives(const NegativesParams&);                                                 \
+  void positives(const PositivesParams&);                                                 \
+  void finish(const FinishParams&);                                                       \
+  void coefficients(const CoefficientsParams&);                                           \
+  void add_squares(int32_t, const void*, int64_t, int64_t, int64_t, float*);              \
+  void add_groups(const Group*, int64_t, const float* const*, int, const float*, float*); \
+  constexpr VectorKernels kVectorKernels = {widen,        negatives,   positives, finish, \
+                                            coefficients, add_squares, add_groups};       \
   }
 PXC_DECLARE_VECTOR_KERNELS(portable)
 #ifdef __x86_64__

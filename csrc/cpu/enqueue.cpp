@@ -100,17 +100,9 @@ void weigh(const CollectParams& p, int64_t first, int64_t size, float* weights) 
     }
     return;
   }
-  const In* source = map + pixel_offset(p, first);
   std::fill(weights, weights + size, 0.f);
-  int64_t d = 0;
-  for (; d + 2 <= p.channels; d += 2) {  // two at a time: half the traffic of the weights
-    const In *a = source + d * p.stride_channel, *b = a + p.stride_channel;
-    for (int64_t i = 0; i < size; ++i) weights[i] += load(a + i) * load(a + i) + load(b + i) * load(b + i);
-  }
-  for (; d < p.channels; ++d) {
-    const In* a = source + d * p.stride_channel;
-    for (int64_t i = 0; i < size; ++i) weights[i] += load(a + i) * load(a + i);
-  }
+  vector_kernels().add_squares(p.map_dtype, map + pixel_offset(p, first), p.channels, p.stride_channel, size,
+                               weights);
   for (int64_t i = 0; i < size; ++i) weights[i] = inverse_norm(weights[i]);
 }
 

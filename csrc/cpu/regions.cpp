@@ -1,14 +1,36 @@
-// Class sums over the pixels of one or two channels, the inner loop of enqueue.
+// The inner loops of enqueue's two readings of the map: the pixels' squares over all channels, and class sums
+// over the pixels of one or two channels.
 //
 // This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
 // translation unit: no standard templates, only loops.
 #include <cstring>
 
 #include "cpu.h"
+#include "half.h"
 
 namespace pxc {
 namespace PXC_ISA {
 namespace {
+
+// Four planes at a time: a quarter of the traffic of the sums, which stay in the core's first cache.
+template <class In>
+void add_squares_of(const In* planes, int64_t num_planes, int64_t stride, int64_t size, float* sums) {
+  int64_t n = 0;
+  for (; n + 4 <= num_planes; n += 4) {
+    const In *a = planes + n * stride, *b = a + stride, *c = b + stride, *d = c + stride;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const float first = load(a + i) * load(a + i) + load(b + i) * load(b + i);
+      const float second = load(c + i) * load(c + i) + load(d + i) * load(d + i);
+      sums[i] += first + second;
+    }
+  }
+  for (; n < num_planes; ++n) {
+    const In* a = planes + n * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) sums[i] += load(a + i) * load(a + i);
+  }
+}
 
 // One register of AVX-512, two of AVX2, four of SSE.
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
@@ -47,6 +69,13 @@ void add(const Group* groups, int64_t num_groups, const float* const* planes, co
 }
 
 }  // namespace
+
+void add_squares(int32_t dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
+                 float* sums) {
+  with_dtype(dtype, [&](auto* element) {
+    add_squares_of(static_cast<decltype(element)>(const_cast<void*>(planes)), num_planes, stride, size, sums);
+  });
+}
 
 void add_groups(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
                 const float* weights, float* strands) {
