@@ -138,7 +138,7 @@ class Row:
 @dataclass(frozen=True)
 class Settings:
     seconds: float = 20.0  # of a case's rounds
-    rounds: tuple[int, int] = (5, 20)
+    rounds: tuple[int, int] = (3, 20)
     memory: bool = True
 
 
