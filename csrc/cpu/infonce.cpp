@@ -2,9 +2,7 @@
 // reads that tile once or twice and writes it once, in place, so that it can enter the next product.
 //
 // Anchors come sorted by class, so "own class" is a range. Pass 1 (negatives) keeps a running sum of
-// exp2(score - shift) per anchor. The shift follows the running maximum lazily: it moves only once the
-// maximum has outgrown it by kSlack, because every move rescales a row of O. Any shift gives the same result
-// as long as nothing overflows, and 2^kSlack times the number of keys is far from that.
+// exp2(score - shift) per anchor.
 //
 // This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
 // translation unit: no standard templates, only loops.
@@ -12,13 +10,11 @@
 
 #include "cpu.h"
 #include "half.h"
-#include "vector_math.h"
+#include "infonce_rows.h"
 
 namespace pxc {
 namespace PXC_ISA {
 namespace {
-
-constexpr float kSlack = 8.f;
 
 template <class In>
 void widen_rows(const WidenParams& p) {
@@ -45,92 +41,20 @@ void widen(const WidenParams& p) {
   }
 }
 
-namespace {
-
-// Masked: keys of the anchor's own class count as nothing.
-template <bool Masked>
-float row_maximum(const float* scores, int64_t n, const int32_t* key_labels, int32_t label) {
-  float maximum = -INFINITY;
-#pragma omp simd reduction(max : maximum)
-  for (int64_t j = 0; j < n; ++j) {
-    float score = scores[j];
-    if (Masked) score = key_labels[j] == label ? -INFINITY : score;
-    maximum = score > maximum ? score : maximum;
-  }
-  return maximum;
-}
-
-template <bool Masked>
-float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t label, float scale,
-                   float shift) {
-  float sum = 0.f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    float weight = exp2(scores[j] * scale - shift);
-    if (Masked) weight = key_labels[j] == label ? 0.f : weight;
-    scores[j] = weight;
-    sum += weight;
-  }
-  return sum;
-}
-
-template <bool Masked>
-void negatives_row(const NegativesParams& p, int64_t i) {
-  float* scores = p.scores + i * p.num_keys;
-  const int32_t label = Masked ? p.anchor_labels[i] : -1;
-  const float maximum = row_maximum<Masked>(scores, p.num_keys, p.key_labels, label) * p.scale;
-  if (maximum > p.shift[i] + kSlack || (p.shift[i] == -INFINITY && maximum > -INFINITY)) {
-    const float factor = exp2(p.shift[i] - maximum);
-    p.shift[i] = maximum;
-    p.sum[i] *= factor;
-    if (p.output) {
-      float* output = p.output + i * p.channels;
-#pragma omp simd
-      for (int64_t d = 0; d < p.channels; ++d) output[d] *= factor;
-    }
-  }
-  // No finite score yet: any shift will do, and -inf - -inf would not.
-  const float shift = p.shift[i] == -INFINITY ? 0.f : p.shift[i];
-  p.sum[i] += exponentials<Masked>(scores, p.num_keys, p.key_labels, label, p.scale, shift);
-}
-
-}  // namespace
-
 void negatives(const NegativesParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
     if (p.key_labels) {
-      negatives_row<true>(p, i);
+      negatives_row<true>(p, i, p.scores + i * p.num_keys);
     } else {
-      negatives_row<false>(p, i);
+      negatives_row<false>(p, i, p.scores + i * p.num_keys);
     }
   }
 }
 
 void positives(const PositivesParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t i = 0; i < p.num_rows; ++i) {
-    float* scores = p.scores + i * p.num_keys;
-    int64_t self = -1;  // at most one key is the anchor itself
-    for (int64_t j = 0; p.anchor_index && j < p.num_keys; ++j) {
-      if (p.key_index[j] == p.anchor_index[i]) self = j;
-    }
-    const float neg_lse = p.neg_lse[i];
-    float loss = 0.f, weight = 0.f;
-#pragma omp simd reduction(+ : loss, weight)
-    for (int64_t j = 0; j < p.num_keys; ++j) {
-      float softplus, sigmoid;
-      softplus_sigmoid(neg_lse - scores[j] * p.scale, &softplus, &sigmoid);
-      softplus = j == self ? 0.f : softplus;
-      sigmoid = j == self ? 0.f : sigmoid;
-      scores[j] = sigmoid;
-      loss += softplus;
-      weight += sigmoid;
-    }
-    p.loss_sum[i] += double(loss);
-    p.pos_weight_sum[i] += double(weight);
-    p.pos_counts[i] += p.num_keys - (self >= 0);
-  }
+  for (int64_t i = 0; i < p.num_rows; ++i) positives_row(p, i, p.scores + i * p.num_keys);
 }
 
 void finish(const FinishParams& p) {
