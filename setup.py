@@ -49,10 +49,12 @@ COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")  # CXX may begin with one
 
 # Sources that are compiled once per instruction set; the choice among them is made at run time.
 PER_ISA_SOURCES = ["csrc/cpu/infonce.cpp", "csrc/cpu/regions.cpp"]
+FUSED_SOURCE = "csrc/cpu/infonce_fused.cpp"  # likewise, for some of them
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512}
+X86_FUSED_ISAS = {"avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
 CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # those of them that the nvcc at hand can generate
 
@@ -160,6 +162,12 @@ class NinjaBuild:
     def sources(pattern):
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
+    def knows(self, feature):
+        """Whether the compiler generates code for an x86 feature and can ask the processor for it."""
+        program = f'int main() {{ return __builtin_cpu_supports("{feature}"); }}\n'
+        command = [*self.cxx, f"-m{feature}", "-x", "c++", "-", "-o", os.devnull]
+        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+
     def add_object(self, rule, source, flags, variant=""):
         target = f"{self.build_dir}/{Path(source).parent.name}_{Path(source).stem}{variant}.o"
         self.statements.append(f"build {target}: {rule} {source}\n  flags = {quoted(flags)}")
@@ -182,10 +190,15 @@ class NinjaBuild:
 
     def write(self):
         """Writes build.ninja; returns its path and that of the module it makes."""
-        isas = dict(PORTABLE_ISAS)
-        config = []
+        isas, fused_isas = dict(PORTABLE_ISAS), {}
+        config, features = [], []
         if platform.machine() in ("x86_64", "AMD64"):
             isas |= X86_ISAS
+            fused_isas |= X86_FUSED_ISAS
+            if self.knows("avx512bf16"):
+                features.append("-DPXC_HAVE_AVX512_BF16=1")
+            else:
+                del fused_isas["avx512_bf16"]
         compiler = self.compiler
         if self.with_cuda:
             config.append("-DPXC_HAVE_CUDA=1")
@@ -195,14 +208,15 @@ class NinjaBuild:
         includes = [f"-isystem{path}" for path in (self.pybind11_include(), sysconfig.get_path("include"))]
 
         objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
+        variants = dict.fromkeys(PER_ISA_SOURCES, isas) | {FUSED_SOURCE: fused_isas}
         for source in self.sources("csrc/cpu/*.cpp"):
-            if source in PER_ISA_SOURCES:
-                for isa, flags in isas.items():
+            if source in variants:
+                for isa, flags in variants[source].items():
                     objects.append(
                         self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")
                     )
             else:
-                objects.append(self.add_object("cxx", source, []))
+                objects.append(self.add_object("cxx", source, features))
         for source in self.cuda_sources:
             objects.append(self.add_object("nvcc", source, self.cuda.gencode))
 

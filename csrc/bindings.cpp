@@ -128,6 +128,14 @@ void read(Fields& fields, PositivesParams& p) {
           PXC_FIELD(pos_counts) PXC_FIELD(threads);
 }
 
+void read(Fields& fields, FusedForwardParams& p) {
+  fields PXC_FIELD(anchors) PXC_FIELD(num_rows) PXC_FIELD(channels) PXC_FIELD(anchor_labels)
+      PXC_FIELD(anchor_index) PXC_FIELD(keys) PXC_FIELD(keys_dtype) PXC_FIELD(key_labels) PXC_FIELD(num_keys)
+          PXC_FIELD(tiles) PXC_FIELD(num_tiles) PXC_FIELD(scale) PXC_FIELD(panels) PXC_FIELD(shift)
+              PXC_FIELD(sum) PXC_FIELD(neg_lse) PXC_FIELD(negatives) PXC_FIELD(positives) PXC_FIELD(loss_sum)
+                  PXC_FIELD(pos_weight_sum) PXC_FIELD(pos_counts) PXC_FIELD(threads);
+}
+
 void read(Fields& fields, FinishParams& p) {
   fields PXC_FIELD(num_rows) PXC_FIELD(channels) PXC_FIELD(anchor_index) PXC_FIELD(shift) PXC_FIELD(sum)
       PXC_FIELD(negatives) PXC_FIELD(positives) PXC_FIELD(loss_sum) PXC_FIELD(pos_weight_sum)
@@ -277,12 +285,15 @@ PYBIND11_MODULE(_C, m) {
   def_late<WidenParams>(m, "widen", [] { return vector_kernels().widen; });
   def_late<NegativesParams>(m, "infonce_negatives", [] { return vector_kernels().negatives; });
   def_late<PositivesParams>(m, "infonce_positives", [] { return vector_kernels().positives; });
+  def_late<FusedForwardParams>(m, "infonce_fused_forward", [] { return vector_kernels().fused_forward; });
   def_late<FinishParams>(m, "infonce_finish", [] { return vector_kernels().finish; });
   def_late<CoefficientsParams>(m, "infonce_coefficients", [] { return vector_kernels().coefficients; });
 
+  m.attr("FUSED_BLOCK_K") = kFusedBlockK;
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
   m.def("instruction_set", instruction_set);
+  m.def("fused_dtype", fused_dtype);
 #endif
 }
 

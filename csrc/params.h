@@ -137,6 +137,31 @@ struct PositivesParams {
   int32_t threads;
 };
 
+// Both passes of the forward, with products of their own.
+struct FusedForwardParams {
+  const void* anchors;  // [rows, D] sorted by label, of fused_dtype(); D of bf16 padded with 0 to be even
+  int64_t num_rows, channels;
+  const int32_t* anchor_labels;  // [rows], ascending, all >= 0
+  const int64_t* anchor_index;   // [rows], or null without exclude_self
+  const void* keys;              // [K, D]
+  int32_t keys_dtype;            // DType
+  const int32_t* key_labels;     // [K]
+  int64_t num_keys;
+  const int64_t* tiles;  // [num_tiles, 3], from TilesParams with kFusedBlockK as max_keys
+  int64_t num_tiles;
+  float scale;
+  void* panels;            // scratch: 4 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type
+  float* shift;            // [rows] in (-inf) and out: running shift, log2 units
+  float* sum;              // [rows] in (0) and out: of exp2(score - shift)
+  float* neg_lse;          // [rows] out, log2 units
+  float* negatives;        // [rows, D] in (0) and out: O of pass 1, times sum; null without gradient
+  float* positives;        // [rows, D] in (0) and out: G of pass 2; null without gradient
+  double* loss_sum;        // [rows] in (0) and out: sum of eq. (2)
+  double* pos_weight_sum;  // [rows] in (0) and out: S of eq. (4)
+  int64_t* pos_counts;     // [rows] in (0) and out
+  int32_t threads;
+};
+
 struct FinishParams {
   int64_t num_rows, channels;
   const int64_t* anchor_index;   // [rows], where row i goes in the outputs

@@ -166,7 +166,7 @@ def test_every_pointer_field_has_a_dtype_or_a_code():
         for n in re.findall(r"\*(\w+)", line)
     }
     pointers |= set(re.findall(r"^\s+(?:const )?\w+\* (\w+);", text, re.M))
-    coded = {"map", "rows", "grad_rows", "grad_map", "source", "keys", "anchors"}
+    coded = {"map", "rows", "grad_rows", "grad_map", "source", "keys", "anchors", "panels"}
     assert len(pointers) > 40 and pointers - coded == set(native._FIELD_DTYPES)
 
 

@@ -180,6 +180,11 @@ TOY_SOURCES = {
         #define NAMED(isa) JOINED(compiled_for_, isa)
         int NAMED(PXC_ISA)() { return 1; }
     """,
+    "csrc/cpu/infonce_fused.cpp": """
+        #define JOINED(a, b) a##b
+        #define NAMED(isa) JOINED(fused_for_, isa)
+        int NAMED(PXC_ISA)() { return 1; }
+    """,
     "csrc/cpu/sampling.cpp": '#include "../params.h"\nint answer() { return 42; }\n',
 }
 
@@ -259,14 +264,35 @@ def test_rebuild_compiles_only_what_changed(toy):
     assert "[3/3]" in build(toy, PIXCONTRAST_CUDA="0").stdout
 
 
+def isas_of(build_file):
+    """{source: the instruction sets it is compiled for}."""
+    found = {}
+    for source, isa in re.findall(r"/cpu/(\w+)\.cpp\n  flags = -DPXC_ISA=(\w+)", build_file.read_text()):
+        found.setdefault(source, set()).add(isa)
+    return found
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="AVX-512 is of x86")
+def test_a_compiler_without_avx512_bf16_builds_the_rest(toy, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1 ;; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    built = build(toy, PIXCONTRAST_CUDA="0", CXX=str(compiler))
+    assert built.returncode == 0, built.stdout
+    (build_file,) = toy.glob("build/native-*/build.ninja")
+    assert isas_of(build_file)["infonce_fused"] == {"avx512"}
+    assert "PXC_HAVE_AVX512_BF16" not in build_file.read_text()
+
+
 def test_infonce_is_compiled_per_instruction_set(toy):
     assert build(toy, PIXCONTRAST_CUDA="0").returncode == 0
     (build_file,) = toy.glob("build/native-*/build.ninja")
-    isas = set(re.findall(r"-DPXC_ISA=(\w+)", build_file.read_text()))
+    isas = isas_of(build_file)
     if os.uname().machine == "x86_64":
-        assert isas == {"portable", "avx2", "avx512"}
+        assert isas["infonce"] == {"portable", "avx2", "avx512"}
+        assert isas["infonce_fused"] - {"avx512_bf16"} == {"avx512"}
     else:
-        assert isas == {"portable"}
+        assert isas == {"infonce": {"portable"}}
     assert str(toy) not in build_file.read_text()
 
 

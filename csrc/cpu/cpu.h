@@ -22,6 +22,11 @@ void write(const WriteParams&);
 void plan_tiles(const TilesParams&);
 void collect_keys(const CollectKeysParams&);
 
+// Keys that the forward with own products takes at a time. Fewer would mean to read and write O more often;
+// packed for both products at D = 256 they take 1 MiB as fp32, and pass through a core's second cache in
+// order.
+constexpr int64_t kFusedBlockK = 512;
+
 // Of kLanes consecutive pixels of an image those that belong to one class.
 constexpr int64_t kLanes = 16;
 struct Group {
@@ -30,9 +35,10 @@ struct Group {
   uint32_t member[kLanes];  // all ones or zero: a select by `and` keeps a NaN out of the other classes
 };
 
-// What is built once per instruction set: the steps of InfoNCE between the products, and the two readings of
-// enqueue: the pixels' squares, sums[pixel] += plane[pixel]^2 over all planes, and the class sums, for one or
-// two channels at a time: strands[label][channel][lane] += plane[pixel] * weights[pixel].
+// What is built once per instruction set: the steps of InfoNCE between torch's products, its forward with own
+// products (null where there is none), and the two readings of enqueue: the pixels' squares,
+// sums[pixel] += plane[pixel]^2 over all planes, and the class sums, for one or two channels at a time:
+// strands[label][channel][lane] += plane[pixel] * weights[pixel].
 struct VectorKernels {
   void (*widen)(const WidenParams&);
   void (*negatives)(const NegativesParams&);
@@ -43,6 +49,8 @@ struct VectorKernels {
                       float* sums);
   void (*add_groups)(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
                      const float* weights, float* strands);
+  void (*fused_forward)(const FusedForwardParams&);
+  bool multiplies_bfloat16;
 };
 
 #define PXC_DECLARE_VECTOR_KERNELS(isa)                                                   \
@@ -54,19 +62,21 @@ struct VectorKernels {
   void coefficients(const CoefficientsParams&);                                           \
   void add_squares(int32_t, const void*, int64_t, int64_t, int64_t, float*);              \
   void add_groups(const Group*, int64_t, const float* const*, int, const float*, float*); \
-  constexpr VectorKernels kVectorKernels = {widen,        negatives,   positives, finish, \
-                                            coefficients, add_squares, add_groups};       \
+  void fused_forward(const FusedForwardParams&);                                          \
   }
 PXC_DECLARE_VECTOR_KERNELS(portable)
-#ifdef __x86_64__
 PXC_DECLARE_VECTOR_KERNELS(avx2)
 PXC_DECLARE_VECTOR_KERNELS(avx512)
-#endif
 #undef PXC_DECLARE_VECTOR_KERNELS
+namespace avx512_bf16 {
+void fused_forward(const FusedForwardParams&);
+}
 
 // The kernels in use: those of the best instruction set that the processor has, unless another was selected.
 const VectorKernels& vector_kernels();
 const char* instruction_set();
+// The DType that own products multiply keys of this one in; -1 if the products are torch's.
+int fused_dtype(int keys_dtype);
 std::vector<std::string> instruction_sets();           // those the processor has, best first
 void select_instruction_set(const std::string& name);  // throws std::invalid_argument
 

@@ -12,16 +12,37 @@ struct InstructionSet {
   bool supported;
 };
 
+#define PXC_STEPS(isa)                                                                          \
+  isa::widen, isa::negatives, isa::positives, isa::finish, isa::coefficients, isa::add_squares, \
+      isa::add_groups
+constexpr VectorKernels kPortable = {PXC_STEPS(portable), nullptr, false};
+#ifdef __x86_64__
+constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), nullptr, false};
+constexpr VectorKernels kAvx512 = {PXC_STEPS(avx512), avx512::fused_forward, false};
+#if PXC_HAVE_AVX512_BF16
+constexpr VectorKernels kAvx512Bf16 = {PXC_STEPS(avx512), avx512_bf16::fused_forward, true};
+#endif
+#endif
+#undef PXC_STEPS
+
+#ifdef __x86_64__
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Best first.
 const std::vector<InstructionSet>& known() {
   static const std::vector<InstructionSet> sets = {
 #ifdef __x86_64__
-      {"avx512", &avx512::kVectorKernels,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-      {"avx2", &avx2::kVectorKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#if PXC_HAVE_AVX512_BF16
+      {"avx512_bf16", &kAvx512Bf16, has_avx512() && __builtin_cpu_supports("avx512bf16")},
 #endif
-      {"portable", &portable::kVectorKernels, true},
+      {"avx512", &kAvx512, has_avx512()},
+      {"avx2", &kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {"portable", &kPortable, true},
   };
   return sets;
 }
@@ -43,6 +64,12 @@ const InstructionSet*& chosen() {
 const VectorKernels& vector_kernels() { return *chosen()->kernels; }
 
 const char* instruction_set() { return chosen()->name; }
+
+int fused_dtype(int keys_dtype) {
+  if (!vector_kernels().fused_forward) return -1;
+  const bool as_is = DType(keys_dtype) == DType::kBFloat16 && vector_kernels().multiplies_bfloat16;
+  return int(as_is ? DType::kBFloat16 : DType::kFloat32);
+}
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

@@ -1,8 +1,8 @@
 """The C++ backend for CPU tensors.
 
 Sampling, gather and enqueue are one native call each. InfoNCE is a loop over tiles of anchors x keys small enough to
-stay in cache: the products are torch's, the steps between them are native. Extra memory is a few tiles, whatever the
-number of keys.
+stay in cache. With AVX-512 its forward is native throughout (`_FusedWalk`); elsewhere, and in the backwards, the
+products are torch's and the steps between them native. Extra memory is a few tiles, whatever the number of keys.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext.backends import native, schedule
@@ -242,6 +243,22 @@ def _widen(source: Tensor, indices: Tensor | None, rows: Tensor) -> Tensor:
     return rows
 
 
+def _plan_tiles(key_labels: Tensor, block_k: int, capacity: int = 0) -> Tensor:
+    """Tiles of up to block_k keys: [tiles, 3] int64 of (first, size, label or -1 if they differ)."""
+    capacity = capacity or key_labels.shape[0] // block_k * 2 + 64
+    tiles, count = torch.empty(capacity, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    native.launch(
+        "plan_tiles",
+        key_labels=key_labels,
+        num_keys=key_labels.shape[0],
+        max_keys=block_k,
+        tiles=tiles,
+        capacity=capacity,
+        num_tiles=count,
+    )
+    return tiles[: int(count)] if int(count) <= capacity else _plan_tiles(key_labels, block_k, int(count))
+
+
 class _Keys:
     """Tiles of the keys, as fp32 copies in one buffer."""
 
@@ -250,23 +267,8 @@ class _Keys:
         self._buffer = torch.empty(min(BLOCK_K, keys.shape[0]), keys.shape[1], dtype=torch.float32)
         self._indices = torch.empty(BLOCK_K, dtype=torch.int64)
         self._cursor = torch.empty(2, dtype=torch.int64)
-        tiles = self._plan(keys.shape[0] // BLOCK_K * 2 + 64)
-        self.tiles: list[tuple[int, int, int]] = [
-            tuple(tile) for tile in tiles.tolist()
-        ]  # (first, size, label)
-
-    def _plan(self, capacity: int) -> Tensor:
-        tiles, count = torch.empty(capacity, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
-        native.launch(
-            "plan_tiles",
-            key_labels=self.key_labels,
-            num_keys=self.key_labels.shape[0],
-            max_keys=BLOCK_K,
-            tiles=tiles,
-            capacity=capacity,
-            num_tiles=count,
-        )
-        return tiles[: int(count)] if int(count) <= capacity else self._plan(int(count))
+        tiles = _plan_tiles(key_labels, BLOCK_K).tolist()
+        self.tiles: list[tuple[int, int, int]] = [tuple(tile) for tile in tiles]  # (first, size, label)
 
     def rows(self, first: int, size: int) -> Tensor:
         """Consecutive keys [size, D], whatever their labels.
@@ -311,12 +313,17 @@ class _Keys:
 
 
 class _AnchorBlock:
-    """Some anchors that have a label, sorted by class and widened to fp32."""
+    """Some anchors that have a label, sorted by class and widened to fp32, or bf16 as they are."""
 
-    def __init__(self, anchors: Tensor, anchor_labels: Tensor, order: Tensor):
+    def __init__(self, anchors: Tensor, anchor_labels: Tensor, order: Tensor, dtype: torch.dtype):
         self.index = order  # [n], row of each in the caller's tensors
         self.labels = anchor_labels[order]
-        self.rows = _widen(anchors, order, torch.empty(order.shape[0], anchors.shape[1], dtype=torch.float32))
+        if dtype == torch.float32:
+            self.rows = _widen(
+                anchors, order, torch.empty(order.shape[0], anchors.shape[1], dtype=torch.float32)
+            )
+        else:
+            self.rows = F.pad(anchors[order], (0, anchors.shape[1] % 2))  # bf16 is multiplied in pairs
         classes, sizes = torch.unique_consecutive(self.labels, return_counts=True)
         stops = sizes.cumsum(0).tolist()
         starts = [0, *stops[:-1]]
@@ -331,11 +338,27 @@ class _AnchorBlock:
         return [(a, b) for a, b in ((0, start), (stop, len(self))) if a < b]
 
 
-def _anchor_blocks(anchors: Tensor, anchor_labels: Tensor) -> Iterator[_AnchorBlock]:
+def _anchor_blocks(
+    anchors: Tensor, anchor_labels: Tensor, dtype: torch.dtype = torch.float32
+) -> Iterator[_AnchorBlock]:
     order = torch.argsort(anchor_labels, stable=True)
     order = order[int((anchor_labels < 0).sum()) :]
     for start in range(0, order.shape[0], BLOCK_A):
-        yield _AnchorBlock(anchors, anchor_labels, order[start : start + BLOCK_A])
+        yield _AnchorBlock(anchors, anchor_labels, order[start : start + BLOCK_A], dtype)
+
+
+class _Sums:
+    """What the two passes of the forward sum up for a block of anchors."""
+
+    def __init__(self, size: int, channels: int, with_grad: bool):
+        self.shift = torch.full((size,), -math.inf, dtype=torch.float32)
+        self.sum = torch.zeros(size, dtype=torch.float32)  # of exp2(score - shift)
+        self.loss_sum = torch.zeros(size, dtype=torch.float64)
+        self.pos_weight_sum = torch.zeros(size, dtype=torch.float64)
+        self.pos_counts = torch.zeros(size, dtype=torch.int64)
+        # O of pass 1, before its division, and G of pass 2
+        self.negatives = torch.zeros(size, channels, dtype=torch.float32) if with_grad else None
+        self.positives = torch.zeros(size, channels, dtype=torch.float32) if with_grad else None
 
 
 def infonce_forward(
@@ -351,111 +374,131 @@ def infonce_forward(
     pos_count: Tensor,  # [A] int32, out
     anchor_grad: Tensor | None,  # [A, D] float32, out
 ) -> None:
+    schedule.check_alike(anchors, keys)
     for out, nothing in ((loss, 0), (neg_lse, -math.inf), (pos_weight, 0), (pos_count, 0), (anchor_grad, 0)):
         if out is not None:
             out.fill_(nothing)  # what rows without a label keep
-    tiles = _Keys(keys, key_labels)
-    with _fp32_products():
-        for block in _anchor_blocks(anchors, anchor_labels):
-            _forward_block(
-                block, tiles, temperature, exclude_self, loss, neg_lse, pos_weight, pos_count, anchor_grad
-            )
-
-
-def _forward_block(
-    block: _AnchorBlock,
-    keys: _Keys,
-    temperature: float,
-    exclude_self: bool,
-    loss: Tensor,
-    neg_lse: Tensor,
-    pos_weight: Tensor,
-    pos_count: Tensor,
-    anchor_grad: Tensor | None,
-) -> None:
-    size, channels = block.rows.shape
-    scale = LOG2_E / temperature
-    scores = torch.empty(size * min(BLOCK_K, keys.keys.shape[0]), dtype=torch.float32)
-    shift = torch.full((size,), -math.inf, dtype=torch.float32)
-    total = torch.zeros(size, dtype=torch.float32)
-    # O of pass 1, before its division, and G of pass 2
-    negatives = torch.zeros(size, channels, dtype=torch.float32) if anchor_grad is not None else None
-    positives = torch.zeros_like(negatives) if negatives is not None else None
-
-    for first, size_of_tile, label in keys.tiles:
-        if label >= 0:
-            tile, labels = keys.rows(first, size_of_tile), None
-        else:
-            tile, labels = keys.labelled(first, size_of_tile)
-        count = tile.shape[0]
-        for start, stop in block.other_than(label):
-            weights = torch.mm(
-                block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
-            )
-            native.launch(
-                "infonce_negatives",
-                scores=weights,
-                num_rows=stop - start,
-                num_keys=count,
-                anchor_labels=block.labels[start:stop],
-                key_labels=labels,
-                scale=scale,
-                shift=shift[start:stop],
-                sum=total[start:stop],
-                output=None if negatives is None else negatives[start:stop],
-                channels=channels,
-                threads=native.threads(),
-            )
-            if negatives is not None:
-                negatives[start:stop].addmm_(weights, tile)
-
-    neg_lse_log2 = shift + total.log2()
-    loss_sum = torch.zeros(size, dtype=torch.float64)
-    pos_weight_sum = torch.zeros(size, dtype=torch.float64)
-    pos_counts = torch.zeros(size, dtype=torch.int64)
-    for label, (start, stop) in block.ranges.items():
-        for tile, indices in keys.of_class(label):
-            count = tile.shape[0]
-            sigma = torch.mm(
-                block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
-            )
-            native.launch(
-                "infonce_positives",
-                scores=sigma,
-                num_rows=stop - start,
-                num_keys=count,
-                neg_lse=neg_lse_log2[start:stop],
-                anchor_index=block.index[start:stop] if exclude_self else None,
-                key_index=indices if exclude_self else None,
-                scale=scale,
-                loss_sum=loss_sum[start:stop],
-                pos_weight_sum=pos_weight_sum[start:stop],
-                pos_counts=pos_counts[start:stop],
-                threads=native.threads(),
-            )
-            if positives is not None:
-                positives[start:stop].addmm_(sigma, tile)
-
-    native.launch(
-        "infonce_finish",
-        num_rows=size,
-        channels=channels,
-        anchor_index=block.index,
-        shift=shift,
-        sum=total,
-        negatives=negatives,
-        positives=positives,
-        loss_sum=loss_sum,
-        pos_weight_sum=pos_weight_sum,
-        pos_counts=pos_counts,
-        temperature=temperature,
-        loss=loss,
-        neg_lse=neg_lse,
-        pos_weight=pos_weight,
-        pos_count=pos_count,
-        anchor_grad=anchor_grad,
-        threads=native.threads(),
+    fused_dtype = native.fused_dtype(keys.dtype)
+    walk: _FusedWalk | _TorchWalk = (
+        _TorchWalk(keys, key_labels) if fused_dtype is None else _FusedWalk(keys, key_labels, fused_dtype)
     )
+    for block in _anchor_blocks(anchors, anchor_labels, fused_dtype or torch.float32):
+        sums = _Sums(len(block), anchors.shape[1], anchor_grad is not None)
+        walk(block, LOG2_E / temperature, exclude_self, sums)
+        native.launch(
+            "infonce_finish",
+            num_rows=len(block),
+            channels=anchors.shape[1],
+            anchor_index=block.index,
+            **vars(sums),
+            temperature=temperature,
+            loss=loss,
+            neg_lse=neg_lse,
+            pos_weight=pos_weight,
+            pos_count=pos_count,
+            anchor_grad=anchor_grad,
+            threads=native.threads(),
+        )
+
+
+class _FusedWalk:
+    """Both passes in one native call, whose products are its own."""
+
+    def __init__(self, keys: Tensor, key_labels: Tensor, dtype: torch.dtype):
+        self.keys, self.key_labels = keys, key_labels
+        self.block_k = native.fused_block_k()
+        self.tiles = _plan_tiles(key_labels, self.block_k)
+        # a tile packed for either product, and the next tile
+        self.panels = torch.empty(2 * 2 * self.block_k * (-(-keys.shape[1] // 32) * 32), dtype=dtype)
+
+    def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
+        native.launch(
+            "infonce_fused_forward",
+            anchors=block.rows,
+            num_rows=len(block),
+            channels=self.keys.shape[1],
+            anchor_labels=block.labels,
+            anchor_index=block.index if exclude_self else None,
+            keys=self.keys,
+            keys_dtype=native.DTYPE_CODES[self.keys.dtype],
+            key_labels=self.key_labels,
+            num_keys=self.keys.shape[0],
+            tiles=self.tiles,
+            num_tiles=self.tiles.shape[0],
+            scale=scale,
+            panels=self.panels,
+            neg_lse=torch.empty(len(block), dtype=torch.float32),
+            **vars(sums),
+            threads=native.threads(),
+        )
+
+
+class _TorchWalk:
+    """Both passes tile by tile, with products of torch."""
+
+    def __init__(self, keys: Tensor, key_labels: Tensor):
+        self.keys = _Keys(keys, key_labels)
+
+    def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
+        scores = torch.empty(len(block) * min(BLOCK_K, self.keys.keys.shape[0]), dtype=torch.float32)
+        with _fp32_products():
+            self._negatives(block, scale, scores, sums)
+            self._positives(block, scale, exclude_self, scores, sums)
+
+    def _negatives(self, block: _AnchorBlock, scale: float, scores: Tensor, sums: _Sums) -> None:
+        for first, size, label in self.keys.tiles:
+            if label >= 0:
+                tile, labels = self.keys.rows(first, size), None
+            else:
+                tile, labels = self.keys.labelled(first, size)
+            count = tile.shape[0]
+            for start, stop in block.other_than(label):
+                weights = torch.mm(
+                    block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
+                )
+                native.launch(
+                    "infonce_negatives",
+                    scores=weights,
+                    num_rows=stop - start,
+                    num_keys=count,
+                    anchor_labels=block.labels[start:stop],
+                    key_labels=labels,
+                    scale=scale,
+                    shift=sums.shift[start:stop],
+                    sum=sums.sum[start:stop],
+                    output=None if sums.negatives is None else sums.negatives[start:stop],
+                    channels=tile.shape[1],
+                    threads=native.threads(),
+                )
+                if sums.negatives is not None:
+                    sums.negatives[start:stop].addmm_(weights, tile)
+
+    def _positives(
+        self, block: _AnchorBlock, scale: float, exclude_self: bool, scores: Tensor, sums: _Sums
+    ) -> None:
+        neg_lse_log2 = sums.shift + sums.sum.log2()
+        for label, (start, stop) in block.ranges.items():
+            for tile, indices in self.keys.of_class(label):
+                count = tile.shape[0]
+                sigma = torch.mm(
+                    block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
+                )
+                native.launch(
+                    "infonce_positives",
+                    scores=sigma,
+                    num_rows=stop - start,
+                    num_keys=count,
+                    neg_lse=neg_lse_log2[start:stop],
+                    anchor_index=block.index[start:stop] if exclude_self else None,
+                    key_index=indices if exclude_self else None,
+                    scale=scale,
+                    loss_sum=sums.loss_sum[start:stop],
+                    pos_weight_sum=sums.pos_weight_sum[start:stop],
+                    pos_counts=sums.pos_counts[start:stop],
+                    threads=native.threads(),
+                )
+                if sums.positives is not None:
+                    sums.positives[start:stop].addmm_(sigma, tile)
 
 
 class _Scales:

@@ -109,6 +109,17 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
+def fused_dtype(keys_dtype: torch.dtype) -> torch.dtype | None:
+    """What the fused InfoNCE multiplies keys of this dtype in; None if the instruction set has no such kernel."""
+    code = _C.fused_dtype(DTYPE_CODES[keys_dtype])
+    return next((dtype for dtype, known in DTYPE_CODES.items() if known == code), None)
+
+
+def fused_block_k() -> int:
+    """How many keys a tile of the fused InfoNCE holds at most."""
+    return _C.FUSED_BLOCK_K
+
+
 def map_fields(embeddings: Tensor) -> dict[str, Any]:
     """The `EmbeddingMap` part of a struct, for a `[B, D, H, W]` tensor of any strides."""
     if embeddings.dim() != 4:

@@ -1,0 +1,362 @@
+// The forward of InfoNCE with its own matrix products. A block of anchors meets a tile of keys: their dot
+// products, the weights made of them and the second product stay in the core's own cache, and the keys are
+// packed once for both products, by all threads for all threads. One parallel region serves a whole call.
+//
+// Both products read rows as 32-bit words, one fp32 or two bf16 each. A step takes one word of every row, and
+// a panel holds the words of 32 columns step by step; so one loop serves both products and both element
+// types.
+//
+// Every thread owns a share of the anchors, and no sum crosses threads: results do not depend on their
+// number. This file is compiled for AVX-512 (fp32 products) and for AVX512-BF16 (bf16 products); nothing in
+// it may be shared with another translation unit: no standard templates.
+#include <immintrin.h>
+#include <omp.h>
+
+#include <cmath>
+
+#include "cpu.h"
+#include "half.h"
+#include "infonce_rows.h"
+
+namespace pxc {
+namespace PXC_ISA {
+namespace {
+
+// 12 x 2 vectors of sums and their operands fit the 32 registers.
+constexpr int kBlockA = 12, kPanel = 32, kBlockK = kFusedBlockK;
+
+using Word = uint32_t __attribute__((__may_alias__));
+
+__mmask16 first_lanes(int64_t n) { return _cvtu32_mask16(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1); }
+
+// fp32 products; keys of a narrower type are widened on their way into a panel.
+struct Float32 {
+  using Element = float;
+  static constexpr int kPerWord = 1;
+
+  static __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+  static Word word(const float* element, int64_t) { return __builtin_bit_cast(Word, *element); }
+};
+
+#ifdef __AVX512BF16__
+// bf16 products with fp32 sums. These instructions take subnormal numbers for 0 and round to nearest,
+// whatever the mode of the processor.
+struct BFloat16Pair {
+  using Element = BFloat16;
+  static constexpr int kPerWord = 2;
+
+  static __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static Word word(const BFloat16* element, int64_t stride) {
+    return Word(element[0].bits) | Word(element[stride].bits) << 16;
+  }
+  // A zero behind the last weight completes its pair.
+  static void round(const float* weights, int64_t n, BFloat16* rounded) {
+    for (int64_t j = 0; j < n; j += 16) {
+      const __m512 weight = _mm512_maskz_loadu_ps(first_lanes(n - j), weights + j);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + j), (__m256i)_mm512_cvtneps_pbh(weight));
+    }
+  }
+};
+#endif
+
+template <class Key>
+void convert(const Key* from, float* to) {
+  *to = load(from);
+}
+[[maybe_unused]] void convert(const BFloat16* from, BFloat16* to) { *to = *from; }
+
+// out[Rows, columns] = rows · panel, or += .
+struct Product {
+  const Word* rows;
+  int64_t row_words;
+  const Word* panel;  // [steps, kPanel]
+  int64_t steps;
+  float* out;
+  int64_t out_stride;
+  int64_t columns;
+  bool accumulate;
+};
+
+template <class Multiply, int Rows>
+void multiply_rows(const Product& p) {
+  const __mmask16 masks[2] = {first_lanes(p.columns), first_lanes(p.columns - 16)};
+  __m512 sums[Rows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      sums[r][v] = p.accumulate ? _mm512_maskz_loadu_ps(masks[v], p.out + r * p.out_stride + 16 * v)
+                                : _mm512_setzero_ps();
+    }
+  }
+  const Word *rows = p.rows, *panel = p.panel;
+  for (int64_t k = 0; k < p.steps; ++k) {
+    const __m512i columns[2] = {_mm512_loadu_si512(panel + k * kPanel),
+                                _mm512_loadu_si512(panel + k * kPanel + 16)};
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      const __m512i word = _mm512_set1_epi32(int(rows[r * p.row_words + k]));
+      sums[r][0] = Multiply::multiply_add(word, columns[0], sums[r][0]);
+      sums[r][1] = Multiply::multiply_add(word, columns[1], sums[r][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      _mm512_mask_storeu_ps(p.out + r * p.out_stride + 16 * v, masks[v], sums[r][v]);
+    }
+  }
+}
+
+template <class Multiply, int Rows = kBlockA>
+void multiply(int64_t rows, const Product& p) {
+  if (rows == Rows) {
+    multiply_rows<Multiply, Rows>(p);
+  } else if constexpr (Rows > 1) {
+    multiply<Multiply, Rows - 1>(rows, p);
+  }
+}
+
+// Keys that are multiplied together.
+struct Tile {
+  int64_t count;
+  int64_t keys[kBlockK];
+  int32_t labels[kBlockK];
+};
+
+// The keys of a tile as panels of both products.
+struct Panels {
+  Word* keys;      // [kBlockK / kPanel][words of a row, kPanel]
+  Word* channels;  // [channels / kPanel, up][kBlockK / kPerWord, kPanel]; null without gradient
+};
+
+struct Range {
+  int64_t start, stop;
+};
+
+// One thread's part of the walk.
+template <class Key, class Multiply>
+class Walk {
+ public:
+  explicit Walk(const FusedForwardParams& p)
+      : p_(p),
+        words_((p.channels + Multiply::kPerWord - 1) / Multiply::kPerWord),
+        channel_panels_((p.channels + kPanel - 1) / kPanel),
+        thread_(omp_get_thread_num()),
+        num_threads_(omp_get_num_threads()) {}
+
+  void negatives() {
+    for (int64_t t = 0; t < p_.num_tiles; ++t) {
+      const int64_t first = p_.tiles[3 * t], size = p_.tiles[3 * t + 1], label = p_.tiles[3 * t + 2];
+      tile_.count = 0;
+      for (int64_t j = first; j < first + size; ++j) {
+        if (p_.key_labels[j] < 0) continue;  // it may hold anything, even NaN
+        tile_.keys[tile_.count] = j;
+        tile_.labels[tile_.count++] = p_.key_labels[j];
+      }
+      const Panels panels = pack();
+      if (label < 0) {
+        share({0, p_.num_rows}, 0, p_.num_rows, [&](Range rows) { negatives_block<true>(rows, panels); });
+      } else {
+        const Range own = anchors_of(label);
+        const int64_t others = p_.num_rows - (own.stop - own.start);
+        const auto visit = [&](Range rows) { negatives_block<false>(rows, panels); };
+        share({0, own.start}, 0, others, visit);
+        share({own.stop, p_.num_rows}, own.start, others, visit);
+      }
+    }
+  }
+
+  void positives() {
+    for (int64_t start = 0; start < p_.num_rows;) {
+      const int32_t label = p_.anchor_labels[start];
+      const Range own = anchors_of(label);
+      start = own.stop;
+      for (int64_t cursor = 0; collect(label, &cursor);) {
+        const Panels panels = pack();
+        share(own, 0, own.stop - own.start, [&](Range rows) { positives_block(rows, panels); });
+      }
+    }
+  }
+
+ private:
+  // The next keys of a class, or none.
+  bool collect(int32_t label, int64_t* cursor) {
+    collect_keys({p_.key_labels, p_.num_keys, kBlockK, label, cursor, tile_.keys, &tile_.count});
+    return tile_.count > 0;
+  }
+
+  Range anchors_of(int64_t label) const {
+    Range range{0, 0};
+    while (range.start < p_.num_rows && p_.anchor_labels[range.start] < label) ++range.start;
+    range.stop = range.start;
+    while (range.stop < p_.num_rows && p_.anchor_labels[range.stop] == label) ++range.stop;
+    return range;
+  }
+
+  // Visits those of `rows` that are this thread's, in blocks of even size. Threads share `total` rows evenly,
+  // of which these are the ones after the first `before`.
+  template <class Visit>
+  void share(Range rows, int64_t before, int64_t total, Visit visit) {
+    const int64_t shift = rows.start - before;
+    int64_t start = total * thread_ / num_threads_ + shift,
+            stop = total * (thread_ + 1) / num_threads_ + shift;
+    if (start < rows.start) start = rows.start;
+    if (stop > rows.stop) stop = rows.stop;
+    if (start >= stop) return;
+    const int64_t blocks = (stop - start + kBlockA - 1) / kBlockA;
+    for (int64_t i = 0; i < blocks; ++i) {
+      visit(Range{start + (stop - start) * i / blocks, start + (stop - start) * (i + 1) / blocks});
+    }
+  }
+
+  // Two buffers take turns: whoever is through with this tile may pack the next while others still read it.
+  Panels pack() {
+    const int64_t key_words = kBlockK * words_;
+    const int64_t channel_words =
+        p_.negatives ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
+    turn_ ^= 1;
+    Word* buffer = static_cast<Word*>(p_.panels) + turn_ * (key_words + channel_words);
+    const Panels panels{buffer, p_.negatives ? buffer + key_words : nullptr};
+    for (int64_t first = kPanel * thread_; first < tile_.count; first += kPanel * num_threads_) {
+      for (int64_t channel = 0; channel < p_.channels; channel += kPanel) pack_square(first, channel, panels);
+    }
+#pragma omp barrier
+    return panels;
+  }
+
+  // 32 keys by 32 channels, with zeros where there are less.
+  void pack_square(int64_t first, int64_t channel, const Panels& panels) {
+    constexpr int kWords = kPanel / Multiply::kPerWord;
+    typename Multiply::Element square[kPanel][kPanel] = {};
+    const Key* keys = static_cast<const Key*>(p_.keys) + channel;
+    const int64_t num_keys = tile_.count - first < kPanel ? tile_.count - first : kPanel;
+    const int64_t num_channels = p_.channels - channel < kPanel ? p_.channels - channel : kPanel;
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const Key* key = keys + tile_.keys[first + j] * p_.channels;
+      _mm_prefetch(reinterpret_cast<const char*>(key + kPanel), _MM_HINT_T0);  // of the next square
+      for (int64_t d = 0; d < num_channels; ++d) convert(key + d, &square[j][d]);
+    }
+    const int64_t word = channel / Multiply::kPerWord;
+    const int64_t num_words = words_ - word < kWords ? words_ - word : kWords;
+    Word* to = panels.keys + first * words_ + word * kPanel;
+    for (int64_t w = 0; w < num_words; ++w) {
+      for (int64_t j = 0; j < kPanel; ++j)
+        to[w * kPanel + j] = Multiply::word(&square[j][w * Multiply::kPerWord], 1);
+    }
+    if (!panels.channels) return;
+    to = panels.channels + channel * (kBlockK / Multiply::kPerWord) + first / Multiply::kPerWord * kPanel;
+    for (int64_t w = 0; w < kWords; ++w) {
+      for (int64_t d = 0; d < kPanel; ++d)
+        to[w * kPanel + d] = Multiply::word(&square[w * Multiply::kPerWord][d], kPanel);
+    }
+  }
+
+  void scores_of(Range rows, const Panels& panels) {
+    const Word* anchors = static_cast<const Word*>(p_.anchors) + rows.start * words_;
+    for (int64_t first = 0; first < tile_.count; first += kPanel) {
+      multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, words_,
+                                                  scores_[0] + first, kBlockK, kPanel, false});
+    }
+  }
+
+  // output[rows, D] += weights · keys
+  void add_keys(Range rows, const void* weights, const Panels& panels, float* output) {
+    constexpr int64_t kSteps = kBlockK / Multiply::kPerWord;
+    const int64_t steps = (tile_.count + Multiply::kPerWord - 1) / Multiply::kPerWord;
+    for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
+      multiply<Multiply>(
+          rows.stop - rows.start,
+          {static_cast<const Word*>(weights), kSteps, panels.channels + channel * kSteps, steps,
+           output + rows.start * p_.channels + channel, p_.channels, p_.channels - channel, true});
+    }
+  }
+
+  template <bool Masked>
+  void negatives_block(Range rows, const Panels& panels) {
+    scores_of(rows, panels);
+    const NegativesParams p{nullptr,  p_.num_rows, tile_.count, p_.anchor_labels, tile_.labels,
+                            p_.scale, p_.shift,    p_.sum,      p_.negatives,     p_.channels,
+                            1};
+    for (int64_t i = rows.start; i < rows.stop; ++i) negatives_row<Masked>(p, i, scores_[i - rows.start]);
+    if (!p_.negatives) return;
+    if constexpr (Multiply::kPerWord == 1) {
+      add_keys(rows, scores_[0], panels, p_.negatives);
+    } else {
+      round_weights(rows.stop - rows.start);
+      add_keys(rows, rounded_[0], panels, p_.negatives);
+    }
+  }
+
+  void positives_block(Range rows, const Panels& panels) {
+    scores_of(rows, panels);
+    const PositivesParams p{nullptr,    p_.num_rows, tile_.count, p_.neg_lse,        p_.anchor_index,
+                            tile_.keys, p_.scale,    p_.loss_sum, p_.pos_weight_sum, p_.pos_counts,
+                            1};
+    for (int64_t i = rows.start; i < rows.stop; ++i) positives_row(p, i, scores_[i - rows.start]);
+    if (!p_.positives) return;
+    if constexpr (Multiply::kPerWord == 1) {
+      add_keys(rows, scores_[0], panels, p_.positives);
+    } else {
+      // G nearly cancels with S O, so what the first rounding leaves takes part as well.
+      round_weights(rows.stop - rows.start);
+      add_keys(rows, rounded_[0], panels, p_.positives);
+      for (int64_t i = 0; i < rows.stop - rows.start; ++i) {
+#pragma omp simd
+        for (int64_t j = 0; j < tile_.count; ++j) scores_[i][j] -= load(&rounded_[i][j]);
+      }
+      round_weights(rows.stop - rows.start);
+      add_keys(rows, rounded_[0], panels, p_.positives);
+    }
+  }
+
+  void round_weights(int64_t num_rows) {
+    for (int64_t i = 0; i < num_rows; ++i) Multiply::round(scores_[i], tile_.count, rounded_[i]);
+  }
+
+  const FusedForwardParams& p_;
+  const int64_t words_, channel_panels_, thread_, num_threads_;
+  int turn_ = 0;
+  Tile tile_;
+  alignas(64) float scores_[kBlockA][kBlockK];
+  alignas(64) BFloat16 rounded_[kBlockA][kBlockK];
+};
+
+template <class Key, class Multiply>
+void walk(const FusedForwardParams& p) {
+#pragma omp parallel num_threads(p.threads)
+  {
+    Walk<Key, Multiply> walk(p);
+    walk.negatives();
+#pragma omp barrier
+#pragma omp for
+    for (int64_t i = 0; i < p.num_rows; ++i) p.neg_lse[i] = float(p.shift[i] + std::log2(double(p.sum[i])));
+    walk.positives();
+  }
+}
+
+}  // namespace
+
+void fused_forward(const FusedForwardParams& p) {
+#ifdef __AVX512BF16__
+  if (DType(p.keys_dtype) == DType::kBFloat16) return walk<BFloat16, BFloat16Pair>(p);
+  avx512::fused_forward(p);
+#else
+  switch (DType(p.keys_dtype)) {
+    case DType::kFloat32:
+      return walk<float, Float32>(p);
+    case DType::kFloat16:
+      return walk<Half, Float32>(p);
+    case DType::kBFloat16:
+      return walk<BFloat16, Float32>(p);
+  }
+#endif
+}
+
+}  // namespace PXC_ISA
+}  // namespace pxc
