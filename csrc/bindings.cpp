@@ -132,15 +132,17 @@ void read(Fields& fields, FusedForwardParams& p) {
   fields PXC_FIELD(anchors) PXC_FIELD(num_rows) PXC_FIELD(channels) PXC_FIELD(anchor_labels)
       PXC_FIELD(anchor_index) PXC_FIELD(keys) PXC_FIELD(keys_dtype) PXC_FIELD(key_labels) PXC_FIELD(num_keys)
           PXC_FIELD(tiles) PXC_FIELD(num_tiles) PXC_FIELD(scale) PXC_FIELD(panels) PXC_FIELD(shift)
-              PXC_FIELD(sum) PXC_FIELD(neg_lse) PXC_FIELD(negatives) PXC_FIELD(positives) PXC_FIELD(loss_sum)
-                  PXC_FIELD(pos_weight_sum) PXC_FIELD(pos_counts) PXC_FIELD(threads);
+              PXC_FIELD(sum) PXC_FIELD(weight_sum) PXC_FIELD(neg_lse) PXC_FIELD(negatives)
+                  PXC_FIELD(positives) PXC_FIELD(loss_sum) PXC_FIELD(pos_weight_sum) PXC_FIELD(pos_counts)
+                      PXC_FIELD(threads);
 }
 
 void read(Fields& fields, FinishParams& p) {
   fields PXC_FIELD(num_rows) PXC_FIELD(channels) PXC_FIELD(anchor_index) PXC_FIELD(shift) PXC_FIELD(sum)
-      PXC_FIELD(negatives) PXC_FIELD(positives) PXC_FIELD(loss_sum) PXC_FIELD(pos_weight_sum)
-          PXC_FIELD(pos_counts) PXC_FIELD(temperature) PXC_FIELD(loss) PXC_FIELD(neg_lse)
-              PXC_FIELD(pos_weight) PXC_FIELD(pos_count) PXC_FIELD(anchor_grad) PXC_FIELD(threads);
+      PXC_FIELD(weight_sum) PXC_FIELD(negatives) PXC_FIELD(positives) PXC_FIELD(loss_sum)
+          PXC_FIELD(pos_weight_sum) PXC_FIELD(pos_counts) PXC_FIELD(temperature) PXC_FIELD(loss)
+              PXC_FIELD(neg_lse) PXC_FIELD(pos_weight) PXC_FIELD(pos_count) PXC_FIELD(anchor_grad)
+                  PXC_FIELD(threads);
 }
 
 void read(Fields& fields, CoefficientsParams& p) {

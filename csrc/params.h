@@ -153,6 +153,7 @@ struct FusedForwardParams {
   void* panels;            // scratch: 4 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type
   float* shift;            // [rows] in (-inf) and out: running shift, log2 units
   float* sum;              // [rows] in (0) and out: of exp2(score - shift)
+  float* weight_sum;       // [rows] in (0) and out: of the bf16 weights that O is made of; unused by fp32
   float* neg_lse;          // [rows] out, log2 units
   float* negatives;        // [rows, D] in (0) and out: O of pass 1, times sum; null without gradient
   float* positives;        // [rows, D] in (0) and out: G of pass 2; null without gradient
@@ -167,6 +168,7 @@ struct FinishParams {
   const int64_t* anchor_index;   // [rows], where row i goes in the outputs
   const float* shift;            // [rows], log2 units
   const float* sum;              // [rows]
+  const float* weight_sum;       // [rows] of the weights that O is made of: sum, unless they were rounded
   const float* negatives;        // [rows, D] O of pass 1, not yet divided by sum; null without gradient
   const float* positives;        // [rows, D] G of pass 2; null without gradient
   const double* loss_sum;        // [rows]

@@ -186,6 +186,16 @@ def test_own_products_of_every_instruction_set(instruction_set, poison, shape, d
         assert all(torch.equal(a, b) for a, b in zip(found[:4], without_gradient[:4], strict=True))
 
 
+def test_rounded_weights_keep_what_keys_have_in_common():
+    """Embeddings before training all point one way; the gradient is what is left when that cancels."""
+    anchors, keys = (
+        F.normalize(torch.randn(n, 64) + 10 * torch.ones(64), dim=1).bfloat16() for n in (60, 700)
+    )
+    inputs = anchors, torch.randint(0, 5, (60,)).int(), keys, torch.randint(0, 5, (700,)).int()
+    found = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, "cpu")
+    assert error(found[4], exact(inputs)[1]) <= 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
     if cpu.native.fused_dtype(dtype) is None:

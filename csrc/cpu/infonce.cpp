@@ -72,7 +72,7 @@ void finish(const FinishParams& p) {
     if (!p.anchor_grad) continue;
     const double per_logit = per_positive / double(p.temperature);
     const float pull = float(-per_logit);
-    const float push = has_negative ? float(per_logit * p.pos_weight_sum[i] / double(p.sum[i])) : 0.f;
+    const float push = has_negative ? float(per_logit * p.pos_weight_sum[i] / double(p.weight_sum[i])) : 0.f;
     const float *o = p.negatives + i * p.channels, *g = p.positives + i * p.channels;
     float* grad = p.anchor_grad + row * p.channels;
     if (count == 0) {

@@ -53,12 +53,21 @@ struct BFloat16Pair {
   static Word word(const BFloat16* element, int64_t stride) {
     return Word(element[0].bits) | Word(element[stride].bits) << 16;
   }
-  // A zero behind the last weight completes its pair.
-  static void round(const float* weights, int64_t n, BFloat16* rounded) {
+  // Returns the sum of the rounded weights. A zero behind the last one completes its pair. (The maskz forms,
+  // of all lanes, are what GCC's headers define without a warning.)
+  static float round(const float* weights, int64_t n, BFloat16* rounded) {
+    __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < n; j += 16) {
       const __m512 weight = _mm512_maskz_loadu_ps(first_lanes(n - j), weights + j);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + j), (__m256i)_mm512_cvtneps_pbh(weight));
+      const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + j), bits);
+      const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, bits);
+      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16)));
     }
+    float lanes[16], total = 0.f;
+    _mm512_storeu_ps(lanes, sum);
+    for (const float lane : lanes) total += lane;
+    return total;
   }
 };
 #endif
@@ -283,12 +292,22 @@ class Walk {
     const NegativesParams p{nullptr,  p_.num_rows, tile_.count, p_.anchor_labels, tile_.labels,
                             p_.scale, p_.shift,    p_.sum,      p_.negatives,     p_.channels,
                             1};
-    for (int64_t i = rows.start; i < rows.stop; ++i) negatives_row<Masked>(p, i, scores_[i - rows.start]);
+    float shifts[kBlockA];
+    for (int64_t i = rows.start; i < rows.stop; ++i) {
+      shifts[i - rows.start] = p_.shift[i];
+      negatives_row<Masked>(p, i, scores_[i - rows.start]);
+    }
     if (!p_.negatives) return;
     if constexpr (Multiply::kPerWord == 1) {
       add_keys(rows, scores_[0], panels, p_.negatives);
     } else {
-      round_weights(rows.stop - rows.start);
+      // O is divided by the sum of what it was made of: what keys have in common would else be off by the
+      // roundings, while the gradient holds only what they differ in.
+      for (int64_t i = rows.start; i < rows.stop; ++i) {
+        const int64_t row = i - rows.start;
+        if (p_.shift[i] != shifts[row]) p_.weight_sum[i] *= exp2(shifts[row] - p_.shift[i]);
+        p_.weight_sum[i] += Multiply::round(scores_[row], tile_.count, rounded_[row]);
+      }
       add_keys(rows, rounded_[0], panels, p_.negatives);
     }
   }

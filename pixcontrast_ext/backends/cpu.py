@@ -350,9 +350,10 @@ def _anchor_blocks(
 class _Sums:
     """What the two passes of the forward sum up for a block of anchors."""
 
-    def __init__(self, size: int, channels: int, with_grad: bool):
+    def __init__(self, size: int, channels: int, with_grad: bool, rounds_weights: bool):
         self.shift = torch.full((size,), -math.inf, dtype=torch.float32)
         self.sum = torch.zeros(size, dtype=torch.float32)  # of exp2(score - shift)
+        self.weight_sum = torch.zeros_like(self.sum) if rounds_weights else self.sum
         self.loss_sum = torch.zeros(size, dtype=torch.float64)
         self.pos_weight_sum = torch.zeros(size, dtype=torch.float64)
         self.pos_counts = torch.zeros(size, dtype=torch.int64)
@@ -383,7 +384,7 @@ def infonce_forward(
         _TorchWalk(keys, key_labels) if fused_dtype is None else _FusedWalk(keys, key_labels, fused_dtype)
     )
     for block in _anchor_blocks(anchors, anchor_labels, fused_dtype or torch.float32):
-        sums = _Sums(len(block), anchors.shape[1], anchor_grad is not None)
+        sums = _Sums(len(block), anchors.shape[1], anchor_grad is not None, fused_dtype == torch.bfloat16)
         walk(block, LOG2_E / temperature, exclude_self, sums)
         native.launch(
             "infonce_finish",
