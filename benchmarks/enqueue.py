@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -40,7 +40,7 @@ class Inputs:
         )
         return bank.to(self.device)
 
-    @cache  # noqa: B019 - as long as the case
+    @cached_property
     def truth(self) -> MemoryBank:
         bank = self.bank()
         bank.enqueue(self.embeddings, self.labels, priority=self.priority, backend="reference")
@@ -52,7 +52,7 @@ def ours(inputs: Inputs, backend: str) -> Method:
 
     def verify() -> Errors:
         bank.enqueue(inputs.embeddings, inputs.labels, priority=inputs.priority, backend=backend)
-        truth = inputs.truth()
+        truth = inputs.truth
         errors: Errors = {"keys": (relative_error(bank.keys, truth.keys), 1e-6)}
         for name in ("key_labels", "region_ptr", "region_fill", "pixel_ptr", "pixel_fill"):
             errors[f"{name} that differ"] = (differing(getattr(bank, name), getattr(truth, name)), 0)
@@ -67,7 +67,7 @@ def looped(inputs: Inputs) -> Method:
     def verify() -> Errors:
         """The loops draw other pixels, but the regions hold no chance."""
         bank.enqueue(inputs.embeddings, inputs.labels)
-        truth = inputs.truth()
+        truth = inputs.truth
         limit = 1e-5 if inputs.embeddings.dtype == torch.float32 else 1e-2  # they sum in the map's dtype
         return {
             "regions": (relative_error(bank.regions, truth.keys[:, :SLOTS]), limit),

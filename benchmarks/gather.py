@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Inputs:
         rows = gather(self.embeddings, self.indices)
         return rows.detach(), *torch.autograd.grad(rows, self.embeddings, self.cotangent)
 
-    @cache  # noqa: B019 - as long as the case
+    @cached_property
     def truth(self) -> tuple[Tensor, Tensor]:
         return self.train(partial(gather_embeddings, backend="reference"))
 
@@ -56,7 +56,7 @@ def method(gather: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, limit: fl
         names = ("rows", "gradient of the map")
         return {
             name: (relative_error(found, truth), limit)
-            for name, found, truth in zip(names, inputs.train(gather), inputs.truth(), strict=True)
+            for name, found, truth in zip(names, inputs.train(gather), inputs.truth, strict=True)
         }
 
     return Method(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .results import Ratio, is_ours
+from .results import Ratio, instruction_set, is_ours
 
 TABLE = Path(__file__).with_name("ratios.csv")
 SLACK = 0.25
@@ -57,7 +57,7 @@ def device_kind(device: str) -> str:
     """Ratios of one kind of device say nothing about another."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return f"cpu {instruction_set()}"
 
 
 def read(path: Path = TABLE) -> list[Committed]:
@@ -73,10 +73,15 @@ def read(path: Path = TABLE) -> list[Committed]:
 
 
 def save(device: str, measured: Iterable[Ratio], path: Path = TABLE) -> None:
-    """Puts what was measured in the place of what the table has of the same device; bars stay."""
+    """Puts what was measured in the place of what the table has of the same device; bars stay.
+
+    Not the backward alone: where the forward has finished the gradient it is microseconds.
+    """
     committed = read(path) if path.exists() else []
     bars = {(row.device, row.key): row.bar for row in committed}
-    values = {key_of(ratio): ratio for ratio in measured if not is_ours(ratio.against)}
+    values = {
+        key_of(ratio): ratio for ratio in measured if ratio.part != "bwd" and not is_ours(ratio.against)
+    }
     kept = [
         replace(row, ratio=values.pop(row.key)) if row.device == device and row.key in values else row
         for row in committed

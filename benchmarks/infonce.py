@@ -6,7 +6,7 @@ The keys are a bank's, so only the anchors have a gradient; in-batch the anchors
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class Inputs:
             None if self.in_batch else self.key_labels,
         )
 
-    @cache  # noqa: B019 - as long as the case
+    @cached_property
     def truth(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient of the part."""
         part = self.part.double()
@@ -123,7 +123,7 @@ class Rowset:
 def loss_method(function: Callable[..., Tensor], inputs: Inputs, limits: tuple[float, float]) -> Method:
     def verify() -> Errors:
         loss, gradient = inputs.part.train(function)
-        truth, true_gradient = inputs.truth()
+        truth, true_gradient = inputs.truth
         return {
             "loss": (relative_error(loss, truth), limits[0]),
             "gradient": (relative_error(gradient, true_gradient), limits[1]),

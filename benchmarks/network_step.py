@@ -7,7 +7,7 @@ SGD step are within the time of all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +124,12 @@ class Inputs:
             first = step().item()
             if not with_head:
                 return {}
-            truth = self.first_loss()
+            truth = self.first_loss
             return {"loss of the first step": (abs(first / truth - 1), 0.01)}
 
         return Method(both=step, verify=verify)
 
-    @cache  # noqa: B019 - as long as the case
+    @cached_property
     def first_loss(self) -> float:
         method = self.ours("reference")
         assert method.both is not None

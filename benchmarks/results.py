@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from pixcontrast_ext.backends import native
+
 from .harness import Row
 
 FOLDER = Path(__file__).with_name("results")
@@ -34,7 +36,12 @@ class Environment:
 def processor() -> str:
     with open("/proc/cpuinfo") as info:
         names = {line.partition(":")[2].strip() for line in info if line.startswith("model name")}
-    return f"{', '.join(sorted(names)) or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{', '.join(sorted(names)) or platform.machine()} ({instruction_set()})"
+
+
+def instruction_set() -> str:
+    """What the package's CPU kernels use, or torch's where they are not built."""
+    return torch.backends.cpu.get_cpu_capability() if native.unavailable else native._C.instruction_set()
 
 
 def environment(device: str) -> Environment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class Inputs:
             backend=backend,
         )
 
-    @cache  # noqa: B019 - as long as the case
+    @cached_property
     def truth(self):
         return self.sample("reference", self.priority)
 
@@ -53,7 +53,7 @@ class Inputs:
 
 def ours(inputs: Inputs, backend: str, gather: bool) -> Method:
     def verify() -> Errors:
-        found, truth = inputs.sample(backend, inputs.priority), inputs.truth()
+        found, truth = inputs.sample(backend, inputs.priority), inputs.truth
         return {
             f"{name}, rows that differ": (differing(getattr(found, name), getattr(truth, name)), 0)
             for name in ("indices", "labels", "count")
@@ -72,7 +72,7 @@ def looped(inputs: Inputs, gather: bool) -> Method:
 
     def verify() -> Errors:
         """The loops choose other pixels, but as many hard and easy ones of each image and class."""
-        truth = inputs.truth().indices[: int(inputs.truth().count)]
+        truth = inputs.truth.indices[: int(inputs.truth.count)]
         return {
             "anchors, pools that differ": (differing(inputs.pools(sample()), inputs.pools(truth)), 0),
         }

@@ -120,14 +120,12 @@ def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix():
 
 def test_the_truth_of_many_pairs_is_that_of_all_at_once(monkeypatch):
     shape = Rows(A=40, K=100, D=16, C=7)
-    whole = infonce.Inputs(shape, torch.float32, "cpu").truth()
+    whole = infonce.Inputs(shape, torch.float32, "cpu").truth
     monkeypatch.setattr(infonce, "TRUTH_PAIRS", 900)
     inputs = infonce.Inputs(shape, torch.float32, "cpu")
-    for found, expected in zip(
-        inputs.truth(), inputs.part.double().train(infonce.dense_infonce), strict=True
-    ):
+    for found, expected in zip(inputs.truth, inputs.part.double().train(infonce.dense_infonce), strict=True):
         torch.testing.assert_close(found, expected)
-    for found, expected in zip(inputs.truth(), whole, strict=True):
+    for found, expected in zip(inputs.truth, whole, strict=True):
         torch.testing.assert_close(found, expected)
 
 

@@ -6,7 +6,7 @@ the map per image and class.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Inputs:
 
         return Method(both=step, verify=lambda: self.compare(step()))
 
-    @cache  # noqa: B019 - as long as the case
+    @cached_property
     def truth(self) -> tuple[float, float]:
         """Loss and norm of the gradient, for every third anchor of the reference's sample, in fp64."""
         from pixcontrast_ext import gather_embeddings, hard_anchor_sampling
@@ -121,7 +121,7 @@ class Inputs:
 
     def compare(self, outcome: tuple[Tensor, Tensor]) -> Errors:
         """Each draws anchors of its own, so they agree as samples of one quantity do."""
-        loss, norm = self.truth()
+        loss, norm = self.truth
         return {
             "loss": (abs(outcome[0].item() / loss - 1), 0.02),
             "norm of the gradient": (abs(outcome[1].norm().item() / norm - 1), 0.1),
