@@ -52,6 +52,9 @@ class DeviceWatch:
         return [start.elapsed_time(stop) for start, stop in zip(self.events, self.events[1:], strict=False)]
 
 
+SLOW = 1.0  # seconds; a call that takes longer needs no warming up
+
+
 def interleave(
     calls: Sequence[Call],
     device: str,
@@ -62,7 +65,8 @@ def interleave(
     """Calls each in turn, round after round: milliseconds by call, round and part.
 
     As many rounds as fit into `seconds`, within the two limits of `rounds`: in between other work comes and goes on a
-    shared machine, and meets all calls alike.
+    shared machine, and meets all calls alike. The first round warms up, but counts for a call that is slow; such calls
+    sit out once they have been called as often as the lower limit says.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     times: list[list[list[float]]] = [[] for _ in calls]
@@ -73,14 +77,21 @@ def interleave(
         call(watch.lap)
         return watch.milliseconds()
 
-    first = 1e-3 * sum(sum(run(call)) for call in calls)
-    total = max(rounds[0], min(rounds[1], int(seconds / first)))
+    least, most = rounds
+    first = [run(call) for call in calls]
+    slow = [sum(parts) > 1e3 * SLOW for parts in first]
+    for series, parts, is_slow in zip(times, first, slow, strict=True):
+        if is_slow:
+            series.append(parts)
+    once = 1e-3 * sum(sum(parts) for parts, is_slow in zip(first, slow, strict=True) if not is_slow)
+    total = max(least, min(most, int(seconds / once))) if once else least
     gc.collect()
     gc.disable()
     try:
         for done in range(total):
-            for call, series in zip(calls, times, strict=True):
-                series.append(run(call))
+            for call, series, is_slow in zip(calls, times, slow, strict=True):
+                if not is_slow or len(series) < least:
+                    series.append(run(call))
             after_round(done + 1, total)
     finally:
         gc.enable()

@@ -137,8 +137,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    seconds: float = 20.0  # of a case's rounds
-    rounds: tuple[int, int] = (3, 20)
+    seconds: float = 10.0  # of a case's rounds, without what takes seconds a call
+    rounds: tuple[int, int] = (2, 20)  # at least, of a call that takes seconds; at most, of any
     memory: bool = True
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -100,6 +101,25 @@ def test_rounds_are_interleaved_and_bounded():
     assert order == list("ab") * 5  # one to see how long a round takes, then four
     assert [len(series) for series in times] == [4, 4]
     assert len(interleave(calls, "cpu", seconds=0, rounds=(2, 4))[0]) == 2
+
+
+def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch):
+    monkeypatch.setattr(clock, "SLOW", 0.01)
+    called = {"slow": 0, "fast": 0}
+
+    def slow(lap):
+        called["slow"] += 1
+        time.sleep(0.02)
+        lap()
+
+    def fast(lap):
+        called["fast"] += 1
+        lap()
+
+    times = interleave([slow, fast], "cpu", seconds=1e9, rounds=(2, 5))
+    assert [len(series) for series in times] == [2, 5]
+    assert called == {"slow": 2, "fast": 6}
+    assert all(parts[0] > 20 for parts in times[0])
 
 
 def test_launches_and_host_reads_are_counted():

@@ -157,6 +157,10 @@ const float* plane_of(const CollectParams& p, const In* channel, std::vector<flo
     if (has_planes(p) && pixels % kLanes == 0) return channel;
   }
   copy.resize((pixels + kLanes - 1) / kLanes * kLanes);
+  if (has_planes(p)) {
+    vector_kernels().widen({channel, p.map_dtype, nullptr, 1, pixels, copy.data(), 1});
+    return copy.data();
+  }
   for (int64_t h = 0, i = 0; h < p.height; ++h) {
     const In* line = channel + h * p.stride_row;
     for (int64_t w = 0; w < p.width; ++w, ++i) copy[i] = load(line + w * p.stride_column);
