@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from . import OPS, guard, infonce, load, pages, plots, results
+from . import OPS, clock, guard, infonce, load, pages, plots, results
 from . import __main__ as cli
 from .clock import count_launches, interleave
 from .harness import Candidate, Case, Incorrect, Method, Row, Settings, Unavailable, Work, measure
