@@ -196,6 +196,20 @@ def test_rounded_weights_keep_what_keys_have_in_common():
     assert error(found[4], exact(inputs)[1]) <= 1e-3
 
 
+def test_digits_do_not_fade_with_the_number_of_keys(instruction_set):
+    """Keys of a class share a direction, so their sum grows: one chain of additions was off by 3e-6 here."""
+    anchor_labels, key_labels = torch.arange(12) // 4, torch.arange(150_000) // 50_000
+    centres = torch.randn(3, 32)
+    anchors, keys = (
+        F.normalize(centres[labels] + torch.randn(len(labels), 32), dim=1)
+        for labels in (anchor_labels, key_labels)
+    )
+    inputs = anchors, anchor_labels, keys, key_labels
+    leaf = anchors.clone().requires_grad_()
+    infonce(leaf, *inputs[1:], temperature=0.1, backend="cpu").backward()
+    assert error(leaf.grad * len(anchors), exact(inputs)[1]) <= 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
     if cpu.native.fused_dtype(dtype) is None:

@@ -95,13 +95,7 @@ void multiply_rows(const Product& p) {
   const __mmask16 masks[2] = {first_lanes(p.columns), first_lanes(p.columns - 16)};
   __m512 sums[Rows][2];
 #pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      sums[r][v] = p.accumulate ? _mm512_maskz_loadu_ps(masks[v], p.out + r * p.out_stride + 16 * v)
-                                : _mm512_setzero_ps();
-    }
-  }
+  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   const Word *rows = p.rows, *panel = p.panel;
   for (int64_t k = 0; k < p.steps; ++k) {
     const __m512i columns[2] = {_mm512_loadu_si512(panel + k * kPanel),
@@ -117,7 +111,10 @@ void multiply_rows(const Product& p) {
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      _mm512_mask_storeu_ps(p.out + r * p.out_stride + 16 * v, masks[v], sums[r][v]);
+      float* out = p.out + r * p.out_stride + 16 * v;
+      // A tile is summed apart: one chain of additions over all keys would lose digits with their number.
+      if (p.accumulate) sums[r][v] = _mm512_add_ps(sums[r][v], _mm512_maskz_loadu_ps(masks[v], out));
+      _mm512_mask_storeu_ps(out, masks[v], sums[r][v]);
     }
   }
 }
