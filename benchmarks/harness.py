@@ -21,6 +21,8 @@ from .shapes import Sizes
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+SLOWEST_COUNTED = 5e3  # milliseconds; the launches of a call that takes longer are not worth another one
+
 Errors = dict[str, tuple[float, float]]
 """What was compared: the error, and the largest that passes."""
 
@@ -174,9 +176,11 @@ def measure(case: Case, settings: Settings, progress: Progress = lambda text: No
     notes = _Notes(case)
     with precision(case.dtype):
         methods = _verified(case, notes, progress)
-        _time(case, methods, settings, notes, progress)
+        fastest = _time(case, methods, settings, notes, progress)
         progress("launches")
         for name, method in methods.items():
+            if fastest[name, method.part] > SLOWEST_COUNTED:
+                continue
             launches = count_launches(method.longest(), case.device)
             notes.add(name, method.part, "launches", launches.launches)
             notes.add(name, method.part, "syncs", launches.syncs)
@@ -241,7 +245,8 @@ def _verified(case: Case, notes: _Notes, progress: Progress) -> dict[str, Method
 
 def _time(
     case: Case, methods: dict[str, Method], settings: Settings, notes: _Notes, progress: Progress
-) -> None:
+) -> dict[tuple[str, str], float]:
+    """The fastest round in milliseconds, by method and pass."""
     calls = [(name, part, call) for name, method in methods.items() for part, call in method.passes().items()]
     times = interleave(
         [call for _, _, call in calls],
@@ -270,3 +275,4 @@ def _time(
     for (name, part), milliseconds_of in fastest.items():
         if case.floor is not None and (case.floor, part) in fastest:
             notes.add(name, part, "share of the floor", fastest[case.floor, part] / milliseconds_of)
+    return fastest

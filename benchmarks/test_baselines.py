@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .baselines import loops
+from .baselines import chunked, loops
 from .baselines.bare import BareProducts
 from .baselines.dense import dense_infonce
 from .inputs import contrast_inputs, embedding_map, scenes
@@ -26,6 +26,19 @@ def test_dense_loss_is_the_double_loop():
     dense = dense_infonce(anchors, anchor_labels, keys, key_labels, temperature=temperature)
     assert len(losses) == 6
     assert math.isclose(dense.item(), sum(losses) / len(losses), rel_tol=1e-12)
+
+
+def test_chunked_loss_survives_chunks_of_one_class(monkeypatch):
+    """Of a bank's keys the first chunk may hold no negative of an anchor: its shift was inf - inf."""
+    monkeypatch.setattr(chunked, "CHUNK", 7)
+    inputs = contrast_inputs(9, 60, 5, torch.float32, num_classes=3)
+    outcomes = []
+    for function in (chunked.chunked_infonce, dense_infonce):
+        leaf = inputs[0].clone().requires_grad_()
+        loss = function(leaf, *inputs[1:], temperature=0.3)
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_bare_products_cover_all_keys():

@@ -26,8 +26,9 @@ class ChunkedInfoNCE(torch.autograd.Function):
             logits = logits.masked_fill(~negatives, float("-inf"))
             grown = torch.logaddexp(neg_lse, logits.logsumexp(dim=1, keepdim=True))
             if with_gradient:
-                weighted_negatives *= (neg_lse - grown).exp()
-                weighted_negatives.addmm_((logits - grown).exp(), chunk)
+                shift = grown.nan_to_num(neginf=0.0)  # of an anchor that has met no negative yet
+                weighted_negatives *= (neg_lse - shift).exp()
+                weighted_negatives.addmm_((logits - shift).exp(), chunk)
             neg_lse = grown
 
         loss = wide.new_zeros(len(wide), 1)
