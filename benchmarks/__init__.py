@@ -10,6 +10,7 @@ def load(op: str) -> ModuleType:
     """The module of an op. It has
 
     SHAPE: the class of its shapes.
+    DTYPES: by device, those it can be timed with.
     BACKENDS: by device, those of the package's backends that may be timed; the first ones are unless told.
     plan(device): shape and dtypes by name.
     case(shape, dtype, device, backends, name): the methods at one shape.

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pixcontrast_ext import available_backends
 
 from . import OPS, guard, load
-from .harness import DTYPES, Case, Incorrect, Row, Settings, measure
+from .harness import ELEMENTS, Case, Incorrect, Row, Settings, measure
 from .report import show
 from .results import Record, environment, path_of, ratios, write
 from .shapes import Sizes, select
@@ -50,6 +50,8 @@ def plan(ops: Iterable[str], device: str, patterns: list[str], dtypes: list[str]
             found |= {pattern} if selected else set()
         for name, shape in chosen.items():
             for dtype in dtypes or (known[name][1] if name in known else usual):
+                if dtype not in module.DTYPES[device]:
+                    continue
                 # A sweep's centre may have a name already.
                 planned.setdefault((op, shape, dtype), Planned(op, name, shape, dtype))
     if unknown := set(patterns) - found:
@@ -93,19 +95,33 @@ def measure_all(
                 keep(of_case)
                 rows += of_case
                 failures += [row.note for row in of_case if row.metric == "incorrect"]
-            except Incorrect as error:
-                console.print(f"[bold red]incorrect[/bold red] {error}", soft_wrap=True)
-                failures.append(str(error))
+            except Exception as error:  # a case that fails is no reason to lose the others
+                text = (
+                    str(error)
+                    if isinstance(error, Incorrect)
+                    else f"{title}: {type(error).__name__}: {error}"
+                )
+                console.print(f"[bold red]failed[/bold red] {text}", soft_wrap=True, markup=True)
+                failures.append(text)
             del case
             bar.advance(task)
     return rows, failures
 
 
-def check(device: str, settings: Settings, named: list[str], console: Console) -> int:
+def check(
+    device: str, settings: Settings, named: list[str], console: Console, ops: Iterable[str] = OPS
+) -> int:
     kind = guard.device_kind(device)
-    committed = [row for row in guard.read() if row.device == kind]
+    methods = tuple(f"ours ({name})" for name in named) or ("ours",)
+    committed = [
+        row
+        for row in guard.read()
+        if row.device == kind and row.ratio.op in ops and row.ratio.method.startswith(methods)
+    ]
     if not committed:
-        console.print(f"no ratios are committed for {kind}; measure them with --save-ratios")
+        console.print(
+            f"no ratios are committed for {kind} that these would show; --save-ratios measures them"
+        )
         return 2
     values: dict[guard.Key, float] = {}
     pending = committed
@@ -147,7 +163,7 @@ def main() -> int:
     parser.add_argument(
         "--shapes", nargs="+", default=[], help="names or patterns (city*), or sizes (A1024-K19000-D256-C19)"
     )
-    parser.add_argument("--dtypes", nargs="+", default=[], choices=tuple(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", default=[], choices=tuple(ELEMENTS))
     parser.add_argument("--seconds", type=float, default=Settings.seconds, help="of the rounds of one case")
     parser.add_argument("--rounds", type=int, nargs=2, default=Settings.rounds, metavar=("LEAST", "MOST"))
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
@@ -182,7 +198,9 @@ def main() -> int:
         soft_wrap=True,
     )
     if arguments.check:
-        return check(device, settings, arguments.backends, console)
+        if arguments.shapes or arguments.dtypes:
+            parser.error("--check measures the shapes and dtypes of the committed table")
+        return check(device, settings, arguments.backends, console, arguments.ops or OPS)
     try:
         planned = plan(arguments.ops or OPS, device, arguments.shapes, arguments.dtypes)
     except ValueError as error:
@@ -204,7 +222,7 @@ def main() -> int:
         guard.save(guard.device_kind(device), ratios(rows))
         console.print(f"ratios written to {guard.TABLE}")
     for failure in failures:
-        console.print(f"[bold red]incorrect[/bold red] {failure}", soft_wrap=True)
+        console.print(f"[bold red]failed[/bold red] {failure}", soft_wrap=True)
     return int(bool(failures))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-L2_BYTES = 128 * 2**20  # more than any GPU's second-level cache
+L2_BYTES = 256 * 2**20  # more than any GPU's second-level cache
 HEAD_START = 2_000_000  # GPU cycles, about a millisecond, in which the host enqueues the call
 
 Lap = Callable[[], None]
@@ -52,7 +52,7 @@ class DeviceWatch:
         return [start.elapsed_time(stop) for start, stop in zip(self.events, self.events[1:], strict=False)]
 
 
-SLOW = 1.0  # seconds; a call that takes longer needs no warming up
+SLOW = 1.0  # seconds that a call takes at least to be called as rarely as allowed
 
 
 def interleave(
@@ -65,8 +65,8 @@ def interleave(
     """Calls each in turn, round after round: milliseconds by call, round and part.
 
     As many rounds as fit into `seconds`, within the two limits of `rounds`: in between other work comes and goes on a
-    shared machine, and meets all calls alike. The first round warms up, but counts for a call that is slow; such calls
-    sit out once they have been called as often as the lower limit says.
+    shared machine, and meets all calls alike. The first call of each is not counted: it may compile. Calls that are
+    slow after it sit out once they have been counted as often as the lower limit says.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     times: list[list[list[float]]] = [[] for _ in calls]
@@ -78,12 +78,15 @@ def interleave(
         return watch.milliseconds()
 
     least, most = rounds
-    first = [run(call) for call in calls]
-    slow = [sum(parts) > 1e3 * SLOW for parts in first]
-    for series, parts, is_slow in zip(times, first, slow, strict=True):
+    warm = [run(call) for call in calls]
+    for at, call in enumerate(calls):
+        if sum(warm[at]) > 1e3 * SLOW:
+            warm[at] = run(call)
+    slow = [sum(parts) > 1e3 * SLOW for parts in warm]
+    for series, parts, is_slow in zip(times, warm, slow, strict=True):
         if is_slow:
             series.append(parts)
-    once = 1e-3 * sum(sum(parts) for parts, is_slow in zip(first, slow, strict=True) if not is_slow)
+    once = 1e-3 * sum(sum(parts) for parts, is_slow in zip(warm, slow, strict=True) if not is_slow)
     total = max(least, min(most, int(seconds / once))) if once else least
     gc.collect()
     gc.disable()
@@ -101,14 +104,17 @@ def interleave(
 # ------------------------------------------------------------------------------------------------- launches
 
 # What makes the host wait for the device: on a CPU, the operators that would; on a GPU, the runtime's own calls.
-READS_ON_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select"}
+READS_ON_HOST = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+    "aten::masked_select",
+}  # fmt: skip
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"}
 
 
 @dataclass(frozen=True)
 class Launches:
     """On a GPU: kernels, copies and fills on the device, and waits of the host. On a CPU: operators of torch that call
-    no other, and those of them whose outcome the host reads, so that on a GPU it would have to wait."""
+    no other, and operators whose outcome the host reads, so that on a GPU it would have to wait."""
 
     launches: int
     syncs: int
@@ -121,12 +127,9 @@ def count_launches(call: Callable[[], object], device: str) -> Launches:
         return Launches(total.launches - nothing.launches, total.syncs - nothing.syncs)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         call()
-    leaves = [
-        event.name
-        for event in recorded.events()
-        if event.name.startswith(("aten::", "pixcontrast::")) and not event.cpu_children
-    ]
-    return Launches(len(leaves), sum(name in READS_ON_HOST for name in leaves))
+    events = [event for event in recorded.events() if event.name.startswith(("aten::", "pixcontrast::"))]
+    leaves = sum(not event.cpu_children for event in events)
+    return Launches(leaves, sum(event.name in READS_ON_HOST for event in events))
 
 
 def _device_launches(call: Callable[[], object]) -> Launches:
@@ -135,5 +138,8 @@ def _device_launches(call: Callable[[], object]) -> Launches:
         call()
         torch.cuda.synchronize()
     events = recorded.events()
-    on_device = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    on_device = sum(
+        event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        for event in events
+    )
     return Launches(on_device, sum(event.name in WAITS for event in events))

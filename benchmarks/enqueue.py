@@ -9,12 +9,13 @@ import torch
 from pixcontrast_ext import MemoryBank
 
 from .baselines import loops
-from .harness import DTYPES, Candidate, Case, Errors, Method, Work, differing, relative_error
+from .harness import ELEMENTS, Candidate, Case, Errors, Method, Work, differing, relative_error
 from .inputs import draw_priority, embedding_map, scenes
 from .shapes import MAPS, Maps
 
 SHAPE = Maps
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DTYPES = {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("fp32", "bf16", "fp16")}
 COUNTED = (
     "map, labels and priority read once; what is written is small. Ours draws its priority within the "
     "time, and normalises the embeddings, which the loops are given normalised"
@@ -31,7 +32,7 @@ class Inputs:
     def __init__(self, shape: Maps, dtype: str, device: str):
         self.shape, self.device = shape, device
         self.labels, _ = scenes(shape.B, shape.H, shape.W, shape.C, device=device)
-        self.embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, DTYPES[dtype], device)
+        self.embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, ELEMENTS[dtype], device)
         self.priority = draw_priority(self.labels)
 
     def bank(self) -> MemoryBank:
@@ -91,7 +92,7 @@ def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = 
         dtype,
         device,
         candidates,
-        {"fwd": Work(bytes=pixels * (shape.D * DTYPES[dtype].itemsize + 8 + 4))},
+        {"fwd": Work(bytes=pixels * (shape.D * ELEMENTS[dtype].itemsize + 8 + 4))},
         COUNTED,
         floor,
     )

@@ -57,7 +57,7 @@ def device_kind(device: str) -> str:
     """Ratios of one kind of device say nothing about another."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu {instruction_set()}"
+    return f"cpu {instruction_set()}, {torch.get_num_threads()} threads"
 
 
 def read(path: Path = TABLE) -> list[Committed]:

@@ -19,7 +19,7 @@ from .clock import Call, Lap, count_launches, interleave
 from .memory import MIB, available_bytes, device_peak, host_peaks_apart
 from .shapes import Sizes
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ELEMENTS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SLOWEST_COUNTED = 5e3  # milliseconds; the launches of a call that takes longer are not worth another one
 
@@ -114,7 +114,7 @@ class Case:
     candidates: dict[str, Candidate]
     work: dict[str, Work]
     counted: str  # what `work` counts, in words
-    floor: str | None = None  # the candidate that no method can beat
+    floor: str | None = None  # the candidate that does the least that has to be done, and nothing else
     facts: list[str] = field(default_factory=list)
 
     @property
@@ -189,7 +189,7 @@ def measure(case: Case, settings: Settings, progress: Progress = lambda text: No
             if case.device == "cuda":
                 peaks = {name: device_peak(method.longest()) for name, method in methods.items()}
             else:
-                peaks = host_peaks_apart(case.op, str(case.shape), case.dtype, list(methods))
+                peaks = host_peaks_apart(case.op, str(case.shape), case.dtype, list(methods), progress)
             for name, peak in peaks.items():
                 notes.add(name, methods[name].part, "extra MiB", max(0, peak) / MIB)
     return notes.rows

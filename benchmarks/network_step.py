@@ -24,6 +24,7 @@ from .training_step import TEMPERATURE, full_bank, looped_bank, looped_loss
 
 SHAPE = Images
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DTYPES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32")}
 COUNTED = "nothing: what counts is how far a step is above the one without contrast"
 WEIGHT = 0.1
 

@@ -46,14 +46,14 @@ def sweep(rows: list[Row], letter: str, dtype: str, metric: str) -> dict[str, li
     if not centres:
         return {}
     fixed = replace(centres[0], **{letter: 1})
-    points: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, dict[int, float]] = {}  # the newest where a shape has two names
     for (shape, _), figures in cases.items():
         if replace(shape, **{letter: 1}) != fixed:
             continue
         for method in figures.methods:
             if method in STYLES and (value := figures.get(method, "fwd+bwd", metric)) is not None:
-                points.setdefault(method, []).append((getattr(shape, letter), value))
-    return {method: sorted(series) for method, series in points.items()}
+                points.setdefault(method, {})[getattr(shape, letter)] = value
+    return {method: sorted(series.items()) for method, series in points.items()}
 
 
 def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]], letter: str, label: str) -> None:

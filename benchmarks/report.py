@@ -43,7 +43,7 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
         line += [digits(value("p50 ms", part)) for part in figures.parts[:-1]]
         line += [
             digits(value("p50 ms")),
-            f"{digits(p20)} - {digits(value('p80 ms'))}" if p20 is not None else "",
+            f"{digits(p20)} - {digits(value('p80 ms'))}" if p20 is not None and value("rounds") >= 5 else "",
             digits(own / base) if own is not None and base is not None else "",
         ]
         line += [digits(value(rate))] if rate else []

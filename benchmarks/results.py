@@ -186,7 +186,9 @@ def ratios(rows: Iterable[Row]) -> Iterator[Ratio]:
                 for part in figures.parts:
                     for quantity, metric in {"time": "min ms", "memory": "extra MiB"}.items():
                         above, below = figures.get(other, part, metric), figures.get(ours, part, metric)
-                        if above is None or below is None or below <= 0:
+                        if above is None or below is None:
                             continue
+                        if quantity == "memory":
+                            below = max(below, 1.0)  # the pages of a process are not counted one by one
                         if quantity == "time" or above >= WORTH_SAVING:
                             yield Ratio(op, name, dtype, ours, other, part, quantity, above / below)

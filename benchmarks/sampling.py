@@ -15,6 +15,7 @@ from .shapes import MAPS, Maps
 
 SHAPE = Maps
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DTYPES = {"cpu": ("fp32",), "cuda": ("fp32",)}
 COUNTED = "labels, predictions and priority read once, which ours draws within the time; forward only"
 
 

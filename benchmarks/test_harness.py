@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 
 import pytest
 import torch
@@ -105,21 +104,27 @@ def test_rounds_are_interleaved_and_bounded():
 
 def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch):
     monkeypatch.setattr(clock, "SLOW", 0.01)
-    called = {"slow": 0, "fast": 0}
+    called = {"slow": 0, "compiled": 0, "fast": 0}
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
 
-    def slow(lap):
-        called["slow"] += 1
-        time.sleep(0.02)
-        lap()
+    def call(name, seconds):
+        def timed(lap):
+            called[name] += 1
+            now[0] += seconds(called[name])
+            lap()
 
-    def fast(lap):
-        called["fast"] += 1
-        lap()
+        return timed
 
-    times = interleave([slow, fast], "cpu", seconds=1e9, rounds=(2, 5))
-    assert [len(series) for series in times] == [2, 5]
-    assert called == {"slow": 2, "fast": 6}
-    assert all(parts[0] > 20 for parts in times[0])
+    calls = [
+        call("slow", lambda times: 0.02),
+        call("compiled", lambda times: 0.5 if times == 1 else 0.001),
+        call("fast", lambda times: 0.001),
+    ]
+    times = interleave(calls, "cpu", seconds=1e9, rounds=(2, 5))
+    assert [len(series) for series in times] == [2, 5, 5]
+    assert called == {"slow": 3, "compiled": 7, "fast": 6}
+    assert max(parts[0] for parts in times[1]) < 2  # what it took to compile is not among its times
 
 
 def test_launches_and_host_reads_are_counted():
@@ -128,6 +133,9 @@ def test_launches_and_host_reads_are_counted():
     assert counted.syncs == 3
     assert counted.launches >= 6
     assert count_launches(lambda: torch.add(ones, ones), "cpu").launches == 1
+    assert count_launches(lambda: (ones > 0).nonzero(), "cpu").syncs == 1
+    assert count_launches(lambda: ones[ones > 0], "cpu").syncs == 1
+    assert count_launches(lambda: ones.unique(), "cpu").syncs == 1
 
 
 def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix():
@@ -147,6 +155,43 @@ def test_the_truth_of_many_pairs_is_that_of_all_at_once(monkeypatch):
         torch.testing.assert_close(found, expected)
     for found, expected in zip(inputs.truth, whole, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_loss_that_is_wrong_for_many_anchors_is_caught(monkeypatch):
+    """A part of the anchors is verified against the truth, but it is all of them that are timed."""
+    monkeypatch.setattr(infonce, "PAIRS", 2000)
+    inputs = infonce.Inputs(Rows(A=40, K=190, D=16), torch.float32, "cpu")
+
+    def blocked(anchors, *rows, **options):
+        if len(anchors) > 20:
+            anchors = torch.cat((anchors[:20], anchors[20:] * 1.01))
+        return infonce.infonce(anchors, *rows, **options)
+
+    good = infonce.loss_method(infonce.infonce, inputs, infonce.OURS["fp32"]).verify()
+    bad = infonce.loss_method(blocked, inputs, infonce.OURS["fp32"]).verify()
+    assert all(error <= limit for error, limit in good.values())
+    assert {name for name, (error, limit) in bad.items() if error > limit} == {"gradient of all"}
+
+
+def test_one_case_that_fails_does_not_end_the_run(monkeypatch):
+    kept = []
+
+    def failing(case, settings, progress):
+        if case.op == "sampling":
+            raise RuntimeError("out of registers")
+        return [row("a", "ours (cpu)", "min ms", 2.0)]
+
+    monkeypatch.setattr(cli, "measure", failing)
+    monkeypatch.setattr(cli, "show", lambda *arguments: None)
+    planned = cli.plan(["sampling", "enqueue"], "cpu", ["camvid"], [])
+    rows, failures = cli.measure_all(planned, "cpu", [], FAST, cli.Console(), kept.extend)
+    assert failures == ["sampling camvid fp32: RuntimeError: out of registers"]
+    assert rows == kept == [row("a", "ours (cpu)", "min ms", 2.0)]
+
+
+def test_dtypes_that_an_op_does_not_know_are_not_labelled_so():
+    planned = cli.plan(["training_step", "gather"], "cpu", ["quick"], ["bf16"])
+    assert [(each.op, each.dtype) for each in planned] == [("gather", "bf16")]
 
 
 def test_a_wrong_loss_is_caught_at_its_shape():
@@ -216,14 +261,15 @@ def test_ratios_compare_what_does_the_same_work():
         row("a", "ours (cpu)", "min ms", 2.0),
         row("a", "ours (cpu) + gather", "min ms", 4.0),
         row("a", "loops", "min ms", 30.0),
-        row("a", "ours (cpu)", "extra MiB", 0.5),
+        row("a", "ours (cpu)", "extra MiB", 0.5),  # counts as one
         row("a", "loops", "extra MiB", 64.0),
         row("a", "ours (cpu) + gather", "extra MiB", 0.0),
     ]
     found = {(each.method, each.against, each.quantity): each.value for each in ratios(rows)}
     assert found == {
         ("ours (cpu)", "loops", "time"): 15.0,
-        ("ours (cpu)", "loops", "memory"): 128.0,
+        ("ours (cpu)", "loops", "memory"): 64.0,
+        ("ours (cpu) + gather", "loops", "memory"): 64.0,
         ("ours (cpu) + gather", "loops", "time"): 7.5,
     }
 

@@ -21,6 +21,7 @@ from .shapes import STEPS, Maps
 
 SHAPE = Maps
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+DTYPES = {"cpu": ("fp32",), "cuda": ("fp32", "tf32")}
 COUNTED = "the two products of the loss, 4·A·K·D operations; all else comes on top"
 TEMPERATURE = 0.1
 
@@ -96,7 +97,7 @@ class Inputs:
 
     @cached_property
     def truth(self) -> tuple[float, float]:
-        """Loss and norm of the gradient, for every third anchor of the reference's sample, in fp64."""
+        """Loss and norm of the gradient, for every n-th anchor of the reference's sample, in fp64."""
         from pixcontrast_ext import gather_embeddings, hard_anchor_sampling
 
         sample = hard_anchor_sampling(
@@ -107,7 +108,7 @@ class Inputs:
             backend="reference",
         )
         count = int(sample.count)
-        part = slice(0, count, max(1, count * self.shape.K // 100_000_000))
+        part = slice(0, count, max(1, -(-count * self.shape.K // 10_000_000)))
         anchors = gather_embeddings(self.embeddings.detach(), sample.indices[part], backend="reference")
         leaf = anchors.double().requires_grad_()
         keys, key_labels = full_bank(self.shape, self.device).flat()

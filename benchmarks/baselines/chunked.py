@@ -12,9 +12,9 @@ CHUNK = 2048
 
 class ChunkedInfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchors, anchor_labels, keys, key_labels, temperature):
+    def forward(ctx, anchors, anchor_labels, keys, key_labels, temperature, grad_enabled):
         wide = anchors.float()
-        with_gradient = ctx.needs_input_grad[0]
+        with_gradient = grad_enabled and ctx.needs_input_grad[0]
         neg_lse = wide.new_full((len(wide), 1), float("-inf"))
         weighted_negatives = torch.zeros_like(wide)  # sum over negatives of exp(s - neg_lse) k
         chunks = list(zip(keys.split(CHUNK), key_labels.split(CHUNK), strict=True))
@@ -57,11 +57,13 @@ class ChunkedInfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent):
         (gradient,) = ctx.saved_tensors
-        return gradient * cotangent, None, None, None, None
+        return gradient * cotangent, None, None, None, None, None
 
 
 def chunked_infonce(
     anchors: Tensor, anchor_labels: Tensor, keys: Tensor, key_labels: Tensor, *, temperature: float
 ) -> Tensor:
     """The mean of `dense_infonce` for keys that have no gradient and anchors that all have a negative."""
-    return ChunkedInfoNCE.apply(anchors, anchor_labels, keys, key_labels, temperature)
+    return ChunkedInfoNCE.apply(
+        anchors, anchor_labels, keys, key_labels, temperature, torch.is_grad_enabled()
+    )
