@@ -81,9 +81,9 @@ struct WriteParams {
   int32_t threads;
 };
 
-// InfoNCE on the CPU is a loop over tiles. With AVX-512 the forward makes its own products (FusedForwardParams);
-// elsewhere, and in the backward, they are torch's, and these are the steps between them.
-// `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
+// InfoNCE on the CPU is a loop over tiles. With AVX-512 the forward makes its own products
+// (FusedForwardParams); elsewhere, and in the backward, they are torch's, and these are the steps between
+// them. `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
 
 struct WidenParams {
   const void* source;      // [?, D]

@@ -183,7 +183,7 @@ class Walk {
       const int32_t label = p_.anchor_labels[start];
       const Range own = anchors_of(label);
       start = own.stop;
-      for (int64_t cursor = 0; collect(label, &cursor);) {
+      for (Cursor cursor{0, 0}; collect(label, cursor);) {
         const Panels panels = pack();
         share(own, 0, own.stop - own.start, [&](Range rows) { positives_block(rows, panels); });
       }
@@ -191,9 +191,22 @@ class Walk {
   }
 
  private:
-  // The next keys of a class, or none.
-  bool collect(int32_t label, int64_t* cursor) {
-    collect_keys({p_.key_labels, p_.num_keys, kBlockK, label, cursor, tile_.keys, &tile_.count});
+  struct Cursor {
+    int64_t tile, key;
+  };
+
+  // The next keys of a class, or none. Tiles of another class are passed by: every thread looks for them.
+  bool collect(int32_t label, Cursor& at) {
+    tile_.count = 0;
+    for (; at.tile < p_.num_tiles; ++at.tile, at.key = 0) {
+      const int64_t first = p_.tiles[3 * at.tile], size = p_.tiles[3 * at.tile + 1];
+      const int64_t of_tile = p_.tiles[3 * at.tile + 2];
+      if (of_tile >= 0 && of_tile != label) continue;
+      for (; at.key < size; ++at.key) {
+        if (tile_.count == kBlockK) return true;
+        if (p_.key_labels[first + at.key] == label) tile_.keys[tile_.count++] = first + at.key;
+      }
+    }
     return tile_.count > 0;
   }
 
