@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pixcontrast_ext.trainer.check import describe, take_census
 from pixcontrast_ext.trainer.checkpoints import CheckpointError
-from pixcontrast_ext.trainer.config import TrainConfig, flags_of_file, parse_flags
+from pixcontrast_ext.trainer.config import DataConfig, TrainConfig, flags_of_file, parse_flags
 from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import join_ranks
@@ -50,6 +51,22 @@ class EvalCommand:
     """cuda, cpu, or auto for cuda where there is one."""
     out: Path | None = None
     """Folder for the scores (JSON) and panels (PNG); only printed unless given."""
+
+
+@dataclass(frozen=True)
+class CheckDataCommand:
+    """Read a dataset through: count images and pixels of each class, and list every file that is not as expected."""
+
+    dataset: str
+    """Name of the dataset, as for train."""
+    root: Path | None = None
+    """Folder of a dataset that is read from files."""
+    split: str | None = None
+    """The split to read; all of them unless given."""
+    train_ids: bool = False
+    """Cityscapes: read the *_labelTrainIds.png."""
+    workers: int = 0
+    """Processes that read; 0 reads in this one."""
 
 
 def run_train(args: Sequence[str]) -> None:
@@ -95,32 +112,48 @@ def run_eval(args: Sequence[str]) -> None:
             )
 
 
+def run_check_data(args: Sequence[str]) -> int:
+    command = parse_flags(CheckDataCommand, args, prog=_prog("check-data"))
+    if command.workers < 0:
+        raise ValueError(f"--workers is {command.workers}, must be at least 0")
+    data = DataConfig(
+        dataset=command.dataset, root=command.root, train_ids=command.train_ids, workers=command.workers
+    )
+    splits = [command.split] if command.split is not None else dataset_spec(command.dataset).splits
+    found = 0
+    for split in splits:
+        census = take_census(data, split)
+        print(f"{command.dataset} {split}: {describe(census)}")
+        found += len(census.problems)
+    return 1 if found else 0
+
+
 def run_demo(args: Sequence[str]) -> None:
     demo(parse_flags(DemoConfig, args, prog=_prog("demo")))
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "train": (run_train, "train a model, with or without the contrast"),
     "eval": (run_eval, "evaluate a checkpoint"),
+    "check-data": (run_check_data, "read a dataset through and list what is wrong with its files"),
     "demo": (run_demo, "train without and with the contrast on synthetic scenes and show both"),
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, or 2 for bad input, with its message on stderr."""
+    """Run a command. Returns the exit code: 0, 1 for data with problems, 2 for bad input (told on stderr)."""
     given = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not given or given[0] not in COMMANDS:
         asked = bool(given) and given[0] in ("-h", "--help")
-        usage = "\n".join(f"  {name:8}{text}" for name, (_, text) in COMMANDS.items())
+        usage = "\n".join(f"  {name:12}{text}" for name, (_, text) in COMMANDS.items())
         print(f"usage: {_prog('COMMAND')} [--help] ...\n\n{usage}", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
-        COMMANDS[given[0]][0](given[1:])
+        return COMMANDS[given[0]][0](given[1:]) or 0
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _prog(command: str) -> str:

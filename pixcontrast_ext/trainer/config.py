@@ -26,13 +26,16 @@ class DataConfig:
     """Where images and labels come from and how they are varied."""
 
     dataset: str = "synthetic"
-    """synthetic (generated, needs no files) or camvid."""
+    """synthetic (generated, needs no files), camvid, cityscapes, pascal_context (59 classes), pascal_context_60 (with
+    background) or coco_stuff."""
     root: Path | None = None
     """Folder of a dataset that is read from files."""
     size: tuple[int, int] | None = None
     """Height and width to resize to (synthetic: to draw at; 96 96 unless given)."""
     scale: float = 1.0
     """Resize by this factor instead, e.g. 0.5 for half size. Labels are resized to the nearest pixel."""
+    train_ids: bool = False
+    """Cityscapes: read the *_labelTrainIds.png made beforehand rather than map the *_labelIds.png."""
     data_seed: int = 0
     """Seed of the synthetic scenes."""
     synthetic_images: tuple[int, int] = (512, 96)

@@ -5,6 +5,7 @@ All take several runs by name and show them side by side; one run is a dictionar
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from torch.utils.data import Dataset
 from pixcontrast_ext.trainer.data import IGNORE, DatasetSpec, Sample, stack, to_device
 from pixcontrast_ext.trainer.evaluate import evaluating, predict
 from pixcontrast_ext.trainer.logs import read_rows
+
+_MOST_NAMED = 24
+"""Classes that a legend has room for."""
 
 PixelFeatures = tuple[np.ndarray, np.ndarray]
 """Features [N, D] float32, unit length, and their classes [N]."""
@@ -82,6 +86,7 @@ def draw_panels(
         figsize=(cell * len(columns), cell * height / width * len(samples) + 1.2), layout="constrained"
     )
     grid = figure.subplots(len(samples), len(columns), squeeze=False)
+    seen: set[int] = set()
     for row, sample in zip(grid, samples, strict=True):
         image, label = sample
         shown = [image.permute(1, 2, 0).numpy(), palette[label.numpy()]]
@@ -92,9 +97,10 @@ def draw_panels(
         for axes, picture in zip(row, shown, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
+        seen |= set(label.unique().tolist())
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title)
-    _class_legend(figure, spec, void=True)
+    _class_legend(figure, spec, void=True, seen=seen)
     figure.savefig(path, dpi=110)
     return path
 
@@ -106,7 +112,8 @@ def draw_tsne(clouds: dict[str, PixelFeatures], spec: DatasetSpec, path: Path) -
     for axes, (title, (features, labels)) in zip(grid, clouds.items(), strict=True):
         _scatter(axes, features, labels, spec)
         axes.set_title(f"{title}\n{len(labels)} pixels")
-    _class_legend(figure, spec, void=False)
+    seen = {int(label) for _, labels in clouds.values() for label in np.unique(labels)}
+    _class_legend(figure, spec, void=False, seen=seen)
     figure.savefig(path, dpi=110)
     return path
 
@@ -155,10 +162,16 @@ def _scatter(axes: Axes, features: np.ndarray, labels: np.ndarray, spec: Dataset
     axes.set(xticks=[], yticks=[])
 
 
-def _class_legend(figure: Figure, spec: DatasetSpec, *, void: bool) -> None:
+def _class_legend(
+    figure: Figure, spec: DatasetSpec, *, void: bool, seen: Collection[int] | None = None
+) -> None:
+    """Names the classes; of more than `_MOST_NAMED` those that are `seen`, which have room."""
+    named: Collection[int] = range(len(spec.classes))
+    if seen is not None and len(named) > _MOST_NAMED:
+        named = [label for label in named if label in seen][:_MOST_NAMED]
     handles: list[Patch | Line2D] = [
         Patch(facecolor=(red / 255, green / 255, blue / 255), label=name)
-        for name, (red, green, blue) in zip(spec.classes, spec.colours, strict=True)
+        for name, (red, green, blue) in ((spec.classes[label], spec.colours[label]) for label in named)
     ]
     if void:
         handles.append(Patch(facecolor="black", label="void"))

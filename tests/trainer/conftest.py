@@ -95,3 +95,70 @@ def camvid(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return build
+
+
+@pytest.fixture
+def on_disk() -> Callable[..., None]:
+    """Writes an image file of noise and a label file of the values given, making their folders."""
+
+    def write(image: Path, label: Path, values: np.ndarray) -> None:
+        noise = np.random.default_rng(0).integers(0, 255, (*values.shape, 3), np.uint8)
+        for path, content in ((image, noise), (label, values)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(path)
+
+    return write
+
+
+@pytest.fixture
+def cityscapes(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
+    """Two cities a split, with what else lies in the official folders. Labels hold every id, 0-33."""
+    root = tmp_path / "cityscapes"
+    ids = np.arange(34, dtype=np.uint8).repeat(6).reshape(12, 17)
+    for split, cities in (("train", ("aachen", "zurich")), ("val", ("munster", "lindau"))):
+        for city in cities:
+            for number in (19, 20):
+                name = f"{city}_000000_{number:06d}"
+                folder = root / "gtFine" / split / city
+                on_disk(
+                    root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png",
+                    folder / f"{name}_gtFine_labelIds.png",
+                    ids,
+                )
+                Image.fromarray(ids).save(folder / f"{name}_gtFine_instanceIds.png")
+                (folder / f"{name}_gtFine_polygons.json").write_text("{}")
+    return root
+
+
+@pytest.fixture
+def pascal_context(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
+    """Images of two sizes, and one that no list names. Labels hold every value, 0-59."""
+    root = tmp_path / "VOC2010"
+    lists = root / "ImageSets" / "SegmentationContext"
+    lists.mkdir(parents=True)
+    values = np.arange(60, dtype=np.uint8).repeat(2)
+    for number in range(5):
+        shape = (10, 12) if number % 2 else (8, 15)
+        on_disk(
+            root / "JPEGImages" / f"2008_{number:06d}.jpg",
+            root / "SegmentationClassContext" / f"2008_{number:06d}.png",
+            values.reshape(shape),
+        )
+    (lists / "train.txt").write_text("2008_000000\n2008_000001\n")
+    (lists / "val.txt").write_text("2008_000003\n2008_000002\n")
+    return root
+
+
+@pytest.fixture
+def coco_stuff(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
+    """Labels hold every id, 0-181, and 255."""
+    root = tmp_path / "coco"
+    values = np.array([*range(182), 255], np.uint8).repeat(2).reshape(6, 61)
+    for split, first in (("train", 9), ("val", 139)):
+        for number in (first, first + 16):
+            on_disk(
+                root / "images" / f"{split}2017" / f"{number:012d}.jpg",
+                root / "annotations" / f"{split}2017" / f"{number:012d}.png",
+                values,
+            )
+    return root

@@ -10,6 +10,7 @@ from pixcontrast_ext.trainer.data import (
     DATASETS,
     IGNORE,
     CamVid,
+    PascalContext,
     StepBatches,
     Synthetic,
     dataset_spec,
@@ -147,15 +148,39 @@ def test_camvid_names_an_unreadable_file(camvid):
         CamVid(root, "train")[1]
 
 
-def test_registry_describes_every_dataset(camvid):
-    root = camvid()
+def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, coco_stuff):
+    roots = {
+        "synthetic": None,
+        "camvid": camvid(),
+        "cityscapes": cityscapes,
+        "pascal_context": pascal_context,
+        "pascal_context_60": pascal_context,
+        "coco_stuff": coco_stuff,
+    }
+    counts = {
+        "camvid": 11,
+        "cityscapes": 19,
+        "pascal_context": 59,
+        "pascal_context_60": 60,
+        "coco_stuff": 171,
+    }
+    assert DATASETS.keys() == roots.keys()
     for name, spec in DATASETS.items():
-        assert len(spec.classes) == len(spec.colours) == len(set(spec.colours))
+        assert len(spec.classes) == len(spec.colours) == counts.get(name, 9)
+        assert len(set(spec.colours)) == len(set(spec.classes)) == len(spec.classes), name
+        assert (0, 0, 0) not in spec.colours, f"{name}: black is void"
         for split in spec.splits:
-            image, label = spec.build(DataConfig(root=root), split)[0]
-            assert image.shape[1:] == label.shape, name
-    assert len(dataset_spec("camvid").classes) == 11
-    with pytest.raises(ValueError, match="--dataset is 'nope', must be one of synthetic, camvid"):
+            image, label = spec.build(DataConfig(root=roots[name]), split)[0]
+            assert image.dtype == label.dtype == torch.uint8
+            assert image.shape == (3, *label.shape), name
+            classes = set(label.unique().tolist())
+            if name not in ("synthetic", "camvid"):  # whose files here do not hold every class
+                assert classes == {*range(len(spec.classes))} | (
+                    {IGNORE} if name != "pascal_context_60" else set()
+                )
+            small, _ = spec.build(DataConfig(root=roots[name], size=(32, 40)), split)[0]
+            assert small.shape == (3, 32, 40)
+    with pytest.raises(ValueError, match="--dataset is 'nope', must be one of synthetic, camvid, cityscapes"):
         dataset_spec("nope")
     with pytest.raises(ValueError, match="--scale is 0.5"):
         dataset_spec("synthetic").build(DataConfig(scale=0.5), "train")
@@ -199,6 +224,21 @@ def test_batches_are_floats_and_class_indices():
     images, labels = to_device(stack([scenes[0], scenes[1]]), torch.device("cpu"))
     assert images.dtype == torch.float32 and labels.dtype == torch.int64
     assert torch.equal((images[1] * 255).round().byte(), scenes[1][0])
-    other = Synthetic("val", 2, (40, 40))
-    with pytest.raises(ValueError, match=r"differ in size: \[\(32, 40\), \(40, 40\)\]; give --size"):
-        stack([scenes[0], other[0]])
+
+
+def test_a_batch_of_several_sizes_is_padded_with_void():
+    one, other = Synthetic("val", 2, (32, 60))[0], Synthetic("val", 2, (40, 50))[1]
+    images, labels = stack([one, other])
+    assert images.shape == (2, 3, 40, 60) and labels.shape == (2, 40, 60)
+    assert torch.equal(images[0, :, :32], one[0]) and torch.equal(images[1, :, :, :50], other[0])
+    assert torch.equal(labels[0, :32], one[1]) and torch.equal(labels[1, :, :50], other[1])
+    assert (images[0, :, 32:] == 0).all() and (images[1, :, :, 50:] == 0).all()
+    assert (labels[0, 32:] == IGNORE).all() and (labels[1, :, 50:] == IGNORE).all()
+
+
+def test_evaluation_does_not_pad(pascal_context):
+    """A prediction near the padding would depend on which images came together."""
+    dataset = PascalContext(pascal_context, "val")
+    batches = list(eval_loader(dataset, 2))
+    assert [labels.shape for _, labels in batches] == [(1, 10, 12), (1, 8, 15)]
+    assert len(list(eval_loader(PascalContext(pascal_context, "val", size=(9, 9)), 2))) == 1

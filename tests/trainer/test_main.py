@@ -18,7 +18,9 @@ TINY = "--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pi
 
 def test_help_lists_the_commands(trainer, capsys):
     done = trainer("--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in ("train", "eval", "demo"))
+    assert done.returncode == 0 and all(
+        name in done.stdout for name in ("train", "eval", "check-data", "demo")
+    )
     assert main(["fly"]) == 2
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])

@@ -83,3 +83,12 @@ def test_legend_stays_inside_the_picture(width):
     inside, whole = legend.get_window_extent(), figure.bbox
     assert len(legend.get_texts()) == 12
     assert inside.x0 >= 0 and inside.x1 <= whole.width and inside.y0 >= 0 and inside.y1 <= whole.height
+
+
+def test_legend_of_many_classes_names_those_that_are_seen():
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    pictures._class_legend(figure, dataset_spec("coco_stuff"), void=True, seen={0, 7, IGNORE})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["person", "truck", "void"]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    pictures._class_legend(figure, dataset_spec("coco_stuff"), void=False, seen=range(171))
+    assert len(figure.legends[0].get_texts()) == 24

@@ -1,0 +1,179 @@
+"""What datasets of image files with a label file each share: how files are paired, read, resized and mapped.
+
+A dataset of that kind says which files belong together and what the values in its label files mean. Whatever is
+wrong with a file is an error that names the file and what was expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from pixcontrast_ext.trainer.datasets import Sample
+
+Pair = tuple[Path, Path]
+"""An image file and its label file."""
+
+_OUTSIDE = -1
+
+
+class UnpairedFilesError(ValueError):
+    """Files of a dataset that do not belong together. The message tells the first problem and how many there are.
+
+    Attributes:
+        problems: a line for each.
+        readable: the dataset of those files that do.
+    """
+
+    def __init__(self, problems: list[str], readable: LabelledFiles) -> None:
+        more = f" ({len(problems)} such problems: check-data lists them)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+        self.problems, self.readable = problems, readable
+
+
+class LabelledFiles(Dataset[Sample]):
+    """Pairs of an image file and a label file with one channel.
+
+    Args:
+        pairs: the files, in the order of the dataset.
+        problems: what was found wrong while they were paired.
+        table: class of each value that a label file may hold, from `class_table`.
+        size: height and width to resize to, labels to the nearest pixel.
+        scale: resize by this factor instead.
+
+    Raises:
+        UnpairedFilesError: there are problems.
+        ValueError: from `dataset[index]`, naming the file: one that cannot be read; a label of another size than
+            its image, of more than one channel, or with a value outside the table.
+    """
+
+    def __init__(
+        self,
+        pairs: list[Pair],
+        problems: list[str],
+        table: np.ndarray,
+        size: tuple[int, int] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        self.pairs, self.table, self.size, self.scale = pairs, table, size, scale
+        if problems:
+            raise UnpairedFilesError(problems, self)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        image_path, label_path = self.pairs[index]
+        image = _open(image_path).convert("RGB")
+        label = _open(label_path)
+        if label.mode not in ("L", "P", "I", "I;16"):
+            raise ValueError(
+                f"label {label_path} must have one channel of class indices, its mode is {label.mode}"
+            )
+        if label.size != image.size:
+            sizes = ["x".join(map(str, each.size)) for each in (label, image)]
+            raise ValueError(f"label {label_path} is {sizes[0]}, its image {sizes[1]}")
+        classes = self._classes(np.array(label), label_path)
+        width, height = image.size
+        if self.size is not None:
+            height, width = self.size
+        elif self.scale != 1.0:
+            height, width = max(1, round(height * self.scale)), max(1, round(width * self.scale))
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+            resized = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
+            classes = np.array(resized)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(classes)
+
+    def _classes(self, values: np.ndarray, path: Path) -> np.ndarray:
+        """Values of a label file [H, W] as classes [H, W] uint8."""
+        inside = (values >= 0) & (values < len(self.table))
+        classes = np.where(inside, self.table[np.where(inside, values, 0)], _OUTSIDE)
+        if (classes == _OUTSIDE).any():
+            wrong = np.unique(values[classes == _OUTSIDE]).tolist()
+            raise ValueError(f"label {path} has values {wrong[:5]} outside {_known(self.table)}")
+        return classes.astype(np.uint8)
+
+
+def class_table(classes: Mapping[int, int]) -> np.ndarray:
+    """Table [256] int16 of the class of each value; values that are not given are outside of it."""
+    table = np.full(256, _OUTSIDE, np.int16)
+    for value, label in classes.items():
+        table[value] = label
+    return table
+
+
+def pair_files(
+    images: dict[str, Path],
+    labels: dict[str, Path],
+    image_of: Callable[[str], Path],
+    label_of: Callable[[str], Path],
+) -> tuple[list[Pair], list[str]]:
+    """Pairs of the names that both have, in order, and a problem for each that one of them has.
+
+    `image_of` and `label_of` tell where the file of a name was expected.
+    """
+    problems = []
+    for name in sorted(images.keys() ^ labels.keys()):
+        if name in images:
+            problems.append(f"image {images[name]} has no label {label_of(name)}")
+        else:
+            problems.append(f"label {labels[name]} has no image {image_of(name)}")
+    return [(images[name], labels[name]) for name in sorted(images.keys() & labels.keys())], problems
+
+
+def files_by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
+    """Files of a folder by their name without suffix. Two of one name are added to `problems`.
+
+    Raises FileNotFoundError, naming the folder, if it is missing or holds none.
+    """
+    require_folder(folder)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes:
+            if path.stem in found:
+                problems.append(f"{found[path.stem]} and {path} have the same name")
+            found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"folder {folder} holds no {' or '.join(suffixes)} files")
+    return found
+
+
+def require_folder(folder: Path) -> None:
+    """Raises FileNotFoundError if there is no such folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist")
+
+
+def require_root(dataset: str, root: Path | None) -> Path:
+    """The folder of a dataset. Raises ValueError if none was given."""
+    if root is None:
+        raise ValueError(f"{dataset} is read from files: give its folder with --root")
+    return root
+
+
+def require_split(split: str, splits: tuple[str, ...]) -> None:
+    """Raises ValueError if there is no such split."""
+    if split not in splits:
+        raise ValueError(f"split is {split!r}, must be one of {', '.join(splits)}")
+
+
+def _known(table: np.ndarray) -> str:
+    """The values a table has, as in "0..33, 255"."""
+    values = np.flatnonzero(table != _OUTSIDE)
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return image

@@ -1,0 +1,88 @@
+"""PASCAL-Context, the images of VOC 2010 labelled throughout, with 59 classes or 60."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pixcontrast_ext.trainer.datasets import IGNORE
+from pixcontrast_ext.trainer.datasets.colours import voc_colour
+from pixcontrast_ext.trainer.datasets.labelled import (
+    LabelledFiles,
+    class_table,
+    require_folder,
+    require_root,
+    require_split,
+)
+
+
+class PascalContext(LabelledFiles):
+    """PASCAL-Context: 4998 and 5105 images of up to 500x500, in the layout of VOC 2010.
+
+    `{root}/ImageSets/SegmentationContext/{split}.txt` has a name per line, `{root}/JPEGImages/NAME.jpg` are the
+    images, `{root}/SegmentationClassContext/NAME.png` their labels: 0 background, 1-59 a class.
+
+    The protocol of 59 classes subtracts 1 and ignores the background, that of 60 counts it as class 0. The value
+    255 is ignored in both. There is no official palette: a class has the colour of its value in VOC's map, and
+    the background that of VOC's void, entry 255 of the full map, because black is void in our pictures.
+
+    Args:
+        root: the folder VOC2010, or the one it is in.
+        split: "train" or "val".
+        size: height and width to resize to.
+        scale: resize by this factor instead.
+        background: whether there are 60 classes.
+
+    Raises, besides the errors of `LabelledFiles`:
+        ValueError: no root, a split that there is not, or an empty list, by its name.
+        FileNotFoundError: a missing folder or list, by its name.
+    """
+
+    CLASSES_60 = (
+        "background", "aeroplane", "bag", "bed", "bedclothes", "bench", "bicycle", "bird", "boat", "book", "bottle",
+        "building", "bus", "cabinet", "car", "cat", "ceiling", "chair", "cloth", "computer", "cow", "cup",
+        "curtain", "dog", "door", "fence", "floor", "flower", "food", "grass", "ground", "horse", "keyboard",
+        "light", "motorbike", "mountain", "mouse", "person", "plate", "platform", "pottedplant", "road", "rock",
+        "sheep", "shelves", "sidewalk", "sign", "sky", "snow", "sofa", "table", "track", "train", "tree", "truck",
+        "tvmonitor", "wall", "water", "window", "wood",
+    )  # fmt: skip
+    CLASSES = CLASSES_60[1:]
+    COLOURS_60 = (voc_colour(255), *(voc_colour(value) for value in range(1, 60)))
+    COLOURS = COLOURS_60[1:]
+    SPLITS = ("train", "val")
+
+    def __init__(
+        self,
+        root: Path | None,
+        split: str,
+        size: tuple[int, int] | None = None,
+        scale: float = 1.0,
+        background: bool = False,
+    ) -> None:
+        require_split(split, self.SPLITS)
+        root = require_root("pascal_context", root)
+        if (root / "VOC2010").is_dir():
+            root = root / "VOC2010"
+        images_folder, labels_folder = root / "JPEGImages", root / "SegmentationClassContext"
+        require_folder(images_folder)
+        require_folder(labels_folder)
+        names = root / "ImageSets" / "SegmentationContext" / f"{split}.txt"
+        pairs, problems = [], []
+        for name in _names(names):
+            pair = images_folder / f"{name}.jpg", labels_folder / f"{name}.png"
+            missing = [str(path) for path in pair if not path.is_file()]
+            if missing:
+                problems.append(f"list {names} has {name}, but there is no {' and no '.join(missing)}")
+            else:
+                pairs.append(pair)
+        shift = 0 if background else 1
+        table = class_table({0: IGNORE, **{value: value - shift for value in range(shift, 60)}, 255: IGNORE})
+        super().__init__(pairs, problems, table, size, scale)
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"list {path} does not exist, expected a name of an image per line")
+    names = path.read_text().split()
+    if not names:
+        raise ValueError(f"list {path} is empty, expected a name of an image per line")
+    return names
