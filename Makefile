@@ -59,8 +59,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || \
 	    { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
 
+# torchvision asks for exactly the torch that the constraints name, so it cannot bring another one along.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,bench,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,bench,dev,models]"
 	touch $@
 
 # The oldest Triton that is supported, and a numpy that its interpreter takes.

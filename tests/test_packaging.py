@@ -101,7 +101,7 @@ def test_wheel_metadata(installed):
     metadata = email.message_from_string(path.read_text())
     requires = metadata.get_all("Requires-Dist")
     assert {line for line in requires if "extra ==" not in line} == {"torch>=2.10", "numpy"}
-    assert {"train", "triton", "bench", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"train", "models", "triton", "bench", "dev"} <= set(metadata.get_all("Provides-Extra"))
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     assert list(installed.glob("*.dist-info/licenses/LICENSE"))

@@ -151,7 +151,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0 if asked else 2
     try:
         return COMMANDS[given[0]][0](given[1:]) or 0
-    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -59,7 +59,12 @@ class ModelConfig:
     """The network."""
 
     model: str = "compact"
-    """Name in the registry of models."""
+    """compact, or from the extra models: deeplabv3_resnet50, deeplabv3_resnet101, hrnet_w18, hrnet_w48, hrnet_w18_ocr,
+    hrnet_w48_ocr."""
+    weights: Path | None = None
+    """File of weights for the backbone to start from; random ones unless given."""
+    pretrained: bool = False
+    """Start from the ImageNet weights that timm publishes for the backbone, fetched once over the network."""
     embed_dim: int = 256
     """Width of the pixel embeddings."""
     head: Literal["convmlp", "linear"] = "convmlp"
@@ -74,10 +79,14 @@ class LossConfig:
     """off: cross-entropy alone. batch: contrast within the batch. bank: contrast with the memory bank."""
     weight: float = 0.1
     """Weight of the contrast term."""
+    aux_weight: float = 0.4
+    """Weight of the cross-entropy of a model's auxiliary head, if it has one."""
     warmup_steps: int = 0
     """Steps of cross-entropy alone (the bank fills meanwhile)."""
     temperature: float = 0.1
     """Temperature of the contrast."""
+    base_temperature: float | None = None
+    """Scales the contrast by temperature / base temperature; not scaled unless given."""
     max_samples: int = 1024
     """Anchors per step."""
     max_views: int = 50
@@ -157,7 +166,8 @@ class TrainConfig:
         }  # fmt: skip
         not_negative = {
             "seed": self.seed, "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
-            "jitter": data.jitter, "weight": loss.weight, "warmup-steps": loss.warmup_steps,
+            "jitter": data.jitter, "weight": loss.weight, "aux-weight": loss.aux_weight,
+            "warmup-steps": loss.warmup_steps,
             "lr-warmup": optim.lr_warmup, "power": optim.power, "momentum": optim.momentum,
             "weight-decay": optim.weight_decay, "clip": optim.clip,
         }  # fmt: skip
@@ -171,6 +181,10 @@ class TrainConfig:
         _require(min(data.synthetic_images) >= 1, "synthetic-images", data.synthetic_images, "at least 1")
         for name, extent in (("size", data.size), ("crop", data.crop)):
             _require(extent is None or min(extent) >= 1, name, extent, "at least 1 by 1")
+        _require(
+            self.net.weights is None or not self.net.pretrained,
+            "weights", str(self.net.weights), "left out where --pretrained is given",
+        )  # fmt: skip
         _require(
             data.size is None or data.scale == 1.0, "scale", data.scale, "left out where --size is given"
         )

@@ -30,6 +30,12 @@ class Ranks:
             values /= self.world
         return values
 
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(counts)
+        return counts
+
     def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every rank the first rank's values of `tensors`."""
         if self.world > 1:

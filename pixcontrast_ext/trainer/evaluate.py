@@ -1,4 +1,4 @@
-"""Mean and per-class IoU of a model, by torchmetrics, over all ranks."""
+"""Mean and per-class IoU of a model over all ranks, from the confusion matrix of its pixels."""
 
 from __future__ import annotations
 
@@ -46,6 +46,22 @@ def predict(model: nn.Module, images: Tensor, size: Sequence[int], amp: str = "o
     return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False).argmax(1)
 
 
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """How many pixels of each class (row) are predicted as each class (column), [C, C] int64.
+
+    Pixels labelled `IGNORE` do not count. `labels` and `predictions` are int64 of one shape.
+    """
+    counted = labels != IGNORE
+    cells = labels[counted] * num_classes + predictions[counted]
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class, [C] float64; NaN for one that neither truth nor prediction has."""
+    hits = confusion.diagonal().double()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
 def evaluate(
     model: nn.Module,
     dataset: Dataset[Sample],
@@ -56,21 +72,14 @@ def evaluate(
     amp: str = "off",
 ) -> Scores:
     """IoU over the whole dataset, each rank predicting its share. Pixels labelled `IGNORE` do not count."""
-    # Here, not above: this import takes seconds, which --help and a mistyped option need not wait for.
-    from torchmetrics.classification import MulticlassJaccardIndex
-
-    metric = MulticlassJaccardIndex(
-        num_classes=len(classes),
-        average="none",
-        ignore_index=IGNORE,
-        zero_division=float("nan"),
-        validate_args=False,
-    ).to(ranks.device)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=ranks.device)
     with evaluating(model):
         for batch in eval_loader(dataset, batch_size, rank=ranks.rank, world=ranks.world):
             images, labels = to_device(batch, ranks.device)
-            metric.update(predict(model, images, labels.shape[-2:], amp), labels)
-    iou = metric.compute()
+            confusion += confusion_matrix(
+                labels, predict(model, images, labels.shape[-2:], amp), len(classes)
+            )
+    iou = class_iou(ranks.sum(confusion))
     return Scores(float(iou.nanmean()), dict(zip(classes, iou.tolist(), strict=True)))
 
 

@@ -35,6 +35,7 @@ from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
 from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
+from pixcontrast_ext.trainer.networks.weights import fetch_backbone, load_backbone
 from pixcontrast_ext.trainer.pictures import draw_run
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def build_criterion(config: LossConfig, num_classes: int, embed_dim: int) -> nn.
         weight=config.weight,
         warmup_steps=config.warmup_steps,
         temperature=config.temperature,
+        base_temperature=config.base_temperature,
         max_samples=config.max_samples,
         max_views=config.max_views,
         min_pixels=config.min_pixels,
@@ -86,6 +88,13 @@ def build_criterion(config: LossConfig, num_classes: int, embed_dim: int) -> nn.
         bank=bank,
         backend=config.backend,
     )
+
+
+def share_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Let the batch norms of several ranks on CUDA see the whole batch, not their share of a few images."""
+    if ranks.world > 1 and ranks.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -153,6 +162,7 @@ class _Run:
         model = build_model(config.net.model, num_classes, config.net.embed_dim, config.net.head)
         if config.loss.contrast == "off":
             drop_embed_head(model)
+        model = share_norms(model, ranks)
         self.model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.criterion = build_criterion(config.loss, num_classes, config.net.embed_dim).to(ranks.device)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -160,6 +170,8 @@ class _Run:
 
         self.checkpoints = CheckpointStore(config.out / "checkpoints", config.keep_checkpoints)
         self.start = self._restore() if resume else 0
+        if self.start == 0:
+            self._start_from_weights()
         batches = StepBatches(
             len(self.train_set),  # type: ignore[arg-type]
             config.batch_size,
@@ -236,9 +248,13 @@ class _Run:
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed")
         loss = self.criterion(logits, embeddings, labels)
+        total, auxiliary = loss, None
+        if "aux" in outputs:
+            auxiliary = CrossEntropy()(outputs["aux"].float(), None, labels)
+            total = loss + config.loss.aux_weight * auxiliary
         # Where the criterion leaves the embeddings out (warm-up, weight 0), their head gets a gradient of zero:
         # DDP demands one for every parameter.
-        objective = loss if embeddings is None else loss + embeddings[:0].sum()
+        objective = total if embeddings is None else total + embeddings[:0].sum()
 
         rate = learning_rate(config.optim, step, config.steps)
         for group in self.optimizer.param_groups:
@@ -255,20 +271,18 @@ class _Run:
             return {}
         with torch.no_grad():
             cross_entropy = CrossEntropy()(logits, None, labels)
-        values = ranks.mean(torch.stack([loss.detach().float(), cross_entropy, norm.float()])).tolist()
-        if not (math.isfinite(values[0]) and math.isfinite(values[2])):
+        terms = {"loss": total, "cross_entropy": cross_entropy, "contrast": loss - cross_entropy}
+        if auxiliary is not None:
+            terms["auxiliary"] = auxiliary
+        terms["gradient_norm"] = norm
+        values = ranks.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
+        row = {"step": step + 1, "lr": rate, **dict(zip(terms, values, strict=True))}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
             raise FloatingPointError(
-                f"the loss is {values[0]} and the gradient norm {values[2]} at step {step + 1} "
+                f"the loss is {row['loss']} and the gradient norm {row['gradient_norm']} at step {step + 1} "
                 f"(learning rate {rate:.3g}): try a lower --lr or --clip"
             )
-        return {
-            "step": step + 1,
-            "lr": rate,
-            "loss": values[0],
-            "cross_entropy": values[1],
-            "contrast": values[0] - values[1],
-            "gradient_norm": values[2],
-        }
+        return row
 
     def _write(self, name: str, row: dict[str, float]) -> None:
         if self.log is not None:
@@ -302,6 +316,13 @@ class _Run:
             }
             self.checkpoints.save(step, state)
         self.ranks.wait()
+
+    def _start_from_weights(self) -> None:
+        net = self.config.net
+        if net.weights is not None:
+            load_backbone(self.model, net.weights)
+        elif net.pretrained:
+            fetch_backbone(self.model)
 
     def _restore(self) -> int:
         """Load the newest whole checkpoint; returns its step, 0 if there is none."""

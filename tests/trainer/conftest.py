@@ -7,15 +7,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.library import Library
 
 import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+
+# The torchvision of the package index is built for CUDA. Its library does not load beside a CPU-only torch, and its
+# import then fails on these two ops, which nothing here calls.
+if torch.version.cuda is None and find_spec("torchvision") and not version("torchvision").endswith("+cpu"):
+    TORCHVISION_OPS = Library("torchvision", "DEF")
+    for _op in ("nms", "qnms"):
+        TORCHVISION_OPS.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(autouse=True)

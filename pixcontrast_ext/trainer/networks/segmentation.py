@@ -1,0 +1,43 @@
+"""The simplest segmentation model: a backbone with one feature map, which a classifier and a projection head read."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pixcontrast_ext.head import ProjectionHead
+
+
+class SegmentationModel(nn.Module):
+    """A backbone with a classifier and a projection head on the same feature map.
+
+    Args:
+        backbone: module with an attribute `channels`, from images [B, 3, H, W], RGB in [0, 1], to features
+            [B, channels, h, w]. It normalises its input itself.
+        num_classes, embed_dim, head: of the classifier and of the `ProjectionHead`.
+        seg_head: another classifier than a 1x1 convolution with dropout, from features to logits.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        embed_dim: int,
+        head: str,
+        seg_head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        channels: int = backbone.channels  # type: ignore[assignment]
+        self.backbone = backbone
+        self.seg_head = seg_head or nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+        self.embed_head: nn.Module | None = ProjectionHead(channels, embed_dim, head)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """`{"seg": logits [B, C, h, w], "embed": embeddings [B, D, h, w]}`, not upsampled, not normalised.
+
+        Without a head (`drop_embed_head`) there is no "embed".
+        """
+        features = self.backbone(images)
+        outputs = {"seg": self.seg_head(features)}
+        if self.embed_head is not None:
+            outputs["embed"] = self.embed_head(features)
+        return outputs
