@@ -93,7 +93,10 @@ def test_wheel_contents(wheel):
     assert not foreign
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".pyc"))]
     packages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pixcontrast_ext").rglob("*.py")}
-    assert packages <= set(names)
+    recipes = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "pixcontrast_ext").rglob("recipes/*.json")
+    }
+    assert recipes and packages | recipes <= set(names)
 
 
 def test_wheel_metadata(installed):

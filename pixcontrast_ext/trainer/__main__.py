@@ -29,7 +29,8 @@ class TrainCommand:
     """Train a model. Start it with torchrun to train on several ranks."""
 
     config: Path | None = None
-    """JSON file of options; flags given here override it. Every run saves its own as config.json."""
+    """JSON file of options, or the name of a recipe such as cityscapes_hrnet_w48; flags given here override it. Every
+    run saves its own as config.json."""
     resume: bool = False
     """Go on from the newest whole checkpoint in --out, with the options saved there unless given anew."""
     run: TrainConfig = field(default_factory=TrainConfig)

@@ -2,7 +2,8 @@
 
 Every field is a command-line flag of the same name (`batch_size` is `--batch-size`), and a config file is
 those flags as one flat JSON object: `{"dataset": "camvid", "lr": 0.02}`. So a file is checked by the very
-parser that checks the command line, and the file saved with a run can be handed back with `--config`.
+parser that checks the command line, and the file saved with a run can be handed back with `--config`. JSON has no
+comments: a key that begins with an underscore is one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import tyro
 from pixcontrast_ext.trainer.files import write_text
 
 Config = TypeVar("Config")
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The folder of config files for the paper's experiments, which `--config` takes by their name."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class ModelConfig:
     """compact, or from the extra models: deeplabv3_resnet50, deeplabv3_resnet101, hrnet_w18, hrnet_w48, hrnet_w18_ocr,
     hrnet_w48_ocr."""
     weights: Path | None = None
-    """File of weights for the backbone to start from; random ones unless given."""
+    """File of weights for the backbone to start from."""
     pretrained: bool = False
-    """Start from the ImageNet weights that timm publishes for the backbone, fetched once over the network."""
+    """Without such a file, start from the ImageNet weights timm publishes, fetched once over the network."""
     embed_dim: int = 256
     """Width of the pixel embeddings."""
     head: Literal["convmlp", "linear"] = "convmlp"
@@ -182,10 +186,6 @@ class TrainConfig:
         for name, extent in (("size", data.size), ("crop", data.crop)):
             _require(extent is None or min(extent) >= 1, name, extent, "at least 1 by 1")
         _require(
-            self.net.weights is None or not self.net.pretrained,
-            "weights", str(self.net.weights), "left out where --pretrained is given",
-        )  # fmt: skip
-        _require(
             data.size is None or data.scale == 1.0, "scale", data.scale, "left out where --size is given"
         )
 
@@ -230,12 +230,20 @@ def config_of(options: dict[str, Any], where: Path) -> TrainConfig:
 def flags_of_file(path: Path) -> list[str]:
     """A config file as command-line flags, to be put before those of the command line, which so override it.
 
+    Args:
+        path: of the file, or the name of a recipe: `Path("cityscapes_hrnet_w48")`.
+
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file and no such recipe.
         ValueError: it is not a JSON object, or has a key that is no option; both name the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"config file {path} does not exist")
+        recipes = {recipe.stem: recipe for recipe in sorted(RECIPES.glob("*.json"))}
+        if str(path) not in recipes:
+            raise FileNotFoundError(
+                f"config file {path} does not exist, nor is it a recipe; those are {', '.join(recipes)}"
+            )
+        path = recipes[str(path)]
     try:
         options = json.loads(path.read_text())
     except ValueError as error:
@@ -248,6 +256,7 @@ def flags_of_file(path: Path) -> list[str]:
 
 
 def _flags(options: dict[str, Any], where: Path) -> list[str]:
+    options = {name: value for name, value in options.items() if not name.startswith("_")}
     unknown = sorted(set(options) - set(flatten(TrainConfig())))
     if unknown:
         raise ValueError(f"{where} has unknown options: {', '.join(unknown)}")

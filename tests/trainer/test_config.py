@@ -58,6 +58,12 @@ def test_a_file_needs_not_name_every_option_and_flags_override_it(tmp_path):
     assert config.batch_size == TrainConfig().batch_size
 
 
+def test_keys_that_begin_with_an_underscore_are_comments(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"_source": "a paper", "steps": 7, "_": [1, {"a": 2}]}')
+    assert load_config(path) == TrainConfig(steps=7)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,0 +1,110 @@
+"""The recipes against the tables they are from: the paper's setting and the configs of the authors' code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pixcontrast_ext.trainer.__main__ import main
+from pixcontrast_ext.trainer.config import RECIPES, TrainConfig, flags_of_file, load_config, parse_flags
+from pixcontrast_ext.trainer.data import dataset_spec
+from pixcontrast_ext.trainer.models import MODELS
+from pixcontrast_ext.trainer.train import build_criterion
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
+
+# By data set: (height, width) of the crop, steps, batch, learning rate, weight decay, training images.
+SCHEDULES = {
+    "cityscapes": ((512, 1024), 40_000, 8, 0.01, 5e-4, 2975),
+    "pascal_context": ((520, 520), 60_000, 16, 0.001, 1e-4, 4998),
+    "coco_stuff": ((520, 520), 60_000, 16, 0.001, 1e-4, 118_287),
+    "camvid": ((360, 480), 30_000, 16, 0.001, 1e-4, 367),
+    "camvid_bank": ((360, 480), 40_000, 16, 0.01, 5e-4, 367),
+}
+# Contrast, weight, temperature, views of a class in an image, warm-up steps.
+LOSSES = {
+    "cityscapes_deeplabv3_resnet101": ("batch", 0.1, 0.1, 100, 5000),
+    "cityscapes_hrnet_w48": ("batch", 0.1, 0.1, 100, 5000),
+    "cityscapes_hrnet_w48_bank": ("bank", 1.0, 0.07, 1, 5000),
+    "cityscapes_hrnet_w48_ocr": ("batch", 0.1, 0.1, 100, 5000),
+    "pascal_context_deeplabv3_resnet101": ("batch", 0.1, 0.07, 100, 5000),
+    "pascal_context_hrnet_w48": ("batch", 0.1, 0.07, 100, 5000),
+    "pascal_context_hrnet_w48_ocr": ("batch", 0.1, 0.07, 100, 5000),
+    "coco_stuff_hrnet_w48": ("batch", 0.1, 0.07, 100, 5000),
+    "coco_stuff_hrnet_w48_ocr": ("batch", 0.1, 0.07, 100, 5000),
+    "camvid_hrnet_w48": ("batch", 0.1, 0.07, 100, 5000),
+    "camvid_hrnet_w48_bank": ("bank", 0.1, 0.07, 100, 3000),
+    "camvid_hrnet_w48_ocr": ("batch", 0.1, 0.07, 100, 5000),
+}
+
+
+def test_there_is_a_recipe_for_each_experiment():
+    assert NAMES == sorted(LOSSES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_hold_the_numbers_of_their_source(name):
+    config = load_config(Path(name))
+    config.validate()
+    dataset, loss, optim = config.data.dataset, config.loss, config.optim
+    assert (
+        name.removeprefix(f"{dataset}_").removesuffix("_bank") == config.net.model
+        and config.net.model in MODELS
+    )
+    bank = loss.contrast == "bank"
+    schedule = SCHEDULES.get(f"{dataset}_bank" if bank else "", SCHEDULES[dataset])
+    crop, steps, batch, rate, decay, images = schedule
+    assert (config.data.crop, config.steps, config.batch_size) == (crop, steps, batch)
+    assert (optim.optimizer, optim.lr, optim.weight_decay) == ("sgd", rate, decay)
+    assert (optim.momentum, optim.power, optim.clip, optim.lr_warmup) == (0.9, 0.9, 0, 0)
+    assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
+    assert (loss.base_temperature, loss.max_samples, loss.min_pixels, loss.aux_weight) == (
+        0.07,
+        1024,
+        None,
+        0.4,
+    )
+    assert config.net.pretrained and config.net.embed_dim == 256 and config.data.augment
+    if bank:
+        assert loss.region_slots == min(5000, images) and loss.pixel_slots == min(5000, 10 * images)
+        assert loss.pixels_per_image == 10
+    criterion = build_criterion(loss, len(dataset_spec(dataset).classes), 8)
+    assert criterion.contrast.temperature == loss.temperature and criterion.contrast.base_temperature == 0.07
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_say_where_they_are_from_and_how_they_depart(name):
+    options = json.loads((RECIPES / f"{name}.json").read_text())
+    assert options["_source"].startswith("github.com/tfzhou/ContrastiveSeg at 287e5d3: configs/")
+    assert len(options["_departs"]) > 40
+
+
+def test_a_recipe_is_found_by_its_name_and_flags_override_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_flags(TrainConfig, [*flags_of_file(Path("camvid_hrnet_w48")), "--lr", "0.5"])
+    assert config.optim.lr == 0.5 and config.steps == 30_000 and config.out == Path("runs/camvid_hrnet_w48")
+    Path("camvid_hrnet_w48").write_text('{"steps": 3}')  # a file goes before a recipe
+    assert load_config(Path("camvid_hrnet_w48")).steps == 3
+
+
+def test_a_recipe_that_there_is_not_is_told_with_those_there_are(tmp_path, capsys):
+    assert main(["train", "--config", "cityscapes_hrnet", "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: config file cityscapes_hrnet does not exist, nor is it a recipe; those are"
+    )
+    assert all(name in message for name in NAMES)
+
+
+def test_a_recipe_trains(camvid, tmp_path):
+    """The whole way from the command line, with the network and the schedule cut down."""
+    args = (
+        "--model compact --no-pretrained --steps 2 --batch-size 2 --crop 32 40 --warmup-steps 0 --workers 0"
+    )
+    paths = ["--root", str(camvid()), "--out", str(tmp_path / "run")]
+    options = [*args.split(), *paths, "--device", "cpu", "--embed-dim", "8", "--no-pictures"]
+    assert main(["train", "--config", "camvid_hrnet_w48_bank", *options]) == 0
+    saved = load_config(tmp_path / "run" / "config.json")
+    assert saved.loss.region_slots == 367 and saved.data.crop == (32, 40)
