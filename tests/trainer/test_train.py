@@ -286,6 +286,19 @@ def test_evaluation_is_of_the_first_ranks_statistics(tiny, monkeypatch):
     train(tiny(contrast="off", steps=1))
 
 
+def test_images_of_several_sizes_train(tiny, pascal_context):
+    """Padded to one size, cropped, evaluated each at its own; pictures name the classes that are seen."""
+    data = DataConfig(dataset="pascal_context", root=pascal_context, crop=(32, 32))
+    config = tiny(steps=2, batch_size=2, data=data, pictures=True)
+    result = train(config)
+    assert len(result.class_iou) == 59 and 0 <= result.miou <= 1
+    assert {path.name for path in (config.out / "pictures").iterdir()} == {
+        "curves.png",
+        "panels.png",
+        "tsne.png",
+    }
+
+
 def test_a_run_is_not_overwritten(tiny):
     config = tiny(contrast="off", steps=1)
     train(config)

@@ -28,7 +28,9 @@ class SegmentationModel(nn.Module):
         super().__init__()
         channels: int = backbone.channels  # type: ignore[assignment]
         self.backbone = backbone
-        self.seg_head = seg_head or nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+        if seg_head is None:
+            seg_head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, num_classes, 1))
+        self.seg_head = seg_head
         self.embed_head: nn.Module | None = ProjectionHead(channels, embed_dim, head)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
