@@ -112,7 +112,7 @@ class OptimConfig:
     """Optimiser and schedule: lr x (1 - step / steps) ** power after a linear rise."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd has Nesterov momentum."""
+    """Kind of optimiser."""
     lr: float = 0.05
     """Highest learning rate."""
     lr_warmup: int = 0
@@ -121,6 +121,8 @@ class OptimConfig:
     """Power of the polynomial decay; 0 keeps the rate constant."""
     momentum: float = 0.9
     """Momentum (sgd)."""
+    nesterov: bool = True
+    """Nesterov's momentum (sgd)."""
     weight_decay: float = 1e-4
     """Weight decay of the convolution weights."""
     clip: float = 0.0

@@ -98,7 +98,7 @@ def share_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum or AdamW. Weight decay is for weights, not for biases and norms."""
+    """SGD with momentum or AdamW. Weight decay is for weights, not for biases and norms."""
     decayed = [weight for weight in model.parameters() if weight.dim() > 1]
     others = [weight for weight in model.parameters() if weight.dim() <= 1]
     groups = [
@@ -107,7 +107,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    nesterov = config.nesterov and config.momentum > 0
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -58,7 +58,8 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     crop, steps, batch, rate, decay, images = schedule
     assert (config.data.crop, config.steps, config.batch_size) == (crop, steps, batch)
     assert (optim.optimizer, optim.lr, optim.weight_decay) == ("sgd", rate, decay)
-    assert (optim.momentum, optim.power, optim.clip, optim.lr_warmup) == (0.9, 0.9, 0, 0)
+    assert (optim.momentum, optim.nesterov, optim.power) == (0.9, False, 0.9)
+    assert (optim.clip, optim.lr_warmup) == (0, 0)
     assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
     assert (loss.base_temperature, loss.max_samples, loss.min_pixels, loss.aux_weight) == (
         0.07,
