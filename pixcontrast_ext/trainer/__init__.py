@@ -6,7 +6,7 @@ command that installs it rather than as a traceback from deep inside.
 
 from importlib.util import find_spec
 
-_LIBRARIES = ("kornia", "matplotlib", "PIL", "sklearn", "tensorboard", "tqdm", "tyro")
+_LIBRARIES = ("kornia", "matplotlib", "PIL", "scipy", "sklearn", "tensorboard", "tqdm", "tyro")
 
 _missing = [name for name in _LIBRARIES if find_spec(name) is None]
 if _missing:

@@ -15,12 +15,22 @@ from pathlib import Path
 
 from pixcontrast_ext.trainer.check import describe, take_census
 from pixcontrast_ext.trainer.checkpoints import CheckpointError
-from pixcontrast_ext.trainer.config import DataConfig, TrainConfig, flags_of_file, parse_flags
-from pixcontrast_ext.trainer.data import dataset_spec
+from pixcontrast_ext.trainer.compare import CompareConfig, compare, table
+from pixcontrast_ext.trainer.config import (
+    DataConfig,
+    InferenceConfig,
+    TrainConfig,
+    flags_of_file,
+    flatten,
+    parse_flags,
+)
+from pixcontrast_ext.trainer.data import dataset_spec, eval_loader
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import join_ranks
-from pixcontrast_ext.trainer.evaluate import evaluate, load_model
-from pixcontrast_ext.trainer.pictures import draw_panels
+from pixcontrast_ext.trainer.evaluate import evaluate, export_model, load_model
+from pixcontrast_ext.trainer.files import write_text
+from pixcontrast_ext.trainer.pictures import draw_confusion, draw_panels
+from pixcontrast_ext.trainer.predict import predict_folder
 from pixcontrast_ext.trainer.train import train
 
 
@@ -38,7 +48,7 @@ class TrainCommand:
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Evaluate a checkpoint: mean and per-class IoU, and pictures."""
+    """Evaluate a checkpoint: mean and per-class IoU, pixel accuracy, and pictures."""
 
     checkpoint: Path
     """A checkpoint file, or the folder of a run for its newest."""
@@ -47,11 +57,52 @@ class EvalCommand:
     root: Path | None = None
     """Folder of the dataset, if not where it was in training."""
     batch_size: int = 8
-    """Images at a time."""
+    """Images at a time, per rank."""
+    workers: int = 0
+    """Processes that load data, per rank; 0 loads in this one."""
     device: str = "auto"
     """cuda, cpu, or auto for cuda where there is one."""
     out: Path | None = None
-    """Folder for the scores (JSON) and panels (PNG); only printed unless given."""
+    """Folder for the scores and the confusion matrix (JSON), its picture and panels (PNG); only printed unless
+    given."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Write masks and overlays of a folder of images."""
+
+    checkpoint: Path
+    """A checkpoint file, an exported one, or the folder of a run for its newest."""
+    images: Path
+    """Folder of the images."""
+    out: Path
+    """Folder for masks (palette PNG), overlays (PNG) and classes.json."""
+    device: str = "auto"
+    """cuda, cpu, or auto for cuda where there is one."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write the model of a checkpoint alone: no projection head, no memory bank, no optimiser."""
+
+    checkpoint: Path
+    """A checkpoint file, or the folder of a run for its newest."""
+    out: Path
+    """File to write: a dictionary by torch.save, with the state dict under "model"."""
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Train with cross-entropy, contrast in the batch and contrast with the bank, from the same weights on the
+    same batches, and compare."""
+
+    config: Path | None = None
+    """JSON file of options or the name of a recipe, as for train. --methods and --seeds override those in it."""
+    resume: bool = False
+    """Go on where an earlier comparison in --out was cut off."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
 @dataclass(frozen=True)
@@ -87,36 +138,98 @@ def run_eval(args: Sequence[str]) -> None:
     command = parse_flags(EvalCommand, args, prog=_prog("eval"))
     if command.batch_size < 1:
         raise ValueError(f"--batch-size is {command.batch_size}, must be at least 1")
+    _check_workers(command.workers)
+    command.inference.validate()
     with join_ranks(command.device) as ranks:
         model, config, step = load_model(command.checkpoint, ranks.device)
         spec = dataset_spec(config.data.dataset)
         data = replace(config.data, root=command.root or config.data.root)
         dataset = spec.build(data, command.split)
-        scores = evaluate(model, dataset, spec.classes, ranks, batch_size=command.batch_size, amp=config.amp)
+        loader = eval_loader(
+            dataset,
+            command.batch_size,
+            rank=ranks.rank,
+            world=ranks.world,
+            workers=command.workers,
+            pin_memory=ranks.device.type == "cuda",
+        )
+        scores = evaluate(model, loader, spec.classes, ranks, options=command.inference, amp=config.amp)
         if not ranks.is_first:
             return
-        width = max(map(len, spec.classes))
-        for name, iou in scores.class_iou.items():
-            print(f"{name:{width}}  {iou:.4f}")
-        print(f"{'mIoU':{width}}  {scores.miou:.4f}   ({config.data.dataset} {command.split}, step {step})")
+        rows = {**scores.class_iou, "mIoU": scores.miou, "pixel accuracy": scores.pixel_accuracy}
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            print(f"{name:{width}}  {value:.4f}")
+        print(f"{config.data.dataset} {command.split}, step {step}")
         if command.out is not None:
             command.out.mkdir(parents=True, exist_ok=True)
             record = {
                 "step": step,
                 "split": command.split,
+                **flatten(command.inference),
                 "miou": scores.miou,
+                "pixel_accuracy": scores.pixel_accuracy,
                 "class_iou": scores.class_iou,
+                "confusion": scores.confusion.tolist(),
             }
-            (command.out / f"{command.split}.json").write_text(json.dumps(record, indent=2) + "\n")
+            write_text(command.out / f"{command.split}.json", json.dumps(record, indent=2) + "\n")
+            draw_confusion(scores.confusion, spec.classes, command.out / f"{command.split}-confusion.png")
             draw_panels(
-                {"prediction": model}, dataset, spec, command.out / f"{command.split}.png", ranks.device
+                {"prediction": model},
+                dataset,
+                spec,
+                command.out / f"{command.split}.png",
+                ranks.device,
+                options=command.inference,
             )
+
+
+def run_predict(args: Sequence[str]) -> int:
+    command = parse_flags(PredictCommand, args, prog=_prog("predict"))
+    command.inference.validate()
+    with join_ranks(command.device) as ranks:
+        if ranks.world > 1:
+            raise ValueError(f"predict runs in one process, not in {ranks.world}")
+        model, config, _ = load_model(command.checkpoint, ranks.device)
+        predicted = predict_folder(
+            model,
+            dataset_spec(config.data.dataset),
+            config.data,
+            command.images,
+            command.out,
+            ranks.device,
+            options=command.inference,
+            amp=config.amp,
+        )
+    print(f"{predicted.images} images predicted, masks and overlays in {command.out}")
+    for problem in predicted.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if predicted.problems else 0
+
+
+def run_export(args: Sequence[str]) -> None:
+    command = parse_flags(ExportCommand, args, prog=_prog("export"))
+    parameters = export_model(command.checkpoint, command.out)
+    print(f"{parameters:,} parameters in {command.out}")
+
+
+def run_compare(args: Sequence[str]) -> None:
+    for flag, instead in (("--seed", "--seeds"), ("--contrast", "--methods")):
+        if any(arg == flag or arg.startswith(f"{flag}=") for arg in args):
+            raise ValueError(f"compare takes {instead}, not {flag}")
+    command = parse_flags(CompareCommand, args, prog=_prog("compare"))
+    if command.config is not None:
+        options = flags_of_file(command.config)
+        command = parse_flags(CompareCommand, [*options, *args], prog=_prog("compare"))
+    comparison = compare(command.compare, resume=command.resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        out = command.compare.run.out
+        print(f"{table(comparison)}\n\nAll in {out}: compare.json, compare.png, panels.png and the runs")
 
 
 def run_check_data(args: Sequence[str]) -> int:
     command = parse_flags(CheckDataCommand, args, prog=_prog("check-data"))
-    if command.workers < 0:
-        raise ValueError(f"--workers is {command.workers}, must be at least 0")
+    _check_workers(command.workers)
     data = DataConfig(
         dataset=command.dataset, root=command.root, train_ids=command.train_ids, workers=command.workers
     )
@@ -136,13 +249,19 @@ def run_demo(args: Sequence[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "train": (run_train, "train a model, with or without the contrast"),
     "eval": (run_eval, "evaluate a checkpoint"),
+    "predict": (run_predict, "write masks and overlays of a folder of images"),
+    "export": (run_export, "write a checkpoint's model without what only training needs"),
+    "compare": (
+        run_compare,
+        "train without contrast, with it in the batch and with the bank, over several seeds",
+    ),
     "check-data": (run_check_data, "read a dataset through and list what is wrong with its files"),
     "demo": (run_demo, "train without and with the contrast on synthetic scenes and show both"),
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, 1 for data with problems, 2 for bad input (told on stderr)."""
+    """Run a command. Returns the exit code: 0, 1 for files with problems, 2 for bad input (told on stderr)."""
     given = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not given or given[0] not in COMMANDS:
@@ -155,6 +274,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 0:
+        raise ValueError(f"--workers is {workers}, must be at least 0")
 
 
 def _prog(command: str) -> str:

@@ -130,6 +130,37 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class InferenceConfig:
+    """How an image is predicted. Class probabilities are averaged over windows, scales and flips."""
+
+    window: tuple[int, int] | None = None
+    """Height and width of a window that slides over the image; the whole image at once unless given."""
+    stride: tuple[int, int] | None = None
+    """How far the window moves down and to the right; two thirds of it unless given."""
+    scales: tuple[float, ...] = (1.0,)
+    """Resize the image by each of these factors, e.g. 0.5 0.75 1 1.25 1.5 1.75."""
+    flip: bool = False
+    """Predict the mirror image too."""
+
+    def validate(self) -> None:
+        """Raises ValueError that names the first option out of range and its value."""
+        for name, extent in (("window", self.window), ("stride", self.stride)):
+            _require(extent is None or min(extent) >= 1, name, extent, "at least 1 by 1")
+        _require(bool(self.scales), "scales", self.scales, "at least one number")
+        _require(
+            all(math.isfinite(scale) and scale > 0 for scale in self.scales),
+            "scales", self.scales, "finite and above 0",
+        )  # fmt: skip
+        if self.stride is not None:
+            _require(self.window is not None, "stride", self.stride, "left out where there is no --window")
+        if self.window is not None and self.stride is not None:
+            _require(
+                self.stride[0] <= self.window[0] and self.stride[1] <= self.window[1],
+                "stride", self.stride, f"at most the window, {self.window}, or pixels between go unseen",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All that decides a training run."""
 

@@ -150,13 +150,28 @@ def to_device(batch: Sample, device: torch.device) -> Sample:
 
 
 def eval_loader(
-    dataset: Dataset[Sample], batch_size: int, *, rank: int = 0, world: int = 1
-) -> Iterator[Sample]:
-    """Batches of this rank's share of a dataset: every image on exactly one rank, in order, at its own size."""
+    dataset: Dataset[Sample],
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[list[Sample]]:
+    """Batches of this rank's share of a dataset: every image on exactly one rank, in order, at its own size.
+
+    A batch is a list of stacks, one for each size in it. The workers stay for the next time it is read.
+    """
     share = list(range(rank, len(dataset), world))  # type: ignore[arg-type]
     batches = [share[at : at + batch_size] for at in range(0, len(share), batch_size)]
-    for stacks in DataLoader(dataset, batch_sampler=batches, collate_fn=stack_by_size):
-        yield from stacks
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=stack_by_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
 
 
 __all__ = [

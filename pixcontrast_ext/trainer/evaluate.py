@@ -1,49 +1,36 @@
-"""Mean and per-class IoU of a model over all ranks, from the confusion matrix of its pixels."""
+"""Trained models: their scores over all ranks, from a confusion matrix of pixels, and reading and exporting them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from pixcontrast_ext.trainer.checkpoints import CheckpointError, CheckpointStore, read_checkpoint
-from pixcontrast_ext.trainer.config import TrainConfig, config_of
-from pixcontrast_ext.trainer.data import IGNORE, Sample, dataset_spec, eval_loader, to_device
+from pixcontrast_ext.trainer.config import InferenceConfig, TrainConfig, config_of, flatten
+from pixcontrast_ext.trainer.data import IGNORE, Sample, dataset_spec, to_device
 from pixcontrast_ext.trainer.distributed import Ranks
+from pixcontrast_ext.trainer.files import rename, synced
+from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
 
 
 @dataclass(frozen=True)
 class Scores:
-    """IoU of each class (NaN for a class that neither truth nor prediction has) and their mean."""
+    """What a confusion matrix says."""
 
     miou: float
+    """Mean of the IoUs that are not NaN."""
     class_iou: dict[str, float]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients, for the length of the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
-def predict(model: nn.Module, images: Tensor, size: Sequence[int], amp: str = "off") -> Tensor:
-    """Class of every pixel, [B, *size] int64, for images [B, 3, H, W] in [0, 1]."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16"):
-        logits = model(images)["seg"]
-    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False).argmax(1)
+    """Intersection over union of each class; NaN for one that neither truth nor prediction has."""
+    pixel_accuracy: float
+    """Share of the labelled pixels that are predicted right; NaN if there are none."""
+    confusion: Tensor
+    """Pixels of each class (row) predicted as each class (column), [C, C] int64, on the CPU."""
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
@@ -64,23 +51,38 @@ def class_iou(confusion: Tensor) -> Tensor:
 
 def evaluate(
     model: nn.Module,
-    dataset: Dataset[Sample],
+    loader: DataLoader[list[Sample]],
     classes: tuple[str, ...],
     ranks: Ranks,
     *,
-    batch_size: int = 8,
+    options: InferenceConfig | None = None,
     amp: str = "off",
 ) -> Scores:
-    """IoU over the whole dataset, each rank predicting its share. Pixels labelled `IGNORE` do not count."""
+    """The scores over a whole dataset, each rank predicting its share. Pixels labelled `IGNORE` do not count.
+
+    Args:
+        model: returns logits "seg".
+        loader: of this rank's share, by `eval_loader`.
+        classes: their names.
+        ranks: all of which call this.
+        options: how an image is predicted; at once, as it is, unless given.
+        amp: mixed precision of the model, as in `TrainConfig`.
+    """
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=ranks.device)
+    # None: only a terminal gets a bar.
+    hidden = None if ranks.is_first else True
     with evaluating(model):
-        for batch in eval_loader(dataset, batch_size, rank=ranks.rank, world=ranks.world):
-            images, labels = to_device(batch, ranks.device)
-            confusion += confusion_matrix(
-                labels, predict(model, images, labels.shape[-2:], amp), len(classes)
-            )
-    iou = class_iou(ranks.sum(confusion))
-    return Scores(float(iou.nanmean()), dict(zip(classes, iou.tolist(), strict=True)))
+        for stacks in tqdm(loader, desc="evaluating", unit="batch", leave=False, disable=hidden):
+            for batch in stacks:
+                images, labels = to_device(batch, ranks.device)
+                predictions = predict(model, images, labels.shape[-2:], options, amp)
+                confusion += confusion_matrix(labels, predictions, len(classes))
+    confusion = ranks.sum(confusion).cpu()
+    iou = class_iou(confusion)
+    accuracy = confusion.diagonal().sum().double() / confusion.sum()
+    return Scores(
+        float(iou.nanmean()), dict(zip(classes, iou.tolist(), strict=True)), float(accuracy), confusion
+    )
 
 
 def load_model(
@@ -108,3 +110,18 @@ def load_model(
         drop_embed_head(model)
     load_weights(model, state["model"])
     return model.to(device).eval(), config, int(state["step"])
+
+
+def export_model(checkpoint: Path, out: Path) -> int:
+    """Write the model of a checkpoint as inference needs it: its state dict without projection head, its config and
+    step. `load_model` reads the file as it does a checkpoint. Returns the number of parameters.
+
+    Raises the errors of `load_model`.
+    """
+    model, config, step = load_model(checkpoint, torch.device("cpu"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{out.name}.tmp")
+    with synced(unfinished) as file:
+        torch.save({"step": step, "model": model.state_dict(), "config": flatten(config)}, file)
+    rename(unfinished, out)
+    return sum(weight.numel() for weight in model.parameters())

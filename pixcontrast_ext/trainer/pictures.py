@@ -5,7 +5,7 @@ All take several runs by name and show them side by side; one run is a dictionar
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from pixcontrast_ext.trainer.config import InferenceConfig
 from pixcontrast_ext.trainer.data import IGNORE, DatasetSpec, Sample, stack, to_device
-from pixcontrast_ext.trainer.evaluate import evaluating, predict
+from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.logs import read_rows
 
 _MOST_NAMED = 24
@@ -74,12 +75,12 @@ def draw_panels(
     path: Path,
     device: torch.device,
     count: int = 4,
+    options: InferenceConfig | None = None,
 ) -> Path:
     """A row per image, spread over the dataset: image | truth | prediction of each model. Void is black."""
     samples = _spread(dataset, count)
     columns = ["image", "truth", *models]
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(spec.colours)] = spec.colours
+    palette = colour_table(spec)
     height, width = samples[0][1].shape
     cell = 2.6
     figure = Figure(
@@ -93,7 +94,7 @@ def draw_panels(
         for model in models.values():
             images, _ = to_device(stack([sample]), device)
             with evaluating(model):
-                shown.append(palette[predict(model, images, label.shape)[0].cpu().numpy()])
+                shown.append(palette[predict(model, images, label.shape, options)[0].cpu().numpy()])
         for axes, picture in zip(row, shown, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
@@ -101,6 +102,40 @@ def draw_panels(
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title)
     _class_legend(figure, spec, void=True, seen=seen)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def colour_table(spec: DatasetSpec) -> np.ndarray:
+    """Colour of each value of a label, [256, 3] uint8; black for what is no class."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(spec.colours)] = spec.colours
+    return table
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Path:
+    """Confusion matrix [C, C]: of the pixels of each class (row), the share predicted as each class (column).
+
+    Numbers are percent, where there is room for them. Rows of classes without pixels stay empty.
+    """
+    from sklearn.metrics import ConfusionMatrixDisplay  # here: it takes seconds, --help should not
+
+    counts = confusion.double()
+    shares = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    named = len(classes) <= _MOST_NAMED
+    side = 2.5 + max(4.0, (0.42 if named else 0.16) * len(classes))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(shares, display_labels=list(classes))
+    display.plot(
+        ax=axes, cmap="Blues", include_values=named, values_format=".0f", xticks_rotation="vertical",
+        im_kw={"vmin": 0, "vmax": 100}, text_kw={"fontsize": 7}, colorbar=False,
+    )  # fmt: skip
+    for share, text in zip(shares.flat, display.text_.flat if named else (), strict=False):
+        text.set_visible(share >= 0.5)  # zeros would hide the rest
+    axes.tick_params(labelsize=None if named else 5)
+    axes.set(xlabel="predicted", ylabel="truth")
+    figure.colorbar(display.im_, ax=axes, label="% of the class's pixels", fraction=0.04)
     figure.savefig(path, dpi=110)
     return path
 

@@ -30,10 +30,11 @@ from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
-from pixcontrast_ext.trainer.data import IGNORE, StepBatches, dataset_spec, stack, to_device
+from pixcontrast_ext.trainer.data import IGNORE, StepBatches, dataset_spec, eval_loader, stack, to_device
 from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
+from pixcontrast_ext.trainer.memory import PeakMemory
 from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
 from pixcontrast_ext.trainer.networks.weights import fetch_backbone, load_backbone
 from pixcontrast_ext.trainer.pictures import draw_run
@@ -50,6 +51,8 @@ class Result:
     class_iou: dict[str, float]
     seconds_per_step: float
     """Median over the rows of train.csv."""
+    memory_mib: float
+    """Most memory taken, evaluations included: by `PeakMemory`."""
 
 
 class CrossEntropy(nn.Module):
@@ -154,6 +157,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: bool) -> None:
         self.config, self.ranks = config, ranks
+        self.memory = PeakMemory(ranks.device)
         self.spec = dataset_spec(config.data.dataset)
         self.train_set = self.spec.build(config.data, "train")
         self.val_set = self.spec.build(config.data, "val")
@@ -182,12 +186,21 @@ class _Run:
             rank=ranks.rank,
             world=ranks.world,
         )
-        self.loader = DataLoader(
+        pin_memory = ranks.device.type == "cuda"
+        self.loader = DataLoader(  # its workers stay: one reading of it is the whole run
             self.train_set,
             batch_sampler=batches,
             collate_fn=stack,
             num_workers=config.data.workers,
-            pin_memory=ranks.device.type == "cuda",
+            pin_memory=pin_memory,
+        )
+        self.val_loader = eval_loader(
+            self.val_set,
+            max(1, config.batch_size // ranks.world),
+            rank=ranks.rank,
+            world=ranks.world,
+            workers=config.data.workers,
+            pin_memory=pin_memory,
         )
         if config.compile:
             self.model.compile()
@@ -221,6 +234,7 @@ class _Run:
             progress.update()
             if logs:
                 row["seconds_per_step"] = (time.perf_counter() - window_start) / window_steps
+                row["memory_mib"] = self.memory.mib()
                 self._write("train", row)
                 progress.set_postfix(loss=f"{row['loss']:.3f}")
             if logs or evaluates or saves:
@@ -292,15 +306,9 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         # The ranks' running statistics differ after a step, and those of the first go into the checkpoint.
         self.ranks.copy_from_first(self.model.buffers())
-        scores = evaluate(
-            self.model,
-            self.val_set,
-            self.spec.classes,
-            self.ranks,
-            batch_size=max(1, self.config.batch_size // self.ranks.world),
-            amp=self.config.amp,
-        )
-        self._write("val", {"step": step, "miou": scores.miou, **scores.class_iou})
+        scores = evaluate(self.model, self.val_loader, self.spec.classes, self.ranks, amp=self.config.amp)
+        row = {"step": step, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
+        self._write("val", {**row, **scores.class_iou})
         if self.ranks.is_first:
             name, steps = self.config.loss.contrast, self.config.steps
             tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val", file=sys.stderr)
@@ -364,5 +372,7 @@ class _Run:
 def read_result(out: Path, classes: tuple[str, ...]) -> Result:
     """The result of a finished run, from its record."""
     last = read_rows(out / "val.csv")[-1]
-    seconds = [row["seconds_per_step"] for row in read_rows(out / "train.csv")]
-    return Result(out, last["miou"], {name: last[name] for name in classes}, float(np.median(seconds)))
+    rows = read_rows(out / "train.csv")
+    seconds = float(np.median([row["seconds_per_step"] for row in rows]))
+    memory = max(row["memory_mib"] for row in rows)
+    return Result(out, last["miou"], {name: last[name] for name in classes}, seconds, memory)

@@ -215,7 +215,12 @@ def test_batches_refuse_what_cannot_be_shared():
 
 def test_evaluation_sees_every_image_once():
     scenes = Synthetic("val", 7, (32, 32))
-    seen = [images for rank in range(3) for images, _ in eval_loader(scenes, 2, rank=rank, world=3)]
+    seen = [
+        images
+        for rank in range(3)
+        for stacks in eval_loader(scenes, 2, rank=rank, world=3)
+        for images, _ in stacks
+    ]
     assert sorted(torch.cat(seen).sum((1, 2, 3)).tolist()) == sorted(int(image.sum()) for image, _ in scenes)
 
 
@@ -239,6 +244,16 @@ def test_a_batch_of_several_sizes_is_padded_with_void():
 def test_evaluation_does_not_pad(pascal_context):
     """A prediction near the padding would depend on which images came together."""
     dataset = PascalContext(pascal_context, "val")
-    batches = list(eval_loader(dataset, 2))
-    assert [labels.shape for _, labels in batches] == [(1, 10, 12), (1, 8, 15)]
-    assert len(list(eval_loader(PascalContext(pascal_context, "val", size=(9, 9)), 2))) == 1
+    (stacks,) = eval_loader(dataset, 2)
+    assert [labels.shape for _, labels in stacks] == [(1, 10, 12), (1, 8, 15)]
+    ((stack,),) = eval_loader(PascalContext(pascal_context, "val", size=(9, 9)), 2)
+    assert stack[1].shape == (2, 9, 9)
+
+
+def test_workers_read_what_one_process_reads_and_stay():
+    loader = eval_loader(Synthetic("val", 5, (32, 32)), 2, workers=2)
+    assert loader.persistent_workers
+    for _ in range(2):
+        for stacks, alone in zip(loader, eval_loader(Synthetic("val", 5, (32, 32)), 2), strict=True):
+            for one, other in zip(stacks, alone, strict=True):
+                assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])

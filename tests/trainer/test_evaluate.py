@@ -1,11 +1,27 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from pixcontrast_ext.trainer import train
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore
+from pixcontrast_ext.trainer.config import InferenceConfig
+from pixcontrast_ext.trainer.data import eval_loader
 from pixcontrast_ext.trainer.datasets import IGNORE
-from pixcontrast_ext.trainer.evaluate import class_iou, confusion_matrix
+from pixcontrast_ext.trainer.distributed import Ranks
+from pixcontrast_ext.trainer.evaluate import (
+    class_iou,
+    confusion_matrix,
+    evaluate,
+    export_model,
+    load_model,
+)
+
+CPU = torch.device("cpu")
 
 
 def test_iou_of_a_worked_example():
@@ -27,3 +43,47 @@ def test_iou_is_that_of_torchmetrics():
         metric(predictions, labels),
         equal_nan=True,
     )
+
+
+class Says(nn.Module):
+    """Of a grey level of n / 100 it says that it is class n; of the right half of any image, that it is class 2."""
+
+    def forward(self, images):
+        logits = -((images[:, :1] * 100 - torch.arange(4.0).view(1, 4, 1, 1)) ** 2)
+        logits[:, 2, :, images.shape[3] // 2 :] = 99
+        return {"seg": logits}
+
+
+def test_scores_of_a_model_that_is_known():
+    image = torch.tensor([0, 1, 1, 3]).repeat(2, 1)
+    dataset = [
+        ((image * 2.55).round().to(torch.uint8).expand(3, 2, 4), torch.tensor(label, dtype=torch.uint8))
+        for label in ([[0, 1, 2, 2], [0, 0, 2, IGNORE]], [[1, 1, 1, 2], [IGNORE] * 4])
+    ]
+    scores = evaluate(Says(), eval_loader(dataset, 1), tuple("abcd"), Ranks(0, 1, CPU))
+    assert scores.confusion.tolist() == [[2, 1, 0, 0], [1, 2, 1, 0], [0, 0, 4, 0], [0, 0, 0, 0]]
+    assert scores.pixel_accuracy == 8 / 11
+    assert list(scores.class_iou.values())[:3] == [2 / 4, 2 / 5, 4 / 5] and math.isnan(scores.class_iou["d"])
+    assert scores.miou == pytest.approx((2 / 4 + 2 / 5 + 4 / 5) / 3)
+    # The right half of each window is class 2.
+    windows = InferenceConfig(window=(2, 2), stride=(2, 2))
+    scores = evaluate(Says(), eval_loader(dataset, 2), tuple("abcd"), Ranks(0, 1, CPU), options=windows)
+    assert scores.confusion[:, 2].tolist() == [1, 2, 2, 0]
+
+
+def test_an_exported_model_is_that_of_the_run_without_what_only_training_needs(tiny, tmp_path):
+    config = tiny(steps=1)
+    train.train(config)
+    path = tmp_path / "deep" / "model.pt"
+    parameters = export_model(config.out, path)
+    state = torch.load(path, weights_only=True)
+    assert state.keys() == {"step", "model", "config"} and state["step"] == 1
+    assert not any("embed" in name or "bank" in name for name in state["model"])
+    whole = CheckpointStore(config.out / "checkpoints").load_latest()[1]["model"]
+    assert any("embed_head" in name for name in whole)
+    assert all(torch.equal(value, whole[name]) for name, value in state["model"].items())
+    model, _, step = load_model(path, CPU)
+    assert step == 1 and parameters == sum(weight.numel() for weight in model.parameters())
+    with torch.no_grad():
+        assert set(model(torch.rand(1, 3, 32, 48))) == {"seg"}
+    assert [each.name for each in path.parent.iterdir()] == ["model.pt"]

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 from pixcontrast_ext.trainer.__main__ import main
+from pixcontrast_ext.trainer.data import IGNORE, Synthetic
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.logs import read_rows
@@ -16,11 +18,14 @@ from pixcontrast_ext.trainer.logs import read_rows
 TINY = "--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures".split()
 
 
+def void_pixels(count):
+    return sum(int((label == IGNORE).sum()) for _, label in Synthetic("val", count, (32, 48)))
+
+
 def test_help_lists_the_commands(trainer, capsys):
     done = trainer("--help")
-    assert done.returncode == 0 and all(
-        name in done.stdout for name in ("train", "eval", "check-data", "demo")
-    )
+    commands = ("train", "eval", "predict", "export", "compare", "check-data", "demo")
+    assert done.returncode == 0 and all(f"\n  {name} " in done.stdout for name in commands)
     assert main(["fly"]) == 2
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
@@ -39,7 +44,20 @@ def test_train_then_resume_then_eval(tmp_path, capsys):
     assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "scores")]) == 0
     scores = json.loads((tmp_path / "scores" / "val.json").read_text())
     assert scores["step"] == 3 and scores["miou"] == pytest.approx(miou, abs=1e-6)
-    assert (tmp_path / "scores" / "val.png").stat().st_size > 5_000
+    assert np.sum(scores["confusion"]) == 3 * 32 * 48 - void_pixels(3)
+    assert scores["pixel_accuracy"] == pytest.approx(
+        np.trace(scores["confusion"]) / np.sum(scores["confusion"])
+    )
+    for picture in ("val.png", "val-confusion.png"):
+        assert (tmp_path / "scores" / picture).stat().st_size > 5_000
+    capsys.readouterr()
+    views = "--window 16 32 --scales 0.75 1 --flip --workers 1".split()
+    assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "views"), *views]) == 0
+    views = json.loads((tmp_path / "views" / "val.json").read_text())
+    assert views["window"] == [16, 32] and views["stride"] is None
+    assert views["scales"] == [0.75, 1] and views["flip"] is True
+    assert views["confusion"] != scores["confusion"]
+    assert f"mIoU            {views['miou']:.4f}" in capsys.readouterr().out
 
     assert main(["train", "--out", str(moved), "--resume", "--steps", "4"]) == 0
     assert read_rows(moved / "val.csv")[-1]["step"] == 4 and not out.exists()
@@ -53,6 +71,12 @@ def test_train_then_resume_then_eval(tmp_path, capsys):
         (["train", "--config", "absent.json"], "error: config file absent.json does not exist"),
         (["eval", "--checkpoint", "absent.pt"], "error: checkpoint absent.pt does not exist"),
         (["eval", "--checkpoint", "."], "error: run . has no checkpoint"),
+        (["eval", "--checkpoint", ".", "--workers", "-1"], "error: --workers is -1, must be at least 0"),
+        (["eval", "--checkpoint", ".", "--stride", "3", "3"], "error: --stride is (3, 3), must be left out"),
+        (["compare", "--seed", "3"], "error: compare takes --seeds, not --seed"),
+        (["compare", "--contrast=bank"], "error: compare takes --methods, not --contrast"),
+        (["compare", "--seeds", "1", "1"], "error: --seeds is (1, 1), must be at least one and none twice"),
+        (["compare", "--steps", "0"], "error: --steps is 0, must be at least 1"),
     ],
 )
 def test_bad_input_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, args, message):

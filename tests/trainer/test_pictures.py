@@ -10,7 +10,13 @@ from pixcontrast_ext.trainer import pictures
 from pixcontrast_ext.trainer.data import IGNORE, Synthetic, dataset_spec
 from pixcontrast_ext.trainer.logs import RunLog
 from pixcontrast_ext.trainer.models import build_model
-from pixcontrast_ext.trainer.pictures import draw_curves, draw_panels, draw_tsne, pixel_features
+from pixcontrast_ext.trainer.pictures import (
+    draw_confusion,
+    draw_curves,
+    draw_panels,
+    draw_tsne,
+    pixel_features,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,6 +77,29 @@ def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
     image = np.array(Image.open(path).convert("L"))
     half = image.shape[1] // 2
     assert (image[:, :half] < 250).sum() > 1000 and (image[:, half:] < 250).sum() > 1000
+
+
+def test_confusion_matrix_is_shaded_by_share_of_the_class(tmp_path):
+    """A class all of whose pixels are right is as dark as it gets, however few they are."""
+    full, half = (8, 48, 107), (107, 174, 214)  # matplotlib's "Blues" at 1 and at 1/2
+    spec = dataset_spec("camvid")
+    confusion = torch.zeros(11, 11, dtype=torch.int64)
+    confusion[0, 0], confusion[1, 1], confusion[3, 4], confusion[3, 5] = 7_000_000, 3, 50, 50
+    shown = colours_of(draw_confusion(confusion, spec.classes, tmp_path / "confusion.png"))
+    near = {
+        colour: sum(count for found, count in shown.items() if np.abs(np.subtract(found, colour)).max() <= 4)
+        for colour in (full, half)
+    }
+    cell = min(near.values()) / 2
+    assert cell > 500 and all(1.5 * cell < count < 4 * cell for count in near.values()), near
+
+
+@pytest.mark.parametrize("name", ["pascal_context", "coco_stuff"])
+def test_confusion_matrix_of_many_classes(name, tmp_path):
+    classes = dataset_spec(name).classes
+    path = draw_confusion(torch.eye(len(classes), dtype=torch.int64), classes, tmp_path / "confusion.png")
+    width, height = Image.open(path).size
+    assert width > 1000 and abs(width - height) < 0.25 * height and colours_of(path)[8, 48, 107] > 1000
 
 
 @pytest.mark.parametrize("width", [4.6, 9.2, 12.0])

@@ -15,7 +15,7 @@ from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig, load_config, save_config
-from pixcontrast_ext.trainer.data import IGNORE, dataset_spec
+from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
 from pixcontrast_ext.trainer.logs import read_rows
@@ -47,7 +47,7 @@ def assert_same_state(one, other, *, parts=("step", "model", "criterion", "optim
 
 def record(path):
     return [
-        {key: str(value) for key, value in row.items() if key != "seconds_per_step"}
+        {key: str(value) for key, value in row.items() if key not in ("seconds_per_step", "memory_mib")}
         for row in read_rows(path)
     ]
 
@@ -255,7 +255,8 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
 
     model, _, _ = load_model(config.out, torch.device("cpu"))
     spec = dataset_spec(config.data.dataset)
-    scores = evaluate(model, spec.build(config.data, "val"), spec.classes, Ranks(0, 1, torch.device("cpu")))
+    loader = eval_loader(spec.build(config.data, "val"), 8)
+    scores = evaluate(model, loader, spec.classes, Ranks(0, 1, torch.device("cpu")))
     assert scores.miou == read_rows(config.out / "val.csv")[-1]["miou"]  # of the weights that were saved
 
     scores = [torchrun(environment, 2, "eval", "--checkpoint", config.out).stdout]

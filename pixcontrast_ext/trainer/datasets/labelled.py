@@ -69,8 +69,8 @@ class LabelledFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image_path, label_path = self.pairs[index]
-        image = _open(image_path).convert("RGB")
-        label = _open(label_path)
+        image = read_image(image_path).convert("RGB")
+        label = read_image(label_path)
         if label.mode not in ("L", "P", "I", "I;16"):
             raise ValueError(
                 f"label {label_path} must have one channel of class indices, its mode is {label.mode}"
@@ -79,11 +79,7 @@ class LabelledFiles(Dataset[Sample]):
             sizes = ["x".join(map(str, each.size)) for each in (label, image)]
             raise ValueError(f"label {label_path} is {sizes[0]}, its image {sizes[1]}")
         classes = self._classes(np.array(label), label_path)
-        width, height = image.size
-        if self.size is not None:
-            height, width = self.size
-        elif self.scale != 1.0:
-            height, width = max(1, round(height * self.scale)), max(1, round(width * self.scale))
+        height, width = resized_extent((image.height, image.width), self.size, self.scale)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
             resized = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
@@ -144,6 +140,26 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) 
     return found
 
 
+def read_image(path: Path) -> Image.Image:
+    """An image file, decoded. Raises ValueError that names one that cannot be read."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    return image
+
+
+def resized_extent(
+    extent: tuple[int, int], size: tuple[int, int] | None = None, scale: float = 1.0
+) -> tuple[int, int]:
+    """Height and width to resize an image of `extent` to: `size`, or else `extent` times `scale`."""
+    if size is not None:
+        return size
+    height, width = (max(1, round(length * scale)) for length in extent)
+    return height, width
+
+
 def require_folder(folder: Path) -> None:
     """Raises FileNotFoundError if there is no such folder."""
     if not folder.is_dir():
@@ -168,12 +184,3 @@ def _known(table: np.ndarray) -> str:
     values = np.flatnonzero(table != _OUTSIDE)
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return image

@@ -1,0 +1,102 @@
+"""Masks and overlays of a folder of images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
+from pixcontrast_ext.trainer.data import DatasetSpec
+from pixcontrast_ext.trainer.datasets.labelled import files_by_stem, read_image, resized_extent
+from pixcontrast_ext.trainer.files import write_text
+from pixcontrast_ext.trainer.inference import evaluating, predict
+from pixcontrast_ext.trainer.pictures import colour_table
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What came of a folder."""
+
+    images: int
+    """How many were predicted."""
+    problems: list[str]
+    """A line for each that could not be read."""
+
+
+def predict_folder(
+    model: nn.Module,
+    spec: DatasetSpec,
+    data: DataConfig,
+    images: Path,
+    out: Path,
+    device: torch.device,
+    *,
+    options: InferenceConfig | None = None,
+    amp: str = "off",
+) -> Predicted:
+    """Predict every image of a folder, past those that cannot be read, with a progress bar.
+
+    Writes `out`/masks/NAME.png, the class of every pixel as a palette image of the image's size;
+    `out`/overlays/NAME.png, the image with the classes' colours over it; and `out`/classes.json, name and
+    colour of each class.
+
+    Args:
+        model: in eval mode or not, returns logits "seg" for images [1, 3, H, W] in [0, 1] on `device`.
+        spec: of the dataset that it was trained on, for classes and colours.
+        data: options of that dataset: images are brought to the size that they had in training.
+        images: the folder; folders in it are not read.
+        options: how an image is predicted; at once, as it is, unless given.
+        amp: mixed precision of the model, as in `TrainConfig`.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no images.
+        ValueError: two images have one name but for the suffix.
+    """
+    doubled: list[str] = []
+    paths = files_by_stem(images, SUFFIXES, doubled)
+    if doubled:
+        raise ValueError(f"{doubled[0]} but for the suffix: their masks would be one file")
+    for folder in ("masks", "overlays"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    palette = colour_table(spec)
+    classes = [
+        {"value": value, "name": name, "colour": list(spec.colours[value])}
+        for value, name in enumerate(spec.classes)
+    ]
+    write_text(out / "classes.json", json.dumps(classes, indent=1) + "\n")
+    problems = []
+    with evaluating(model):
+        # None: only a terminal gets a bar.
+        for name, path in tqdm(paths.items(), desc="predicting", unit="image", disable=None):
+            try:
+                image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            labels = predict(
+                model, _network_input(image, data, device), (image.height, image.width), options, amp
+            )
+            values = labels[0].to(torch.uint8).cpu().numpy()
+            mask = Image.fromarray(values, mode="P")
+            mask.putpalette(palette.tobytes())
+            mask.save(out / "masks" / f"{name}.png")
+            overlay = Image.blend(image, Image.fromarray(palette[values]), 0.5)
+            overlay.save(out / "overlays" / f"{name}.png")
+    return Predicted(len(paths) - len(problems), problems)
+
+
+def _network_input(image: Image.Image, data: DataConfig, device: torch.device) -> Tensor:
+    """An image as [1, 3, H, W] in [0, 1], at the size that the dataset gave it in training."""
+    height, width = resized_extent((image.height, image.width), data.size, data.scale)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device).float() / 255

@@ -1,0 +1,144 @@
+"""Masks and overlays against the prediction itself, and what becomes of files that are not as they should be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixcontrast_ext.trainer.__main__ import main
+from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
+from pixcontrast_ext.trainer.data import dataset_spec
+from pixcontrast_ext.trainer.evaluate import load_model
+from pixcontrast_ext.trainer.inference import predict
+from pixcontrast_ext.trainer.predict import predict_folder
+from pixcontrast_ext.trainer.train import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tiny):
+    config = tiny(steps=2)
+    train(config)
+    return config.out
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, shape in (("one.png", (40, 56, 3)), ("two.jpg", (33, 47, 3)), ("grey.png", (32, 32))):
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def mask_of(out, name):
+    return np.array(Image.open(out / "masks" / f"{name}.png"))
+
+
+def test_a_folder_is_predicted(run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    views = "--window 24 32 --flip".split()
+    arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(out), "--device", "cpu"]
+    assert main(["predict", *arguments, *views]) == 0
+    assert f"3 images predicted, masks and overlays in {out}" in capsys.readouterr().out
+    spec = dataset_spec("synthetic")
+    model, _, _ = load_model(run, CPU)
+    palette = np.array(spec.colours, np.uint8)
+    for path in (photos / "one.png", photos / "two.jpg", photos / "grey.png"):
+        image = np.array(Image.open(path).convert("RGB"))
+        batch = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+        size = image.shape[:2]
+        with torch.no_grad():
+            expected = predict(model, batch, size, InferenceConfig(window=(24, 32), flip=True))[0].numpy()
+        assert np.array_equal(mask_of(out, path.stem), expected)
+        shown = np.array(Image.open(out / "masks" / f"{path.stem}.png").convert("RGB"))
+        assert np.array_equal(shown, palette[expected])
+        overlay = np.array(Image.open(out / "overlays" / f"{path.stem}.png"))
+        mean = (image.astype(int) + palette[expected]) / 2
+        assert overlay.shape == image.shape and np.abs(overlay - mean).max() <= 1
+    assert {path.name for path in (out / "masks").iterdir()} == {"one.png", "two.png", "grey.png"}
+    classes = json.loads((out / "classes.json").read_text())
+    assert [each["name"] for each in classes] == list(spec.classes)
+    assert [tuple(each["colour"]) for each in classes] == list(spec.colours)
+
+
+def test_an_exported_model_predicts_the_same(run, photos, tmp_path):
+    exported = tmp_path / "model.pt"
+    assert main(["export", "--checkpoint", str(run), "--out", str(exported)]) == 0
+    for name, checkpoint in (("run", run), ("exported", exported)):
+        arguments = ["--checkpoint", str(checkpoint), "--images", str(photos), "--out", str(tmp_path / name)]
+        assert main(["predict", *arguments]) == 0
+    assert np.array_equal(mask_of(tmp_path / "run", "one"), mask_of(tmp_path / "exported", "one"))
+
+
+def test_images_are_shown_to_the_network_as_in_training(run, photos, tmp_path):
+    """A model of half-size images gets half-size images, and its mask is of the whole size."""
+    model, config, _ = load_model(run, CPU)
+    data = replace(config.data, size=None, scale=0.5)
+    predict_folder(model, dataset_spec("synthetic"), data, photos, tmp_path / "half", CPU)
+    image = Image.open(photos / "one.png")
+    half = np.array(image.resize((28, 20), Image.Resampling.BILINEAR))
+    with torch.no_grad():
+        batch = torch.from_numpy(half).permute(2, 0, 1)[None].float() / 255
+        expected = predict(model, batch, (40, 56))[0].numpy()
+    assert np.array_equal(mask_of(tmp_path / "half", "one"), expected)
+
+
+def test_a_photograph_is_turned_as_its_camera_says(run, photos, tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6  # to be turned by a quarter
+    image = Image.open(photos / "one.png")
+    for path in photos.iterdir():
+        path.unlink()
+    image.save(photos / "camera.png", exif=tags)
+    model, _, _ = load_model(run, CPU)
+    predict_folder(model, dataset_spec("synthetic"), DataConfig(), photos, tmp_path / "out", CPU)
+    turned = np.rot90(np.array(image), -1)
+    with torch.no_grad():
+        batch = torch.from_numpy(turned.copy()).permute(2, 0, 1)[None].float() / 255
+        expected = predict(model, batch, (56, 40))[0].numpy()
+    assert np.array_equal(mask_of(tmp_path / "out", "camera"), expected)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_predicted(run, photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes((photos / "one.png").read_bytes()[:300])
+    out = tmp_path / "out"
+    assert main(["predict", "--checkpoint", str(run), "--images", str(photos), "--out", str(out)]) == 1
+    told = capsys.readouterr()
+    assert "3 images predicted" in told.out
+    assert told.err.startswith(f"error: {photos / 'broken.png'} cannot be read as an image")
+    assert len(list((out / "overlays").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "error: folder {folder} does not exist"),
+        (lambda folder: folder.mkdir(), "error: folder {folder} holds no .png or .jpg"),
+    ],
+)
+def test_a_folder_without_images_is_told(run, tmp_path, capsys, prepare, message):
+    folder = tmp_path / "absent"
+    prepare(folder)
+    arguments = ["--checkpoint", str(run), "--images", str(folder), "--out", str(tmp_path / "out")]
+    assert main(["predict", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(message.format(folder=folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_images_of_one_name_are_refused(run, photos, tmp_path, capsys):
+    Image.open(photos / "one.png").save(photos / "one.jpg")
+    arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(tmp_path / "out")]
+    assert main(["predict", *arguments]) == 2
+    assert (
+        "one.png have the same name but for the suffix: their masks would be one file"
+        in capsys.readouterr().err
+    )
