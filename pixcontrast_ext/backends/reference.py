@@ -367,11 +367,12 @@ def enqueue_collect(
     pairs = torch.where(classes < 0, -1, pixel // pixels * num_classes + classes)
     n = _count(pairs, num_pairs)
 
-    of_class = [
-        torch.where((classes == c)[:, None], unit, 0.0).view(batch, pixels, channels)
-        for c in range(num_classes)
-    ]
-    region = torch.stack([u.sum(dim=1, dtype=torch.float64) for u in of_class], 1).view(num_pairs, channels)
+    def class_sum(c: int) -> Tensor:
+        of_class = torch.where((classes == c)[:, None], unit, 0.0).view(batch, pixels, channels)
+        return of_class.sum(dim=1, dtype=torch.float64)
+
+    # One class at a time: a copy of the map for each of 171 would be 46 GB at the paper's size.
+    region = torch.stack([class_sum(c) for c in range(num_classes)], 1).view(num_pairs, channels)
     region = region * _inverse_norm(region)[:, None] if normalize else region / n.clamp(min=1)[:, None]
 
     chosen = _smallest(pairs, priority.flatten(), n.clamp(max=pixels_per_image))
