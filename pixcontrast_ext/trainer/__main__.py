@@ -5,7 +5,6 @@ A command is a dataclass of its flags and a function that takes it, in `COMMANDS
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -28,7 +27,7 @@ from pixcontrast_ext.trainer.data import dataset_spec, eval_loader
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, export_model, load_model
-from pixcontrast_ext.trainer.files import write_text
+from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.pictures import draw_confusion, draw_panels
 from pixcontrast_ext.trainer.predict import predict_folder
 from pixcontrast_ext.trainer.train import train
@@ -123,12 +122,9 @@ class CheckDataCommand:
 
 def run_train(args: Sequence[str]) -> None:
     command = parse_flags(TrainCommand, args, prog=_prog("train"))
-    saved = command.run.out / "config.json"
-    source = saved if command.resume and command.config is None and saved.exists() else command.config
-    if source is not None:
-        # A moved run goes on where it is now, not where its file says it was.
-        here = ["--out", str(command.run.out)] if source == saved else []
-        command = parse_flags(TrainCommand, [*flags_of_file(source), *here, *args], prog=_prog("train"))
+    options = _options_before(command.config, command.resume, command.run.out)
+    if options:
+        command = parse_flags(TrainCommand, [*options, *args], prog=_prog("train"))
     result = train(command.run, resume=command.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"mIoU {result.miou:.4f} on val, {result.seconds_per_step:.3f} s per step, all in {result.out}")
@@ -172,7 +168,7 @@ def run_eval(args: Sequence[str]) -> None:
                 "class_iou": scores.class_iou,
                 "confusion": scores.confusion.tolist(),
             }
-            write_text(command.out / f"{command.split}.json", json.dumps(record, indent=2) + "\n")
+            write_json(command.out / f"{command.split}.json", record)
             draw_confusion(scores.confusion, spec.classes, command.out / f"{command.split}-confusion.png")
             draw_panels(
                 {"prediction": model},
@@ -181,15 +177,15 @@ def run_eval(args: Sequence[str]) -> None:
                 command.out / f"{command.split}.png",
                 ranks.device,
                 options=command.inference,
+                amp=config.amp,
             )
 
 
 def run_predict(args: Sequence[str]) -> int:
     command = parse_flags(PredictCommand, args, prog=_prog("predict"))
     command.inference.validate()
+    _require_one_process("predict")
     with join_ranks(command.device) as ranks:
-        if ranks.world > 1:
-            raise ValueError(f"predict runs in one process, not in {ranks.world}")
         model, config, _ = load_model(command.checkpoint, ranks.device)
         predicted = predict_folder(
             model,
@@ -209,6 +205,7 @@ def run_predict(args: Sequence[str]) -> int:
 
 def run_export(args: Sequence[str]) -> None:
     command = parse_flags(ExportCommand, args, prog=_prog("export"))
+    _require_one_process("export")
     parameters = export_model(command.checkpoint, command.out)
     print(f"{parameters:,} parameters in {command.out}")
 
@@ -218,18 +215,20 @@ def run_compare(args: Sequence[str]) -> None:
         if any(arg == flag or arg.startswith(f"{flag}=") for arg in args):
             raise ValueError(f"compare takes {instead}, not {flag}")
     command = parse_flags(CompareCommand, args, prog=_prog("compare"))
-    if command.config is not None:
-        options = flags_of_file(command.config)
+    out = command.compare.run.out
+    options = _options_before(command.config, command.resume, out)
+    if options:
         command = parse_flags(CompareCommand, [*options, *args], prog=_prog("compare"))
+        out = command.compare.run.out
     comparison = compare(command.compare, resume=command.resume)
     if int(os.environ.get("RANK", "0")) == 0:
-        out = command.compare.run.out
         print(f"{table(comparison)}\n\nAll in {out}: compare.json, compare.png, panels.png and the runs")
 
 
 def run_check_data(args: Sequence[str]) -> int:
     command = parse_flags(CheckDataCommand, args, prog=_prog("check-data"))
     _check_workers(command.workers)
+    _require_one_process("check-data")
     data = DataConfig(
         dataset=command.dataset, root=command.root, train_ids=command.train_ids, workers=command.workers
     )
@@ -272,13 +271,36 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[given[0]][0](given[1:]) or 0
     except (ValueError, OSError, ImportError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         return 2
+
+
+def _options_before(config: Path | None, resume: bool, out: Path) -> list[str]:
+    """The flags that go before those of the command line: of --config, or else of what is resumed in `out`."""
+    saved = out / "config.json"
+    if config is None and resume and saved.exists():
+        # What was moved goes on where it is now, not where its file says it was.
+        return [*flags_of_file(saved), "--out", str(out)]
+    return flags_of_file(config) if config is not None else []
+
+
+def _require_one_process(command: str) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise ValueError(f"{command} runs in one process, not in {world}")
 
 
 def _check_workers(workers: int) -> None:
     if workers < 0:
         raise ValueError(f"--workers is {workers}, must be at least 0")
+
+
+def _told(error: Exception) -> str:
+    """What an error says; of one in a loading process, without the traceback that it is wrapped in."""
+    said = str(error)
+    if "in DataLoader worker process" in said:
+        return said.rstrip().splitlines()[-1].partition(": ")[2]
+    return said
 
 
 def _prog(command: str) -> str:

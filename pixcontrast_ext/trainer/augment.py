@@ -1,15 +1,13 @@
-"""Random variation of a training batch: images and labels move together, by kornia.
+"""Random variation of a training batch, on its device: images and labels move together.
 
-Everything is drawn from torch's global generator, which the training loop seeds per step.
+Everything is drawn from torch's global generators, which the training loop seeds per step.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import kornia.augmentation as K
 import torch
-from kornia.constants import DataKey
+from kornia.geometry.transform import warp_affine
 from torch import Tensor, nn
 
 from pixcontrast_ext.trainer.config import DataConfig
@@ -17,32 +15,49 @@ from pixcontrast_ext.trainer.data import IGNORE
 
 
 class Augment(nn.Module):
-    """Flip, zoom, rotate, shift, crop and recolour a batch.
+    """Recolour, flip, zoom, rotate and crop a batch.
 
-    `forward(images [B, 3, H, W] float in [0, 1], labels [B, H, W] int64)` returns both, at the crop's
-    size if there is one. Labels take the nearest pixel; what lies outside the image is black and `IGNORE`.
+    A crop lies anywhere inside the zoomed image or, where that is smaller, has it anywhere inside. Labels take the
+    nearest pixel; what lies outside the image is black and `IGNORE`.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
+        self.crop, self.zoom, self.rotate = config.crop, config.zoom, config.rotate
         jitter = config.jitter
-        # Shifts this large let a zoomed image show any of its parts.
-        geometry: list[Any] = [
-            K.RandomHorizontalFlip(p=0.5),
-            K.RandomAffine(degrees=config.rotate, translate=(0.2, 0.2), scale=config.zoom, p=1.0),
-        ]
-        if config.crop is not None:
-            geometry.append(K.RandomCrop(config.crop, pad_if_needed=True, p=1.0))
-        nearest: Any = {"resample": "nearest", "align_corners": False}
-        self.move = K.AugmentationSequential(
-            *geometry, data_keys=["input", "mask"], extra_args={DataKey.MASK: nearest}
-        )
         self.recolour = K.ColorJiggle(jitter, jitter, jitter, 0.0, p=1.0) if jitter else nn.Identity()
 
     @torch.no_grad()
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        # kornia fills with zeros, so zero has to mean "no class" while the labels move.
-        shifted = torch.where(labels == IGNORE, 0, labels + 1)[:, None].float()
-        images, shifted = self.move(self.recolour(images), shifted)
-        moved = shifted[:, 0].round().long()
+    def forward(self, images: Tensor, labels: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels at the size of the crop, or at their own without one.
+
+        Args:
+            images: [B, 3, H, W] float in [0, 1].
+            labels: [B, H, W] int64.
+            sizes: height and width of each image in the upper left of its [H, W], [B, 2]; the whole unless given.
+        """
+        batch, canvas = len(images), labels.shape[-2:]
+        if sizes is None:
+            sizes = labels.new_tensor(canvas).expand(batch, 2)
+        shown = self.crop or (canvas[0], canvas[1])
+        transform = self._draw(sizes.to(images), shown)
+        images = warp_affine(self.recolour(images), transform, shown)
+        # Outside is filled with zeros, so zero has to mean "no class" while the labels move.
+        shifted = torch.where(labels == IGNORE, 0, labels + 1)[:, None].to(images)
+        moved = warp_affine(shifted, transform, shown, mode="nearest")[:, 0].round().long()
         return images, torch.where(moved == 0, IGNORE, moved - 1)
+
+    def _draw(self, sizes: Tensor, shown: tuple[int, int]) -> Tensor:
+        """Matrices [B, 2, 3] that take pixels (x, y) of images of `sizes` [B, 2] to those of a crop of size `shown`."""
+        uniform = torch.rand(5, len(sizes), device=sizes.device, dtype=sizes.dtype)
+        zoom = self.zoom[0] + (self.zoom[1] - self.zoom[0]) * uniform[0]
+        angle = torch.deg2rad(self.rotate * (2 * uniform[1] - 1))
+        mirror = torch.where(uniform[2] < 0.5, -1.0, 1.0)
+        extent = sizes * zoom[:, None]
+        # The zoomed image hangs over, or falls short of, the crop by as much as this, here and there by a random share.
+        over = extent - extent.new_tensor(shown)
+        centre = ((extent - 1) / 2 - uniform[3:].T * over).flip(1)
+        sine, cosine = zoom * angle.sin(), zoom * angle.cos()
+        turn = torch.stack([mirror * cosine, -sine, mirror * sine, cosine], 1).view(-1, 2, 2)
+        shift = centre - (turn @ ((sizes.flip(1) - 1) / 2)[..., None])[..., 0]
+        return torch.cat([turn, shift[..., None]], 2)

@@ -7,7 +7,6 @@ at, and its spread over the seeds says how far to trust it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +16,11 @@ from typing import Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.config import TrainConfig, flatten, load_config
+from pixcontrast_ext.trainer.config import TrainConfig, flatten, load_config, save_config
 from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import load_model
-from pixcontrast_ext.trainer.files import write_text
+from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.pictures import draw_panels
 from pixcontrast_ext.trainer.train import Result, train
@@ -34,6 +33,10 @@ NAMES: dict[str, str] = {
     "bank": "+ contrast with the bank",
 }
 """What to call a run, by its `--contrast`."""
+
+
+_HARMLESS = ("out", "root", "workers", "device", "checkpoint_every", "keep_checkpoints", "pictures")
+"""Options that may change between a comparison and its resumption: where things are, and what is kept."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Comparison:
         return float(np.median([result.seconds_per_step for result in self.results[method]]))
 
     def memory_mib(self, method: str) -> float:
-        """Most memory that a run took."""
-        return max(result.memory_mib for result in self.results[method])
+        """Most memory that training took in a run, NaN if it cannot be known."""
+        return float(np.max([result.memory_mib for result in self.results[method]]))
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class CompareConfig:
 
 
 def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
-    """Train all runs, seed by seed, and leave compare.json, compare.png and panels.png in `config.run.out`.
+    """Train all runs, seed by seed, and leave compare.json, compare.png and panels.png in `config.run.out`, with the
+    options that they have in common.
 
     Under torchrun, every rank calls this.
 
@@ -115,21 +119,28 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
 
     Raises:
         ValueError: an option is out of range, or `resume` finds a run that was trained with other options.
-        FileExistsError: the folder holds a run already and `resume` is not set.
+        FileExistsError: the folder holds one of the runs already and `resume` is not set.
     """
     config.validate()
     runs = {(method, seed): config.run_of(method, seed) for seed in config.seeds for method in config.methods}
     for run in runs.values():
         run.validate()
-        _require_same_options(run)
+        if (run.out / "config.json").exists():
+            if not resume:
+                raise FileExistsError(f"{run.out} holds a run already: --resume or choose another --out")
+            _require_same_options(run)
     with join_ranks(config.run.device) as ranks:
+        ranks.wait()  # all have looked at what is there
+        if ranks.is_first:
+            config.run.out.mkdir(parents=True, exist_ok=True)
+            save_config(config.run, config.run.out / "config.json")
         results: dict[str, list[Result]] = {method: [] for method in config.methods}
         for (method, _), run in runs.items():
             results[method].append(train(run, resume=resume and (run.out / "config.json").exists()))
         comparison = Comparison(config.seeds, results)
         if ranks.is_first:
             out = config.run.out
-            write_text(out / "compare.json", json.dumps(record(comparison), indent=1) + "\n")
+            write_json(out / "compare.json", record(comparison))
             draw_comparison(comparison, out / "compare.png")
             spec = dataset_spec(config.run.data.dataset)
             models = {
@@ -137,20 +148,17 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
                 for method, of_seed in results.items()
             }
             scenes = spec.build(config.run.data, "val")
-            draw_panels(models, scenes, spec, out / "panels.png", ranks.device)
+            draw_panels(models, scenes, spec, out / "panels.png", ranks.device, amp=config.run.amp)
     return comparison
 
 
 def _require_same_options(run: TrainConfig) -> None:
-    """Raises ValueError if the folder of a run holds one of other options."""
-    path = run.out / "config.json"
-    if not path.exists():
-        return
-    before, now = flatten(load_config(path)), flatten(run)
+    """Raises ValueError if the run in the folder of `run` was trained with options that might change its result."""
+    before, now = flatten(load_config(run.out / "config.json")), flatten(run)
     changed = [
         f"--{name.replace('_', '-')} {before[name]!r}, now {now[name]!r}"
         for name in now
-        if name != "out" and before[name] != now[name]
+        if name not in _HARMLESS and before[name] != now[name]
     ]
     if changed:
         raise ValueError(f"{run.out} was trained with {'; '.join(changed)}: choose another --out")
@@ -175,10 +183,7 @@ def record(comparison: Comparison) -> dict[str, object]:
         methods[method] = {
             "miou": [result.miou for result in results],
             "class_iou": [result.class_iou for result in results],
-            "difference": {
-                "mean": difference.mean,
-                "interval_95": None if math.isnan(difference.low) else [difference.low, difference.high],
-            },
+            "difference": {"mean": difference.mean, "interval_95": [difference.low, difference.high]},
             "seconds_per_step": [result.seconds_per_step for result in results],
             "memory_mib": [result.memory_mib for result in results],
         }
@@ -202,7 +207,8 @@ def table(comparison: Comparison) -> str:
     seconds = [comparison.seconds(method) for method in methods]
     memory = [comparison.memory_mib(method) for method in methods]
     rows.append(["ms per step", *(f"{each * 1e3:,.0f} ({each / base_seconds:.2f}x)" for each in seconds)])
-    rows.append(["peak memory, MiB", *(f"{each:,.0f} ({each - base_memory:+,.0f})" for each in memory)])
+    if not math.isnan(sum(memory)):
+        rows.append(["peak memory, MiB", *(f"{each:,.0f} ({each - base_memory:+,.0f})" for each in memory)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         row[0].ljust(widths[0])

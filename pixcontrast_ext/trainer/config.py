@@ -38,6 +38,8 @@ class DataConfig:
     """Height and width to resize to (synthetic: to draw at; 96 96 unless given)."""
     scale: float = 1.0
     """Resize by this factor instead, e.g. 0.5 for half size. Labels are resized to the nearest pixel."""
+    short_side: int | None = None
+    """Resize so that the shorter side has so many pixels instead."""
     train_ids: bool = False
     """Cityscapes: read the *_labelTrainIds.png made beforehand rather than map the *_labelIds.png."""
     data_seed: int = 0
@@ -47,7 +49,7 @@ class DataConfig:
     workers: int = 0
     """Processes that load data, per rank; 0 loads in the training process."""
     augment: bool = True
-    """Flip, zoom, rotate, shift and recolour the training images."""
+    """Recolour, flip, zoom, rotate and crop the training images."""
     crop: tuple[int, int] | None = None
     """Height and width of a random training crop; the whole image unless given."""
     zoom: tuple[float, float] = (0.75, 1.5)
@@ -115,6 +117,8 @@ class OptimConfig:
     """Kind of optimiser."""
     lr: float = 0.05
     """Highest learning rate."""
+    head_lr: float = 1.0
+    """Learning rate of all but the backbone, as a multiple of that of the backbone."""
     lr_warmup: int = 0
     """Steps over which the learning rate rises."""
     power: float = 0.9
@@ -212,7 +216,8 @@ class TrainConfig:
             _require(value >= 1, name, value, "at least 1")
         for name, number in not_negative.items():
             _require(math.isfinite(number) and number >= 0, name, number, "finite and not negative")
-        _require(math.isfinite(optim.lr) and optim.lr > 0, "lr", optim.lr, "finite and above 0")
+        for name, rate in (("lr", optim.lr), ("head-lr", optim.head_lr)):
+            _require(math.isfinite(rate) and rate > 0, name, rate, "finite and above 0")
         _require(math.isfinite(data.scale) and data.scale > 0, "scale", data.scale, "finite and above 0")
         _require(0 < data.zoom[0] <= data.zoom[1] < math.inf, "zoom", data.zoom, "0 < low <= high")
         _require(min(data.synthetic_images) >= 1, "synthetic-images", data.synthetic_images, "at least 1")
@@ -221,6 +226,11 @@ class TrainConfig:
         _require(
             data.size is None or data.scale == 1.0, "scale", data.scale, "left out where --size is given"
         )
+        _require(data.short_side is None or data.short_side >= 1, "short-side", data.short_side, "at least 1")
+        _require(
+            data.short_side is None or (data.size is None and data.scale == 1.0),
+            "short-side", data.short_side, "left out where --size or --scale is given",
+        )  # fmt: skip
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixcontrast_ext.trainer.config import DataConfig
@@ -20,7 +21,7 @@ from pixcontrast_ext.trainer.datasets import IGNORE, Sample
 from pixcontrast_ext.trainer.datasets.camvid import CamVid
 from pixcontrast_ext.trainer.datasets.cityscapes import Cityscapes
 from pixcontrast_ext.trainer.datasets.coco_stuff import CocoStuff
-from pixcontrast_ext.trainer.datasets.labelled import require_split
+from pixcontrast_ext.trainer.datasets.labelled import Resize, require_split
 from pixcontrast_ext.trainer.datasets.pascal_context import PascalContext
 from pixcontrast_ext.trainer.datasets.synthetic import Synthetic
 
@@ -36,9 +37,15 @@ class DatasetSpec:
     """(options, split) -> dataset"""
 
 
+def resize_of(config: DataConfig) -> Resize:
+    """What the options say of the size of images."""
+    return Resize(config.size, config.scale, config.short_side)
+
+
 def _build_synthetic(config: DataConfig, split: str) -> Synthetic:
-    if config.scale != 1.0:
-        raise ValueError(f"--scale is {config.scale}, but synthetic scenes are drawn at --size")
+    for flag, given in (("--scale", config.scale != 1.0), ("--short-side", config.short_side is not None)):
+        if given:
+            raise ValueError(f"{flag} is given, but synthetic scenes are drawn at --size")
     require_split(split, Synthetic.SPLITS)
     length = config.synthetic_images[Synthetic.SPLITS.index(split)]
     return Synthetic(split, length, config.size or (96, 96), config.data_seed)
@@ -48,23 +55,23 @@ DATASETS: dict[str, DatasetSpec] = {
     "synthetic": DatasetSpec(Synthetic.CLASSES, Synthetic.COLOURS, Synthetic.SPLITS, _build_synthetic),
     "camvid": DatasetSpec(
         CamVid.CLASSES, CamVid.COLOURS, CamVid.SPLITS,
-        lambda config, split: CamVid(config.root, split, config.size, config.scale),
+        lambda config, split: CamVid(config.root, split, resize_of(config)),
     ),
     "cityscapes": DatasetSpec(
         Cityscapes.CLASSES, Cityscapes.COLOURS, Cityscapes.SPLITS,
-        lambda config, split: Cityscapes(config.root, split, config.size, config.scale, config.train_ids),
+        lambda config, split: Cityscapes(config.root, split, resize_of(config), config.train_ids),
     ),
     "pascal_context": DatasetSpec(
         PascalContext.CLASSES, PascalContext.COLOURS, PascalContext.SPLITS,
-        lambda config, split: PascalContext(config.root, split, config.size, config.scale),
+        lambda config, split: PascalContext(config.root, split, resize_of(config)),
     ),
     "pascal_context_60": DatasetSpec(
         PascalContext.CLASSES_60, PascalContext.COLOURS_60, PascalContext.SPLITS,
-        lambda config, split: PascalContext(config.root, split, config.size, config.scale, background=True),
+        lambda config, split: PascalContext(config.root, split, resize_of(config), background=True),
     ),
     "coco_stuff": DatasetSpec(
         CocoStuff.CLASSES, CocoStuff.COLOURS, CocoStuff.SPLITS,
-        lambda config, split: CocoStuff(config.root, split, config.size, config.scale),
+        lambda config, split: CocoStuff(config.root, split, resize_of(config)),
     ),
 }  # fmt: skip
 
@@ -135,6 +142,11 @@ def stack(samples: list[Sample]) -> Sample:
     )
 
 
+def stack_with_sizes(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Collate: `stack`, and height and width that each image had, [B, 2] int64."""
+    return *stack(samples), torch.tensor([label.shape for _, label in samples])
+
+
 def stack_by_size(samples: list[Sample]) -> list[Sample]:
     """Collate without padding: a stack for each size there is, in the order in which the sizes appear."""
     groups: dict[torch.Size, list[Sample]] = {}
@@ -165,7 +177,7 @@ def eval_loader(
     share = list(range(rank, len(dataset), world))  # type: ignore[arg-type]
     batches = [share[at : at + batch_size] for at in range(0, len(share), batch_size)]
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # what it yields is what stack_by_size makes of it
         batch_sampler=batches,
         collate_fn=stack_by_size,
         num_workers=workers,
@@ -187,7 +199,9 @@ __all__ = [
     "Synthetic",
     "dataset_spec",
     "eval_loader",
+    "resize_of",
     "stack",
     "stack_by_size",
+    "stack_with_sizes",
     "to_device",
 ]

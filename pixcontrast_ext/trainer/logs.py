@@ -46,9 +46,19 @@ class RunLog:
                 self._draw(name, row)
 
     def add(self, name: str, row: dict[str, float]) -> None:
-        """Append a row, whose first key is "step", to `name`.csv and its values to TensorBoard."""
+        """Append a row, whose first key is "step", to `name`.csv and its values to TensorBoard.
+
+        Raises ValueError if the file has other columns, as of a run that another version began.
+        """
         path = self.folder / f"{name}.csv"
-        text = _lines([row.values()] if path.exists() else [row.keys(), row.values()])
+        header = _lines([row.keys()])
+        begun = path.exists()
+        if begun:
+            with path.open() as file:
+                found = file.readline()
+            if found != header:
+                raise ValueError(f"{path} has the columns {found.strip()}, this run writes {header.strip()}")
+        text = _lines([row.values()] if begun else [row.keys(), row.values()])
         with path.open("a") as file:
             file.write(text)
         self._draw(name, row)

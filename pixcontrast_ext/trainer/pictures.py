@@ -26,12 +26,21 @@ from pixcontrast_ext.trainer.logs import read_rows
 _MOST_NAMED = 24
 """Classes that a legend has room for."""
 
+_MOST_PIXELS = 4000
+"""Pixels that t-SNE takes seconds for, not minutes."""
+
 PixelFeatures = tuple[np.ndarray, np.ndarray]
 """Features [N, D] float32, unit length, and their classes [N]."""
 
 
 def draw_run(
-    model: nn.Module, dataset: Dataset[Sample], spec: DatasetSpec, out: Path, device: torch.device
+    model: nn.Module,
+    dataset: Dataset[Sample],
+    spec: DatasetSpec,
+    out: Path,
+    device: torch.device,
+    *,
+    amp: str = "off",
 ) -> list[Path]:
     """curves.png, panels.png and tsne.png of one run in `out`/pictures. Returns their paths."""
     folder = out / "pictures"
@@ -41,7 +50,7 @@ def draw_run(
         clouds["embeddings"] = pixel_features(model, dataset, device, embeddings=True)
     return [
         draw_curves({out.name: out}, folder / "curves.png"),
-        draw_panels({"prediction": model}, dataset, spec, folder / "panels.png", device),
+        draw_panels({"prediction": model}, dataset, spec, folder / "panels.png", device, amp=amp),
         draw_tsne(clouds, spec, folder / "tsne.png"),
     ]
 
@@ -76,6 +85,7 @@ def draw_panels(
     device: torch.device,
     count: int = 4,
     options: InferenceConfig | None = None,
+    amp: str = "off",
 ) -> Path:
     """A row per image, spread over the dataset: image | truth | prediction of each model. Void is black."""
     samples = _spread(dataset, count)
@@ -94,7 +104,7 @@ def draw_panels(
         for model in models.values():
             images, _ = to_device(stack([sample]), device)
             with evaluating(model):
-                shown.append(palette[predict(model, images, label.shape, options)[0].cpu().numpy()])
+                shown.append(palette[predict(model, images, label.shape, options, amp)[0].cpu().numpy()])
         for axes, picture in zip(row, shown, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_axis_off()
@@ -162,7 +172,7 @@ def pixel_features(
     images: int = 32,
     per_class: int = 100,
 ) -> PixelFeatures:
-    """Up to `per_class` pixels of each class from some images, the same pixels for every model.
+    """Up to `per_class` pixels of each class from some images, up to `_MOST_PIXELS` in all, the same for every model.
 
     Features are what both heads read, so that runs with and without contrast compare; `embeddings` asks for
     the output of the projection head instead.
@@ -173,18 +183,24 @@ def pixel_features(
             batch, labels = to_device(stack([sample]), device)
             maps = model(batch)["embed"] if embeddings else model.backbone(batch)  # type: ignore[operator]
             picked = F.interpolate(labels[:, None].float(), maps.shape[-2:], mode="nearest").flatten()
-            features.append(F.normalize(maps[0].flatten(1).T.float(), dim=1).cpu())
-            classes.append(picked.long().cpu())
+            # The maps of all images would be gigabytes: an image gives no more than is asked for in all.
+            chosen = _some_of_each(picked.long(), per_class)
+            features.append(F.normalize(maps[0].flatten(1)[:, chosen].T.float(), dim=1).cpu())
+            classes.append(picked[chosen].long().cpu())
     every, label = torch.cat(features), torch.cat(classes)
-    chosen = torch.cat(
-        [_some(torch.nonzero(label == value)[:, 0], per_class) for value in label.unique() if value != IGNORE]
-    )
+    chosen = _some(_some_of_each(label, per_class), _MOST_PIXELS)
     return every[chosen].numpy(), label[chosen].numpy()
+
+
+def _some_of_each(label: Tensor, count: int) -> Tensor:
+    """Indices of up to `count` of each class in labels [N], class by class."""
+    places = [torch.nonzero(label == value)[:, 0] for value in label.unique() if value != IGNORE]
+    return torch.cat([label.new_empty(0), *(_some(of_class, count) for of_class in places)])
 
 
 def _some(indices: Tensor, count: int) -> Tensor:
     order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-    return indices[order[:count]]
+    return indices[order[:count].to(indices.device)]
 
 
 def _scatter(axes: Axes, features: np.ndarray, labels: np.ndarray, spec: DatasetSpec) -> None:

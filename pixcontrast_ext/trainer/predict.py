@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
-from pixcontrast_ext.trainer.data import DatasetSpec
-from pixcontrast_ext.trainer.datasets.labelled import files_by_stem, read_image, resized_extent
-from pixcontrast_ext.trainer.files import write_text
+from pixcontrast_ext.trainer.data import DatasetSpec, resize_of
+from pixcontrast_ext.trainer.datasets.labelled import files_by_stem, read_image
+from pixcontrast_ext.trainer.files import rename, synced, write_json
 from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.pictures import colour_table
 
@@ -72,7 +71,7 @@ def predict_folder(
         {"value": value, "name": name, "colour": list(spec.colours[value])}
         for value, name in enumerate(spec.classes)
     ]
-    write_text(out / "classes.json", json.dumps(classes, indent=1) + "\n")
+    write_json(out / "classes.json", classes)
     problems = []
     with evaluating(model):
         # None: only a terminal gets a bar.
@@ -88,15 +87,21 @@ def predict_folder(
             values = labels[0].to(torch.uint8).cpu().numpy()
             mask = Image.fromarray(values, mode="P")
             mask.putpalette(palette.tobytes())
-            mask.save(out / "masks" / f"{name}.png")
-            overlay = Image.blend(image, Image.fromarray(palette[values]), 0.5)
-            overlay.save(out / "overlays" / f"{name}.png")
+            _save(mask, out / "masks" / f"{name}.png")
+            _save(Image.blend(image, Image.fromarray(palette[values]), 0.5), out / "overlays" / f"{name}.png")
     return Predicted(len(paths) - len(problems), problems)
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    with synced(unfinished) as file:
+        image.save(file, format="PNG")
+    rename(unfinished, path)
 
 
 def _network_input(image: Image.Image, data: DataConfig, device: torch.device) -> Tensor:
     """An image as [1, 3, H, W] in [0, 1], at the size that the dataset gave it in training."""
-    height, width = resized_extent((image.height, image.width), data.size, data.scale)
+    height, width = resize_of(data).extent(image.height, image.width)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device).float() / 255

@@ -30,7 +30,14 @@ from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
-from pixcontrast_ext.trainer.data import IGNORE, StepBatches, dataset_spec, eval_loader, stack, to_device
+from pixcontrast_ext.trainer.data import (
+    IGNORE,
+    StepBatches,
+    dataset_spec,
+    eval_loader,
+    stack_with_sizes,
+    to_device,
+)
 from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
@@ -52,7 +59,7 @@ class Result:
     seconds_per_step: float
     """Median over the rows of train.csv."""
     memory_mib: float
-    """Most memory taken, evaluations included: by `PeakMemory`."""
+    """Most memory that training took, by `PeakMemory`, evaluations apart; NaN if it cannot be known."""
 
 
 class CrossEntropy(nn.Module):
@@ -101,13 +108,17 @@ def share_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW. Weight decay is for weights, not for biases and norms."""
-    decayed = [weight for weight in model.parameters() if weight.dim() > 1]
-    others = [weight for weight in model.parameters() if weight.dim() <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """SGD with momentum or AdamW. Weight decay is for weights, not for biases and norms.
+
+    A group's "rate" is its learning rate as a multiple of that of the step.
+    """
+    of_backbone = {id(weight) for weight in model.backbone.parameters()}  # type: ignore[union-attr]
+    groups = []
+    for rate, is_backbone in ((1.0, True), (config.head_lr, False)):
+        weights = [weight for weight in model.parameters() if (id(weight) in of_backbone) == is_backbone]
+        for decay, is_decayed in ((config.weight_decay, True), (0.0, False)):
+            of_group = [weight for weight in weights if (weight.dim() > 1) == is_decayed]
+            groups.append({"params": of_group, "weight_decay": decay, "rate": rate})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     nesterov = config.nesterov and config.momentum > 0
@@ -190,7 +201,7 @@ class _Run:
         self.loader = DataLoader(  # its workers stay: one reading of it is the whole run
             self.train_set,
             batch_sampler=batches,
-            collate_fn=stack,
+            collate_fn=stack_with_sizes,
             num_workers=config.data.workers,
             pin_memory=pin_memory,
         )
@@ -240,24 +251,25 @@ class _Run:
             if logs or evaluates or saves:
                 if evaluates:
                     self._evaluate(done)
+                    self.memory.restart()
                 if saves:
                     self._save(done)
                 window_start, window_steps = time.perf_counter(), 0
         progress.close()
-        if self.ranks.is_first and config.pictures:
-            draw_run(self.model, self.val_set, self.spec, config.out, self.ranks.device)
         if self.log is not None:
             self.log.close()
-        self.ranks.wait()
+        self.ranks.wait()  # here: to draw takes longer than ranks wait for each other
+        if self.ranks.is_first and config.pictures:
+            draw_run(self.model, self.val_set, self.spec, config.out, self.ranks.device, amp=config.amp)
         return read_result(config.out, self.spec.classes)
 
     def _step(self, step: int, batch: Any, *, measure: bool) -> dict[str, float]:
         """One optimiser step. Returns the row for the record if `measure`, which waits for the device."""
         config, ranks = self.config, self.ranks
         seed_all(config.seed, step, ranks.rank)
-        images, labels = to_device(batch, ranks.device)
+        images, labels = to_device(batch[:2], ranks.device)
         if self.augment is not None:
-            images, labels = self.augment(images, labels)
+            images, labels = self.augment(images, labels, batch[2].to(ranks.device))
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
@@ -273,7 +285,7 @@ class _Run:
 
         rate = learning_rate(config.optim, step, config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate"]
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         parameters = list(self.model.parameters())
@@ -374,5 +386,5 @@ def read_result(out: Path, classes: tuple[str, ...]) -> Result:
     last = read_rows(out / "val.csv")[-1]
     rows = read_rows(out / "train.csv")
     seconds = float(np.median([row["seconds_per_step"] for row in rows]))
-    memory = max(row["memory_mib"] for row in rows)
+    memory = float(np.max([row["memory_mib"] for row in rows]))
     return Result(out, last["miou"], {name: last[name] for name in classes}, seconds, memory)

@@ -67,3 +67,16 @@ def test_check_data_of_no_data_is_a_problem(tmp_path, capsys):
 def test_bad_input_is_a_message(capsys, args, message):
     assert main(["check-data", *args]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_png_with_a_damaged_chunk_is_named(camvid, capsys):
+    """Pillow raises SyntaxError there, of all things."""
+    root = camvid()
+    path = root / "val" / "val1.png"
+    noise = np.random.default_rng(0).integers(0, 255, (360, 480, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    path.write_bytes(content[:second] + b"\x01\x02\x03\x04" + content[second + 4 :])
+    assert main(["check-data", "--dataset", "camvid", "--root", str(root), "--split", "val"]) == 1
+    assert f"{path} cannot be read as an image: broken PNG file" in capsys.readouterr().out

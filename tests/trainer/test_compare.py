@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +26,7 @@ from pixcontrast_ext.trainer.compare import (
     table,
 )
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
+from pixcontrast_ext.trainer.memory import PeakMemory
 from pixcontrast_ext.trainer.train import Result
 
 FLAGS = (
@@ -35,6 +38,18 @@ FLAGS = (
 def config(tiny):
     run = tiny("compared", steps=2, log_every=1)
     return CompareConfig(seeds=(3, 4), run=replace(run, loss=replace(run.loss, warmup_steps=0)))
+
+
+def test_runs_of_a_seed_share_weights_and_data_to_the_end(config):
+    """As long as the contrast takes no part, the methods are one, past the end of an epoch."""
+    run = replace(config.run, steps=5, loss=replace(config.run.loss, warmup_steps=5))
+    compare(replace(config, run=run))
+    for seed in config.seeds:
+        off, batch, bank = (
+            [row["cross_entropy"] for row in read_rows(run.out / f"{method}-seed{seed}" / "train.csv")]
+            for method in config.methods
+        )
+        assert len(off) == 5 and off == batch == bank
 
 
 def test_runs_of_a_seed_differ_in_the_loss_alone(config):
@@ -68,11 +83,15 @@ def test_runs_of_a_seed_differ_in_the_loss_alone(config):
 def test_resume_trains_what_is_missing_and_nothing_else(config):
     config = replace(config, methods=("off", "bank"))
     before = compare(config)
-    with pytest.raises(FileExistsError, match="off-seed3 holds a run already"):
-        compare(config)
     shutil.rmtree(config.run.out / "bank-seed4")
+    with pytest.raises(FileExistsError, match="off-seed4 holds a run already"):
+        compare(replace(config, seeds=(4,), methods=("bank", "off")))
+    assert not (config.run.out / "bank-seed4").exists()  # told before anything was trained
     kept = {path: path.stat().st_mtime_ns for path in config.run.out.glob("*/checkpoints/*.pt")}
     assert len(kept) == 3
+    moved = config.run.out.rename(config.run.out.with_name("moved"))
+    config = replace(config, run=replace(config.run, out=moved, keep_checkpoints=1))
+    kept = {moved / path.relative_to(path.parents[2]): time for path, time in kept.items()}
     after = compare(config, resume=True)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for method in config.methods:
@@ -91,12 +110,15 @@ def test_from_the_command_line(tmp_path, capsys):
     arguments = ["--seeds", "1", "--methods", "off", "bank", "--config", str(options), "--out", str(out)]
     assert main(["compare", *arguments, *FLAGS.split()]) == 0
     told = capsys.readouterr().out
+    assert main(["compare", "--resume", "--out", str(out), *arguments[:5]]) == 0  # all else as it was
+    assert capsys.readouterr().out == told
     miou = read_rows(out / "bank-seed1" / "val.csv")[-1]["miou"]
     assert f"{miou:.4f}" in told and "One seed" in told and "95 % interval" not in told
     assert json.loads((out / "bank-seed1" / "config.json").read_text())["temperature"] == 0.2
-    assert (
-        json.loads((out / "compare.json").read_text())["methods"]["bank"]["difference"]["interval_95"] is None
-    )
+    assert json.loads((out / "compare.json").read_text())["methods"]["bank"]["difference"]["interval_95"] == [
+        None,
+        None,
+    ]
 
 
 def test_the_interval_is_that_of_a_paired_t_test():
@@ -147,14 +169,41 @@ def test_the_picture_has_curves_and_differences(comparison, tmp_path):
     assert orange[:, half:].sum() > 60 and blue[:, half:].sum() == 0  # the baseline has no difference
 
 
-def test_peak_memory_is_of_each_run(tiny):
-    """The second run is not told the memory of the first."""
-    from pixcontrast_ext.trainer.memory import PeakMemory
+def test_without_a_known_peak_the_table_leaves_memory_out(comparison):
+    results = {
+        method: [replace(result, memory_mib=math.nan) for result in of_method]
+        for method, of_method in comparison.results.items()
+    }
+    assert "memory" not in table(replace(comparison, results=results))
 
+
+def test_two_ranks_compare(environment, tmp_path):
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m pixcontrast_ext.trainer compare"
+    options = f"--seeds 0 --methods off bank --out {tmp_path / 'out'}"
+    done = subprocess.run(
+        [sys.executable, *command.split(), *options.split(), *FLAGS.split()],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mIoU on val") == 1
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert all(0 <= found["miou"][0] <= 1 for found in written["methods"].values())
+
+
+def test_peak_memory_is_of_what_came_after_a_restart():
     watch = PeakMemory(torch.device("cpu"))
     before = watch.mib()
     large = torch.ones(256 * 2**18)  # 256 MiB
     assert 250 < watch.mib() - before < 300
     del large
     assert watch.mib() - before > 250
-    assert PeakMemory(torch.device("cpu")).mib() - before < 50
+    watch.restart()
+    assert watch.mib() - before < 50
+
+
+def test_a_peak_that_cannot_be_known_is_nan(monkeypatch):
+    def refuse(path, text):
+        raise PermissionError(path)
+
+    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    assert math.isnan(PeakMemory(torch.device("cpu")).mib())

@@ -18,6 +18,7 @@ from pixcontrast_ext.trainer.data import (
     stack,
     to_device,
 )
+from pixcontrast_ext.trainer.datasets.labelled import Resize
 
 
 def test_synthetic_scenes_are_a_function_of_seed_split_and_index():
@@ -89,9 +90,12 @@ def test_camvid_reads_both_layouts(camvid, suffix):
     assert image[2, 5, 5] > 200 and image[2, 25, 25] < 130  # blue sky, grey road
 
 
-@pytest.mark.parametrize(("options", "size"), [({"scale": 0.5}, (18, 24)), ({"size": (20, 30)}, (20, 30))])
-def test_camvid_resizes_labels_to_the_nearest(camvid, options, size):
-    image, label = CamVid(camvid(), "train", **options)[0]
+@pytest.mark.parametrize(
+    ("resize", "size"),
+    [(Resize(scale=0.5), (18, 24)), (Resize((20, 30)), (20, 30)), (Resize(short_side=18), (18, 24))],
+)
+def test_camvid_resizes_labels_to_the_nearest(camvid, resize, size):
+    image, label = CamVid(camvid(), "train", resize)[0]
     assert image.shape == (3, *size) and label.shape == size
     assert set(label.unique().tolist()) == {0, 3, IGNORE}
     middle = size[0] // 2
@@ -182,8 +186,23 @@ def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, co
             assert small.shape == (3, 32, 40)
     with pytest.raises(ValueError, match="--dataset is 'nope', must be one of synthetic, camvid, cityscapes"):
         dataset_spec("nope")
-    with pytest.raises(ValueError, match="--scale is 0.5"):
-        dataset_spec("synthetic").build(DataConfig(scale=0.5), "train")
+    for flag, options in (("--scale", {"scale": 0.5}), ("--short-side", {"short_side": 20})):
+        with pytest.raises(ValueError, match=f"{flag} is given, but synthetic scenes are drawn at --size"):
+            dataset_spec("synthetic").build(DataConfig(**options), "train")
+
+
+@pytest.mark.parametrize(
+    ("resize", "extents"),
+    [
+        (Resize(), [(30, 40), (40, 30)]),
+        (Resize((9, 8)), [(9, 8), (9, 8)]),
+        (Resize(scale=0.51), [(15, 20), (20, 15)]),
+        (Resize(scale=0.01), [(1, 1), (1, 1)]),
+        (Resize(short_side=60), [(60, 80), (80, 60)]),
+    ],
+)
+def test_images_are_resized_to_one_size_by_a_factor_or_by_their_shorter_side(resize, extents):
+    assert [resize.extent(30, 40), resize.extent(40, 30)] == extents
 
 
 def test_batches_cover_each_epoch_and_resume_in_its_middle():
@@ -246,7 +265,7 @@ def test_evaluation_does_not_pad(pascal_context):
     dataset = PascalContext(pascal_context, "val")
     (stacks,) = eval_loader(dataset, 2)
     assert [labels.shape for _, labels in stacks] == [(1, 10, 12), (1, 8, 15)]
-    ((stack,),) = eval_loader(PascalContext(pascal_context, "val", size=(9, 9)), 2)
+    ((stack,),) = eval_loader(PascalContext(pascal_context, "val", Resize((9, 9))), 2)
     assert stack[1].shape == (2, 9, 9)
 
 

@@ -69,3 +69,14 @@ def test_a_row_cut_short_is_not_read(tmp_path):
         path.write_text(whole[:length])
         assert [row["step"] for row in read_rows(path)] == [1]
     assert read_rows(tmp_path / "absent.csv") == []
+
+
+def test_a_record_with_other_columns_is_not_continued(tmp_path):
+    """As of a run that another version of the trainer began: its numbers would shift by a column."""
+    log = RunLog(tmp_path)
+    log.add("val", {"step": 1, "miou": 0.5})
+    before = (tmp_path / "val.csv").read_text()
+    with pytest.raises(ValueError, match="val.csv has the columns step,miou, this run writes step,loss,miou"):
+        log.add("val", {"step": 2, "loss": 1.0, "miou": 0.5})
+    log.close()
+    assert (tmp_path / "val.csv").read_text() == before

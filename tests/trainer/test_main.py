@@ -8,11 +8,15 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pixcontrast_ext.trainer import inference
 from pixcontrast_ext.trainer.__main__ import main
+from pixcontrast_ext.trainer.config import InferenceConfig
 from pixcontrast_ext.trainer.data import IGNORE, Synthetic
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import Ranks
+from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.logs import read_rows
 
 TINY = "--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures".split()
@@ -32,7 +36,7 @@ def test_help_lists_the_commands(trainer, capsys):
     assert "--contrast {off,batch,bank}" in capsys.readouterr().out
 
 
-def test_train_then_resume_then_eval(tmp_path, capsys):
+def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     assert main(["train", "--out", str(out), "--steps", "2", *TINY]) == 0
     assert main(["train", "--out", str(out), "--resume", "--steps", "3"]) == 0  # all else from its own config
@@ -51,12 +55,21 @@ def test_train_then_resume_then_eval(tmp_path, capsys):
     for picture in ("val.png", "val-confusion.png"):
         assert (tmp_path / "scores" / picture).stat().st_size > 5_000
     capsys.readouterr()
+    seen = []
+    averaged = inference.class_probabilities
+
+    def watch(model, images, size, options, amp):
+        seen.append(options)
+        return averaged(model, images, size, options, amp)
+
+    monkeypatch.setattr(inference, "class_probabilities", watch)
     views = "--window 16 32 --scales 0.75 1 --flip --workers 1".split()
     assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "views"), *views]) == 0
     views = json.loads((tmp_path / "views" / "val.json").read_text())
     assert views["window"] == [16, 32] and views["stride"] is None
     assert views["scales"] == [0.75, 1] and views["flip"] is True
-    assert views["confusion"] != scores["confusion"]
+    assert set(seen) == {InferenceConfig(window=(16, 32), scales=(0.75, 1.0), flip=True)}
+    assert len(seen) == 1 + 3  # the batch, and a panel for each of three images
     assert f"mIoU            {views['miou']:.4f}" in capsys.readouterr().out
 
     assert main(["train", "--out", str(moved), "--resume", "--steps", "4"]) == 0
@@ -129,3 +142,33 @@ def test_without_the_extra_the_import_names_the_command(environment):
         in done.stderr
     )
     assert done.stderr.count("pip install") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "export", "check-data"])
+def test_what_writes_one_result_runs_in_one_process(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    needed = {
+        "predict": ["--checkpoint", ".", "--images", ".", "--out", str(tmp_path)],
+        "export": ["--checkpoint", ".", "--out", str(tmp_path / "model.pt")],
+        "check-data": ["--dataset", "synthetic"],
+    }
+    assert main([command, *needed[command]]) == 2
+    assert capsys.readouterr().err == f"error: {command} runs in one process, not in 2\n"
+
+
+def test_an_error_of_a_loading_process_is_a_line(camvid, tmp_path, capsys):
+    root = camvid()
+    label = root / "trainannot" / "train2.png"
+    Image.fromarray(np.full((36, 48), 77, np.uint8)).save(label)
+    options = "--batch-size 4 --steps 1 --embed-dim 8 --device cpu --no-pictures --workers 1".split()
+    paths = ["--root", str(root), "--out", str(tmp_path / "run")]
+    assert main(["train", "--dataset", "camvid", *paths, *options]) == 2
+    assert capsys.readouterr().err.endswith(f"error: label {label} has values [77] outside 0..11\n")
+
+
+def test_json_has_null_for_nan(tmp_path):
+    write_json(tmp_path / "scores.json", {"class_iou": {"train": float("nan")}, "list": (1.5, float("nan"))})
+    assert json.loads((tmp_path / "scores.json").read_text(), parse_constant=pytest.fail) == {
+        "class_iou": {"train": None},
+        "list": [1.5, None],
+    }

@@ -338,6 +338,14 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
     assert (run.criterion.contrast.bank.key_labels >= 0).any()
 
 
+def test_deeplabv3_on_one_image_is_told(deeplabv3):
+    deeplabv3.train()
+    with pytest.raises(
+        ValueError, match="at least two images at a time on each rank, got 1: raise --batch-size"
+    ):
+        deeplabv3(torch.rand(1, 3, 64, 64))
+
+
 def test_a_run_with_an_auxiliary_head(tiny):
     config = tiny(
         steps=2,

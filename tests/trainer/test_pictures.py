@@ -102,6 +102,23 @@ def test_confusion_matrix_of_many_classes(name, tmp_path):
     assert width > 1000 and abs(width - height) < 0.25 * height and colours_of(path)[8, 48, 107] > 1000
 
 
+def test_features_of_an_image_are_picked_before_those_of_the_next(model, monkeypatch):
+    """The maps of all images at once would be gigabytes for a large network."""
+    held = []
+    normalize = pictures.F.normalize
+
+    def watch(features, dim):
+        held.append(len(features))
+        return normalize(features, dim=dim)
+
+    monkeypatch.setattr(pictures.F, "normalize", watch)
+    _, labels = pixel_features(model, Synthetic("val", 3), CPU, per_class=7)
+    assert max(held) <= 9 * 7 and np.bincount(labels).max() == 7
+    monkeypatch.setattr(pictures, "_MOST_PIXELS", 20)
+    features, labels = pixel_features(model, Synthetic("val", 3), CPU, per_class=7)
+    assert len(features) == len(labels) == 20
+
+
 @pytest.mark.parametrize("width", [4.6, 9.2, 12.0])
 def test_legend_stays_inside_the_picture(width):
     figure = Figure(figsize=(width, 5.4), layout="constrained")

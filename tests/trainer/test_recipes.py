@@ -60,6 +60,11 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     assert (optim.optimizer, optim.lr, optim.weight_decay) == ("sgd", rate, decay)
     assert (optim.momentum, optim.nesterov, optim.power) == (0.9, False, 0.9)
     assert (optim.clip, optim.lr_warmup) == (0, 0)
+    resized = dataset in ("pascal_context", "coco_stuff")
+    assert (config.data.size, config.data.scale) == (None, 1.0)
+    assert config.data.short_side == (520 if resized else None) and config.data.zoom == (0.5, 2.0)
+    # The scripts of these pass --nbb_mult 10.
+    assert optim.head_lr == (10.0 if resized and config.net.model.startswith("hrnet") else 1.0)
     assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
     assert (loss.base_temperature, loss.max_samples, loss.min_pixels, loss.aux_weight) == (
         0.07,

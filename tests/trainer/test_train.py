@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pixcontrast_ext.trainer import models
+from pixcontrast_ext.trainer import train as training
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig, load_config, save_config
@@ -334,9 +335,9 @@ def test_resuming_takes_changed_options_of_the_optimizer(tiny, name):
     config = tiny(contrast="off", steps=2, optim=before)
     train(config)
     train(replace(config, steps=4, optim=now), resume=True)
-    decayed, others = final(config)["optimizer"]["param_groups"]
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
-    assert decayed.get("momentum", 0.3) == 0.3
+    groups = final(config)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.5, 0.0]  # weights and others, twice
+    assert all(group.get("momentum", 0.3) == 0.3 for group in groups)
     other = "adamw" if name == "sgd" else "sgd"
     with pytest.raises(ValueError, match=f"--optimizer is '{other}', but .* was trained with '{name}'"):
         train(replace(config, steps=6, optim=replace(now, optimizer=other)), resume=True)
@@ -407,3 +408,26 @@ def test_learning_rate_rises_and_decays():
     assert rates[0] == pytest.approx(0.025) and max(rates) == rates[3] and rates[3] < 0.1
     assert rates[10] == pytest.approx(0.1 * 0.5**0.9) and 0 < rates[-1] < 0.01
     assert learning_rate(OptimConfig(lr=0.1, power=0), 19, 20) == 0.1
+
+
+@pytest.mark.parametrize(("nesterov", "head_lr"), [(True, 1.0), (False, 10.0)])
+def test_a_step_of_sgd_is_the_formula(tiny, nesterov, head_lr):
+    """Two steps of momentum, for backbone and heads, weights and norms."""
+    options = OptimConfig(
+        lr=0.1, momentum=0.5, nesterov=nesterov, weight_decay=0.01, head_lr=head_lr, power=0
+    )
+    run = training._Run(tiny(optim=options, batch_size=2), Ranks(0, 1, torch.device("cpu")), resume=False)
+    before = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    velocity = {name: torch.zeros_like(weight) for name, weight in before.items()}
+    for step, batch in zip(range(2), run.loader, strict=False):
+        run._step(step, batch, measure=False)
+        for name, weight in run.model.named_parameters():
+            decay = 0.01 if weight.dim() > 1 else 0.0
+            gradient = weight.grad + decay * before[name]
+            velocity[name] = 0.5 * velocity[name] + gradient
+            move = gradient + 0.5 * velocity[name] if nesterov else velocity[name]
+            rate = 0.1 if name.startswith("backbone.") else 0.1 * head_lr
+            expected = before[name] - rate * move
+            torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
+            before[name] = weight.detach().clone()
+    run.log.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 from pixcontrast_ext.trainer.datasets import IGNORE
 from pixcontrast_ext.trainer.datasets.labelled import (
     LabelledFiles,
+    Resize,
     class_table,
     files_by_stem,
     pair_files,
@@ -24,8 +25,7 @@ class CamVid(LabelledFiles):
     Args:
         root: the dataset's folder.
         split: "train", "val" or "test".
-        size: height and width to resize to.
-        scale: resize by this factor instead.
+        resize: what to resize images to.
 
     Raises, besides the errors of `LabelledFiles`:
         ValueError: no root, or a split that there is not.
@@ -43,9 +43,7 @@ class CamVid(LabelledFiles):
     SPLITS = ("train", "val", "test")
     VOID = 11
 
-    def __init__(
-        self, root: Path | None, split: str, size: tuple[int, int] | None = None, scale: float = 1.0
-    ) -> None:
+    def __init__(self, root: Path | None, split: str, resize: Resize | None = None) -> None:
         require_split(split, self.SPLITS)
         root = require_root("camvid", root)
         images_folder, labels_folder = root / split, root / f"{split}annot"
@@ -57,4 +55,4 @@ class CamVid(LabelledFiles):
             lambda name: labels_folder / f"{name}.png",
         )
         table = class_table({**{value: value for value in range(self.VOID)}, self.VOID: IGNORE})
-        super().__init__(pairs, doubled + unpaired, table, size, scale)
+        super().__init__(pairs, doubled + unpaired, table, resize)

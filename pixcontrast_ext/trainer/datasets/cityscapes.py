@@ -7,6 +7,7 @@ from pathlib import Path
 from pixcontrast_ext.trainer.datasets import IGNORE
 from pixcontrast_ext.trainer.datasets.labelled import (
     LabelledFiles,
+    Resize,
     class_table,
     pair_files,
     require_folder,
@@ -25,8 +26,7 @@ class Cityscapes(LabelledFiles):
     Args:
         root: the folder that has leftImg8bit and gtFine.
         split: "train" or "val".
-        size: height and width to resize to.
-        scale: resize by this factor instead.
+        resize: what to resize images to.
         train_ids: read NAME_gtFine_labelTrainIds.png, which cityscapesScripts makes: 0-18 a class, 255 `IGNORE`.
 
     Raises, besides the errors of `LabelledFiles`:
@@ -51,8 +51,7 @@ class Cityscapes(LabelledFiles):
         self,
         root: Path | None,
         split: str,
-        size: tuple[int, int] | None = None,
-        scale: float = 1.0,
+        resize: Resize | None = None,
         train_ids: bool = False,
     ) -> None:
         require_split(split, self.SPLITS)
@@ -70,7 +69,7 @@ class Cityscapes(LabelledFiles):
         else:
             classes = dict.fromkeys(range(34), IGNORE)
             classes |= {value: label for label, value in enumerate(self.IDS)}
-        super().__init__(pairs, problems, class_table({**classes, 255: IGNORE}), size, scale)
+        super().__init__(pairs, problems, class_table({**classes, 255: IGNORE}), resize)
 
 
 def _files_by_city(folder: Path, end: str) -> dict[str, Path]:

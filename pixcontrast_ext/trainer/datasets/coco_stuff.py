@@ -8,6 +8,7 @@ from pixcontrast_ext.trainer.datasets import IGNORE
 from pixcontrast_ext.trainer.datasets.colours import voc_colour
 from pixcontrast_ext.trainer.datasets.labelled import (
     LabelledFiles,
+    Resize,
     class_table,
     files_by_stem,
     pair_files,
@@ -54,8 +55,7 @@ class CocoStuff(LabelledFiles):
     Args:
         root: the folder that has images and annotations.
         split: "train" or "val".
-        size: height and width to resize to.
-        scale: resize by this factor instead.
+        resize: what to resize images to.
 
     Raises, besides the errors of `LabelledFiles`:
         ValueError: no root, or a split that there is not.
@@ -68,9 +68,7 @@ class CocoStuff(LabelledFiles):
     IDS = _IDS
     """The id of each class."""
 
-    def __init__(
-        self, root: Path | None, split: str, size: tuple[int, int] | None = None, scale: float = 1.0
-    ) -> None:
+    def __init__(self, root: Path | None, split: str, resize: Resize | None = None) -> None:
         require_split(split, self.SPLITS)
         root = require_root("coco_stuff", root)
         images_folder, labels_folder = root / "images" / f"{split}2017", root / "annotations" / f"{split}2017"
@@ -83,4 +81,4 @@ class CocoStuff(LabelledFiles):
         )
         classes = dict.fromkeys((*range(182), 255), IGNORE)
         classes |= {value: label for label, value in enumerate(self.IDS)}
-        super().__init__(pairs, doubled + unpaired, class_table(classes), size, scale)
+        super().__init__(pairs, doubled + unpaired, class_table(classes), resize)

@@ -7,6 +7,7 @@ wrong with a file is an error that names the file and what was expected.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,23 @@ Pair = tuple[Path, Path]
 """An image file and its label file."""
 
 _OUTSIDE = -1
+
+
+@dataclass(frozen=True)
+class Resize:
+    """What images are resized to: one size, or their own times a factor, or with a shorter side of some length."""
+
+    size: tuple[int, int] | None = None
+    """Height and width."""
+    scale: float = 1.0
+    short_side: int | None = None
+
+    def extent(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that an image gets."""
+        if self.size is not None:
+            return self.size
+        scale = self.scale if self.short_side is None else self.short_side / min(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 class UnpairedFilesError(ValueError):
@@ -43,8 +61,7 @@ class LabelledFiles(Dataset[Sample]):
         pairs: the files, in the order of the dataset.
         problems: what was found wrong while they were paired.
         table: class of each value that a label file may hold, from `class_table`.
-        size: height and width to resize to, labels to the nearest pixel.
-        scale: resize by this factor instead.
+        resize: what to resize images to, and labels to the nearest pixel.
 
     Raises:
         UnpairedFilesError: there are problems.
@@ -57,10 +74,9 @@ class LabelledFiles(Dataset[Sample]):
         pairs: list[Pair],
         problems: list[str],
         table: np.ndarray,
-        size: tuple[int, int] | None = None,
-        scale: float = 1.0,
+        resize: Resize | None = None,
     ) -> None:
-        self.pairs, self.table, self.size, self.scale = pairs, table, size, scale
+        self.pairs, self.table, self.resize = pairs, table, resize or Resize()
         if problems:
             raise UnpairedFilesError(problems, self)
 
@@ -79,7 +95,7 @@ class LabelledFiles(Dataset[Sample]):
             sizes = ["x".join(map(str, each.size)) for each in (label, image)]
             raise ValueError(f"label {label_path} is {sizes[0]}, its image {sizes[1]}")
         classes = self._classes(np.array(label), label_path)
-        height, width = resized_extent((image.height, image.width), self.size, self.scale)
+        height, width = self.resize.extent(image.height, image.width)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
             resized = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
@@ -145,19 +161,14 @@ def read_image(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # as Pillow's readers do
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return image
-
-
-def resized_extent(
-    extent: tuple[int, int], size: tuple[int, int] | None = None, scale: float = 1.0
-) -> tuple[int, int]:
-    """Height and width to resize an image of `extent` to: `size`, or else `extent` times `scale`."""
-    if size is not None:
-        return size
-    height, width = (max(1, round(length * scale)) for length in extent)
-    return height, width
 
 
 def require_folder(folder: Path) -> None:

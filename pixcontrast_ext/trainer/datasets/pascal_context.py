@@ -8,6 +8,7 @@ from pixcontrast_ext.trainer.datasets import IGNORE
 from pixcontrast_ext.trainer.datasets.colours import voc_colour
 from pixcontrast_ext.trainer.datasets.labelled import (
     LabelledFiles,
+    Resize,
     class_table,
     require_folder,
     require_root,
@@ -28,8 +29,7 @@ class PascalContext(LabelledFiles):
     Args:
         root: the folder VOC2010, or the one it is in.
         split: "train" or "val".
-        size: height and width to resize to.
-        scale: resize by this factor instead.
+        resize: what to resize images to.
         background: whether there are 60 classes.
 
     Raises, besides the errors of `LabelledFiles`:
@@ -54,8 +54,7 @@ class PascalContext(LabelledFiles):
         self,
         root: Path | None,
         split: str,
-        size: tuple[int, int] | None = None,
-        scale: float = 1.0,
+        resize: Resize | None = None,
         background: bool = False,
     ) -> None:
         require_split(split, self.SPLITS)
@@ -76,7 +75,7 @@ class PascalContext(LabelledFiles):
                 pairs.append(pair)
         shift = 0 if background else 1
         table = class_table({0: IGNORE, **{value: value - shift for value in range(shift, 60)}, 255: IGNORE})
-        super().__init__(pairs, problems, table, size, scale)
+        super().__init__(pairs, problems, table, resize)
 
 
 def _names(path: Path) -> list[str]:
