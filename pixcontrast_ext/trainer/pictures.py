@@ -146,7 +146,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], path: Path) -> Pat
     axes.tick_params(labelsize=None if named else 5)
     axes.set(xlabel="predicted", ylabel="truth")
     figure.colorbar(display.im_, ax=axes, label="% of the class's pixels", fraction=0.04)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # long names would else push the axis' own out
     return path
 
 
