@@ -48,7 +48,7 @@ def sweep(rows: list[Row], letter: str, dtype: str, metric: str) -> dict[str, li
     fixed = replace(centres[0], **{letter: 1})
     points: dict[str, dict[int, float]] = {}  # the newest where a shape has two names
     for (shape, _), figures in cases.items():
-        if replace(shape, **{letter: 1}) != fixed:
+        if shape.K == 0 or replace(shape, **{letter: 1}) != fixed:  # no keys: anchors with anchors
             continue
         for method in figures.methods:
             if method in STYLES and (value := figures.get(method, "fwd+bwd", metric)) is not None:
@@ -67,7 +67,11 @@ def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]], letter: s
     axes.grid(True, which="major", alpha=0.3)
     axes.minorticks_off()
     sizes = sorted({size for points in series.values() for size, _ in points})
-    axes.set_xticks(sizes, [short(size) for size in sizes])
+    named: list[int] = []
+    for size in sizes:
+        if not named or size > 1.3 * named[-1]:  # names of nearer ones would lie over each other
+            named.append(size)
+    axes.set_xticks(named, [short(size) for size in named])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
 
 
@@ -126,7 +130,7 @@ def ratio_bars(rows: list[Row], title: str, path: Path) -> bool:
         axes.axvline(1, color="#d55e00", lw=2)
         axes.set(xscale="log", xlabel="time / ours (left of the line: faster than ours)", title=title)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlim(min(0.2, min(values) / 1.6), max(values) * 2)
+        axes.set_xlim(min(0.2, min(values) / 3), max(values) * 2)  # room for the numbers
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()

@@ -344,6 +344,7 @@ def test_plots_follow_one_size_at_a_time():
         timed("sweep-K-10000", Rows(K=10_000), 1.0),
         timed("camvid", Rows(K=22_000, C=11), 2.0),  # other classes
         timed("cityscapes", Rows(K=190_000), 19.0),
+        timed("in-batch", Rows(), 0.1),
         timed("sweep-A-256", Rows(A=256, K=19_000), 0.5),
     ]
     assert plots.sweep(rows, "K", "fp32", "min ms") == {"dense": [(10_000, 1.0), (190_000, 19.0)]}
