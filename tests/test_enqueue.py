@@ -16,7 +16,6 @@ import oracle
 from conftest import BACKENDS
 from pixcontrast_ext import MemoryBank
 from pixcontrast_ext.ops import enqueue
-from pixcontrast_ext.trainer.memory import PeakMemory
 
 BUFFERS = ("keys", "key_labels", "region_ptr", "region_fill", "pixel_ptr", "pixel_fill")
 
@@ -503,13 +502,3 @@ def test_double_needs_the_reference():
         ):
             bank.enqueue(embeddings.to(dtype), labels, backend="cpu")
     check(bank, rings)
-
-
-def test_the_reference_copies_the_map_for_one_class_at_a_time():
-    """A copy for each was 46 GB with the 171 classes of COCO-Stuff."""
-    embeddings, labels, priority = draw(1, 64, 400, 400, 20)
-    bank, _ = make(20, 64, 2, 2, 1)
-    watch = PeakMemory(torch.device("cpu"))
-    before = watch.mib()
-    bank.enqueue(embeddings, labels, priority=priority, backend="reference")
-    assert watch.mib() - before < 10 * embeddings.nbytes / 2**20

@@ -5,6 +5,7 @@ A command is a dataclass of its flags and a function that takes it, in `COMMANDS
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -217,6 +218,10 @@ def run_compare(args: Sequence[str]) -> None:
     command = parse_flags(CompareCommand, args, prog=_prog("compare"))
     out = command.compare.run.out
     options = _options_before(command.config, command.resume, out)
+    if command.config is None and options:
+        saved = json.loads((out / "config.json").read_text())
+        for name in ("seeds", "methods"):
+            options += [f"--{name}", *map(str, saved.get(f"_{name}", getattr(command.compare, name)))]
     if options:
         command = parse_flags(CompareCommand, [*options, *args], prog=_prog("compare"))
         out = command.compare.run.out
@@ -299,7 +304,7 @@ def _told(error: Exception) -> str:
     """What an error says; of one in a loading process, without the traceback that it is wrapped in."""
     said = str(error)
     if "in DataLoader worker process" in said:
-        return said.rstrip().splitlines()[-1].partition(": ")[2]
+        return said.rstrip().splitlines()[-1].partition(": ")[2] or said
     return said
 
 

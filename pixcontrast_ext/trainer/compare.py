@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.config import TrainConfig, flatten, load_config, save_config
+from pixcontrast_ext.trainer.config import TrainConfig, flatten, load_config
 from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import load_model
@@ -35,7 +35,7 @@ NAMES: dict[str, str] = {
 """What to call a run, by its `--contrast`."""
 
 
-_HARMLESS = ("out", "root", "workers", "device", "checkpoint_every", "keep_checkpoints", "pictures")
+_HARMLESS = ("out", "root", "checkpoint_every", "keep_checkpoints", "pictures")
 """Options that may change between a comparison and its resumption: where things are, and what is kept."""
 
 
@@ -133,7 +133,9 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
         ranks.wait()  # all have looked at what is there
         if ranks.is_first:
             config.run.out.mkdir(parents=True, exist_ok=True)
-            save_config(config.run, config.run.out / "config.json")
+            # To go on needs these too; they are no options of a training run, so they stand as comments.
+            chosen = {"_seeds": config.seeds, "_methods": config.methods}
+            write_json(config.run.out / "config.json", {**chosen, **flatten(config.run)})
         results: dict[str, list[Result]] = {method: [] for method in config.methods}
         for (method, _), run in runs.items():
             results[method].append(train(run, resume=resume and (run.out / "config.json").exists()))

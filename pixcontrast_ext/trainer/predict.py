@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def predict_folder(
         # None: only a terminal gets a bar.
         for name, path in tqdm(paths.items(), desc="predicting", unit="image", disable=None):
             try:
-                image = ImageOps.exif_transpose(read_image(path)).convert("RGB")
+                image = _upright(read_image(path)).convert("RGB")
             except ValueError as error:
                 problems.append(str(error))
                 continue
@@ -90,6 +91,14 @@ def predict_folder(
             _save(mask, out / "masks" / f"{name}.png")
             _save(Image.blend(image, Image.fromarray(palette[values]), 0.5), out / "overlays" / f"{name}.png")
     return Predicted(len(paths) - len(problems), problems)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its camera says that it stands; as it is stored where that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, struct.error):  # what Pillow raises for a damaged block
+        return image
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -269,7 +269,7 @@ class _Run:
         seed_all(config.seed, step, ranks.rank)
         images, labels = to_device(batch[:2], ranks.device)
         if self.augment is not None:
-            images, labels = self.augment(images, labels, batch[2].to(ranks.device))
+            images, labels = self.augment(images, labels, batch[2])
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)

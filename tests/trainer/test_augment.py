@@ -119,10 +119,10 @@ def test_what_an_image_becomes_does_not_depend_on_its_neighbours():
     small, small_labels = images[:, :, :36, :48], labels[:, :36, :48]
     padded, padded_labels = torch.zeros_like(images), torch.full_like(labels, IGNORE)
     padded[:, :, :36, :48], padded_labels[:, :36, :48] = small, small_labels
-    augment = Augment(DataConfig(crop=(30, 40), zoom=(0.6, 2), rotate=10))
+    augment = Augment(DataConfig(crop=(30, 40), zoom=(0.4, 0.9), rotate=10))
     torch.manual_seed(2)
     alone = augment(small, small_labels)
     torch.manual_seed(2)
     beside = augment(padded, padded_labels, torch.tensor([[36, 48]] * 6))
-    assert torch.equal(alone[1], beside[1])
+    assert torch.equal(alone[1], beside[1]) and (alone[1] == IGNORE).float().mean() > 0.1
     torch.testing.assert_close(alone[0], beside[0], atol=2e-3, rtol=0)

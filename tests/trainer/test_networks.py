@@ -340,10 +340,13 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
 
 def test_deeplabv3_on_one_image_is_told(deeplabv3):
     deeplabv3.train()
-    with pytest.raises(
-        ValueError, match="at least two images at a time on each rank, got 1: raise --batch-size"
-    ):
+    with pytest.raises(ValueError, match="at least two images at a time, got 1: raise --batch-size"):
         deeplabv3(torch.rand(1, 3, 64, 64))
+    shared = train.share_norms(deeplabv3, Ranks(0, 2, torch.device("cuda", 0)))
+    with pytest.raises(
+        ValueError, match="Expected more than 1 value per channel"
+    ):  # torch's: there is one rank here
+        shared.train()(torch.rand(1, 3, 64, 64))
 
 
 def test_a_run_with_an_auxiliary_head(tiny):

@@ -115,6 +115,14 @@ def test_a_photograph_is_turned_as_its_camera_says(run, photos, tmp_path):
     assert np.array_equal(mask_of(tmp_path / "out", "camera"), expected)
 
 
+def test_a_damaged_exif_block_does_not_matter(run, photos, tmp_path):
+    image = Image.open(photos / "one.png")
+    image.save(photos / "camera.jpg", exif=b"Exif\0\0no TIFF file at all", dpi=(72, 72))
+    model, _, _ = load_model(run, CPU)
+    found = predict_folder(model, dataset_spec("synthetic"), DataConfig(), photos, tmp_path / "out", CPU)
+    assert found.images == 4 and not found.problems and mask_of(tmp_path / "out", "camera").shape == (40, 56)
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_predicted(run, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes((photos / "one.png").read_bytes()[:300])
     out = tmp_path / "out"

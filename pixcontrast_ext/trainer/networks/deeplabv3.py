@@ -33,12 +33,10 @@ class DeepLabV3(nn.Module):
         """Logits "seg" and, in training, "aux", and embeddings "embed" where there is a head, at stride 8.
 
         Images [B, 3, H, W], RGB in [0, 1]; all maps are [B, ., ceil(H / 8), ceil(W / 8)]. In training the pooled
-        branch normalises over the batch alone: one image is a ValueError.
+        branch normalises over the batch alone: one image is a ValueError, unless its ranks share their norms.
         """
-        if self.training and len(images) < 2:
-            raise ValueError(
-                "DeepLabV3 trains on at least two images at a time on each rank, got 1: raise --batch-size"
-            )
+        if self.training and len(images) < 2 and not self._shares_norms():
+            raise ValueError("DeepLabV3 trains on at least two images at a time, got 1: raise --batch-size")
         middle, features = self.backbone.stages(images)
         outputs = {"seg": self.seg_head(features)}
         if self.embed_head is not None:
@@ -46,3 +44,6 @@ class DeepLabV3(nn.Module):
         if self.training:
             outputs["aux"] = self.aux_head(middle)
         return outputs
+
+    def _shares_norms(self) -> bool:
+        return any(isinstance(module, nn.SyncBatchNorm) for module in self.seg_head.modules())
