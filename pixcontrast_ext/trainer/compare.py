@@ -34,7 +34,6 @@ NAMES: dict[str, str] = {
 }
 """What to call a run, by its `--contrast`."""
 
-
 _HARMLESS = ("out", "root", "checkpoint_every", "keep_checkpoints", "pictures")
 """Options that may change between a comparison and its resumption: where things are, and what is kept."""
 

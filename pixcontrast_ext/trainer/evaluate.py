@@ -14,7 +14,7 @@ from pixcontrast_ext.trainer.checkpoints import CheckpointError, CheckpointStore
 from pixcontrast_ext.trainer.config import InferenceConfig, TrainConfig, config_of, flatten
 from pixcontrast_ext.trainer.data import IGNORE, Sample, dataset_spec, to_device
 from pixcontrast_ext.trainer.distributed import Ranks
-from pixcontrast_ext.trainer.files import rename, synced
+from pixcontrast_ext.trainer.files import replacing
 from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
 
@@ -120,8 +120,6 @@ def export_model(checkpoint: Path, out: Path) -> int:
     """
     model, config, step = load_model(checkpoint, torch.device("cpu"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f"{out.name}.tmp")
-    with synced(unfinished) as file:
+    with replacing(out) as file:
         torch.save({"step": step, "model": model.state_dict(), "config": flatten(config)}, file)
-    rename(unfinished, out)
     return sum(weight.numel() for weight in model.parameters())

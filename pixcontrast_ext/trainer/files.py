@@ -31,12 +31,19 @@ def rename(path: Path, target: Path) -> None:
         os.close(folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as the whole content of `path`."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """What is written becomes the whole content of `path` when the block ends, and nothing does if it fails."""
     unfinished = path.with_name(f"{path.name}.tmp")
     with synced(unfinished) as file:
-        file.write(text.encode())
+        yield file
     rename(unfinished, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as the whole content of `path`."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
 from pixcontrast_ext.trainer.data import DatasetSpec, resize_of
 from pixcontrast_ext.trainer.datasets.labelled import files_by_stem, read_image
-from pixcontrast_ext.trainer.files import rename, synced, write_json
+from pixcontrast_ext.trainer.files import replacing, write_json
 from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.pictures import colour_table
 
@@ -88,8 +88,10 @@ def predict_folder(
             values = labels[0].to(torch.uint8).cpu().numpy()
             mask = Image.fromarray(values, mode="P")
             mask.putpalette(palette.tobytes())
-            _save(mask, out / "masks" / f"{name}.png")
-            _save(Image.blend(image, Image.fromarray(palette[values]), 0.5), out / "overlays" / f"{name}.png")
+            overlay = Image.blend(image, Image.fromarray(palette[values]), 0.5)
+            for folder, picture in (("masks", mask), ("overlays", overlay)):
+                with replacing(out / folder / f"{name}.png") as file:
+                    picture.save(file, format="PNG")
     return Predicted(len(paths) - len(problems), problems)
 
 
@@ -99,13 +101,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, struct.error):  # what Pillow raises for a damaged block
         return image
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    with synced(unfinished) as file:
-        image.save(file, format="PNG")
-    rename(unfinished, path)
 
 
 def _network_input(image: Image.Image, data: DataConfig, device: torch.device) -> Tensor:
