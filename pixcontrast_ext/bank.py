@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import ops
 from pixcontrast_ext.ops import enqueue
+from pixcontrast_ext.ops.exchange import Exchange
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class _Group:
-    """A process group that a copy of its bank shares."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Group:
-        return self
-
-    def __reduce__(self) -> str:
-        raise TypeError(
-            "a bank with an explicit process group cannot be pickled; save its state_dict instead"
-        )
+_UNIT = 1e-2
+"""How far a stored unit vector's norm may be from 1: more than bf16 rounds, less than an average takes away."""
 
 
 class MemoryBank(nn.Module):
@@ -39,9 +32,18 @@ class MemoryBank(nn.Module):
         key_labels    [C, R + P]     int32, -1 until filled
         region_ptr, region_fill, pixel_ptr, pixel_fill  [C] int64: next slot to write, and slots in use
 
-    In a distributed job every rank must call `enqueue` at every step; candidates are exchanged in rank order
-    and all banks stay bit-identical. Keep the bank outside of `DistributedDataParallel`, or list its buffers
-    among those to ignore: broadcasting them is harmless but a waste.
+    In a distributed job every rank must call `enqueue` at every step, with a batch of any size, also none; candidates
+    are exchanged in rank order and all banks stay bit-identical. A rank that leaves a step out keeps the others waiting
+    until the process group's time limit; with TORCH_DISTRIBUTED_DEBUG=INFO an error names it within 20 seconds. Keep
+    the bank outside of `DistributedDataParallel`, or give that `broadcast_buffers=False`: it would send the whole bank
+    to all ranks in every forward, where all have it already.
+
+    Keep the bank out of averages of weights (EMA) as well: the mean of what a slot held at different times is the
+    embedding of no pixel. Where a trainer averages every buffer regardless, rows come back to unit norm when such a
+    state is loaded, with a warning.
+
+    A bank that was built on the meta device is empty once it has memory: after `to_empty`, and also where a loader
+    (transformers' `from_pretrained`) materialises it and finds no bank in its file.
 
     Args:
         num_classes: C.
@@ -93,13 +95,14 @@ class MemoryBank(nn.Module):
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.region_slots, self.pixel_slots = region_slots, pixel_slots
         self.pixels_per_image, self.ignore_index, self.normalize = pixels_per_image, ignore_index, normalize
-        self._group = _Group(process_group) if isinstance(process_group, dist.ProcessGroup) else process_group
-        self._exchange_batch = 0  # images a rank offers in an exchange; agreed in the first one
+        self._exchange = Exchange(process_group)
         slots = region_slots + pixel_slots
         self.register_buffer("keys", torch.zeros(num_classes, slots, embed_dim, dtype=dtype))
         self.register_buffer("key_labels", torch.full((num_classes, slots), -1, dtype=torch.int32))
         for name in ("region_ptr", "region_fill", "pixel_ptr", "pixel_fill"):
             self.register_buffer(name, torch.zeros(num_classes, dtype=torch.int64))
+        # Whoever gives it memory fills that, or calls what follows; `inspect` looks whether somebody did.
+        self._born_on_meta = self.keys.is_meta
 
     def extra_repr(self) -> str:
         return (
@@ -113,22 +116,73 @@ class MemoryBank(nn.Module):
         Raises:
             ValueError: if the keys require grad.
         """
-        self._check_no_grad()
+        self._check_usable()
         return self.keys.view(-1, self.embed_dim), self.key_labels.view(-1)
 
-    def _check_no_grad(self) -> None:
+    def _check_embeddings(self, embeddings: Tensor) -> None:
+        ops.check_embeddings(embeddings)
+        if embeddings.shape[1] != self.embed_dim:
+            raise ValueError(f"embeddings must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
+        if embeddings.device != self.keys.device:
+            raise ValueError(
+                f"embeddings must be on the bank's device {self.keys.device}, got {embeddings.device}"
+            )
+        self._check_usable()
+
+    def _check_usable(self) -> None:
+        if self._born_on_meta and not torch.compiler.is_compiling():
+            self.inspect()
         if self.keys.requires_grad:
             raise ValueError(
                 "the bank's keys must not require grad: they are written between forward and backward"
             )
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Forget everything."""
-        self.keys.zero_()
-        self.key_labels.fill_(-1)
-        for pointer in (self.region_ptr, self.region_fill, self.pixel_ptr, self.pixel_fill):
-            pointer.zero_()
+        with torch.no_grad():
+            for buffer in self.buffers():
+                buffer.fill_(-1 if buffer is self.key_labels else 0)
+        self._born_on_meta = False
+
+    def reset_parameters(self) -> None:
+        """Empty a bank whose memory holds nothing yet, by the name that FSDP, Lightning and others call after
+        `to_empty`.
+
+        What transformers has loaded from a file stays as it is, if its `_init_weights` calls this.
+        """
+        for buffer in self.buffers():  # by these functions: transformers makes them pass over what was loaded
+            nn.init.constant_(buffer, -1 if buffer is self.key_labels else 0)
+        self._born_on_meta = False
+
+    def inspect(self) -> bool:
+        """Of a bank that was built on the meta device: whether what it got for memory holds no bank.
+
+        Then it is emptied, with a warning. Called by itself at the first use, and by `train` and `eval`.
+        """
+        if not self._born_on_meta or self.keys.is_meta:
+            return False
+        self._born_on_meta = False
+        problems = self._problems(dict(self.named_buffers()), "")
+        if problems:
+            self.reset()
+            warnings.warn(
+                "a memory bank was built on the meta device and what loaded it left out its buffers; it starts empty. "
+                f"Call its reset_parameters() to say so yourself. What was there: {'; '.join(problems)[:400]}",
+                stacklevel=2,
+            )
+        return bool(problems)
+
+    def train(self, mode: bool = True) -> MemoryBank:
+        self.inspect()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
+        was_meta = self.keys.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.keys.is_meta:  # to_empty: nothing else brings a tensor from there
+            self.reset()
+        return self
 
     @torch.no_grad()
     def enqueue(
@@ -137,6 +191,7 @@ class MemoryBank(nn.Module):
         labels: Tensor,  # [B, H, W]
         *,
         priority: Tensor | None = None,
+        generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> None:
         """Add one region and up to `pixels_per_image` pixels for every (image, class) that occurs, in image
@@ -150,35 +205,83 @@ class MemoryBank(nn.Module):
             embeddings: any strides, need not be normalised; on the device of the bank.
             labels: ground truth at the size of the embeddings, any integer dtype.
             priority: [B, H, W] int32, drawn by `torch.randint` if None.
+            generator: for that draw.
             backend: see `available_backends`.
 
         Raises:
             TypeError: embeddings that are not floating point, labels that are not integers, priority that is
                 not int32.
             ValueError: shapes or devices that do not fit; a bank that requires grad; on the CPU also a label
-                that is neither a class nor `ignore_index`; in a distributed job a batch larger than the first
-                one.
+                that is neither a class nor `ignore_index`; in a distributed job ranks whose banks differ.
+            RuntimeError: in a distributed job, a rank that does not come.
         """
-        ops.check_embeddings(embeddings)
-        if embeddings.shape[1] != self.embed_dim:
-            raise ValueError(f"embeddings must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
-        if embeddings.device != self.keys.device:
-            raise ValueError(
-                f"embeddings must be on the bank's device {self.keys.device}, got {embeddings.device}"
-            )
-        self._check_no_grad()
-        rows, row_labels = enqueue.collect(
+        rows, row_labels = self._collect(
+            embeddings, labels, self.pixels_per_image, backend, priority=priority, generator=generator
+        )
+        self._write(rows, row_labels, backend)
+
+    @torch.no_grad()
+    def enqueue_rows(
+        self,
+        rows: Tensor,  # [N, D]
+        labels: Tensor,  # [N]
+        *,
+        backend: str | None = None,
+    ) -> None:
+        """Add rows without a map to the pixel rings, all of them, in their order.
+
+        For embeddings of any origin: a memory as metric learning has it, tokens of a transformer. Rings wrap; of more
+        than a ring holds the last ones stay. A row whose norm is zero or not finite is never stored. There are no
+        images, so no regions. Needs scratch for num_classes x N x D elements. In a distributed job as `enqueue`.
+
+        Args:
+            rows: fp32, fp16 or bf16, any strides, need not be normalised; on the device of the bank.
+            labels: any integer dtype; `ignore_index` leaves a row out.
+            backend: see `available_backends`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `enqueue`.
+        """
+        if not isinstance(rows, Tensor) or rows.dim() != 2:
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"rows must have shape [N, {self.embed_dim}], got {got}")
+        ops.check_labels("labels", labels, (rows.shape[0],), rows.device)
+        embeddings, labels = rows.T[None, :, None], labels[None, None]  # one image, one pixel high
+        candidates, candidate_labels = self._collect(
+            embeddings,
+            labels,
+            rows.shape[0],
+            backend,
+            priority=torch.zeros_like(labels, dtype=torch.int32),  # all are taken
+        )
+        candidate_labels[:, :, 0] = -1  # the region
+        self._write(candidates, candidate_labels, backend)
+
+    def _collect(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        pixels_per_image: int,
+        backend: str | None,
+        *,
+        priority: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._check_embeddings(embeddings)
+        return enqueue.collect(
             embeddings,
             labels,
             num_classes=self.num_classes,
-            pixels_per_image=self.pixels_per_image,
+            pixels_per_image=pixels_per_image,
             ignore_index=self.ignore_index,
             normalize=self.normalize,
             dtype=self.keys.dtype,
             priority=priority,
+            generator=generator,
             backend=backend,
         )
-        rows, row_labels = self._exchange(rows, row_labels)
+
+    def _write(self, rows: Tensor, row_labels: Tensor, backend: str | None) -> None:
         enqueue.write(
             rows,
             row_labels,
@@ -189,48 +292,13 @@ class MemoryBank(nn.Module):
             self.pixel_ptr,
             self.pixel_fill,
             region_slots=self.region_slots,
+            exchange=self._exchange,
             backend=backend,
         )
 
     @property
     def process_group(self) -> dist.ProcessGroup | str | None:
-        return self._group.group if isinstance(self._group, _Group) else self._group
-
-    def _exchange_group(self) -> dist.ProcessGroup | None:
-        """The group to exchange with, or None if there is none or it has one rank."""
-        if self.process_group is None or not (dist.is_available() and dist.is_initialized()):
-            return None
-        group = dist.group.WORLD if isinstance(self.process_group, str) else self.process_group
-        return group if dist.get_world_size(group) > 1 else None
-
-    def _exchange(self, rows: Tensor, row_labels: Tensor) -> tuple[Tensor, Tensor]:
-        """All ranks' candidates, in rank order.
-
-        The shape of an exchange has to be known on every rank without asking, so the largest batch of the
-        first exchange sets it; smaller batches are padded with rows that nobody stores.
-        """
-        group = self._exchange_group()
-        if group is None:
-            return rows, row_labels
-        batch, world = rows.shape[0], dist.get_world_size(group)
-        if self._exchange_batch == 0:
-            largest = torch.tensor(batch, device=rows.device)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-            self._exchange_batch = int(largest)
-        if batch > self._exchange_batch:
-            raise ValueError(
-                f"this batch has {batch} images, the largest of the first exchange between ranks had "
-                f"{self._exchange_batch}; give the largest batch first"
-            )
-        missing = self._exchange_batch - batch
-        if missing:
-            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-            row_labels = torch.cat([row_labels, row_labels.new_full((missing, *row_labels.shape[1:]), -1)])
-        all_rows = rows.new_empty(world * rows.shape[0], *rows.shape[1:])
-        all_labels = row_labels.new_empty(world * rows.shape[0], *row_labels.shape[1:])
-        dist.all_gather_into_tensor(all_rows, rows.contiguous(), group=group)
-        dist.all_gather_into_tensor(all_labels, row_labels.contiguous(), group=group)
-        return all_rows, all_labels
+        return self._exchange.process_group
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse a damaged bank, or one of another size, whole: nothing of it is copied."""
@@ -239,7 +307,26 @@ class MemoryBank(nn.Module):
         if problems:
             error_msgs.extend(problems)
             return
+        name = f"{prefix}keys"
+        if name in state_dict:
+            self._born_on_meta = False
+            if self.normalize:
+                state_dict[name] = self._of_unit_norm(state_dict[name], state_dict[f"{prefix}key_labels"])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _of_unit_norm(self, keys: Tensor, labels: Tensor) -> Tensor:
+        """The keys themselves, or, if the bank was averaged with those of other times, a copy on the unit sphere."""
+        norms = keys.float().norm(dim=-1)
+        wrong = (labels >= 0) & ((norms - 1).abs() > _UNIT)
+        if not wrong.any():
+            return keys
+        warnings.warn(
+            f"{int(wrong.sum())} of {int((labels >= 0).sum())} keys in the checkpoint do not have norm 1 (from "
+            f"{norms[wrong].min():.3g} to {norms[wrong].max():.3g}) and are normalised. An average over steps (EMA) "
+            "does that to a bank; leave the bank out of it.",
+            stacklevel=2,
+        )
+        return torch.where(wrong[..., None], F.normalize(keys.float(), dim=-1).to(keys.dtype), keys)
 
     def _problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """What is wrong with the bank in a state dict; nothing if there is no bank in it at all."""

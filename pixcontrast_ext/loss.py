@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.ops.gather import gather_embeddings
 from pixcontrast_ext.ops.infonce import check_temperature, infonce
 from pixcontrast_ext.ops.sampling import hard_anchor_sampling
-from pixcontrast_ext.ops.warmup import WarmUp
+from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
+from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
 def _nearest(size: int, target: int, device: torch.device) -> Tensor:
@@ -38,31 +40,63 @@ def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps
 
 
+def _zero_of(embeddings: Tensor) -> Tensor:
+    """A zero that gives the embeddings a gradient of zero, whatever they hold (0 * NaN would be NaN).
+
+    `DistributedDataParallel` demands a gradient for every parameter in every step, so also for the head's.
+    """
+    return embeddings[:0].sum(dtype=torch.float32)
+
+
 class PixelContrastLoss(nn.Module):
     """Pixel contrast of a batch against a memory bank, or within the batch (arXiv 2101.11939, section 3.2).
 
     Chooses anchors (`hard_anchor_sampling`), reads their embeddings (`gather_embeddings`) and contrasts them
-    (`infonce`) with the bank, or with each other if there is none. In training mode the batch is enqueued
-    afterwards.
+    (`infonce`) with the bank, or with each other if there is none. Add it to any segmentation loss; beside
+    cross-entropy `PixelContrastCrossEntropyLoss` does it.
+
+    **Training and validation.** A call trains if the loss is in training mode and gradients are enabled: only such a
+    call enqueues its batch, and counts for the warm-up. So validation under `torch.no_grad()` leaves bank and warm-up
+    alone even if nobody called `eval()`, and no other rank waits for it; to fill a bank without gradients, call
+    `bank.enqueue`. The value follows the same rule in both: within the warm-up it is zero in validation too, so that
+    the curves can be compared.
+
+    **Warm-up.** During the first `warmup_steps` calls that train no pair is contrasted: the loss is zero, whatever the
+    embeddings hold, and so is their gradient, while the bank already fills. The count is the buffer `step`, on the
+    device, and has no second home: however it is restored or broadcast, the next call goes by it. Calls are counted,
+    not optimizer steps, of which a loss knows nothing: with gradient accumulation over n batches give n times as many.
+
+    **Activation checkpointing** around the loss recomputes it within the backward, when the bank holds the batch
+    already, and with other draws from a `generator` of its own: both raise an error. Without bank and generator it is
+    right.
 
     Args:
         num_classes: classes are 0 to num_classes - 1.
+        weight: multiplies the loss; may be changed at any time.
+        warmup_steps: see above.
         temperature: divides the cosine similarities.
         base_temperature: scales the loss by temperature / base_temperature; None leaves it alone.
-        max_samples, max_views, min_pixels: see `hard_anchor_sampling`.
+        max_samples, max_views, min_pixels: see `hard_anchor_sampling`. A class that occurs again and again and never
+            has `min_pixels` pixels is named in a warning, once, after 50 batches.
         ignore_index: label of pixels that do not count.
         bank: of the same class count; a submodule, so it is saved with the loss.
         normalize: compare unit vectors.
+        generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
+            device of the labels. It is not part of the state dict. None means torch's own.
         backend: see `available_backends`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, at construction.
     """
 
+    step: Tensor
+
     def __init__(
         self,
         num_classes: int,
         *,
+        weight: float = 1.0,
+        warmup_steps: int = 0,
         temperature: float = 0.1,
         base_temperature: float | None = None,
         max_samples: int = 1024,
@@ -71,17 +105,23 @@ class PixelContrastLoss(nn.Module):
         ignore_index: int = 255,
         bank: MemoryBank | None = None,
         normalize: bool = True,
+        generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         ops.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
+        ops.check_at_least(0, warmup_steps=warmup_steps)
         if min_pixels is not None:
             ops.check_at_least(0, min_pixels=min_pixels)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise ValueError(f"weight must be finite and not negative, got {weight!r}")
         check_temperature("temperature", temperature)
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         if bank is not None:
             if not isinstance(bank, MemoryBank):
                 raise TypeError(f"bank must be a MemoryBank, got {type(bank).__name__}")
@@ -91,33 +131,132 @@ class PixelContrastLoss(nn.Module):
                 raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
             if bank.normalize != normalize:
                 raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
-        self.num_classes, self.temperature, self.base_temperature = num_classes, temperature, base_temperature
+        self.num_classes, self.weight, self.warmup_steps = num_classes, weight, warmup_steps
+        self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.min_pixels = max_samples, max_views, min_pixels
         self.ignore_index, self.normalize, self.backend = ignore_index, normalize, backend
         self.bank = bank
+        self._stream = None if generator is None else PriorityStream(generator)
+        self._watch = ClassWatch(
+            num_classes, ignore_index, max_views + 1 if min_pixels is None else min_pixels
+        )
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._born_on_meta = self.step.is_meta  # as in MemoryBank
 
     def extra_repr(self) -> str:
-        return f"{self.num_classes}, temperature={self.temperature}, max_samples={self.max_samples}"
+        return (
+            f"{self.num_classes}, weight={self.weight}, warmup_steps={self.warmup_steps}, "
+            f"temperature={self.temperature}, max_samples={self.max_samples}"
+        )
 
-    def forward(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
+    def reset_parameters(self) -> None:
+        """Begin the warm-up anew, by the name that FSDP, Lightning and others call after `to_empty`; the bank has its
+        own.
+        """
+        nn.init.constant_(self.step, 0)  # by this function: see MemoryBank.reset_parameters
+        self._born_on_meta = False
+
+    def inspect(self) -> None:
+        """If built on the meta device: begin the warm-up anew unless what it got for memory holds a count of it.
+
+        Called by itself at the first use, and by `train` and `eval`.
+        """
+        if not self._born_on_meta or self.step.is_meta:
+            return
+        emptied = self.bank is not None and self.bank.inspect()  # one file left both out
+        if emptied or not 0 <= int(self.step) <= self.warmup_steps:
+            self.reset_parameters()
+        self._born_on_meta = False
+
+    def train(self, mode: bool = True) -> PixelContrastLoss:
+        self.inspect()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelContrastLoss:
+        was_meta = self.step.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.step.is_meta:  # to_empty
+            self.reset_parameters()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._born_on_meta = self._born_on_meta and f"{prefix}step" not in state_dict
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, predictions: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar; a differentiable zero if nothing can be contrasted.
 
         Args:
             embeddings: [B, D, h, w], any strides; normalised here if `normalize`.
             labels: [B, H, W], any integer dtype; picked at the nearest pixel if the size differs.
             predictions: predicted classes [B, H', W'], or logits [B, C, H', W']; likewise.
+            return_parts: return (loss, parts) for a log: a dict of detached scalars that stay on the device, "contrast"
+                (before `weight`), "anchors" (how many) and, with a bank, "bank_fill" (share of its slots in use).
 
         Raises:
             TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label that is
                 neither a class nor `ignore_index`.
+            RuntimeError: activation checkpointing of what it does not fit, see above.
         """
-        labels = self._labels_at(embeddings, labels)
-        loss = self._contrast(embeddings, labels, predictions)
-        self._enqueue(embeddings, labels)
-        return loss
+        loss, contrast, anchor_labels = self._step(
+            embeddings, self._labels_at(embeddings, labels), predictions
+        )
+        return (loss, self._parts(contrast, anchor_labels)) if return_parts else loss
+
+    def _step(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole call, with labels at the size of the embeddings: the loss, the same without its weight, and the
+        labels of the anchors.
+        """
+        trains = self.training and torch.is_grad_enabled()
+        if trains:
+            self._check_not_recomputed()
+        predictions = self._predictions_at(embeddings, predictions)
+        if self.weight > 0:
+            contrast, anchor_labels = self._contrast(embeddings, labels, predictions)
+            loss = self.weight * contrast
+        else:
+            loss = contrast = _zero_of(embeddings)
+            anchor_labels = labels.new_empty(0)
+        if trains:
+            if self.bank is not None:
+                self.bank.enqueue(
+                    embeddings.detach(), labels, priority=self._priority(labels), backend=self.backend
+                )
+            if self.warmup_steps > 0:
+                self.step.add_(self.step < self.warmup_steps)
+        return loss, contrast, anchor_labels
+
+    def _parts(self, contrast: Tensor, anchor_labels: Tensor) -> dict[str, Tensor]:
+        parts = {"contrast": contrast.detach(), "anchors": (anchor_labels >= 0).sum()}
+        if self.bank is not None:
+            filled = self.bank.region_fill.sum() + self.bank.pixel_fill.sum()
+            parts["bank_fill"] = filled / max(1, self.bank.key_labels.numel())
+        return parts
+
+    def _check_not_recomputed(self) -> None:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # no backward runs
+            return
+        changed = "the bank already holds this batch" if self.bank is not None else "its generator draws anew"
+        if self.bank is not None or self._stream is not None:
+            raise RuntimeError(
+                f"PixelContrastLoss is recomputed within a backward, as activation checkpointing does, and {changed}: "
+                "its gradient would be wrong. Keep the loss outside of the checkpointed function."
+            )
+
+    def _priority(self, labels: Tensor) -> Tensor:
+        return draw_priority(labels) if self._stream is None else self._stream.draw(labels)
 
     def _labels_at(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         ops.check_embeddings(embeddings)
+        if self._born_on_meta and not torch.compiler.is_compiling():
+            self.inspect()
+        if self.warmup_steps > 0 and self.step.device != embeddings.device:
+            raise ValueError(
+                f"embeddings are on {embeddings.device}, the loss is on {self.step.device}: move it there with .to()"
+            )
         if not isinstance(labels, Tensor) or not ops.is_integer(labels):
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be an integer tensor, got {got}")
@@ -157,8 +296,8 @@ class PixelContrastLoss(nn.Module):
         self._check_map("predictions", predictions, 3, embeddings)
         return resize_nearest(predictions, size)
 
-    def _contrast(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
-        predictions = self._predictions_at(embeddings, predictions)
+    def _contrast(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss before its weight, and the labels of the anchors."""
         sample = hard_anchor_sampling(
             labels,
             predictions,
@@ -167,8 +306,16 @@ class PixelContrastLoss(nn.Module):
             max_views=self.max_views,
             min_pixels=self.min_pixels,
             ignore_index=self.ignore_index,
+            priority=self._priority(labels),
             backend=self.backend,
         )
+        anchor_labels = sample.labels
+        if self.training:
+            anchor_labels = watch_classes(labels, anchor_labels, self._watch)
+        if self.warmup_steps > 0:
+            # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
+            # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.
+            anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
         anchors = gather_embeddings(
             embeddings,
             sample.indices,
@@ -177,41 +324,40 @@ class PixelContrastLoss(nn.Module):
             backend=self.backend,
         )
         if self.bank is None:
-            keys, key_labels = anchors, sample.labels
+            keys, key_labels = anchors, anchor_labels
         else:
             keys, key_labels = self.bank.flat()
         loss = infonce(
             anchors,
-            sample.labels,
+            anchor_labels,
             keys,
             key_labels,
             temperature=self.temperature,
             exclude_self=self.bank is None,
             backend=self.backend,
         )
-        return loss if self.base_temperature is None else loss * (self.temperature / self.base_temperature)
-
-    def _enqueue(self, embeddings: Tensor, labels: Tensor) -> None:
-        if self.training and self.bank is not None:
-            self.bank.enqueue(embeddings.detach(), labels, backend=self.backend)
+        if self.base_temperature is not None:
+            loss = loss * (self.temperature / self.base_temperature)
+        return loss, anchor_labels
 
 
 class PixelContrastCrossEntropyLoss(nn.Module):
-    """Cross-entropy + `weight` x `PixelContrastLoss`.
+    """Cross-entropy + `weight` x `PixelContrastLoss`, which is its submodule `contrast`.
 
-    During the first `warmup_steps` calls in training mode the contrast is not computed (a weight of zero
-    would not keep a NaN out) while the bank already fills.
+    When bank and warm-up advance, how validation counts, and what activation checkpointing may do is said there. With
+    another segmentation loss use that class itself: weight and warm-up are its own.
 
     Args:
         num_classes: channels of the logits.
-        weight: of the contrast.
-        warmup_steps: how many training steps do without it; counted in the buffer `step`, so resuming goes on
-            counting.
+        weight: of the contrast; may be changed at any time.
+        warmup_steps: how many training calls do without contrast.
         class_weights: [C], for the cross-entropy.
-        **contrast: for `PixelContrastLoss`.
+        The others: for `PixelContrastLoss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, at construction.
     """
 
-    step: Tensor
     class_weights: Tensor | None
 
     def __init__(
@@ -221,48 +367,76 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         weight: float = 0.1,
         warmup_steps: int = 0,
         class_weights: Tensor | None = None,
-        **contrast: Any,
+        temperature: float = 0.1,
+        base_temperature: float | None = None,
+        max_samples: int = 1024,
+        max_views: int = 100,
+        min_pixels: int | None = None,
+        ignore_index: int = 255,
+        bank: MemoryBank | None = None,
+        normalize: bool = True,
+        generator: torch.Generator | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.contrast = PixelContrastLoss(num_classes, **contrast)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be finite and not negative, got {weight!r}")
-        ops.check_at_least(0, warmup_steps=warmup_steps)
+        self.contrast = PixelContrastLoss(
+            num_classes,
+            weight=weight,
+            warmup_steps=warmup_steps,
+            temperature=temperature,
+            base_temperature=base_temperature,
+            max_samples=max_samples,
+            max_views=max_views,
+            min_pixels=min_pixels,
+            ignore_index=ignore_index,
+            bank=bank,
+            normalize=normalize,
+            generator=generator,
+            backend=backend,
+        )
         if class_weights is not None and not isinstance(class_weights, Tensor):
             raise TypeError(f"class_weights must be a tensor, got {type(class_weights).__name__}")
         if class_weights is not None and tuple(class_weights.shape) != (num_classes,):
             raise ValueError(
                 f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
             )
-        self.weight, self.warmup_steps = weight, warmup_steps
         self.register_buffer("class_weights", class_weights)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._warmup = WarmUp(warmup_steps, 0)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_warmup": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy or a pickle: it counts on its own
-        super().__setstate__(state)
-        self._warmup = WarmUp(self.warmup_steps, int(self.step))
 
     @property
     def bank(self) -> MemoryBank | None:
         return self.contrast.bank
 
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, warmup_steps={self.warmup_steps}"
+    @property
+    def step(self) -> Tensor:
+        """How far the warm-up is, [] int64; stops at `warmup_steps`."""
+        return self.contrast.step
 
-    def forward(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> Tensor:
+    @property
+    def weight(self) -> float:
+        return self.contrast.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self.contrast.weight = value
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.contrast.warmup_steps
+
+    def forward(
+        self, logits: Tensor, embeddings: Tensor, labels: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar.
 
         Args:
             logits: [B, C, h, w]; upsampled bilinearly to the labels for the cross-entropy.
             embeddings: [B, D, h', w'].
             labels: [B, H, W], any integer dtype.
+            return_parts: return (loss, parts) for a log: those of `PixelContrastLoss` and "cross_entropy"; the loss is
+                cross_entropy + weight x contrast.
 
         Raises:
-            TypeError, ValueError: as `PixelContrastLoss.forward`.
+            TypeError, ValueError, RuntimeError: as `PixelContrastLoss.forward`.
         """
         contrast = self.contrast
         picked = contrast._labels_at(embeddings, labels)
@@ -270,13 +444,12 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             raise ValueError(
                 f"logits must have shape [{labels.shape[0]}, {contrast.num_classes}, h, w], got {tuple(logits.shape)}"
             )
-        loss = self._cross_entropy(logits, labels)
-        if self.weight > 0 and (not self.training or self._warmup.over):
-            loss = loss + self.weight * contrast._contrast(embeddings, picked, logits)
-        contrast._enqueue(embeddings, picked)
-        if self.training and not self._warmup.over:
-            self._warmup.advance(self.step)
-        return loss
+        cross_entropy = self._cross_entropy(logits, labels)
+        weighted, unweighted, anchor_labels = contrast._step(embeddings, picked, logits)
+        loss = cross_entropy + weighted
+        if not return_parts:
+            return loss
+        return loss, {"cross_entropy": cross_entropy.detach(), **contrast._parts(unweighted, anchor_labels)}
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the pixels that count; 0 if there are none."""
@@ -305,5 +478,6 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         return total / torch.where(count > 0, count, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}step" in state_dict:  # where version 0.1.0 had the count
+            state_dict[f"{prefix}contrast.step"] = state_dict.pop(f"{prefix}step")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._warmup = WarmUp(self.warmup_steps, int(self.step))

@@ -54,9 +54,13 @@ def test_opcheck(backend, op):
 
 
 def test_every_op_is_checked():
-    """All but the step counter, whose effect is on the host."""
+    """All but those that speak to the host."""
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("pixcontrast::")}
-    assert names == set(cases("cpu")) | {"warmup_step"}
+    assert names == set(cases("cpu")) | {
+        "draw_priority",
+        "enqueue_write_all_ranks",
+        "watch_classes",
+    }
 
 
 def test_fakes_agree_with_the_ops(backend):
@@ -94,7 +98,7 @@ def training_steps(criterion, compiled, steps=5):
 
 @pytest.mark.parametrize("with_bank", [True, False])
 def test_compiled_criterion_is_the_eager_one(with_bank):
-    """The whole criterion in one graph, through its warm-up: two graphs in all, however many steps."""
+    """The whole criterion in one graph, which is good for the warm-up and for what follows."""
 
     def criterion():
         bank = MemoryBank(4, 8, region_slots=3, pixel_slots=7, pixels_per_image=2) if with_bank else None
@@ -112,7 +116,7 @@ def test_compiled_criterion_is_the_eager_one(with_bank):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
     for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
         assert torch.equal(a, b), name
-    assert counter.frame_count == 2
+    assert counter.frame_count == 1
 
 
 def test_inductor():

@@ -33,15 +33,11 @@ def define(schema: str, allocate: Callable[..., Any], fill: Callable[..., None])
             fill(backends.get(args[-1]), *args[:-1], outputs)
         return outputs
 
-    _register(schema, run, allocate)
+    register(schema, run, allocate)
 
 
-def define_mutation(schema: str, run: Callable[..., None]) -> None:
-    """Register an op that returns nothing and needs no backend."""
-    _register(schema, run, lambda *args: None)
-
-
-def _register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any] = lambda *args: None) -> None:
+    """Register an op that needs no backend; `fake` makes its outputs where there is no data."""
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
@@ -125,20 +121,3 @@ def check_at_least(minimum: int, **values: int | None) -> None:
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def draw_priority(labels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """All the randomness of a selection: int32, of the shape of `labels`."""
-    return torch.randint(
-        torch.iinfo(torch.int32).max,
-        labels.shape,
-        dtype=torch.int32,
-        device=labels.device,
-        generator=generator,
-    )
-
-
-def check_priority(priority: Tensor, labels: Tensor) -> None:
-    check_labels("priority", priority, tuple(labels.shape), labels.device)
-    if priority.dtype != torch.int32:
-        raise TypeError(f"priority must be int32, got {priority.dtype}")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext import backends, ops
+from pixcontrast_ext.ops.exchange import Exchange
+from pixcontrast_ext.ops.priority import check_priority, draw_priority
 
 
 def _allocate_collect(
@@ -112,6 +114,7 @@ def collect(
     normalize: bool,
     dtype: torch.dtype,
     priority: Tensor | None = None,
+    generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a batch offers a bank: rows [B, C, 1 + pixels_per_image, D] and their labels, -1 where there is
@@ -127,8 +130,8 @@ def collect(
     batch, _, height, width = embeddings.shape
     ops.check_labels("labels", labels, (batch, height, width), embeddings.device)
     if priority is None:
-        priority = ops.draw_priority(labels, None)
-    ops.check_priority(priority, labels)
+        priority = draw_priority(labels, generator)
+    check_priority(priority, labels)
     rows: tuple[Tensor, Tensor] = torch.ops.pixcontrast.enqueue_collect(
         embeddings.detach(),
         labels.long(),
@@ -156,12 +159,13 @@ def write(
     pixel_fill: Tensor,  # [C] int64
     *,
     region_slots: int,
+    exchange: Exchange,
     backend: str | None = None,
 ) -> None:
-    """Append collected rows to the rings of a bank, in place, in image order; the last ones of more than a
-    ring stay.
+    """Append collected rows, those of all ranks in rank order, to the rings of a bank, in place, in image order; the
+    last ones of more than a ring stay.
     """
-    torch.ops.pixcontrast.enqueue_write(
+    torch.ops.pixcontrast.enqueue_write_all_ranks(
         rows,
         row_labels,
         keys,
@@ -171,5 +175,6 @@ def write(
         pixel_ptr,
         pixel_fill,
         region_slots,
+        exchange.number,
         backends.resolve(backend, "enqueue_write", keys.device.type, keys.dtype),
     )

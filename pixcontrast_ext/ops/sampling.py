@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext import backends, ops
+from pixcontrast_ext.ops.priority import check_priority, draw_priority
 
 
 class AnchorSample(NamedTuple):
@@ -125,8 +126,8 @@ def hard_anchor_sampling(
         min_pixels = max_views + 1
     ops.check_at_least(0, min_pixels=min_pixels)
     if priority is None:
-        priority = ops.draw_priority(labels, generator)
-    ops.check_priority(priority, labels)
+        priority = draw_priority(labels, generator)
+    check_priority(priority, labels)
     chosen = torch.ops.pixcontrast.hard_anchor_sampling(
         labels.long(),
         predictions.long(),

@@ -1,0 +1,39 @@
+"""Python objects that an op is told of by number.
+
+The schema of an op takes tensors and numbers only, and a compiled graph that saw the object itself would be traced
+anew whenever something in it changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+_objects: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Handle:
+    """An object with a number of its own; so has each of its copies."""
+
+    number: int
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        _objects[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy or a pickle
+        self.__dict__.update(state)
+        Handle.__init__(self)
+
+
+def of(number: int) -> Any:
+    """The object behind a number.
+
+    Raises:
+        ValueError: if there is none, or none any more.
+    """
+    if number not in _objects:
+        raise ValueError(f"{number} is the number of no object that an op could be told of")
+    return _objects[number]

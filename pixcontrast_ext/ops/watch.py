@@ -1,0 +1,102 @@
+"""Noticing, without a wait for the device, that a class which occurs never yields an anchor."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from pixcontrast_ext import ops
+from pixcontrast_ext.ops import handles
+
+BATCHES = 50  # that are looked at
+OCCURS = 5  # of them a class has to occur in for a word about it
+
+
+class ClassWatch(handles.Handle):
+    """Warns once, after the first `BATCHES` batches, of classes that occurred and gave no anchor; then it rests.
+
+    Counts stay on the device. They come to the host by a copy that nobody waits for: the first call that finds it
+    done reads it.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int, min_pixels: int) -> None:
+        super().__init__()
+        self.num_classes, self.ignore_index, self.min_pixels = num_classes, ignore_index, min_pixels
+        self.batches, self.done = 0, False
+        self.counts: Tensor | None = (
+            None  # [2, C + 1]: batches that each class occurred in, anchors that it gave
+        )
+        self.copied: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "copied": None}  # an event cannot be copied
+
+    def look(self, labels: Tensor, anchor_labels: Tensor) -> None:
+        """Count a batch, or read what was counted."""
+        if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if self.batches < BATCHES:
+            self._count(labels, anchor_labels)
+            self.batches += 1
+            return
+        assert self.counts is not None
+        if self.copied is None:
+            event = torch.cuda.Event() if self.counts.is_cuda else None
+            counts = self.counts.to("cpu", non_blocking=True)
+            if event is not None:
+                event.record()
+            self.copied = counts, event
+        counts, event = self.copied
+        if event is None or event.query():
+            self.done, self.counts, self.copied = True, None, None
+            self._judge(counts, tuple(labels.shape[1:]))
+
+    def _count(self, labels: Tensor, anchor_labels: Tensor) -> None:
+        nowhere = self.num_classes
+        if self.counts is None or self.counts.device != labels.device:
+            self.counts = torch.zeros(2, nowhere + 1, dtype=torch.int64, device=labels.device)
+        valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
+        labels = torch.where(valid, labels, nowhere).flatten().long()
+        occurs = torch.zeros_like(self.counts[0])
+        self.counts[0] += occurs.scatter_(0, labels, torch.ones_like(labels))
+        of_anchors = torch.where(anchor_labels < 0, nowhere, anchor_labels).long()
+        self.counts[1].scatter_add_(0, of_anchors, torch.ones_like(of_anchors))
+
+    def _judge(self, counts: Tensor, size: tuple[int, ...]) -> None:
+        occurred, anchors = counts[:, : self.num_classes].tolist()
+        silent = [c for c in range(self.num_classes) if occurred[c] >= OCCURS and anchors[c] == 0]
+        if silent:
+            named = ", ".join(f"{c} (in {occurred[c]})" for c in silent)
+            warnings.warn(
+                f"of {self.num_classes} classes, these occurred in the first {self.batches} batches and never gave an "
+                f"anchor: {named}. A class needs at least min_pixels={self.min_pixels} pixels in an image, at the "
+                f"embeddings' size of {size[0]} x {size[1]}; give a smaller min_pixels, say 5, to have it contrasted.",
+                stacklevel=2,
+            )
+
+
+def _watch_classes(labels: Tensor, anchor_labels: Tensor, watch: int) -> Tensor:
+    found: ClassWatch = handles.of(watch)
+    if not found.done:
+        found.look(labels, anchor_labels)
+    return anchor_labels.clone()
+
+
+def watch_classes(labels: Tensor, anchor_labels: Tensor, watch: ClassWatch) -> Tensor:
+    """Show the labels of a batch and of its anchors to `watch`. Returns the anchors' labels: go on with these.
+
+    A compiled graph leaves out what has neither an effect nor a result that is used.
+    """
+    if watch.done and not torch.compiler.is_compiling():
+        return anchor_labels
+    shown: Tensor = torch.ops.pixcontrast.watch_classes(labels, anchor_labels, watch.number)
+    return shown
+
+
+ops.register(
+    "watch_classes(Tensor labels, Tensor anchor_labels, int watch) -> Tensor",
+    _watch_classes,
+    lambda labels, anchor_labels, watch: torch.empty_like(anchor_labels),
+)
