@@ -13,8 +13,8 @@ from pixcontrast_ext import ops
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.ops.gather import gather_embeddings
 from pixcontrast_ext.ops.infonce import check_temperature, infonce
-from pixcontrast_ext.ops.sampling import hard_anchor_sampling
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
+from pixcontrast_ext.ops.sampling import hard_anchor_sampling
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 

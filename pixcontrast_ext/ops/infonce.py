@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from types import ModuleType
 from typing import Any
 
@@ -254,7 +255,9 @@ def infonce(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
-    name = backends.resolve(backend, "infonce", anchors.device.type, anchors.dtype, anchors.shape[1])
+    name = backends.resolve(
+        backend, "infonce", anchors.device.type, anchors.dtype, operator.index(anchors.shape[1])
+    )
     in_batch = keys is anchors and key_labels is anchor_labels
     loss, pos_count = BlockwiseInfoNCE.apply(
         anchors,

@@ -34,7 +34,7 @@ class PriorityStream(handles.Handle):
 
     def draw(self, labels: Tensor) -> Tensor:
         """As `draw_priority`."""
-        priority = labels.new_empty(labels.shape, dtype=torch.int32)
+        priority = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
         torch.ops.pixcontrast.draw_priority(priority, self.number)
         return priority
 

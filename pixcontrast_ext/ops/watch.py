@@ -72,7 +72,7 @@ class ClassWatch(handles.Handle):
             warnings.warn(
                 f"of {self.num_classes} classes, these occurred in the first {self.batches} batches and never gave an "
                 f"anchor: {named}. A class needs at least min_pixels={self.min_pixels} pixels in an image, at the "
-                f"embeddings' size of {size[0]} x {size[1]}; give a smaller min_pixels, say 5, to have it contrasted.",
+                f"embeddings' size of {size[0]} x {size[1]}; with a smaller min_pixels it is contrasted.",
                 stacklevel=2,
             )
 

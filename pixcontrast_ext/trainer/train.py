@@ -65,14 +65,19 @@ class Result:
 class CrossEntropy(nn.Module):
     """Cross-entropy on logits upsampled to the labels, without contrast. 0 if no pixel has a label."""
 
-    def forward(self, logits: Tensor, embeddings: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        self, logits: Tensor, embeddings: Tensor | None, labels: Tensor, *, return_parts: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        return total / (labels != IGNORE).sum().clamp(min=1)
+        loss = total / (labels != IGNORE).sum().clamp(min=1)
+        return (loss, {"cross_entropy": loss.detach()}) if return_parts else loss
 
 
-def build_criterion(config: LossConfig, num_classes: int, embed_dim: int) -> nn.Module:
-    """The criterion of `--contrast`: called with logits, embeddings and labels, it returns a scalar."""
+def build_criterion(
+    config: LossConfig, num_classes: int, embed_dim: int, generator: torch.Generator | None = None
+) -> nn.Module:
+    """The criterion of `--contrast`, called with logits, embeddings and labels; the contrast draws from `generator`."""
     if config.contrast == "off":
         return CrossEntropy()
     bank = None
@@ -96,6 +101,7 @@ def build_criterion(config: LossConfig, num_classes: int, embed_dim: int) -> nn.
         min_pixels=config.min_pixels,
         ignore_index=IGNORE,
         bank=bank,
+        generator=generator,
         backend=config.backend,
     )
 
@@ -131,9 +137,14 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * rise * (1 - step / steps) ** config.power
 
 
+def seed_of(*key: int) -> int:
+    """A seed from a tuple of integers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seed_all(*key: int) -> None:
     """Seed torch (kornia draws from it), numpy and random from a tuple of integers."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = seed_of(*key)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -180,7 +191,10 @@ class _Run:
             drop_embed_head(model)
         model = share_norms(model, ranks)
         self.model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.criterion = build_criterion(config.loss, num_classes, config.net.embed_dim).to(ranks.device)
+        # A stream of its own: with and without contrast, everything else in a step draws the same.
+        self.generator = torch.Generator(ranks.device)
+        criterion = build_criterion(config.loss, num_classes, config.net.embed_dim, self.generator)
+        self.criterion = criterion.to(ranks.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.augment = Augment(config.data) if config.data.augment else None
 
@@ -267,6 +281,7 @@ class _Run:
         """One optimiser step. Returns the row for the record if `measure`, which waits for the device."""
         config, ranks = self.config, self.ranks
         seed_all(config.seed, step, ranks.rank)
+        self.generator.manual_seed(seed_of(config.seed, step, ranks.rank, 1))
         images, labels = to_device(batch[:2], ranks.device)
         if self.augment is not None:
             images, labels = self.augment(images, labels, batch[2])
@@ -274,20 +289,17 @@ class _Run:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed")
-        loss = self.criterion(logits, embeddings, labels)
+        loss, parts = self.criterion(logits, embeddings, labels, return_parts=True)
         total, auxiliary = loss, None
         if "aux" in outputs:
             auxiliary = CrossEntropy()(outputs["aux"].float(), None, labels)
             total = loss + config.loss.aux_weight * auxiliary
-        # Where the criterion leaves the embeddings out (warm-up, weight 0), their head gets a gradient of zero:
-        # DDP demands one for every parameter.
-        objective = total if embeddings is None else total + embeddings[:0].sum()
 
         rate = learning_rate(config.optim, step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        total.backward()
         parameters = list(self.model.parameters())
         norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
         if config.optim.clip:
@@ -296,8 +308,7 @@ class _Run:
 
         if not measure:
             return {}
-        with torch.no_grad():
-            cross_entropy = CrossEntropy()(logits, None, labels)
+        cross_entropy = parts["cross_entropy"]
         terms = {"loss": total, "cross_entropy": cross_entropy, "contrast": loss - cross_entropy}
         if auxiliary is not None:
             terms["auxiliary"] = auxiliary

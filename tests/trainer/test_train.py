@@ -343,10 +343,11 @@ def test_resuming_takes_changed_options_of_the_optimizer(tiny, name):
         train(replace(config, steps=6, optim=replace(now, optimizer=other)), resume=True)
 
 
-def test_every_weight_has_a_gradient_whatever_the_criterion_leaves_out(tiny, monkeypatch):
-    """DDP fails on one that has none, and the criterion counts its warm-up by itself."""
-    monkeypatch.setattr("pixcontrast_ext.trainer.train.build_criterion", lambda *_: CrossEntropy())
+@pytest.mark.parametrize("left_out", [dict(warmup_steps=9), dict(weight=0.0)])
+def test_every_weight_has_a_gradient_whatever_the_criterion_leaves_out(tiny, left_out):
+    """DDP fails on one that has none."""
     config = tiny(steps=3)
+    config = replace(config, loss=replace(config.loss, **left_out))
     train(config)
     optimizer = final(config)["optimizer"]
     weights = [weight for group in optimizer["param_groups"] for weight in group["params"]]
@@ -366,9 +367,9 @@ def test_a_loss_that_blows_up_stops_the_run(tiny):
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_a_gradient_that_blows_up_stops_the_run_and_is_not_saved(tiny, monkeypatch, clip):
     class Infinite(CrossEntropy):
-        def forward(self, logits, *rest):
+        def forward(self, logits, *rest, **options):
             logits.register_hook(lambda gradient: gradient * torch.inf)
-            return super().forward(logits, *rest)
+            return super().forward(logits, *rest, **options)
 
     monkeypatch.setattr("pixcontrast_ext.trainer.train.CrossEntropy", Infinite)
     config = tiny(contrast="off", optim=OptimConfig(clip=clip), checkpoint_every=1)
