@@ -1,12 +1,15 @@
 """What one rank does in `test_distributed.py`: scenarios in turn, the bank's state after each step saved to a file.
 
-Arguments: the folder for the results, and a checkpoint to resume from.
+Arguments: the folder for the results, and a checkpoint to resume from; or, in its place,
+"leaves_out_a_step.R" for one scenario alone, which ends in an error on the ranks other than R.
 """
 
 from __future__ import annotations
 
 import datetime
+import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pixcontrast_ext import MemoryBank, PixelContrastLoss, ProjectionHead
+from pixcontrast_ext.ops import exchange
 
 CLASSES, CHANNELS, PIXELS = 4, 6, (5, 7)
 # Images of a rank in each step: all the same, one rank with fewer, one with none at all.
@@ -70,15 +74,132 @@ def resumed(rank, checkpoint):
     return [enqueue(bank, *batch(rank, step)) for step in range(len(SIZES), 2 * len(SIZES))]
 
 
-def too_large(rank):
-    """The message, the bank after it, and after one more step."""
+# Images of two ranks and more in each step: larger than any before on one rank, on the other, on all; smaller; none.
+GROWING = [(1, 1, 1), (2, 1, 1), (1, 4, 1), (5, 5, 2), (0, 3, 0), (0, 0, 0), (1, 7, 3)]
+
+
+def growing(rank):
     bank = make_bank()
-    enqueue(bank, *batch(rank, 0, 2))
+    return [enqueue(bank, *batch(rank, step, sizes[rank])) for step, sizes in enumerate(GROWING)]
+
+
+def rows(rank):
+    """Rows without a map, of another number on each rank."""
+    bank = make_bank()
+    for step in range(3):
+        bank.enqueue_rows(*batch_of_rows(rank, step))
+    return state(bank)
+
+
+def batch_of_rows(rank, step):
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    count = 3 + 2 * rank + step
+    return torch.randn(count, CHANNELS, generator=generator), torch.randint(
+        0, CLASSES, (count,), generator=generator
+    )
+
+
+def other_banks(rank):
+    """The message on each rank."""
+    bank = MemoryBank(CLASSES, CHANNELS, dtype=torch.float32 if rank == 0 else torch.float16)
     try:
-        enqueue(bank, *batch(rank, 1, 3))
+        enqueue(bank, *batch(rank, 0, 2))
     except ValueError as error:
-        return [str(error), state(bank), enqueue(bank, *batch(rank, 2, 2))]
-    raise AssertionError("a larger batch was taken")
+        return str(error)
+    raise AssertionError("banks that differ were filled")
+
+
+def validating_alone(rank):
+    """The first rank validates without the others, in training mode, and without gradients."""
+    torch.manual_seed(rank)
+    loss = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank(), warmup_steps=9)
+    embeddings, labels, _ = batch(rank, 0, 2)
+    if rank == 0:
+        with torch.no_grad():
+            loss(embeddings, labels, labels)
+    before = state(loss)
+    loss(embeddings, labels, labels)
+    return before, state(loss)
+
+
+def compiled(rank):
+    """Batch sizes change, on one rank only, within a compiled loss."""
+    torch.manual_seed(rank)
+    loss = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank())
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    states = []
+    for step in range(4):
+        embeddings, labels, _ = batch(rank, step, 2 + step * (rank == 0))
+        run(embeddings.requires_grad_(), labels, labels).backward()
+        states.append(state(loss.bank))
+    return states
+
+
+def restored_by_broadcast(rank):
+    """The first rank alone loads a checkpoint; DDP sends the buffers to the others. State, then loss of a step."""
+    torch.manual_seed(0)
+    head = ProjectionHead(CHANNELS, CHANNELS, "linear")
+    loss = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank(), warmup_steps=3)
+    if rank == 0:
+        other = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank(process_group=None), warmup_steps=3)
+        for step in range(3):
+            other(*batch(0, step, 2)[:2], batch(0, step, 2)[1])
+        loss.load_state_dict(other.state_dict())
+    step_module = DistributedDataParallel(Step(head, loss))
+    features, labels, _ = batch(rank, 5, 2)
+    value = step_module(features, labels)
+    value.backward()
+    return {**state(loss), "loss": value.detach(), "gradient": head.project[0].weight.grad}
+
+
+class Network(nn.Module):
+    """What README calls the network: features of 720 channels, logits of 19."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classify = nn.Conv2d(3, 720, 1), nn.Conv2d(720, 19, 1)
+
+    def forward(self, images):
+        features = self.body(images).relu()
+        return features, self.classify(features)
+
+
+def readme(rank, *, steps=20, warmup_steps=6):
+    """README's own lines, through a warm-up with a NaN in it. Losses, and what has to be equal on all ranks."""
+    setup, loop, ranks = readme_blocks()
+    names = {"network": Network(), "device": "cpu"}
+    torch.manual_seed(0)
+    exec(setup, names)
+    exec(ranks, names)
+    criterion = names["criterion"]
+    criterion.contrast.warmup_steps = warmup_steps
+    torch.manual_seed(1 + rank)
+    losses, heads = [], []
+    for step in range(steps):
+        images, labels = torch.randn(2, 3, 16, 16), torch.randint(0, 2, (2, 32, 32))
+        hook = None
+        if step == 1:  # within the warm-up
+
+            def spoil(module, inputs, output):
+                output = output.clone()
+                output[0, 0, 0, 0] = torch.nan
+                return output
+
+            hook = names["model"].module.head.register_forward_hook(spoil)
+        exec(loop, found := {**names, "loader": [(images, labels)]})
+        if hook is not None:
+            hook.remove()
+        losses.append({name: value.item() for name, value in found["parts"].items()})
+        losses[-1]["loss"] = found["loss"].item()
+        head = names["model"].module.head  # its parameters: each rank has running statistics of its own
+        heads.append({name: weight.detach().clone() for name, weight in head.named_parameters()})
+    return losses, heads, state(criterion)
+
+
+def readme_blocks():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text[text.index("## In the trainer you have") : text.index("## The API at a glance")]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
 class Step(nn.Module):
@@ -115,16 +236,36 @@ def training(rank, *, loss_in_ddp):
     return states
 
 
+def leaves_out_a_step(rank, missing):
+    """One rank calls the loss once less than the other, and goes on to something else."""
+    exchange.PATIENCE = datetime.timedelta(seconds=3)
+    loss = PixelContrastLoss(CLASSES, bank=make_bank())
+    for step in range(3):
+        if step == 2 and rank == missing:
+            time.sleep(9)
+        else:
+            embeddings, labels, _ = batch(rank, step, 2)
+            loss(embeddings, labels, labels)
+
+
 def main(out, checkpoint=None):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank = dist.get_rank()
+    if checkpoint is not None and checkpoint.startswith("leaves_out_a_step"):
+        return leaves_out_a_step(rank, int(checkpoint[-1]))
     pair = dist.new_group([0, 1])
     scenarios = {
         "steps": lambda: steps(rank),
         "alone": lambda: steps(rank, process_group=None),
         "pair": lambda: steps(rank, process_group=pair),
         "nothing_first": lambda: nothing_first(rank),
-        "too_large": lambda: too_large(rank),
+        "growing": lambda: growing(rank),
+        "rows": lambda: rows(rank),
+        "other_banks": lambda: other_banks(rank),
+        "validating_alone": lambda: validating_alone(rank),
+        "compiled": lambda: compiled(rank),
+        "restored_by_broadcast": lambda: restored_by_broadcast(rank),
+        "readme": lambda: readme(rank),
         "training": lambda: training(rank, loss_in_ddp=False),
         "training_in_ddp": lambda: training(rank, loss_in_ddp=True),
     }

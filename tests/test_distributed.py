@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import distributed_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
+
+from pixcontrast_ext.ops import exchange
 
 WORKER = Path(worker.__file__)
 TIMEOUT = 60  # seconds until a run counts as hung
@@ -138,13 +141,89 @@ def test_ranks_stay_in_step_through_training(runs, ranks, name):
 
 
 @both
-def test_a_batch_larger_than_the_first_is_refused(runs, ranks):
-    expected = one_bank(range(ranks), [0, 2], [2, 2])
-    for message, after, next_step in results(runs[ranks], "too_large", ranks):
-        assert message.startswith(
-            "this batch has 3 images, the largest of the first exchange between ranks had 2"
+def test_a_batch_may_have_any_size_on_any_rank_at_any_step(runs, ranks):
+    """Larger than any before on one of them, too, which the first exchange used to forbid."""
+    bank = worker.make_bank()
+    expected = []
+    for step, sizes in enumerate(worker.GROWING):
+        maps = [worker.batch(rank, step, sizes[rank]) for rank in range(ranks)]
+        expected.append(worker.enqueue(bank, *(torch.cat(of_all) for of_all in zip(*maps, strict=True))))
+    for found in results(runs[ranks], "growing", ranks):
+        check(found, expected)
+
+
+@both
+def test_rows_without_a_map_are_exchanged(runs, ranks):
+    bank = worker.make_bank()
+    for step in range(3):
+        for rank in range(ranks):
+            bank.enqueue_rows(*worker.batch_of_rows(rank, step))
+    for found in results(runs[ranks], "rows", ranks):
+        assert equal(found, worker.state(bank)) and (found["pixel_fill"] > 0).all()
+
+
+@both
+def test_banks_that_differ_are_named_on_every_rank(runs, ranks):
+    for message in results(runs[ranks], "other_banks", ranks):
+        assert "ranks must have the same banks" in message
+        assert "(4, 6, 4) on rank 0, (4, 6, 2) on rank 1" in message
+
+
+@both
+def test_a_rank_may_validate_alone_without_gradients(runs, ranks):
+    """Neither enqueued nor counted, so no other rank is waited for."""
+    for before, after in results(runs[ranks], "validating_alone", ranks):
+        assert before["step"] == 0 and (before["bank.region_fill"] == 0).all()
+        assert after["step"] == 1 and (after["bank.region_fill"] > 0).any()
+
+
+@both
+def test_compiled_ranks_stay_in_step(runs, ranks):
+    first, *others = results(runs[ranks], "compiled", ranks)
+    for other in others:
+        check(other, first)
+    assert (first[-1]["region_fill"] > 0).all()
+
+
+@both
+def test_what_the_first_rank_restored_and_ddp_sent_counts_on_every_rank(runs, ranks):
+    """The warm-up is over for all of them, or heads would get gradients of one half of the ranks."""
+    first, *others = results(runs[ranks], "restored_by_broadcast", ranks)
+    for found in (first, *others):
+        assert found["step"] == 3 and found["loss"] > 0
+        assert torch.equal(found["gradient"], first["gradient"]) and found["gradient"].any()
+        assert all(
+            torch.equal(found[f"bank.{name}"], first[f"bank.{name}"]) for name in worker.make_bank()._buffers
         )
-        check([after, next_step], expected)
+
+
+@both
+def test_readme_on_several_ranks(runs, ranks):
+    """Heads, banks and warm-up alike after every step; a NaN during the warm-up stays out of the loss."""
+    found = results(runs[ranks], "readme", ranks)
+    for losses, heads, criterion in found:
+        assert all(equal(a, b) for a, b in zip(heads, found[0][1], strict=True))
+        assert equal(criterion, found[0][2])
+        assert criterion["contrast.step"] == 6
+        assert all(step["loss"] == step["cross_entropy"] and step["contrast"] == 0 for step in losses[:6])
+        assert all(step["contrast"] > 0 and step["anchors"] == 400 for step in losses[6:])
+        assert all(
+            step["loss"] == pytest.approx(step["cross_entropy"] + 0.1 * step["contrast"]) for step in losses
+        )
+    fill = found[0][2]["contrast.bank.region_fill"]
+    assert fill[:2].sum() == 20 * 2 * 2 * ranks - ranks and (fill[2:] == 0).all()  # each rank had one NaN
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_leaves_out_a_step_is_named(monkeypatch, tmp_path, missing):
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "INFO")
+    assert exchange.PATIENCE.total_seconds() < 30
+    code, output = torchrun(2, tmp_path, f"leaves_out_a_step.{missing}")
+    assert code != 0
+    named = r"[Rr]anks? 1" if missing == 1 else r"from rank 0"
+    assert re.search(
+        rf"rank {1 - missing} waits in its call 3 of MemoryBank.enqueue.*{named}", output, re.DOTALL
+    ), output[-4000:]
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_three(runs):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext import ops
@@ -81,7 +82,7 @@ class Exchange(handles.Handle):
         """All ranks' candidates, in rank order.
 
         Args:
-            rows: [N, C, 1 + k, D]; N may differ between the ranks, nothing else may.
+            rows: [N, C, 1 + k, D]; N and k may differ between the ranks.
             row_labels: [N, C, 1 + k].
 
         Raises:
@@ -91,25 +92,23 @@ class Exchange(handles.Handle):
         group = self.group()
         if group is None:
             return rows, row_labels
-        batches = self._batches(rows, group)
-        missing = max(batches) - rows.shape[0]
-        if missing:  # ranks send alike: fill up with rows that nobody stores
-            rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-            row_labels = torch.cat([row_labels, row_labels.new_full((missing, *row_labels.shape[1:]), -1)])
-        world = len(batches)
-        return _all_gather(rows, world, group), _all_gather(row_labels, world, group)
+        shapes = self._shapes(rows, group)
+        images, candidates = (max(shape[i] for shape in shapes) - rows.shape[i] for i in (0, 2))
+        if images or candidates:  # ranks send alike: fill up with rows that nobody stores
+            rows = F.pad(rows, (0, 0, 0, candidates, 0, 0, 0, images))
+            row_labels = F.pad(row_labels, (0, candidates, 0, 0, 0, images), value=-1)
+        return _all_gather(rows, len(shapes), group), _all_gather(row_labels, len(shapes), group)
 
-    def _batches(self, rows: Tensor, group: dist.ProcessGroup) -> list[int]:
-        """How many images each rank brings."""
+    def _shapes(self, rows: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
+        """The shape of what each rank brings."""
         self.calls += 1
         own = torch.tensor([*rows.shape, rows.element_size()])
-        world = dist.get_world_size(group)
         try:
             words = _group_for_words(group)
             if dist.get_debug_level() != dist.DebugLevel.OFF:
                 dist.monitored_barrier(words, timeout=PATIENCE, wait_all_ranks=True)
-            of_rank = [torch.empty_like(own) for _ in range(world)]
-            dist.all_gather(of_rank, own, group=words)
+            of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(of_ranks, own, group=words)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {dist.get_rank(group)} waits in its call {self.calls} of MemoryBank.enqueue for ranks that do "
@@ -117,14 +116,14 @@ class Exchange(handles.Handle):
                 "ignored if it has nothing to contrast. With TORCH_DISTRIBUTED_DEBUG=INFO the ranks that are missing "
                 f"are named within {PATIENCE.seconds} seconds. {error}"
             ) from error
-        for rank, other in enumerate(of_rank):
-            if not torch.equal(other[1:], own[1:]):
-                raise ValueError(
-                    "ranks must have the same banks: candidates have (classes, rows of an image, embed_dim, bytes of "
-                    f"an element) {tuple(own[1:].tolist())} on rank {dist.get_rank(group)}, "
-                    f"{tuple(other[1:].tolist())} on rank {rank}"
-                )
-        return [int(other[0]) for other in of_rank]
+        shapes: list[list[int]] = torch.stack(of_ranks).tolist()
+        banks = [(classes, width, size) for _, classes, _, width, size in shapes]
+        if len(set(banks)) > 1:
+            raise ValueError(
+                "ranks must have the same banks; their (num_classes, embed_dim, bytes of an element) are "
+                f"{', '.join(f'{bank} on rank {rank}' for rank, bank in enumerate(banks))}"
+            )
+        return shapes
 
 
 def _exchange_and_write(rows: Tensor, row_labels: Tensor, *bank: Any) -> None:
