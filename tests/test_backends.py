@@ -104,12 +104,56 @@ def test_info_tells_which_backend_serves_and_why(monkeypatch):
     assert re.search(expected, report(), re.M)
 
 
-def test_a_backend_that_is_off_cannot_be_entered(monkeypatch):
+@pytest.fixture
+def unbuilt(monkeypatch):
     monkeypatch.setattr(native, "unavailable", "it was never built")
+    backends._warn_of_reference.cache_clear()
+    yield
+    backends._warn_of_reference.cache_clear()
+
+
+def test_a_backend_that_is_off_cannot_be_entered(unbuilt):
     assert available_backends()["cpu"] == "it was never built"
     with pytest.raises(ValueError, match="backend 'cpu' is off: it was never built"), use_backend("cpu"):
         pass
+
+
+def test_the_reference_serves_for_want_of_the_module_with_one_warning(unbuilt, recwarn):
+    served_by(backend="reference")
+    with use_backend("reference"):
+        served_by()
+    with pytest.raises(ValueError, match="backend 'cpu' cannot serve .*: it was never built"):
+        served_by(backend="cpu")
+    assert backends.resolve(None, "infonce", "cpu", torch.float64) == "reference"
+    assert backends.resolve(None, "infonce", "meta", torch.float32) == "reference"
+    assert not recwarn.list  # named, or what only the reference serves anyway
+
     assert served_by() == "reference"
+    assert served_by() == "reference"
+    (warning,) = recwarn.list
+    assert "falls back to its reference backend" in str(warning.message)
+    assert "it was never built" in str(warning.message)
+
+
+@pytest.mark.parametrize("triton", [None, "not installed"])
+def test_the_warning_is_for_cuda_tensors_as_well(unbuilt, triton, recwarn, monkeypatch):
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends.DEVICES, name, ("cuda",))
+    monkeypatch.setattr(backends.get("triton"), "unsupported", lambda *_: triton)
+    name = backends.resolve(None, "infonce", "cuda", torch.float32, 64)
+    assert (name, len(recwarn)) == (("triton", 0) if triton is None else ("reference", 1))
+
+
+def test_the_warning_leaves_a_graph_whole(unbuilt, recwarn):
+    compiled = torch.compile(
+        lambda rows: infonce(rows, LABELS, rows, LABELS, temperature=0.1, exclude_self=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    expected = infonce(ROWS, LABELS, ROWS, LABELS, temperature=0.1, exclude_self=True, backend="reference")
+    torch.testing.assert_close(compiled(ROWS), expected)
+    compiled(ROWS)
+    assert [w.category for w in recwarn if "it was never built" in str(w.message)] == [RuntimeWarning]
 
 
 @pytest.mark.parametrize("name", [*native._C.instruction_sets(), "quantum"])

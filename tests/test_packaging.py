@@ -156,6 +156,66 @@ def test_same_module_beside_another_torch(installed):
     assert f"torch {torch.__version__}\n" not in ran.stdout
 
 
+USE_EVERYTHING = """
+import torch, pixcontrast_ext as pc
+bank = pc.MemoryBank(3, 8, region_slots=4, pixel_slots=4)
+criterion = pc.PixelContrastCrossEntropyLoss(3, bank=bank, min_pixels=1)
+for _ in range(3):
+    embeddings = torch.randn(2, 8, 6, 6, requires_grad=True)
+    criterion(torch.randn(2, 3, 6, 6), embeddings, torch.randint(3, (2, 6, 6))).backward()
+"""
+
+
+# The environment of the tests may hold an editable installation, whose finder knows of a compiled module.
+WITHOUT_EDITABLE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone that was never built, and the PYTHONPATH of an environment without an editable installation."""
+    tree, ignored = tmp_path / "clone", shutil.ignore_patterns(*LEFT_BEHIND)
+    shutil.copytree(ROOT / "pixcontrast_ext", tree / "pixcontrast_ext", ignore=ignored)
+    shutil.copy(ROOT / "setup.py", tree)
+    (tree / "csrc").mkdir()
+    (tree / "use.py").write_text(USE_EVERYTHING)
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_EDITABLE)
+    return tree
+
+
+def native_module(*command, **where):
+    told = run(sys.executable, *command, **where)
+    assert told.returncode == 0, told.stdout
+    (line,) = re.findall(r"^native module +(.*)$", told.stdout, re.M)
+    return line
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so_once(clone, installed):
+    """What runs inside of the clone after `pip install .`: the folder at hand comes first on sys.path."""
+    where = dict(cwd=clone, PYTHONPATH=f"{clone.parent}:{installed}", PYTHONWARNINGS=None)
+    reason = (
+        f"{clone} is a source tree without the compiled module, and hides an installed package: "
+        "run from another folder, or `pip install -e .` there"
+    )
+    assert native_module("-m", "pixcontrast_ext.info", **where) == reason
+    used = run(sys.executable, "use.py", **where)
+    assert used.returncode == 0, used.stdout
+    assert used.stdout.count("Warning") == used.stdout.count(reason) == 1, used.stdout
+
+    (module,) = installed.glob("pixcontrast_ext/_C.*so")
+    shutil.copy(module, clone / "pixcontrast_ext")
+    assert native_module("-m", "pixcontrast_ext.info", **where).startswith("built with ")
+    assert run(sys.executable, "use.py", **where).stdout == ""
+
+
+def test_an_installed_package_without_its_module_gives_the_reason(clone):
+    (clone / "setup.py").unlink()
+    line = native_module("-m", "pixcontrast_ext.info", cwd=clone, PYTHONPATH=clone.parent)
+    assert line.startswith("the compiled module is missing or does not load: ")
+
+
 # ---------------------------------------------------------------------------------------------- setup.py
 
 TOY_SOURCES = {

@@ -3,7 +3,8 @@
 A backend is a module of this package with one function per op, all of the same signature (`reference.py`
 shows them), and `unsupported(op, dtype, channels)`, which tells why a call cannot be served. Precedence: the argument,
 then `use_backend`, then the environment, then the first of the tensor's device that supports the call. A
-backend asked for by name never falls back to another.
+backend asked for by name never falls back to another; that the reference serves for want of the compiled module
+is said once.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
 import torch
+
+from pixcontrast_ext.backends import native
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
@@ -109,10 +113,23 @@ def resolve(
         if reason is not None:
             raise ValueError(f"backend {named!r} cannot serve {op} on {device} tensors of {dtype}: {reason}")
         return named
+    passed_over: list[str] = []
     for name in _BY_DEVICE.get(device, ("reference",)):
-        if _reason_against(name, op, device, dtype, channels) is None:
+        reason = _reason_against(name, op, device, dtype, channels)
+        if reason is None:
+            if name == "reference" and native.unavailable in passed_over:
+                _warn_of_reference(native.unavailable)
             return name
+        passed_over.append(reason)
     raise ValueError(f"no backend serves {op} on {device} tensors of {dtype}")
+
+
+@functools.cache  # once per process
+def _warn_of_reference(reason: str) -> None:
+    message = (
+        f"pixcontrast_ext falls back to its reference backend, several times slower and larger: {reason}"
+    )
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def choice(device: str) -> str:

@@ -27,11 +27,9 @@ LOG2_E = math.log2(math.e)
 
 def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
-    if native.unavailable:
-        return native.unavailable
     if dtype is not None and dtype not in native.DTYPE_CODES:
         return f"{dtype} is not one of float32, float16, bfloat16"
-    return None
+    return native.unavailable
 
 
 def _bad_label(labels: Tensor, error: ValueError, num_classes: int, ignore_index: int) -> ValueError:

@@ -38,6 +38,10 @@ def _unsupported_device(index: int) -> str | None:
 
 def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
+    if dtype is not None and dtype not in native.DTYPE_CODES:
+        return f"{dtype} is not one of float32, float16, bfloat16"
+    if op == "infonce" and channels is not None and channels > MAX_CHANNELS:
+        return f"its InfoNCE kernels take up to {MAX_CHANNELS} channels, got {channels}"
     if native.unavailable:
         return native.unavailable
     if native.cuda_kernels is None:
@@ -49,10 +53,6 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
         reason = _unsupported_device(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
         if reason is not None:
             return reason
-    if dtype is not None and dtype not in native.DTYPE_CODES:
-        return f"{dtype} is not one of float32, float16, bfloat16"
-    if op == "infonce" and channels is not None and channels > MAX_CHANNELS:
-        return f"its InfoNCE kernels take up to {MAX_CHANNELS} channels, got {channels}"
     return None
 
 

@@ -6,17 +6,31 @@ what a user may pass is checked earlier, in `ops/`.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import torch  # first: its OpenMP runtime then serves the compiled module too
 from torch import Tensor
 
+
+def _reason_missing(error: ImportError) -> str:
+    tree = Path(__file__).parents[2]
+    in_sources = (tree / "setup.py").is_file() and (tree / "csrc").is_dir()
+    if in_sources and importlib.util.find_spec("pixcontrast_ext._C") is None:
+        return (
+            f"{tree} is a source tree without the compiled module, and hides an installed package: "
+            "run from another folder, or `pip install -e .` there"
+        )
+    return f"the compiled module is missing or does not load: {error}"
+
+
 try:
     from pixcontrast_ext import _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C = None  # type: ignore[assignment]
-    unavailable: str | None = f"the compiled module is missing or does not load: {error}"
+    unavailable: str | None = _reason_missing(error)
 else:
     unavailable = None
 
