@@ -34,7 +34,7 @@ def report() -> str:
     else:
         c = native._C
         lines += [
-            ("native module", f"built with {c.compiler}"),
+            ("native module", native.wrong_instruction_set or f"built with {c.compiler}"),
             ("CUDA architectures", c.cuda_archs or "none (CPU-only build)"),
             ("CPU instruction set", f"{c.instruction_set()} (of {', '.join(c.instruction_sets())})"),
         ]

@@ -156,22 +156,50 @@ def test_the_warning_leaves_a_graph_whole(unbuilt, recwarn):
     assert [w.category for w in recwarn if "it was never built" in str(w.message)] == [RuntimeWarning]
 
 
-@pytest.mark.parametrize("name", [*native._C.instruction_sets(), "quantum"])
-def test_instruction_set_is_forced_by_the_environment(name):
-    code = "from pixcontrast_ext.backends import native; print(native._C.instruction_set())"
-    done = subprocess.run(
+def with_instruction_set(name: str, code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PIXCONTRAST_CPU_ISA": name},
         capture_output=True,
         text=True,
     )
-    if name == "quantum":
-        assert (
-            done.returncode != 0
-            and "PIXCONTRAST_CPU_ISA: instruction set 'quantum' is unknown" in done.stderr
-        )
-    else:
-        assert done.stdout.strip() == name, done.stderr
+
+
+@pytest.mark.parametrize("name", native._C.instruction_sets())
+def test_instruction_set_is_forced_by_the_environment(name):
+    code = "from pixcontrast_ext.backends import native; print(native._C.instruction_set())"
+    done = with_instruction_set(name, code)
+    assert done.stdout.strip() == name, done.stderr
+
+
+WRONG_INSTRUCTION_SET = """
+import torch, pixcontrast_ext
+from pixcontrast_ext.info import report
+print(report())
+rows, labels = torch.randn(6, 4), torch.arange(6) % 2
+for dtype, backend in (("float64", None), ("float32", "reference"), ("float32", None), ("float32", "cpu")):
+    rows = rows.to(getattr(torch, dtype))
+    try:
+        pixcontrast_ext.infonce(rows, labels, rows, labels, temperature=0.1, backend=backend)
+        print("call served")
+    except ValueError as error:
+        print("call:", error)
+"""
+
+
+def test_a_wrong_instruction_set_stops_calls_and_not_the_import():
+    done = with_instruction_set("quantum", WRONG_INSTRUCTION_SET)
+    reason = (
+        "PIXCONTRAST_CPU_ISA: instruction set 'quantum' is unknown or not supported by this processor; "
+        f"supported: {', '.join(native._C.instruction_sets())}"
+    )
+    assert done.returncode == 0, done.stderr
+    for line in ("native module +", "backend cpu +off: ", "CPU tensors go to +nowhere: "):
+        assert re.search(f"^{line}{re.escape(reason)}$", done.stdout, re.M), done.stdout
+    fp64, named, unnamed, cpu = done.stdout.splitlines()[-4:]
+    assert (fp64, named) == ("call served", "call served")
+    assert unnamed == f"call: {reason}"
+    assert cpu == f"call: backend 'cpu' cannot serve infonce on cpu tensors of torch.float32: {reason}"
 
 
 def test_kernels_refuse_missing_and_superfluous_fields():

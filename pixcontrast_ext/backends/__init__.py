@@ -101,7 +101,8 @@ def resolve(
     """The name of the backend that serves `op` on tensors of this device type, dtype and width.
 
     Raises:
-        ValueError: if one is asked for by name and cannot serve the call, with the reason.
+        ValueError: if one is asked for by name and cannot serve the call, with the reason; if the environment
+            names an instruction set that this processor lacks.
     """
     named, source = requested, "backend="
     if named is None:
@@ -120,6 +121,8 @@ def resolve(
             if name == "reference" and native.unavailable in passed_over:
                 _warn_of_reference(native.unavailable)
             return name
+        if reason == native.wrong_instruction_set:
+            raise ValueError(reason)
         passed_over.append(reason)
     raise ValueError(f"no backend serves {op} on {device} tensors of {dtype}")
 
@@ -139,6 +142,8 @@ def choice(device: str) -> str:
         reason = _reason_off(name)
         if reason is None:
             return f"{name} ({'; '.join(passed_over)})" if passed_over else name
+        if reason == native.wrong_instruction_set:
+            return f"nowhere: {reason}"
         passed_over.append(f"{name} is off: {reason}")
     return f"none ({'; '.join(passed_over)})"
 

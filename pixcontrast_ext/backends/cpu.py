@@ -29,7 +29,7 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
     """Why this backend cannot serve a call, or None if it can."""
     if dtype is not None and dtype not in native.DTYPE_CODES:
         return f"{dtype} is not one of float32, float16, bfloat16"
-    return native.unavailable
+    return native.unavailable or native.wrong_instruction_set
 
 
 def _bad_label(labels: Tensor, error: ValueError, num_classes: int, ignore_index: int) -> ValueError:

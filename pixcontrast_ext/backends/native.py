@@ -64,11 +64,14 @@ _STRIDED_FIELDS = ("map", "grad_map")  # any layout; their strides are fields as
 
 INSTRUCTION_SET_VARIABLE = "PIXCONTRAST_CPU_ISA"
 
+# Why the environment's choice of an instruction set cannot be had. Calls raise it, so that importing works and
+# `pixcontrast_ext.info` can tell.
+wrong_instruction_set: str | None = None
 if _C is not None and os.environ.get(INSTRUCTION_SET_VARIABLE):
     try:
         _C.select_instruction_set(os.environ[INSTRUCTION_SET_VARIABLE])
     except ValueError as error:
-        raise ValueError(f"{INSTRUCTION_SET_VARIABLE}: {error}") from None
+        wrong_instruction_set = f"{INSTRUCTION_SET_VARIABLE}: {error}"
 
 
 # The submodule of the CUDA kernels, and the type of the devices whose memory they take. The tests put the kernels
