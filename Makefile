@@ -8,13 +8,14 @@ EMULATOR  := $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
+TRAINERS      := $(VENV)/trainers
 OLDEST_SUBSET := any_input or agree or gradient or round or code or behind
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-triton mutants lint bench gpu clean
+.PHONY: help demo test test-rest test-triton test-trainers mutants lint bench gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(BUILT)  ## train a small model with and without the loss, and draw the result
 	$(BIN)/python -m pixcontrast_ext.trainer demo
@@ -32,6 +33,12 @@ test-triton:
 	PIXCONTRAST_TEST_BACKENDS=triton $(BIN)/python -m pytest tests -k triton
 	PIXCONTRAST_TEST_BACKENDS=triton PIXCONTRAST_TEST_WIDTHS=256 PYTHONPATH=$(OLDEST_TRITON) \
 	    $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))"
+
+# An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no
+# part in it.
+test-trainers: $(TRAINERS)/.installed  ## the loss inside of Lightning and transformers
+	$(TRAINERS)/bin/python setup.py --quiet build_ext --inplace
+	PYTHONPATH=. PIXCONTRAST_TEST_BACKENDS=reference,cpu $(TRAINERS)/bin/python -m pytest tests/trainers
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
 	PYTHONPATH=tests $(BIN)/python -m emulator.mutants
@@ -55,9 +62,9 @@ clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info pixcontrast_ext/*.so
 
 # Some distributions ship venv without ensurepip; then the pip at hand installs one.
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV) || \
-	    { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+%/bin/python:
+	$(PYTHON) -m venv $* || \
+	    { $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install pip; }
 
 # torchvision asks for exactly the torch that the constraints name, so it cannot bring another one along.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
@@ -68,6 +75,11 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
 $(OLDEST_TRITON): $(INSTALLED)
 	rm -rf $@
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0 numpy==2.3.5
+	touch $@
+
+$(TRAINERS)/.installed: constraints-trainers.txt | $(TRAINERS)/bin/python
+	$(TRAINERS)/bin/python -m pip install --quiet -c constraints-trainers.txt \
+	    accelerate hypothesis lightning ninja numpy pybind11 pytest setuptools torch transformers
 	touch $@
 
 $(BUILT): $(INSTALLED) $(CSRC)

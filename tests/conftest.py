@@ -20,10 +20,9 @@ import hypothesis
 import pytest
 import torch
 
-import interpreter
 import on_device
 from emulator import build
-from pixcontrast_ext import backends
+from pixcontrast_ext import available_backends, backends
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch
@@ -58,11 +57,13 @@ def cuda_on_cpu_tensors() -> None:
         launch.launch, launch.capability = on_device.launch_triton, on_device.capability
     elif "cuda" in BACKENDS:
         native.cuda_kernels = build.load(build.build("plain")).cuda
-    if not ON_DEVICE:
-        interpreter.patch_once_a_launch()
     native.cuda_device_type = "cpu"
     backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
     triton_backend.INTERPRETED = True
+    if not ON_DEVICE and available_backends()["triton"] is None:
+        import interpreter
+
+        interpreter.patch_once_a_launch()
 
 
 @pytest.fixture(params=BACKENDS)
