@@ -293,3 +293,56 @@ def test_a_pointer_outside_its_ring_is_never_used():
     with pytest.raises(ValueError, match="a ring pointer of class 1 is -7, outside of its ring"):
         bank.enqueue(torch.randn(2, 5, 4, 4), torch.ones(2, 4, 4, dtype=torch.int64), backend="cpu")
     assert (bank.key_labels == -1).all()
+
+
+# --- rows without a map ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_go_into_the_pixel_rings_in_their_order(backend, dtype):
+    bank, rings = make(dtype=dtype), [[], [], []]
+    for _ in range(3):
+        rows, labels = torch.randn(9, 10)[:, ::2], torch.randint(0, 4, (9,))
+        labels[labels == 3] = 255
+        rows[1], rows[2] = 0.0, math.nan  # neither is stored
+        bank.enqueue_rows(rows, labels.to(torch.uint8), backend=backend)
+        for row, label in zip(rows, labels.tolist(), strict=True):
+            if label != 255 and row.norm() > 0:
+                rings[label].append(row / row.norm())
+    assert (bank.region_fill == 0).all() and (bank.key_labels[:, :4] == -1).all()
+    for c, ring in enumerate(rings):
+        assert bank.pixel_fill[c] == min(len(ring), 6) and bank.pixel_ptr[c] == len(ring) % 6
+        for place, row in list(enumerate(ring))[-6:]:
+            torch.testing.assert_close(bank.keys[c, 4 + place % 6].float(), row, rtol=0, atol=1e-3)
+
+
+def test_no_rows(backend):
+    bank = make()
+    bank.enqueue_rows(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), backend=backend)
+    assert (bank.pixel_fill == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        (torch.zeros(2, 5, 1), torch.zeros(2).long(), r"rows must have shape \[N, 5\], got \(2, 5, 1\)"),
+        (torch.zeros(2, 6), torch.zeros(2).long(), r"embeddings must be 5 wide, got \(1, 6, 1, 2\)"),
+        (torch.zeros(2, 5), torch.zeros(3).long(), r"labels must have shape \(2,\), got \(3,\)"),
+        (torch.zeros(2, 5), torch.full((2,), 3), r"is 3, expected 0 <= label < num_classes=3"),
+    ],
+)
+def test_bad_rows(rows, labels, message):
+    with pytest.raises(ValueError, match=message):
+        make().enqueue_rows(rows, labels)
+
+
+def test_a_generator_for_the_draw_of_pixels(backend):
+    states = []
+    for seed in (1, 1, 2):
+        bank, before = make(), torch.get_rng_state()
+        embeddings = torch.linspace(-1, 1, 200).cos().view(2, 5, 4, 5)
+        labels = torch.zeros(2, 4, 5, dtype=torch.int64)
+        bank.enqueue(embeddings, labels, generator=torch.Generator().manual_seed(seed), backend=backend)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(bank.keys)
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])

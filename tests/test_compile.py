@@ -15,6 +15,7 @@ INDICES = torch.tensor([0, 7, 59, 7])
 ROWS, ROW_LABELS = torch.randn(7, 4), torch.arange(7, dtype=torch.int32) % 3 - 1
 KEYS, KEY_LABELS = torch.randn(11, 4), torch.arange(11, dtype=torch.int32) % 3 - 1
 COLUMN = torch.randn(7)
+MAPS = torch.randn(2, 8, 6, 6)
 
 
 def bank_state():
@@ -117,6 +118,57 @@ def test_compiled_criterion_is_the_eager_one(with_bank):
     for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
         assert torch.equal(a, b), name
     assert counter.frame_count == 1
+
+
+SIZES = [(5, 12, 12), (3, 12, 12), (2, 12, 12), (5, 9, 15), (3, 7, 5), (6, 14, 8)]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_bank", [True, False])
+def test_one_compiled_criterion_takes_any_size(backend, with_bank, training, dynamic):
+    """Three batch sizes, then three sizes of the map, through a warm-up and with a generator of its own: compiled
+    again at most twice, where torch first sees that a size changes.
+    """
+
+    def criterion():
+        bank = MemoryBank(4, 8, region_slots=3, pixel_slots=7, pixels_per_image=2) if with_bank else None
+        generator = torch.Generator().manual_seed(1)
+        made = PixelContrastCrossEntropyLoss(
+            4,
+            bank=bank,
+            warmup_steps=2,
+            min_pixels=1,
+            max_views=5,
+            max_samples=40,
+            generator=generator,
+            backend=backend,
+        )
+        made.contrast.step.fill_(0 if training else 2)
+        if bank is not None:
+            bank.enqueue(MAPS, torch.arange(72).view(2, 6, 6) % 4, generator=generator)
+        return made.train(training)
+
+    torch._dynamo.reset()
+    eager, compiled = criterion(), criterion()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(compiled, fullgraph=True, backend=counter, dynamic=dynamic)
+    losses = []
+    for batch, height, width in SIZES:
+        labels = torch.randint(0, 4, (batch, 2 * height, 3 * width))
+        maps = torch.randn(batch, 4, height, width), torch.randn(batch, 8, height, width)
+        results = []
+        for call in (eager, run):
+            logits, embeddings = (each.clone().requires_grad_() for each in maps)
+            loss, parts = call(logits, embeddings, labels, return_parts=True)
+            results.append((loss.detach(), *torch.autograd.grad(loss, (logits, embeddings)), *parts.values()))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        losses.append(parts["contrast"].item())
+    assert losses[2:] > [0] * 4 and (losses[:2] == [0, 0]) == training
+    for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    assert counter.frame_count <= 3
 
 
 def test_inductor():

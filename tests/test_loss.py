@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -469,6 +471,172 @@ def test_state_dict_holds_bank_and_step():
     assert set(criterion.state_dict()) == {"contrast.step"} | {
         f"contrast.bank.{name}" for name, _ in criterion.bank.named_buffers()
     }
+
+
+# --- what a trainer does with them -----------------------------------------------------------------------------------
+
+
+def train_step(criterion, embeddings, labels, logits):
+    criterion(embeddings, labels, logits).backward()
+    return embeddings.grad
+
+
+@pytest.mark.parametrize("left_out", [dict(warmup_steps=2), dict(weight=0.0)])
+def test_what_is_left_out_gives_a_gradient_of_zero_and_lets_no_nan_through(backend, left_out):
+    """DistributedDataParallel demands one for every weight of the head, in every step."""
+    embeddings, labels, logits = batch(ignored=0.0)
+    with torch.no_grad():
+        embeddings[:, 0] = math.nan
+    for bank in (None, bank_of()):
+        criterion = PixelContrastLoss(4, min_pixels=1, max_views=999, bank=bank, backend=backend, **left_out)
+        loss = criterion(embeddings, labels, logits)
+        gradient = torch.autograd.grad(loss, embeddings)[0]
+        assert loss == 0 and (gradient == 0).all()
+
+
+def test_weight_and_warm_up_serve_any_segmentation_loss(backend):
+    embeddings, labels, logits = batch()
+    plain = PixelContrastLoss(4, min_pixels=1, backend=backend)
+    criterion = PixelContrastLoss(4, weight=0.25, warmup_steps=2, min_pixels=1, backend=backend)
+    found = []
+    for _ in range(4):
+        torch.manual_seed(5)
+        found.append(criterion(embeddings, labels, logits).item())
+    torch.manual_seed(5)
+    assert found == [0, 0, *[pytest.approx(0.25 * plain(embeddings, labels, logits).item())] * 2]
+    criterion.weight = 0.5
+    torch.manual_seed(5)
+    assert criterion(embeddings, labels, logits).item() == pytest.approx(2 * found[-1])
+
+
+def test_parts_add_up_and_are_detached(backend):
+    embeddings, labels, logits = batch()
+    criterion = PixelContrastCrossEntropyLoss(
+        4, weight=0.3, warmup_steps=1, min_pixels=1, max_views=3, bank=bank_of(), backend=backend
+    )
+    for step in range(2):
+        loss, parts = criterion(logits, embeddings, labels, return_parts=True)
+        assert set(parts) == {"cross_entropy", "contrast", "anchors", "bank_fill"}
+        assert not any(part.requires_grad or part.dim() for part in parts.values())
+        torch.testing.assert_close(loss.detach(), parts["cross_entropy"] + 0.3 * parts["contrast"])
+        assert parts["anchors"] == (24 if step else 0) and (parts["contrast"] > 0) == bool(step)
+        filled = (criterion.bank.key_labels >= 0).float().mean()
+        torch.testing.assert_close(parts["bank_fill"], filled)
+    loss, parts = criterion.contrast(embeddings, labels, logits, return_parts=True)
+    torch.testing.assert_close(loss.detach(), 0.3 * parts["contrast"])
+    assert set(PixelContrastLoss(4)(embeddings, labels, logits, return_parts=True)[1]) == {
+        "contrast",
+        "anchors",
+    }
+
+
+def test_validation_without_gradients_changes_nothing(backend):
+    """Whether or not somebody calls eval(): a loss function has no mode in most trainers' mind."""
+    embeddings, labels, logits = batch()
+    criterion = PixelContrastCrossEntropyLoss(
+        4, warmup_steps=5, min_pixels=1, bank=bank_of(), backend=backend
+    )
+    criterion(logits, embeddings, labels)
+    before = copy.deepcopy(criterion.state_dict())
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            criterion(logits, embeddings, labels)
+    criterion.eval()(logits, embeddings, labels)
+    after = criterion.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before) and before["contrast.step"] == 1
+
+
+def test_warm_up_counts_calls_that_train():
+    """With gradient accumulation each micro-batch is one; the docstring says so."""
+    embeddings, labels, logits = batch()
+    criterion = PixelContrastLoss(4, warmup_steps=3, min_pixels=1)
+    parameter = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    for _ in range(2):
+        for _ in range(2):
+            criterion(embeddings * parameter, labels, logits).backward()
+        optimizer.step()
+    assert criterion.step == 3
+
+
+def test_a_generator_of_its_own_leaves_torchs_alone(backend):
+    embeddings, labels, logits = batch()
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        criterion = PixelContrastLoss(
+            4, min_pixels=1, max_views=3, bank=bank_of(), generator=generator, backend=backend
+        )
+        before = torch.get_rng_state()
+        losses = [criterion(embeddings, labels, logits) for _ in range(3)]
+        assert torch.equal(torch.get_rng_state(), before)
+        return criterion, torch.stack(losses)
+
+    (criterion, first), (_, again), (_, other) = run(1), run(1), run(2)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    copies = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
+    expected = criterion(embeddings, labels, logits)
+    for copied in copies:
+        assert torch.equal(copied(embeddings, labels, logits), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_is_right_or_refused(backend, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    embeddings, labels, logits = batch()
+    plain, recomputed = (PixelContrastLoss(4, min_pixels=1, max_views=3, backend=backend) for _ in range(2))
+    gradients = []
+    for call in (plain, lambda *maps: checkpoint(recomputed, *maps, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        embeddings.grad = None
+        call(embeddings, labels, logits).backward()
+        gradients.append(embeddings.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+    for settings in (dict(bank=bank_of()), dict(generator=torch.Generator())):
+        criterion = PixelContrastLoss(4, min_pixels=1, backend=backend, **settings)
+        criterion(embeddings, labels, logits)
+        loss = checkpoint(criterion, embeddings, labels, logits, use_reentrant=reentrant)
+        with pytest.raises(RuntimeError, match="recomputed within a backward.*Keep the loss outside"):
+            loss.backward()
+
+
+def test_a_class_that_never_yields_an_anchor_is_named_once(backend):
+    embeddings = torch.randn(2, 5, 8, 8, requires_grad=True)
+    labels = torch.zeros(2, 8, 8, dtype=torch.int64)
+    labels[:, 4:] = 1
+    labels[0, 0, :3] = 2  # three pixels in every batch
+    criterion = PixelContrastLoss(4, min_pixels=4, warmup_steps=99, backend=backend)
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(55):
+            criterion(embeddings, labels, labels)
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert (
+        "never gave an anchor: 2 (in 50). A class needs at least min_pixels=4" in message
+        and "8 x 8" in message
+    )
+
+
+def test_a_class_that_yields_anchors_is_not_named(backend):
+    embeddings, labels, logits = batch()
+    criterion = PixelContrastLoss(4, min_pixels=1, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(52):
+            criterion(embeddings, labels, logits)
+    assert criterion._watch.done
+
+
+def test_both_losses_have_the_same_options():
+    """Spelt out, so that a misspelt one is found by a type checker, and named by the class that was called."""
+    contrast, both = (
+        inspect.signature(loss).parameters for loss in (PixelContrastLoss, PixelContrastCrossEntropyLoss)
+    )
+    assert {name for name in both} == {*contrast, "class_weights"}
+    assert all(both[name].default == contrast[name].default for name in contrast if name != "weight")
+    with pytest.raises(TypeError, match=r"PixelContrastCrossEntropyLoss.*'temprature'"):
+        PixelContrastCrossEntropyLoss(4, temprature=0.1)
 
 
 # --- ProjectionHead --------------------------------------------------------------------------------------------------
