@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pixcontrast_ext import MemoryBank, PixelContrastLoss, ProjectionHead
@@ -152,6 +155,40 @@ def restored_by_broadcast(rank):
     return {**state(loss), "loss": value.detach(), "gradient": head.project[0].weight.grad}
 
 
+def fully_sharded(rank):
+    """FSDP2, built on the meta device, through a warm-up: what every rank has after each step, and after a restore."""
+    with torch.device("meta"):
+        step_module = Step(
+            ProjectionHead(CHANNELS, CHANNELS, "linear"),
+            PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank(), warmup_steps=2),
+        )
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(step_module.head, mesh=mesh)
+    fully_shard(step_module, mesh=mesh)
+    step_module.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for layer in step_module.head.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.reset_parameters()
+    states = [state(step_module.loss)]
+    torch.manual_seed(1 + rank)
+    losses = []
+    for step in range(4):
+        features, labels, _ = batch(rank, step, 2)
+        value = step_module(features, labels)
+        value.backward()
+        states.append(state(step_module.loss))
+        losses.append(value.detach())
+    restored = PixelContrastLoss(CLASSES, bank=make_bank(), warmup_steps=2)
+    whole = get_model_state_dict(step_module, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:  # the others get nothing
+        of_loss = {
+            name.removeprefix("loss."): value for name, value in whole.items() if name.startswith("loss.")
+        }
+        restored.load_state_dict(of_loss)
+    return losses, states, state(restored)
+
+
 class Network(nn.Module):
     """What README calls the network: features of 720 channels, logits of 19."""
 
@@ -265,6 +302,7 @@ def main(out, checkpoint=None):
         "validating_alone": lambda: validating_alone(rank),
         "compiled": lambda: compiled(rank),
         "restored_by_broadcast": lambda: restored_by_broadcast(rank),
+        "fully_sharded": lambda: fully_sharded(rank),
         "readme": lambda: readme(rank),
         "training": lambda: training(rank, loss_in_ddp=False),
         "training_in_ddp": lambda: training(rank, loss_in_ddp=True),

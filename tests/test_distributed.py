@@ -198,6 +198,16 @@ def test_what_the_first_rank_restored_and_ddp_sent_counts_on_every_rank(runs, ra
 
 
 @both
+def test_fully_sharded_from_meta(runs, ranks):
+    found = results(runs[ranks], "fully_sharded", ranks)
+    assert (found[0][1][0]["bank.key_labels"] == -1).all() and found[0][1][0]["step"] == 0
+    for losses, states, _ in found:
+        assert all(equal(a, b) for a, b in zip(states, found[0][1], strict=True))
+        assert [bool(loss > 0) for loss in losses] == [False, False, True, True]
+    assert equal(found[0][2], found[0][1][-1])
+
+
+@both
 def test_readme_on_several_ranks(runs, ranks):
     """Heads, banks and warm-up alike after every step; a NaN during the warm-up stays out of the loss."""
     found = results(runs[ranks], "readme", ranks)
