@@ -211,8 +211,8 @@ class PixelContrastLoss(nn.Module):
         labels of the anchors.
         """
         trains = self.training and torch.is_grad_enabled()
-        if trains:
-            self._check_not_recomputed()
+        if trains and self._changed() and not torch.compiler.is_compiling():
+            ops.refuse_recomputation(self._changed())
         predictions = self._predictions_at(embeddings, predictions)
         if self.weight > 0:
             contrast, anchor_labels = self._contrast(embeddings, labels, predictions)
@@ -236,15 +236,11 @@ class PixelContrastLoss(nn.Module):
             parts["bank_fill"] = filled / max(1, self.bank.key_labels.numel())
         return parts
 
-    def _check_not_recomputed(self) -> None:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # no backward runs
-            return
-        changed = "the bank already holds this batch" if self.bank is not None else "its generator draws anew"
-        if self.bank is not None or self._stream is not None:
-            raise RuntimeError(
-                f"PixelContrastLoss is recomputed within a backward, as activation checkpointing does, and {changed}: "
-                "its gradient would be wrong. Keep the loss outside of the checkpointed function."
-            )
+    def _changed(self) -> str:
+        """What is no longer as it was once a call that trained is over."""
+        if self.bank is not None:
+            return "the bank already holds this batch"
+        return "its generator draws anew" if self._stream is not None else ""
 
     def _priority(self, labels: Tensor) -> Tensor:
         return draw_priority(labels) if self._stream is None else self._stream.draw(labels)
@@ -311,7 +307,7 @@ class PixelContrastLoss(nn.Module):
         )
         anchor_labels = sample.labels
         if self.training:
-            anchor_labels = watch_classes(labels, anchor_labels, self._watch)
+            anchor_labels = watch_classes(labels, anchor_labels, self._watch, self._changed())
         if self.warmup_steps > 0:
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
             # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
 
@@ -169,6 +170,25 @@ def test_one_compiled_criterion_takes_any_size(backend, with_bank, training, dyn
     for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
         assert torch.equal(a, b), name
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("order", ["checkpoint of compiled", "compiled checkpoint"])
+def test_a_compiled_loss_with_a_bank_refuses_to_be_recomputed(order):
+    """Its gradient was off by a third, and the batch was enqueued twice."""
+    torch._dynamo.reset()
+    criterion = PixelContrastLoss(4, min_pixels=1, bank=MemoryBank(4, 8, region_slots=9, pixel_slots=9))
+    labels = torch.arange(72).view(2, 6, 6) % 4
+    criterion.bank.enqueue(MAPS, labels)
+    if order == "compiled checkpoint":
+        call = torch.compile(
+            lambda *maps: checkpoint(criterion, *maps, use_reentrant=False), backend="aot_eager"
+        )
+    else:
+        compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+        call = lambda *maps: checkpoint(compiled, *maps, use_reentrant=False)  # noqa: E731
+    loss = call(MAPS.clone().requires_grad_(), labels, labels)
+    with pytest.raises(RuntimeError, match="recomputed within a backward"):
+        loss.backward()
 
 
 def test_inductor():

@@ -68,6 +68,15 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def refuse_recomputation(why: str) -> None:
+    """Raise RuntimeError if a backward is running, in which only activation checkpointing calls a loss."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"PixelContrastLoss is recomputed within a backward, as activation checkpointing does, and {why}: its "
+            "gradient would be wrong. Keep the loss outside of the checkpointed function."
+        )
+
+
 def widest(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype a backend has to know to serve a call: fp64 on either side needs one that knows fp64."""
     return torch.float64 if torch.float64 in dtypes else dtypes[0]

@@ -77,26 +77,29 @@ class ClassWatch(handles.Handle):
             )
 
 
-def _watch_classes(labels: Tensor, anchor_labels: Tensor, watch: int) -> Tensor:
+def _watch_classes(labels: Tensor, anchor_labels: Tensor, watch: int, changed: str) -> Tensor:
+    if changed:
+        ops.refuse_recomputation(changed)
     found: ClassWatch = handles.of(watch)
     if not found.done:
         found.look(labels, anchor_labels)
     return anchor_labels.clone()
 
 
-def watch_classes(labels: Tensor, anchor_labels: Tensor, watch: ClassWatch) -> Tensor:
+def watch_classes(labels: Tensor, anchor_labels: Tensor, watch: ClassWatch, changed: str) -> Tensor:
     """Show the labels of a batch and of its anchors to `watch`. Returns the anchors' labels: go on with these.
 
-    A compiled graph leaves out what has neither an effect nor a result that is used.
+    A compiled graph leaves out what has neither an effect nor a result that is used. There, this is also what refuses
+    to be recomputed within a backward, if `changed` says what is no longer as it was.
     """
     if watch.done and not torch.compiler.is_compiling():
         return anchor_labels
-    shown: Tensor = torch.ops.pixcontrast.watch_classes(labels, anchor_labels, watch.number)
+    shown: Tensor = torch.ops.pixcontrast.watch_classes(labels, anchor_labels, watch.number, changed)
     return shown
 
 
 ops.register(
-    "watch_classes(Tensor labels, Tensor anchor_labels, int watch) -> Tensor",
+    "watch_classes(Tensor labels, Tensor anchor_labels, int watch, str changed) -> Tensor",
     _watch_classes,
-    lambda labels, anchor_labels, watch: torch.empty_like(anchor_labels),
+    lambda labels, anchor_labels, watch, changed: torch.empty_like(anchor_labels),
 )
