@@ -9,10 +9,12 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
+OLDEST        := $(VENV)/oldest
+OLDEST_TESTS  := compile sampling gather enqueue infonce bank loss regressions backends
 OLDEST_SUBSET := any_input or agree or gradient or round or code or behind
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-triton test-trainers mutants lint bench gpu clean
+.PHONY: help demo test test-rest test-triton test-trainers test-oldest mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -39,6 +41,11 @@ test-triton:
 test-trainers: $(TRAINERS)/.installed  ## the loss inside of Lightning and transformers
 	$(TRAINERS)/bin/python setup.py --quiet build_ext --inplace
 	PYTHONPATH=. PIXCONTRAST_TEST_BACKENDS=reference,cpu $(TRAINERS)/bin/python -m pytest tests/trainers
+
+# Without numpy, which only the trainer needs.
+test-oldest: $(OLDEST)/.installed  ## the loss with the oldest torch that is supported (5 GB)
+	$(OLDEST)/bin/python setup.py --quiet build_ext --inplace
+	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
 	PYTHONPATH=tests $(BIN)/python -m emulator.mutants
@@ -80,6 +87,10 @@ $(OLDEST_TRITON): $(INSTALLED)
 $(TRAINERS)/.installed: constraints-trainers.txt | $(TRAINERS)/bin/python
 	$(TRAINERS)/bin/python -m pip install --quiet -c constraints-trainers.txt \
 	    accelerate hypothesis lightning ninja numpy pybind11 pytest setuptools torch transformers
+	touch $@
+
+$(OLDEST)/.installed: constraints-oldest.txt | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt hypothesis ninja pybind11 pytest setuptools torch
 	touch $@
 
 $(BUILT): $(INSTALLED) $(CSRC)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import pixcontrast_ext
 from pixcontrast_ext import available_backends, backends, infonce, use_backend
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import native, schedule
 from pixcontrast_ext.info import report
 
 ROWS, LABELS = torch.randn(6, 4), torch.arange(6) % 2
@@ -262,6 +263,34 @@ def test_scratch_memory_outlives_the_kernel(monkeypatch):
     assert seen == [1]
 
 
+@pytest.fixture
+def torch_before_2_9(monkeypatch):
+    """Without the settings of precision by device and operation."""
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(allow_tf32=False))
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_stay_fp32_before_torch_2_9(torch_before_2_9, precision, monkeypatch):
+    keys, seen, mm = ROWS.flip(0).requires_grad_(), [], torch.mm
+    torch.set_float32_matmul_precision(precision)
+    monkeypatch.setattr(
+        torch, "mm", lambda *a, **k: (seen.append(torch.get_float32_matmul_precision()), mm(*a, **k))[1]
+    )
+    infonce(ROWS, LABELS, keys, LABELS, temperature=0.1, backend="cpu").backward()
+    assert seen and set(seen) == {"highest"}
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_tf32_is_asked_for_by_its_old_name_before_torch_2_9(torch_before_2_9, monkeypatch):
+    assert schedule.full_float32(torch.float32) and not schedule.full_float32(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    assert not schedule.full_float32(torch.float32)
+
+
 # --- layering --------------------------------------------------------------------------------------------------------
 
 # trainer -> loss, bank, head -> ops -> backends -> _C
@@ -338,5 +367,11 @@ before = set(sys.modules)  # torch imports triton where it is installed
 import pixcontrast_ext
 print([name for name in ('torch._dynamo', 'triton', 'kornia', 'matplotlib') if name in set(sys.modules) - before])
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    quiet = [
+        "-W",
+        "error",
+        "-W",
+        "ignore:Failed to initialize NumPy",
+    ]  # which torch says where it is not installed
+    done = subprocess.run([sys.executable, *quiet, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -262,6 +262,7 @@ def test_bad_label_is_ignored_on_a_gpu(gpu_backend, poison, value):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
 def test_cuda_names_what_does_not_fit_a_sort_key():
     maps = draw(1, 5, 6, 3)
     settings = dict(max_samples=9, max_views=3, priority=maps[2], backend="cuda")

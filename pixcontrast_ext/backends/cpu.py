@@ -7,7 +7,6 @@ products are torch's and the steps between them native. Extra memory is a few ti
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 
@@ -207,23 +206,6 @@ def enqueue_write(
     except native.BadValue as error:
         label, value = error.args
         raise ValueError(f"a ring pointer of class {label} is {value}, outside of its ring") from None
-
-
-@contextlib.contextmanager
-def _fp32_products() -> Iterator[None]:
-    """`torch.set_float32_matmul_precision("medium")` allows bf16 products on a CPU, which logits cannot
-    bear.
-    """
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    if before in ("none", "ieee"):
-        yield
-        return
-    setting.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def _widen(source: Tensor, indices: Tensor | None, rows: Tensor) -> Tensor:
@@ -440,7 +422,7 @@ class _TorchWalk:
 
     def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
         scores = torch.empty(len(block) * min(BLOCK_K, self.keys.keys.shape[0]), dtype=torch.float32)
-        with _fp32_products():
+        with schedule.full_float32_products():
             self._negatives(block, scale, scores, sums)
             self._positives(block, scale, exclude_self, scores, sums)
 
@@ -562,7 +544,7 @@ def infonce_backward_keys(
     key_grad.zero_()
     tiles = _Keys(keys, key_labels)
     scores = torch.empty(BLOCK_K * min(BLOCK_A, anchors.shape[0]), dtype=torch.float32)
-    with _fp32_products():
+    with schedule.full_float32_products():
         for block in _anchor_blocks(anchors, anchor_labels):
             scales = _Scales(block, neg_lse, pos_weight, grad_scale, temperature)
             for first, count, _ in tiles.tiles:
@@ -584,7 +566,7 @@ def infonce_backward_symmetric(
     anchor_grad: Tensor,  # [A, D] float32, out
 ) -> None:
     anchor_grad.zero_()
-    with _fp32_products():
+    with schedule.full_float32_products():
         blocks = [
             (block, _Scales(block, neg_lse, pos_weight, grad_scale, temperature))
             for block in _anchor_blocks(anchors, anchor_labels)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,7 +27,35 @@ def splits(row_tiles: int, column_tiles: int, slots: int) -> int:
 
 def full_float32(dtype: torch.dtype) -> bool:
     """Whether fp32 rows are to keep fp32's accuracy. Both of torch's ways to allow TF32 end in this setting."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    setting = torch.backends.cuda.matmul
+    if not hasattr(setting, "fp32_precision"):  # torch before 2.9
+        return dtype == torch.float32 and not setting.allow_tf32
+    return dtype == torch.float32 and setting.fp32_precision != "tf32"
+
+
+@contextlib.contextmanager
+def full_float32_products() -> Iterator[None]:
+    """`torch.set_float32_matmul_precision("medium")` allows bf16 products on a CPU, which logits cannot
+    bear.
+    """
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if setting is None:  # torch before 2.9: one setting for all devices
+        full, before, put = (
+            "highest",
+            torch.get_float32_matmul_precision(),
+            torch.set_float32_matmul_precision,
+        )
+    else:
+        full, before = "ieee", setting.fp32_precision
+        put = functools.partial(setattr, setting, "fp32_precision")
+    if before in ("none", full):
+        yield
+        return
+    put(full)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def check_alike(anchors: Tensor, keys: Tensor) -> None:
