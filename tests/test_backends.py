@@ -226,8 +226,7 @@ def test_launch_refuses_another_dtype():
     with pytest.raises(TypeError, match="widen: source must be fp32, fp16 or bf16, got torch.float64"):
         native.launch("widen", source=torch.zeros(4, 4, dtype=torch.float64))
     with pytest.raises(TypeError, match="sampling: labels must be torch.int64, got torch.int32"):
-        maps = torch.zeros(1, 3, 3, dtype=torch.int32)
-        torch.ops.pixcontrast.hard_anchor_sampling(maps, maps.long(), maps, 3, 5, 2, 1, 255, "cpu")
+        native.launch("sampling", labels=torch.zeros(1, 3, 3, dtype=torch.int32))
 
 
 def test_every_pointer_field_has_a_dtype_or_a_code():

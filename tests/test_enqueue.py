@@ -443,22 +443,6 @@ def test_bad_input_changes_nothing(backend, change, error, message):
     check(bank, rings)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
-@pytest.mark.parametrize(
-    ("classes", "width", "dtype"), [(3, 5, torch.half), (3, 4, torch.float32), (2, 5, torch.float32)]
-)
-def test_candidates_that_do_not_fit_are_refused(backend, classes, width, dtype):
-    bank, rings = make(3, 5, 4, 6, 2)
-    rows = torch.ones(1, classes, 3, width, dtype=dtype)
-    labels = torch.zeros(1, classes, 3, dtype=torch.int32)
-    state = (bank.region_ptr, bank.region_fill, bank.pixel_ptr, bank.pixel_fill)
-    with pytest.raises(
-        ValueError, match=rf"rows \(1, {classes}, 3, {width}\) of {dtype} do not fit keys \(3, 10, 5\)"
-    ):
-        torch.ops.pixcontrast.enqueue_write(rows, labels, bank.keys, bank.key_labels, *state, 4, backend)
-    check(bank, rings)
-
-
 @pytest.mark.parametrize("value", [3, -1])
 def test_bad_label_changes_nothing(careful_backend, value):
     bank, rings = make(3, 5, 4, 6, 2)

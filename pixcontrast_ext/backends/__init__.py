@@ -95,6 +95,20 @@ def _reason_against(
     return _reason_off(name, op, dtype, channels)
 
 
+def serving(
+    name: str, op: str, device: str, dtype: torch.dtype | None, channels: int | None, source: str = "backend="
+) -> ModuleType:
+    """The module of a backend that serves `op` on tensors of this device type, dtype and width.
+
+    Raises:
+        ValueError: if there is no such backend, or it cannot serve the call, with the reason.
+    """
+    reason = _reason_against(_check_name(name, source), op, device, dtype, channels)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot serve {op} on {device} tensors of {dtype}: {reason}")
+    return get(name)
+
+
 def resolve(
     requested: str | None, op: str, device: str, dtype: torch.dtype | None, channels: int | None = None
 ) -> str:
@@ -110,9 +124,7 @@ def resolve(
     if named is None:
         named, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if named is not None:
-        reason = _reason_against(_check_name(named, source), op, device, dtype, channels)
-        if reason is not None:
-            raise ValueError(f"backend {named!r} cannot serve {op} on {device} tensors of {dtype}: {reason}")
+        serving(named, op, device, dtype, channels, source)
         return named
     passed_over: list[str] = []
     for name in _BY_DEVICE.get(device, ("reference",)):

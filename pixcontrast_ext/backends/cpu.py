@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixcontrast_ext.backends import native, schedule
+from pixcontrast_ext.backends import native
 
 # A tile of scores is 4 MiB, and is written and read three times while it is in the shared cache. Smaller tiles would
 # fit the cores' own caches, but cost more in starting and joining threads than they save.
@@ -183,7 +183,6 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    schedule.check_candidates(rows, keys)
     try:
         native.launch(
             "write",
@@ -355,7 +354,6 @@ def infonce_forward(
     pos_count: Tensor,  # [A] int32, out
     anchor_grad: Tensor | None,  # [A, D] float32, out
 ) -> None:
-    schedule.check_alike(anchors, keys)
     for out, nothing in ((loss, 0), (neg_lse, -math.inf), (pos_weight, 0), (pos_count, 0), (anchor_grad, 0)):
         if out is not None:
             out.fill_(nothing)  # what rows without a label keep

@@ -40,7 +40,7 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
     """Why this backend cannot serve a call, or None if it can."""
     if dtype is not None and dtype not in native.DTYPE_CODES:
         return f"{dtype} is not one of float32, float16, bfloat16"
-    if op == "infonce" and channels is not None and channels > MAX_CHANNELS:
+    if op.startswith("infonce") and channels is not None and channels > MAX_CHANNELS:
         return f"its InfoNCE kernels take up to {MAX_CHANNELS} channels, got {channels}"
     if native.unavailable:
         return native.unavailable
@@ -205,7 +205,6 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    schedule.check_candidates(rows, keys)
     native.launch_cuda(
         "write",
         keys.device,
@@ -257,7 +256,6 @@ def infonce_forward(
     pos_count: Tensor,  # [A] int32, out
     anchor_grad: Tensor | None,  # [A, D] float32, out
 ) -> None:
-    schedule.check_alike(anchors, keys)
     (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
@@ -323,8 +321,6 @@ def _infonce_backward(
     exclude_self: bool,
     grad: Tensor,
 ) -> None:
-    if keys is not None:
-        schedule.check_alike(anchors, keys)
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]

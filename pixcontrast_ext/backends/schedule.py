@@ -1,4 +1,4 @@
-"""What backends have in common on the host: how a walk is shared out, how exact fp32 products are, what has to fit."""
+"""What backends have in common on the host: how a walk is shared out, and how exact fp32 products are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 
 @functools.lru_cache(maxsize=4096)
@@ -56,22 +55,3 @@ def full_float32_products() -> Iterator[None]:
         yield
     finally:
         put(before)
-
-
-def check_alike(anchors: Tensor, keys: Tensor) -> None:
-    """Rows that a kernel takes for one dtype and one width have to be so."""
-    if anchors.dtype != keys.dtype or anchors.shape[1] != keys.shape[1]:
-        raise ValueError(
-            f"anchors {tuple(anchors.shape)} of {anchors.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
-        )
-
-
-def check_candidates(
-    rows: Tensor,  # [N, C, 1 + k, D]
-    keys: Tensor,  # [C, R + P, D]
-) -> None:
-    """Candidates that a kernel copies into a bank have to be of its dtype, classes and width."""
-    if rows.dtype != keys.dtype or rows.shape[1:2] + rows.shape[3:] != keys.shape[:1] + keys.shape[2:]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} of {rows.dtype} do not fit keys {tuple(keys.shape)} of {keys.dtype}"
-        )

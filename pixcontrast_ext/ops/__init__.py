@@ -1,8 +1,8 @@
 """What this package does, as torch ops: sampling, gather, enqueue, InfoNCE; the public functions stand beside them.
 
 Ops live in the `pixcontrast` namespace and are not differentiable; an autograd Function stands around those that carry
-a gradient. Each is given to torch as a schema, an allocator and a backend function that fills what the allocator made:
-the allocator alone is the op's fake, so shapes are stated once.
+a gradient. Each is given to torch as a signature, an allocator and a backend function that fills what the allocator
+made: the first two alone are the op's fake, so shapes are stated once.
 """
 
 from __future__ import annotations
@@ -15,25 +15,39 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext import backends
+from pixcontrast_ext.ops.signature import Limits, Signature
 
 _LIBRARY = torch.library.Library("pixcontrast", "DEF")
 
 
-def define(schema: str, allocate: Callable[..., Any], fill: Callable[..., None]) -> None:
+def define(
+    schema: str,
+    tensors: dict[str, str],
+    limits: dict[str, Limits],
+    allocate: Callable[..., Any],
+    fill: Callable[..., None],
+) -> None:
     """Register an op whose last argument is the backend's name.
 
-    `allocate(*args)` makes the outputs (None if the op only mutates); `fill(module, *args, outputs)` computes
-    them with the backend's module.
+    `tensors` and `limits` are those of a `Signature`. `allocate(*args)` makes the outputs (None if the op only
+    mutates); `fill(module, *args, outputs)` computes them with the backend's module.
     """
+    signature = Signature(schema, tensors, limits)
 
     def run(*args: Any) -> Any:
+        call = signature.check(args)
+        signature.check_memory(args)
+        module = backends.serving(args[-1], signature.op, *call)
         outputs = allocate(*args)
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        with torch.amp.autocast(device.type, enabled=False):  # the reference and the CPU backend call matmul
-            fill(backends.get(args[-1]), *args[:-1], outputs)
+        with torch.amp.autocast(call.device, enabled=False):  # the reference and the CPU backend call matmul
+            fill(module, *args[:-1], outputs)
         return outputs
 
-    register(schema, run, allocate)
+    def fake(*args: Any) -> Any:
+        signature.check(args)
+        return allocate(*args)
+
+    register(schema, run, fake)
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any] = lambda *args: None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pixcontrast_ext import backends, ops
 from pixcontrast_ext.ops.exchange import Exchange
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
+from pixcontrast_ext.ops.signature import INT32_MAX
 
 
 def _allocate_collect(
@@ -93,12 +94,38 @@ def _fill_write(
 ops.define(
     "enqueue_collect(Tensor embeddings, Tensor labels, Tensor priority, int num_classes, int pixels_per_image, "
     "int ignore_index, bool normalize, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    dict(embeddings="[B, D, H, W] T", labels="[B, H, W] int64", priority="[B, H, W] int32"),
+    {
+        "D": (1, None),
+        "num_classes": (1, INT32_MAX),
+        "B * num_classes": (0, INT32_MAX),
+        "H * W": (0, 2**32 - 1),
+        "pixels_per_image": (0, INT32_MAX),
+    },
     _allocate_collect,
     _fill_collect,
 )
 ops.define(
     "enqueue_write(Tensor rows, Tensor row_labels, Tensor(a!) keys, Tensor(b!) key_labels, Tensor(c!) region_ptr, "
     "Tensor(d!) region_fill, Tensor(e!) pixel_ptr, Tensor(f!) pixel_fill, int region_slots, str backend) -> ()",
+    dict(
+        keys="[C, S, D] T",
+        key_labels="[C, S] int32",
+        region_ptr="[C] int64",
+        region_fill="[C] int64",
+        pixel_ptr="[C] int64",
+        pixel_fill="[C] int64",
+        rows="[N, C, V, D] T",
+        row_labels="[N, C, V] int32",
+    ),
+    {
+        "D": (1, None),
+        "V": (1, None),
+        "region_slots": (0, "S"),
+        "C": (0, INT32_MAX // 2),  # of two rings each
+        "S": (0, INT32_MAX // 2),  # a slot and the candidates behind it are added up in int32
+        "N * V": (0, INT32_MAX // 2),
+    },
     _allocate_write,
     _fill_write,
 )

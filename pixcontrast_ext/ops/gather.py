@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext import backends, ops
+from pixcontrast_ext.ops.signature import INT32_MAX
 
 
 def _allocate(
@@ -64,12 +65,16 @@ def _fill_backward(
 
 ops.define(
     "gather(Tensor embeddings, Tensor indices, bool normalize, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    dict(embeddings="[B, D, H, W] T", indices="[A] int64"),
+    {"D": (1, None), "A": (0, INT32_MAX)},
     _allocate,
     _fill,
 )
 ops.define(
     "gather_backward(Tensor grad_rows, Tensor embeddings, Tensor indices, Tensor inv_norm, bool normalize, "
     "str backend) -> Tensor",
+    dict(embeddings="[B, D, H, W] T", indices="[A] int64", grad_rows="[A, D] R", inv_norm="[A] sum(T)"),
+    {"D": (1, None), "A": (0, INT32_MAX)},
     _allocate_backward,
     _fill_backward,
 )

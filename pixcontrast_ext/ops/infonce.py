@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext import backends, ops
+from pixcontrast_ext.ops.signature import INT32_MAX, Limits
 
 _ForwardOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -103,21 +104,43 @@ def _fill_backward_symmetric(module: ModuleType, *args: Any) -> None:
     )
 
 
+_LIMITS: dict[str, Limits] = {"D": (1, None), "A": (0, INT32_MAX)}
+
 ops.define(
     "infonce_forward(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, float temperature, "
     "bool exclude_self, bool with_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    dict(anchors="[A, D] T", anchor_labels="[A] int32", keys="[K, D] T", key_labels="[K] int32"),
+    _LIMITS | {"K": (0, INT32_MAX)},
     _allocate_forward,
     _fill_forward,
 )
 ops.define(
     "infonce_backward_keys(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor neg_lse, "
     "Tensor pos_weight, Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
+    dict(
+        anchors="[A, D] T",
+        anchor_labels="[A] int32",
+        keys="[K, D] T",
+        key_labels="[K] int32",
+        neg_lse="[A] sum(T)",
+        pos_weight="[A] sum(T)",
+        grad_scale="[A] sum(T)",
+    ),
+    _LIMITS | {"K": (0, INT32_MAX)},
     _allocate_backward_keys,
     _fill_backward_keys,
 )
 ops.define(
     "infonce_backward_symmetric(Tensor anchors, Tensor anchor_labels, Tensor neg_lse, Tensor pos_weight, "
     "Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
+    dict(
+        anchors="[A, D] T",
+        anchor_labels="[A] int32",
+        neg_lse="[A] sum(T)",
+        pos_weight="[A] sum(T)",
+        grad_scale="[A] sum(T)",
+    ),
+    _LIMITS,
     _allocate_backward_symmetric,
     _fill_backward_symmetric,
 )

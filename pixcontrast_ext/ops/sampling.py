@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pixcontrast_ext import backends, ops
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
+from pixcontrast_ext.ops.signature import INT32_MAX
 
 
 class AnchorSample(NamedTuple):
@@ -69,6 +70,15 @@ def _fill(
 ops.define(
     "hard_anchor_sampling(Tensor labels, Tensor predictions, Tensor priority, int num_classes, int max_samples, "
     "int max_views, int min_pixels, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    dict(labels="[B, H, W] int64", predictions="[B, H, W] int64", priority="[B, H, W] int32"),
+    {
+        "num_classes": (1, INT32_MAX),
+        "B * num_classes": (0, INT32_MAX // 2),  # pairs of a hard and an easy pool
+        "H * W": (0, 2**32 - 1),
+        "max_samples": (1, INT32_MAX),
+        "max_views": (1, None),
+        "min_pixels": (0, None),
+    },
     _allocate,
     _fill,
 )

@@ -46,7 +46,7 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
             return reason
     if dtype is not None and dtype not in DTYPES:
         return f"{dtype} is not one of float32, float16, bfloat16"
-    if op == "infonce" and channels is not None and channels > MAX_CHANNELS:
+    if op.startswith("infonce") and channels is not None and channels > MAX_CHANNELS:
         return f"its InfoNCE kernels take up to {MAX_CHANNELS} channels, got {channels}"
     return None
 

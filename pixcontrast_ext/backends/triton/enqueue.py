@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixcontrast_ext.backends import schedule
 from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
@@ -312,7 +311,6 @@ def enqueue_write(
     pixel_fill: Tensor,
     region_slots: int,
 ) -> None:
-    schedule.check_candidates(rows, keys)
     batch, num_classes, per_class, channels = rows.shape
     launch.launch(
         write_kernel,

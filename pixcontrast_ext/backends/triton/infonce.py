@@ -1112,7 +1112,6 @@ def infonce_forward(
     pos_count: Tensor,  # [A] int32, out
     anchor_grad: Tensor | None,  # [A, D] float32, out
 ) -> None:
-    schedule.check_alike(anchors, keys)
     (num_anchors, channels), num_keys, device = anchors.shape, keys.shape[0], anchors.device
     if num_anchors == 0:
         return
@@ -1249,8 +1248,6 @@ def _backward(
     exclude_self: bool,
     grad: Tensor,
 ) -> None:
-    if keys is not None:
-        schedule.check_alike(anchors, keys)
     (num_anchors, channels), num_rows, device = anchors.shape, grad.shape[0], anchors.device
     if num_rows == 0:
         return
