@@ -304,13 +304,14 @@ void write_ring(const WriteParams& p, int64_t label, const Ring& ring) {
 }  // namespace
 
 void write(const WriteParams& p) {
+  // Pointers have even positions in an error, fills odd ones.
+  const auto check = [](int64_t label, int64_t ptr, int64_t fill, int64_t slots) {
+    if (ptr < 0 || ptr >= std::max<int64_t>(1, slots)) throw BadValue{2 * label, ptr};
+    if (fill < 0 || fill > slots) throw BadValue{2 * label + 1, fill};
+  };
   for (int64_t c = 0; c < p.num_classes; ++c) {  // before anything is written
-    if (p.region_ptr[c] < 0 || p.region_ptr[c] >= std::max<int64_t>(1, p.region_slots)) {
-      throw BadValue{c, p.region_ptr[c]};
-    }
-    if (p.pixel_ptr[c] < 0 || p.pixel_ptr[c] >= std::max<int64_t>(1, p.pixel_slots)) {
-      throw BadValue{c, p.pixel_ptr[c]};
-    }
+    check(c, p.region_ptr[c], p.region_fill[c], p.region_slots);
+    check(c, p.pixel_ptr[c], p.pixel_fill[c], p.pixel_slots);
   }
   Guard guard;
 #pragma omp parallel for num_threads(p.threads) schedule(static)

@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kWriteThreads, 4) write_kernel(WriteParams p) 
   sync_block();  // everybody has read the pointer
   if (thread == 0) {
     *ptr = (start + written) % slots;
-    *fill = min(*fill + written, slots);
+    *fill = min(int64_t(uint64_t(*fill) + uint64_t(written)), slots);  // whatever stood there
   }
 }
 

@@ -203,8 +203,9 @@ def enqueue_write(
             threads=native.threads(),
         )
     except native.BadValue as error:
-        label, value = error.args
-        raise ValueError(f"a ring pointer of class {label} is {value}, outside of its ring") from None
+        position, value = error.args
+        kind, label = "fill" if position % 2 else "pointer", position // 2
+        raise ValueError(f"a ring {kind} of class {label} is {value}, outside of its ring") from None
 
 
 def _widen(source: Tensor, indices: Tensor | None, rows: Tensor) -> Tensor:

@@ -282,18 +282,26 @@ def _inverse_norm(rows: Tensor) -> Tensor:
     return torch.where(squares == 0, 0.0, squares.rsqrt())
 
 
+def _is_pixel(embeddings: Tensor, indices: Tensor) -> Tensor:
+    """Which indices are inside of a [B, D, H, W] map. One outside raises on the CPU, names nothing elsewhere."""
+    batch, _, height, width = embeddings.shape
+    inside = (indices >= 0) & (indices < batch * height * width)
+    if embeddings.device.type == "cpu" and not inside.all():
+        row = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"indices[{row}] is {int(indices[row])}, expected 0 <= index < B*H*W={batch * height * width}"
+        )
+    return inside
+
+
 def _pixels(embeddings: Tensor, indices: Tensor) -> Tensor:
     """Chosen pixels of a [B, D, H, W] map as rows [A, D] of the accumulator's dtype."""
-    batch, channels, height, width = embeddings.shape
-    if embeddings.device.type == "cpu" and indices.numel():
-        wrong = (indices < 0) | (indices >= batch * height * width)
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"indices[{row}] is {int(indices[row])}, expected 0 <= index < B*H*W={batch * height * width}"
-            )
+    height, width = embeddings.shape[2:]
+    inside = _is_pixel(embeddings, indices)
+    indices = torch.where(inside, indices, 0)
     image, pixel = indices // (height * width), indices % (height * width)
-    return embeddings[image, :, pixel // width, pixel % width].to(_accumulator(embeddings.dtype))
+    rows = embeddings[image, :, pixel // width, pixel % width].to(_accumulator(embeddings.dtype))
+    return torch.where(inside[:, None], rows, 0.0)
 
 
 def gather(
@@ -325,6 +333,8 @@ def gather_backward(
         along = (grad * unit).sum(dim=1, keepdim=True)
         projected = inv_norm[:, None] * (grad - along * unit)
         grad = torch.where((grad == 0).all(dim=1, keepdim=True), 0.0, projected)
+    inside = _is_pixel(embeddings, indices)
+    grad, indices = torch.where(inside[:, None], grad, 0.0), torch.where(inside, indices, 0)
     batch, channels, height, width = embeddings.shape
     dense = grad.new_zeros(batch * height * width, channels)
     if dense.device.type == "cpu":
@@ -458,7 +468,8 @@ def _write_ring(
     order = torch.cumsum(good, 1) - 1
     written = good.sum(dim=1)
     stays = good & (order >= (written - slots)[:, None])
-    target = torch.where(stays, (ptr[:, None] + order) % slots, slots)
+    start = ptr % slots  # inside of the ring, whatever stood there
+    target = torch.where(stays, (start[:, None] + order) % slots, slots)
     source = torch.full((num_classes, slots + 1), -1, dtype=torch.int64, device=keys.device)
     source.scatter_(1, target, torch.arange(candidates.shape[1], device=keys.device).expand_as(target))
     source = source[:, :slots]
@@ -466,5 +477,5 @@ def _write_ring(
     if candidates.shape[1]:
         keys.copy_(torch.where(new[:, :, None], candidates[label, source.clamp(min=0)], keys))
     key_labels.copy_(torch.where(new, label.to(key_labels.dtype), key_labels))
-    ptr.copy_((ptr + written) % slots)
+    ptr.copy_((start + written) % slots)
     fill.copy_((fill + written).clamp(max=slots))
