@@ -7,47 +7,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from op_cases import cases
 from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
 
-LABELS = torch.randint(0, 3, (2, 6, 5))
-PRIORITY = torch.randint(0, 99, (2, 6, 5), dtype=torch.int32)
-MAP = torch.randn(2, 4, 6, 5)
-INDICES = torch.tensor([0, 7, 59, 7])
-ROWS, ROW_LABELS = torch.randn(7, 4), torch.arange(7, dtype=torch.int32) % 3 - 1
-KEYS, KEY_LABELS = torch.randn(11, 4), torch.arange(11, dtype=torch.int32) % 3 - 1
-COLUMN = torch.randn(7)
 MAPS = torch.randn(2, 8, 6, 6)
-
-
-def bank_state():
-    bank = MemoryBank(3, 4, region_slots=2, pixel_slots=5)
-    return [buffer.clone() for buffer in bank.buffers()]
-
-
-def cases(backend):
-    ops = torch.ops.pixcontrast
-    rows, row_labels = ops.enqueue_collect(MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend)
-    return {
-        "hard_anchor_sampling": (LABELS, LABELS.flip(0), PRIORITY, 3, 20, 4, 1, 255, backend),
-        "gather": (MAP, INDICES, True, torch.float32, backend),
-        "gather_backward": (torch.randn(4, 4), MAP, INDICES, torch.rand(4), True, backend),
-        "enqueue_collect": (MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend),
-        "enqueue_write": (rows, row_labels, *bank_state(), 2, backend),
-        "infonce_forward": (ROWS, ROW_LABELS, KEYS, KEY_LABELS, 0.1, False, True, backend),
-        "infonce_backward_keys": (
-            ROWS,
-            ROW_LABELS,
-            KEYS,
-            KEY_LABELS,
-            COLUMN,
-            COLUMN,
-            COLUMN,
-            0.1,
-            False,
-            backend,
-        ),
-        "infonce_backward_symmetric": (ROWS, ROW_LABELS, COLUMN, COLUMN, COLUMN, 0.1, True, backend),
-    }
 
 
 @pytest.mark.parametrize("op", cases("cpu"))

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
 
+import distributed_worker as worker
 from pixcontrast_ext.ops import exchange
 
 WORKER = Path(worker.__file__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from distributed_worker import Network, readme_blocks
 
 
