@@ -5,7 +5,7 @@ cores, and because one source is compiled once per instruction set. Nothing here
 
 Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``; ``MAX_JOBS`` (parallel compilations); ``CUDA_HOME``;
 ``PIXCONTRAST_CUDA`` (``1``: nvcc must be there, ``0``: leave CUDA out, unset: use nvcc if found);
-``PIXCONTRAST_DEBUG=1`` (keep symbols and line numbers).
+``PIXCONTRAST_DEBUG=1`` (keep symbols and line numbers); ``PIXCONTRAST_BUILD_DIR`` (where the objects go).
 """
 
 import os
@@ -259,7 +259,9 @@ class NinjaBuildExt(build_ext):
 
         # Not self.build_temp: an editable installation puts that in a temporary folder, and nothing would be
         # incremental.
-        build_dir = f"build/native-{sysconfig.get_config_var('SOABI')}"
+        build_dir = os.environ.get(
+            "PIXCONTRAST_BUILD_DIR", f"build/native-{sysconfig.get_config_var('SOABI')}"
+        )
         (ROOT / build_dir).mkdir(parents=True, exist_ok=True)
         build_file, module = NinjaBuild(build_dir).write()
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", build_file]

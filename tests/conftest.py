@@ -12,6 +12,7 @@ import os
 
 ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
 BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
+EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of emulator/build.py
 GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
 if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
@@ -56,7 +57,7 @@ def cuda_on_cpu_tensors() -> None:
         native.launch_cuda = on_device.launch_cuda
         launch.launch, launch.capability = on_device.launch_triton, on_device.capability
     elif "cuda" in BACKENDS:
-        native.cuda_kernels = build.load(build.build("plain")).cuda
+        native.cuda_kernels = build.load(build.build(EMULATOR)).cuda
     native.cuda_device_type = "cpu"
     backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
     triton_backend.INTERPRETED = True

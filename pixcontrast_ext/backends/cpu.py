@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import native, schedule
 
 # A tile of scores is 4 MiB, and is written and read three times while it is in the shared cache. Smaller tiles would
 # fit the cores' own caches, but cost more in starting and joining threads than they save.

@@ -1,0 +1,88 @@
+"""Runs tests with the CPU kernels compiled for AddressSanitizer and UndefinedBehaviorSanitizer, the emulator likewise.
+
+    python -m sanitized pytest ARGUMENT ...
+    python -m sanitized overrun cpu|cuda
+
+in a process that emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that the
+sanitizer gives out, so that a kernel's access behind a tensor is reported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from emulator.build import ROOT, SANITIZERS
+
+BUILD = f"build/address-{sysconfig.get_config_var('SOABI')}"
+
+
+def build() -> Path:
+    """Brings the sanitized module up to date.
+
+    Raises:
+        RuntimeError: with the compiler's messages.
+    """
+    flags = shlex.join(["-O1", *SANITIZERS["address"]])
+    environment = {
+        "PIXCONTRAST_CUDA": "0",
+        "PIXCONTRAST_DEBUG": "1",
+        "PIXCONTRAST_BUILD_DIR": BUILD,
+        "CXXFLAGS": flags,
+        "LDFLAGS": flags,
+    }
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", f"{BUILD}/lib"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the sanitized module does not build:\n{done.stdout}{done.stderr}")
+    return ROOT / BUILD / "_C.so"
+
+
+def load() -> None:
+    """Puts it where the package looks for its own."""
+    import torch  # noqa: F401  first, as in the package
+
+    name = "pixcontrast_ext._C"
+    spec = importlib.util.spec_from_file_location(name, ROOT / BUILD / "_C.so")
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+def overrun(backend: str) -> None:
+    """What has to be reported: a kernel is told of one index more than there is."""
+    import torch
+
+    from emulator.build import build, load
+    from pixcontrast_ext.backends import native
+
+    fields = dict(
+        **native.map_fields(torch.zeros(1, 3, 2, 2)),
+        indices=torch.zeros(4, dtype=torch.int64),
+        num_rows=5,
+        normalize=True,
+        rows_dtype=0,
+        rows=torch.zeros(5, 3),
+        inv_norm=torch.zeros(5),
+    )
+    if backend == "cpu":
+        native.launch("gather", **fields, wide=torch.zeros(5, 3), threads=1)
+    else:
+        native.cuda_kernels = load(build("address")).cuda
+        native.launch_cuda("gather", torch.device("cpu"), **fields)
+
+
+if __name__ == "__main__":
+    load()
+    what, *arguments = sys.argv[1:]
+    if what == "overrun":
+        overrun(*arguments)
+    else:
+        import pytest
+
+        sys.exit(pytest.main(arguments))

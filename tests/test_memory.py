@@ -1,0 +1,58 @@
+"""The kernels for the CPU, and those for a GPU in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+Without torch the emulated ones have been there before (test_emulator.py). Here torch calls them: with all the arguments
+of test_ops.py, and on ragged problems.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import sanitized
+from conftest import BACKENDS, ON_DEVICE
+from emulator import build, sanitize
+
+SANITIZED = [name for name in ("cpu", "cuda") if name in BACKENDS]
+# Of the tests of single ops those whose sizes are no multiple of anything.
+RAGGED = "rules_say or rows_and_gradient or layouts_and_dtypes or beyond_the_end"
+FILES = [f"tests/test_{name}.py" for name in ("sampling", "gather", "enqueue")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> None:
+    if ON_DEVICE:
+        pytest.skip("the kernels run on a device")
+    if reason := sanitize.missing("address"):
+        pytest.skip(reason)
+    sanitized.build()
+    if "cuda" in SANITIZED:
+        build.build("address")
+
+
+@pytest.mark.parametrize("backend", SANITIZED)
+def test_an_overrun_is_reported(backend):
+    done = sanitize.run("address", "sanitized", "overrun", backend)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "gather" in done.stderr
+
+
+def check(backend: str, *arguments: str) -> None:
+    options = dict(PIXCONTRAST_TEST_BACKENDS=backend, PIXCONTRAST_TEST_EMULATOR="address")
+    done = sanitize.run(
+        "address", "sanitized", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **options
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("backend", SANITIZED)
+def test_any_arguments(backend):
+    """All but what never gets to a kernel."""
+    wanted = "(test_ops or opcheck) and not strangers"
+    if backend == "cuda":
+        wanted += " and not instruction_set"
+    check(backend, "tests/test_ops.py", "tests/test_compile.py", "-k", wanted)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cpu out")
+def test_ragged_problems():
+    """Those of the emulated kernels are repeated in test_emulator.py."""
+    check("cpu", *FILES, "-k", f"not reference and ({RAGGED})")
