@@ -2,12 +2,13 @@
 
 An error is a ValueError, a TypeError or a RuntimeError. All else fails the test, above all a result where sizes do not
 fit. A tensor that is too small has no more memory than it says, so that AddressSanitizer sees a read behind it
-(test_memory.py).
+(test_sanitizers.py).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import GPU_BACKENDS
 from op_cases import SIZES, cases
-from pixcontrast_ext import backends
+from pixcontrast_ext import MemoryBank, PixelContrastLoss, backends
 
 Arguments = dict[str, Any]
 
@@ -455,3 +456,43 @@ def test_every_op_is_in_the_battery():
     assert names == set(SIZES) | {"draw_priority", "enqueue_write_all_ranks", "watch_classes"}
     for op, tensors in SIZES.items():
         assert list(tensors) == [name for of, name in arguments_of("Tensor") if of == op]
+
+
+# --- ops that speak to the host ---
+
+
+def test_numbers_of_nothing_and_of_something_else_are_refused():
+    ops = torch.ops.pixcontrast
+    bank, loss = MemoryBank(3, 4), PixelContrastLoss(3, generator=torch.Generator())
+    labels, state = torch.zeros(1, 2, 2).long(), list(bank.buffers())
+    rows, row_labels = torch.zeros(1, 3, 11, 4), torch.zeros(1, 3, 11, dtype=torch.int32)
+    for number in (-1, 2**62, loss._stream.number, bank._exchange.number):
+        with pytest.raises(ValueError, match="is the number of no ClassWatch"):
+            ops.watch_classes(labels, torch.zeros(2, dtype=torch.int32), number, "")
+    for number in (-1, 2**62, loss._watch.number):
+        with pytest.raises(ValueError, match="is the number of no PriorityStream"):
+            ops.draw_priority(torch.zeros(3, dtype=torch.int32), number)
+        with pytest.raises(ValueError, match="is the number of no Exchange"):
+            ops.enqueue_write_all_ranks(rows, row_labels, *state, 5000, number, "cpu")
+
+
+def test_what_a_watch_counts_may_be_anything():
+    watch = PixelContrastLoss(3)._watch
+    for labels, anchor_labels in itertools.product(
+        (torch.tensor([[[-(2**63), 2**63 - 1, 3, 255]]]), torch.zeros(0, 2, 2).long()),
+        (torch.tensor([2**31 - 1, -(2**31), 3], dtype=torch.int32), torch.zeros(2, 0).long()),
+    ):
+        found = torch.ops.pixcontrast.watch_classes(labels, anchor_labels, watch.number, "")
+        assert torch.equal(found, anchor_labels)
+    assert (watch.counts[:, :3] == 0).all()
+
+
+def test_the_write_of_all_ranks_checks_as_the_write_does():
+    bank = MemoryBank(3, 4)
+    state = list(bank.buffers())
+    row_labels = torch.zeros(1, 3, 11, dtype=torch.int32)
+    for rows in (torch.zeros(1, 3, 11, 5), torch.zeros(1, 2, 11, 4), torch.zeros(3, 4), torch.zeros(())):
+        with pytest.raises(ValueError, match="enqueue_write: .* must have shape"):
+            torch.ops.pixcontrast.enqueue_write_all_ranks(
+                rows, row_labels, *state, 5000, bank._exchange.number, "cpu"
+            )

@@ -128,7 +128,7 @@ class Exchange(handles.Handle):
 
 def _exchange_and_write(rows: Tensor, row_labels: Tensor, *bank: Any) -> None:
     *state, region_slots, exchange, backend = bank
-    rows, row_labels = handles.of(exchange).gather(rows, row_labels)
+    rows, row_labels = handles.of(exchange, Exchange).gather(rows, row_labels)
     torch.ops.pixcontrast.enqueue_write(rows, row_labels, *state, region_slots, backend)
 
 

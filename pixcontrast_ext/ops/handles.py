@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 _objects: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_Kind = TypeVar("_Kind", bound="Handle")
 
 
 class Handle:
@@ -28,12 +29,13 @@ class Handle:
         Handle.__init__(self)
 
 
-def of(number: int) -> Any:
-    """The object behind a number.
+def of(number: int, kind: type[_Kind]) -> _Kind:
+    """The object of a kind behind a number.
 
     Raises:
         ValueError: if there is none, or none any more.
     """
-    if number not in _objects:
-        raise ValueError(f"{number} is the number of no object that an op could be told of")
-    return _objects[number]
+    found = _objects.get(number)
+    if not isinstance(found, kind):
+        raise ValueError(f"{number} is the number of no {kind.__name__}")
+    return found

@@ -40,7 +40,7 @@ class PriorityStream(handles.Handle):
 
 
 def _draw(priority: Tensor, stream: int) -> None:
-    priority.copy_(draw_priority(priority, handles.of(stream).generator))
+    priority.copy_(draw_priority(priority, handles.of(stream, PriorityStream).generator))
 
 
 ops.register("draw_priority(Tensor(a!) priority, int stream) -> ()", _draw)

@@ -61,7 +61,8 @@ class ClassWatch(handles.Handle):
         labels = torch.where(valid, labels, nowhere).flatten().long()
         occurs = torch.zeros_like(self.counts[0])
         self.counts[0] += occurs.scatter_(0, labels, torch.ones_like(labels))
-        of_anchors = torch.where(anchor_labels < 0, nowhere, anchor_labels).long()
+        is_class = (anchor_labels >= 0) & (anchor_labels < nowhere)
+        of_anchors = torch.where(is_class, anchor_labels, nowhere).flatten().long()
         self.counts[1].scatter_add_(0, of_anchors, torch.ones_like(of_anchors))
 
     def _judge(self, counts: Tensor, size: tuple[int, ...]) -> None:
@@ -80,7 +81,7 @@ class ClassWatch(handles.Handle):
 def _watch_classes(labels: Tensor, anchor_labels: Tensor, watch: int, changed: str) -> Tensor:
     if changed:
         ops.refuse_recomputation(changed)
-    found: ClassWatch = handles.of(watch)
+    found = handles.of(watch, ClassWatch)
     if not found.done:
         found.look(labels, anchor_labels)
     return anchor_labels.clone()
