@@ -32,15 +32,16 @@ class MemoryBank(nn.Module):
         key_labels    [C, R + P]     int32, -1 until filled
         region_ptr, region_fill, pixel_ptr, pixel_fill  [C] int64: next slot to write, and slots in use
 
-    In a distributed job every rank must call `enqueue` at every step, with a batch of any size, also none; candidates
-    are exchanged in rank order and all banks stay bit-identical. A rank that leaves a step out keeps the others waiting
-    until the process group's time limit; with TORCH_DISTRIBUTED_DEBUG=INFO an error names it within 20 seconds. Keep
-    the bank outside of `DistributedDataParallel`, or give that `broadcast_buffers=False`: it would send the whole bank
-    to all ranks in every forward, where all have it already.
+    In a distributed job every rank must call `enqueue` at every step, with a batch of any size, also none, and several
+    banks in the same order; candidates are exchanged in rank order and all banks stay bit-identical. A rank that leaves
+    a step out keeps the others waiting until the process group's time limit, or, if it calls at the next step, until
+    the numbers of calls part. With PIXCONTRAST_RANK_TIMEOUT=20 in the environment a rank that is more than 20 seconds
+    late ends the job, with an error that names it. Keep the bank outside of `DistributedDataParallel`, which would send
+    all of it to all ranks in every forward, where all have it already.
 
     Keep the bank out of averages of weights (EMA) as well: the mean of what a slot held at different times is the
-    embedding of no pixel. Where a trainer averages every buffer regardless, rows come back to unit norm when such a
-    state is loaded, with a warning.
+    embedding of no pixel. Rows that were averaged come back to unit norm when such a state is loaded, with a warning; a
+    state whose pointers and labels were averaged too is refused.
 
     A bank that was built on the meta device is empty once it has memory: after `to_empty`, and also where a loader
     (transformers' `from_pretrained`) materialises it and finds no bank in its file.
@@ -130,7 +131,12 @@ class MemoryBank(nn.Module):
         self._check_usable()
 
     def _check_usable(self) -> None:
-        if self._born_on_meta and not torch.compiler.is_compiling():
+        if self._born_on_meta:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "the bank was built on the meta device and nobody said what is in its memory: call train(), eval() "
+                    "or reset_parameters() before it is compiled"
+                )
             self.inspect()
         if self.keys.requires_grad:
             raise ValueError(
@@ -150,7 +156,8 @@ class MemoryBank(nn.Module):
 
         What transformers has loaded from a file stays as it is, if its `_init_weights` calls this.
         """
-        for buffer in self.buffers():  # by these functions: transformers makes them pass over what was loaded
+        # While transformers loads a model, its `nn.init.*` leave alone what came from the file.
+        for buffer in self.buffers():
             nn.init.constant_(buffer, -1 if buffer is self.key_labels else 0)
         self._born_on_meta = False
 
@@ -242,9 +249,11 @@ class MemoryBank(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `enqueue`.
         """
-        if not isinstance(rows, Tensor) or rows.dim() != 2:
-            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"rows must have shape [N, {self.embed_dim}], got {got}")
+        if not isinstance(rows, Tensor) or not rows.dtype.is_floating_point:
+            got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            raise TypeError(f"rows must be a floating-point tensor, got {got}")
+        if rows.dim() != 2 or rows.shape[1] != self.embed_dim:
+            raise ValueError(f"rows must have shape [N, {self.embed_dim}], got {tuple(rows.shape)}")
         ops.check_labels("labels", labels, (rows.shape[0],), rows.device)
         embeddings, labels = rows.T[None, :, None], labels[None, None]  # one image, one pixel high
         candidates, candidate_labels = self._collect(
@@ -309,10 +318,11 @@ class MemoryBank(nn.Module):
             return
         name = f"{prefix}keys"
         if name in state_dict:
-            self._born_on_meta = False
             if self.normalize:
                 state_dict[name] = self._of_unit_norm(state_dict[name], state_dict[f"{prefix}key_labels"])
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if name in state_dict and not self.keys.is_meta:
+            self._born_on_meta = False
 
     def _of_unit_norm(self, keys: Tensor, labels: Tensor) -> Tensor:
         """The keys themselves, or, if the bank was averaged with those of other times, a copy on the unit sphere."""
@@ -346,6 +356,10 @@ class MemoryBank(nn.Module):
                 )
             elif value.dtype != own.dtype and not (name == "keys" and value.dtype.is_floating_point):
                 problems.append(f"{name}: the checkpoint has {value.dtype}, this bank {own.dtype}")
+            elif value.is_meta:
+                problems.append(
+                    f"{name}: the checkpoint has a tensor on the meta device, which holds nothing"
+                )
         if problems:
             return problems
 

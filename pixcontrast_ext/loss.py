@@ -67,8 +67,8 @@ class PixelContrastLoss(nn.Module):
     not optimizer steps, of which a loss knows nothing: with gradient accumulation over n batches give n times as many.
 
     **Activation checkpointing** around the loss recomputes it within the backward, when the bank holds the batch
-    already, and with other draws from a `generator` of its own: both raise an error. Without bank and generator it is
-    right.
+    already, the warm-up has counted the call, and a `generator` of its own draws anew: each raises an error. With none
+    of the three it is right.
 
     Args:
         num_classes: classes are 0 to num_classes - 1.
@@ -89,6 +89,7 @@ class PixelContrastLoss(nn.Module):
         TypeError, ValueError: an argument of the wrong type or out of range, at construction.
     """
 
+    _version = 2
     step: Tensor
 
     def __init__(
@@ -113,8 +114,6 @@ class PixelContrastLoss(nn.Module):
         ops.check_at_least(0, warmup_steps=warmup_steps)
         if min_pixels is not None:
             ops.check_at_least(0, min_pixels=min_pixels)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be finite and not negative, got {weight!r}")
         check_temperature("temperature", temperature)
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
@@ -131,7 +130,8 @@ class PixelContrastLoss(nn.Module):
                 raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
             if bank.normalize != normalize:
                 raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
-        self.num_classes, self.weight, self.warmup_steps = num_classes, weight, warmup_steps
+        self.num_classes, self.warmup_steps = num_classes, warmup_steps
+        self.weight = weight
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.min_pixels = max_samples, max_views, min_pixels
         self.ignore_index, self.normalize, self.backend = ignore_index, normalize, backend
@@ -143,6 +143,18 @@ class PixelContrastLoss(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._born_on_meta = self.step.is_meta  # as in MemoryBank
 
+    @property
+    def weight(self) -> float:
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"weight must be a number, got {type(value).__name__}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"weight must be finite and not negative, got {value!r}")
+        self._weight = value
+
     def extra_repr(self) -> str:
         return (
             f"{self.num_classes}, weight={self.weight}, warmup_steps={self.warmup_steps}, "
@@ -153,7 +165,7 @@ class PixelContrastLoss(nn.Module):
         """Begin the warm-up anew, by the name that FSDP, Lightning and others call after `to_empty`; the bank has its
         own.
         """
-        nn.init.constant_(self.step, 0)  # by this function: see MemoryBank.reset_parameters
+        nn.init.constant_(self.step, 0)  # which leaves alone what transformers has loaded
         self._born_on_meta = False
 
     def inspect(self) -> None:
@@ -164,7 +176,7 @@ class PixelContrastLoss(nn.Module):
         if not self._born_on_meta or self.step.is_meta:
             return
         emptied = self.bank is not None and self.bank.inspect()  # one file left both out
-        if emptied or not 0 <= int(self.step) <= self.warmup_steps:
+        if emptied or not 0 <= int(self.step) < 2**31:
             self.reset_parameters()
         self._born_on_meta = False
 
@@ -180,9 +192,15 @@ class PixelContrastLoss(nn.Module):
             self.reset_parameters()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._born_on_meta = self._born_on_meta and f"{prefix}step" not in state_dict
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        name = f"{prefix}step"
+        if local_metadata.get("version") == 1:  # which had no warm-up
+            state_dict.setdefault(name, self.step.detach().clone())
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if name in state_dict and not self.step.is_meta:
+            self._born_on_meta = False
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, predictions: Tensor, *, return_parts: bool = False
@@ -240,6 +258,8 @@ class PixelContrastLoss(nn.Module):
         """What is no longer as it was once a call that trained is over."""
         if self.bank is not None:
             return "the bank already holds this batch"
+        if self.warmup_steps > 0:
+            return "its warm-up has counted this call"
         return "its generator draws anew" if self._stream is not None else ""
 
     def _priority(self, labels: Tensor) -> Tensor:
@@ -247,7 +267,12 @@ class PixelContrastLoss(nn.Module):
 
     def _labels_at(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         ops.check_embeddings(embeddings)
-        if self._born_on_meta and not torch.compiler.is_compiling():
+        if self._born_on_meta:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "the loss was built on the meta device and nobody said what is in its memory: call train(), eval() "
+                    "or reset_parameters() before it is compiled"
+                )
             self.inspect()
         if self.warmup_steps > 0 and self.step.device != embeddings.device:
             raise ValueError(
@@ -306,7 +331,7 @@ class PixelContrastLoss(nn.Module):
             backend=self.backend,
         )
         anchor_labels = sample.labels
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             anchor_labels = watch_classes(labels, anchor_labels, self._watch, self._changed())
         if self.warmup_steps > 0:
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
@@ -397,6 +422,9 @@ class PixelContrastCrossEntropyLoss(nn.Module):
                 f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
             )
         self.register_buffer("class_weights", class_weights)
+        # What they are if the buffer is given memory that nobody fills.
+        known = class_weights is not None and not class_weights.is_meta
+        self._class_weights = class_weights.tolist() if known and class_weights is not None else None
 
     @property
     def bank(self) -> MemoryBank | None:
@@ -419,6 +447,46 @@ class PixelContrastCrossEntropyLoss(nn.Module):
     def warmup_steps(self) -> int:
         return self.contrast.warmup_steps
 
+    @warmup_steps.setter
+    def warmup_steps(self, value: int) -> None:
+        self.contrast.warmup_steps = value
+
+    def reset_parameters(self) -> None:
+        """Put the class weights back to those given at construction; `contrast` and its bank have their own."""
+        if self.class_weights is None or self.class_weights.is_meta:
+            return
+        if self._class_weights is None:
+            raise ValueError(
+                "class_weights were given on the meta device, so their values are unknown: load them"
+            )
+        with torch.no_grad():
+            self.class_weights.copy_(torch.tensor(self._class_weights, dtype=self.class_weights.dtype))
+
+    def inspect(self) -> None:
+        """As that of `contrast`, with the class weights: those given at construction count, if they are known."""
+        if not self.contrast._born_on_meta or self.step.is_meta:
+            return
+        weights = self.class_weights
+        if self._class_weights is not None:
+            self.reset_parameters()
+        elif weights is not None and not bool((weights >= 0).all() and weights.isfinite().all()):
+            raise ValueError(
+                f"class_weights were given on the meta device and not loaded, got {weights.tolist()}"
+            )
+        self.contrast.inspect()
+
+    def train(self, mode: bool = True) -> PixelContrastCrossEntropyLoss:
+        self.inspect()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelContrastCrossEntropyLoss:
+        was_meta = self.step.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and self._class_weights is not None:  # to_empty
+            self.reset_parameters()
+        return self
+
     def forward(
         self, logits: Tensor, embeddings: Tensor, labels: Tensor, *, return_parts: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -435,6 +503,8 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             TypeError, ValueError, RuntimeError: as `PixelContrastLoss.forward`.
         """
         contrast = self.contrast
+        if contrast._born_on_meta and not torch.compiler.is_compiling():
+            self.inspect()
         picked = contrast._labels_at(embeddings, labels)
         if logits.dim() != 4 or logits.shape[0] != labels.shape[0] or logits.shape[1] != contrast.num_classes:
             raise ValueError(
@@ -474,6 +544,6 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         return total / torch.where(count > 0, count, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if f"{prefix}step" in state_dict:  # where version 0.1.0 had the count
+        if f"{prefix}step" in state_dict:  # where the count was when the contrast had no warm-up of its own
             state_dict[f"{prefix}contrast.step"] = state_dict.pop(f"{prefix}step")
         super()._load_from_state_dict(state_dict, prefix, *args)

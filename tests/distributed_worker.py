@@ -1,12 +1,13 @@
 """What one rank does in `test_distributed.py`: scenarios in turn, the bank's state after each step saved to a file.
 
 Arguments: the folder for the results, and a checkpoint to resume from; or, in its place,
-"leaves_out_a_step.R" for one scenario alone, which ends in an error on the ranks other than R.
+"leaves_out_a_step.R.S" or "begins_anew" for that scenario alone.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import sys
 import time
@@ -273,29 +274,56 @@ def training(rank, *, loss_in_ddp):
     return states
 
 
-def leaves_out_a_step(rank, missing):
+def leaves_out_a_step(rank, missing, left_out):
     """One rank calls the loss once less than the other, and goes on to something else."""
-    exchange.PATIENCE = datetime.timedelta(seconds=3)
+    os.environ[exchange.TIMEOUT_VARIABLE] = "3"
     loss = PixelContrastLoss(CLASSES, bank=make_bank())
     for step in range(3):
-        if step == 2 and rank == missing:
+        if step == left_out and rank == missing:
             time.sleep(9)
-        else:
-            embeddings, labels, _ = batch(rank, step, 2)
-            loss(embeddings, labels, labels)
+            return
+        embeddings, labels, _ = batch(rank, step, 2)
+        loss(embeddings, labels, labels)
+
+
+def begins_anew(rank, out):
+    """The job is ended and begun again, with a store of its own: torch does not always survive the same again."""
+    steps(rank)
+    dist.barrier()
+    dist.destroy_process_group()
+    world = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    torch.save(steps(rank), out / f"begins_anew.{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def uneven_groups(rank):
+    """Groups that not all ranks know of, made before that of the bank."""
+    alone = dist.new_group([0])
+    pair = dist.new_group([0, 1])
+    del alone
+    states = []
+    for group in (pair, "default"):
+        bank = make_bank(process_group=group)
+        states += [enqueue(bank, *batch(rank, step, 2)) for step in range(2)]
+    return states
 
 
 def main(out, checkpoint=None):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
     rank = dist.get_rank()
     if checkpoint is not None and checkpoint.startswith("leaves_out_a_step"):
-        return leaves_out_a_step(rank, int(checkpoint[-1]))
+        return leaves_out_a_step(rank, *map(int, checkpoint.split(".")[1:]))
+    if checkpoint == "begins_anew":
+        return begins_anew(rank, Path(out))
     pair = dist.new_group([0, 1])
     scenarios = {
         "steps": lambda: steps(rank),
         "alone": lambda: steps(rank, process_group=None),
         "pair": lambda: steps(rank, process_group=pair),
         "nothing_first": lambda: nothing_first(rank),
+        "uneven_groups": lambda: uneven_groups(rank),
         "growing": lambda: growing(rank),
         "rows": lambda: rows(rank),
         "other_banks": lambda: other_banks(rank),

@@ -326,7 +326,7 @@ def test_no_rows(backend):
     ("rows", "labels", "message"),
     [
         (torch.zeros(2, 5, 1), torch.zeros(2).long(), r"rows must have shape \[N, 5\], got \(2, 5, 1\)"),
-        (torch.zeros(2, 6), torch.zeros(2).long(), r"embeddings must be 5 wide, got \(1, 6, 1, 2\)"),
+        (torch.zeros(2, 6), torch.zeros(2).long(), r"rows must have shape \[N, 5\], got \(2, 6\)"),
         (torch.zeros(2, 5), torch.zeros(3).long(), r"labels must have shape \(2,\), got \(3,\)"),
         (torch.zeros(2, 5), torch.full((2,), 3), r"is 3, expected 0 <= label < num_classes=3"),
     ],

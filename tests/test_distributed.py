@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 import distributed_worker as worker
-from pixcontrast_ext.ops import exchange
 
 WORKER = Path(worker.__file__)
 TIMEOUT = 60  # seconds until a run counts as hung
@@ -224,16 +223,28 @@ def test_readme_on_several_ranks(runs, ranks):
     assert fill[:2].sum() == 20 * 2 * 2 * ranks - ranks and (fill[2:] == 0).all()  # each rank had one NaN
 
 
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_rank_that_leaves_out_a_step_is_named(monkeypatch, tmp_path, missing):
-    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "INFO")
-    assert exchange.PATIENCE.total_seconds() < 30
-    code, output = torchrun(2, tmp_path, f"leaves_out_a_step.{missing}")
+@both
+def test_groups_that_not_all_ranks_know_of(runs, ranks):
+    for rank, found in enumerate(results(runs[ranks], "uneven_groups", ranks)):
+        check(found[:2], one_bank([0, 1] if rank < 2 else [rank], range(2), [2, 2]))
+        check(found[2:], one_bank(range(ranks), range(2), [2, 2]))
+
+
+def test_a_job_that_is_ended_and_begun_anew(tmp_path):
+    code, output = torchrun(2, tmp_path, "begins_anew")
+    assert code == 0, output[-4000:]
+    for found in results(tmp_path, "begins_anew", 2):
+        check(found, one_bank(range(2), range(len(worker.SIZES))))
+
+
+@pytest.mark.parametrize(("missing", "step"), [(0, 2), (1, 2), (1, 0)])
+def test_a_rank_that_leaves_out_a_step_is_named(tmp_path, missing, step):
+    """Within seconds that the environment names; also at its first call, before ranks know each other."""
+    code, output = torchrun(2, tmp_path, f"leaves_out_a_step.{missing}.{step}")
     assert code != 0
-    named = r"[Rr]anks? 1" if missing == 1 else r"from rank 0"
-    assert re.search(
-        rf"rank {1 - missing} waits in its call 3 of MemoryBank.enqueue.*{named}", output, re.DOTALL
-    ), output[-4000:]
+    waiting = rf"rank {1 - missing} waits in its call {step + 1} of MemoryBank.enqueue"
+    expected = rf"{waiting}.*after 3 seconds: ranks \[{missing}\]"
+    assert re.search(expected, output, re.DOTALL), output[-4000:]
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_on_three(runs):

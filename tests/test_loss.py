@@ -20,6 +20,7 @@ from pixcontrast_ext import (
     infonce,
 )
 from pixcontrast_ext.loss import resize_nearest
+from pixcontrast_ext.ops import watch
 
 
 def batch(size=(2, 12, 14, 9), classes=4, labels_size=None, ignored=0.2):
@@ -401,7 +402,33 @@ def test_empty_batch(backend):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+INTEGERS = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("num_classes", [256, 128])
+def test_any_integer_labels_that_hold_the_classes(dtype, num_classes):
+    """Also where the number of classes itself is beyond the dtype."""
+    embeddings, labels, _ = batch(ignored=0.0)
+    predictions = torch.zeros_like(labels)
+    criterion = PixelContrastLoss(num_classes, min_pixels=1, ignore_index=-100)
+    losses = []
+    for kind in (torch.int64, dtype):
+        torch.manual_seed(0)
+        losses.append(criterion(embeddings, labels.to(kind), predictions))
+    assert torch.equal(*losses) and losses[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.uint16])
 def test_any_integer_labels(backend, dtype):
     embeddings, labels, logits = batch()
     losses = []
@@ -593,7 +620,7 @@ def test_activation_checkpointing_is_right_or_refused(backend, reentrant):
         call(embeddings, labels, logits).backward()
         gradients.append(embeddings.grad)
     assert torch.equal(*gradients) and gradients[0].any()
-    for settings in (dict(bank=bank_of()), dict(generator=torch.Generator())):
+    for settings in (dict(bank=bank_of()), dict(generator=torch.Generator()), dict(warmup_steps=1)):
         criterion = PixelContrastLoss(4, min_pixels=1, backend=backend, **settings)
         criterion(embeddings, labels, logits)
         loss = checkpoint(criterion, embeddings, labels, logits, use_reentrant=reentrant)
@@ -601,31 +628,50 @@ def test_activation_checkpointing_is_right_or_refused(backend, reentrant):
             loss.backward()
 
 
-def test_a_class_that_never_yields_an_anchor_is_named_once(backend):
+@pytest.fixture
+def few_batches(monkeypatch):
+    """Are looked at, so that an interpreter gets to the end."""
+    monkeypatch.setattr(watch, "BATCHES", 4)
+    monkeypatch.setattr(watch, "OCCURS", 3)
+
+
+def test_a_class_that_never_yields_an_anchor_is_named_once(backend, few_batches):
     embeddings = torch.randn(2, 5, 8, 8, requires_grad=True)
     labels = torch.zeros(2, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
     labels[0, 0, :3] = 2  # three pixels in every batch
     criterion = PixelContrastLoss(4, min_pixels=4, warmup_steps=99, backend=backend)
-    with pytest.warns(UserWarning) as caught:
-        for _ in range(55):
+    with torch.inference_mode():  # validation is not looked at
+        for _ in range(5):
             criterion(embeddings, labels, labels)
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert (
-        "never gave an anchor: 2 (in 50). A class needs at least min_pixels=4" in message
-        and "8 x 8" in message
-    )
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(7):
+            criterion(embeddings, labels, labels)
+    (message,) = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert "in the first 4 batches and never gave an anchor: 2 (in 4)." in message
+    assert "at least min_pixels=4 pixels in an image, at the embeddings' size of 8 x 8" in message
 
 
-def test_a_class_that_yields_anchors_is_not_named(backend):
+def test_a_class_that_yields_anchors_is_not_named(backend, few_batches):
     embeddings, labels, logits = batch()
     criterion = PixelContrastLoss(4, min_pixels=1, backend=backend)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        for _ in range(52):
+        for step in range(6):
             criterion(embeddings, labels, logits)
+            if step == 2:
+                criterion = copy.deepcopy(criterion)
     assert criterion._watch.done
+
+
+def test_weight_may_be_changed_within_its_limits():
+    criterion = PixelContrastCrossEntropyLoss(4)
+    criterion.weight, criterion.warmup_steps = 2, 7
+    assert criterion.contrast.weight == 2 and criterion.contrast.warmup_steps == 7
+    with pytest.raises(ValueError, match="weight must be finite and not negative, got -3"):
+        criterion.weight = -3
+    with pytest.raises(TypeError, match="weight must be a number, got Tensor"):
+        PixelContrastLoss(4, weight=torch.tensor(0.1))
 
 
 def test_both_losses_have_the_same_options():

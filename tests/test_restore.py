@@ -130,7 +130,76 @@ def test_reset_parameters_fills_what_the_module_owns():
     assert is_new(criterion)
 
 
-def test_a_checkpoint_with_the_count_where_version_0_1_0_had_it():
+def test_class_weights_of_a_criterion_from_meta(poison):
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def build():
+        with torch.device("meta"):
+            return make(class_weights=weights)
+
+    assert torch.equal(build().to_empty(device="cpu").class_weights, weights)
+    criterion = build()
+    for module in criterion.modules():
+        for name, value in list(module._buffers.items()):
+            setattr(module, name, torch.empty_like(value, device="cpu"))
+    with pytest.warns(UserWarning, match="a memory bank was built on the meta device"):
+        criterion.train()
+    assert torch.equal(criterion.class_weights, weights)
+    unknown = make(class_weights=weights.to("meta"))
+    unknown.contrast._born_on_meta = True
+    unknown.class_weights = torch.full((4,), torch.nan)
+    with pytest.raises(ValueError, match="class_weights were given on the meta device and not loaded"):
+        unknown.train()
+
+
+def test_a_shorter_warm_up_than_that_of_the_file_is_over():
+    saved, criterion = trained(3), on_meta()
+    criterion.warmup_steps = 1
+    for name, value in state(saved).items():
+        owner, _, buffer = name.rpartition(".")
+        setattr(criterion.get_submodule(owner), buffer, value)
+    criterion.train()
+    assert criterion.step == 3 and step(criterion)
+
+
+def test_what_nobody_filled_is_not_compiled():
+    criterion = on_meta()
+    for module in criterion.modules():
+        for name, value in list(module._buffers.items()):
+            if value is not None:
+                setattr(module, name, torch.zeros_like(value, device="cpu"))
+    compiled = torch.compile(criterion, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"built on the meta device.*call train\(\)"):
+        compiled(torch.randn(2, 4, 5, 7), torch.randn(2, 6, 5, 7), torch.zeros(2, 5, 7).long())
+
+
+def test_a_state_dict_on_meta_is_refused():
+    with pytest.raises(RuntimeError, match="keys: the checkpoint has a tensor on the meta device"):
+        make().load_state_dict(on_meta().state_dict(), assign=True)
+
+
+def test_a_checkpoint_of_the_contrast_from_before_it_had_a_warm_up():
+    contrast = trained(2).contrast
+    old = contrast.state_dict()
+    del old["step"]
+    old._metadata[""]["version"] = 1
+    PixelContrastLoss(4, bank=make().bank).load_state_dict(old)
+    del old._metadata
+    with pytest.raises(RuntimeError, match='Missing key.*"step"'):
+        PixelContrastLoss(4, bank=make().bank).load_state_dict(old)
+
+
+def test_an_average_of_pointers_and_labels_is_refused():
+    criterion = trained(1)
+    averaged = AveragedModel(criterion, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for seed in range(1, 4):
+        step(criterion, seed)
+        averaged.update_parameters(criterion)
+    with pytest.raises(RuntimeError, match="key_labels|_fill|_ptr"):
+        make().load_state_dict(averaged.module.state_dict())
+
+
+def test_a_checkpoint_with_the_count_beside_the_contrast():
     old = state(trained(2))
     old["step"] = old.pop("contrast.step")
     criterion = make()

@@ -1,13 +1,13 @@
 """What the ranks of a job collected for their banks, exchanged, so that all write the same rows in the same order.
 
-Ranks first tell each other how many images they bring, over a group of their own for such words, which lives on the
-host. So a batch may have any size on any rank, the device is not waited for, and no word can be taken for one of the
-trainer's own collectives.
+Ranks first tell each other the shapes of what they bring, over a control group on the host. So a batch may have any
+size on any rank, the device is not waited for, and none of it can be taken for one of the trainer's own collectives.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import weakref
 from typing import Any
 
@@ -19,30 +19,74 @@ from torch import Tensor
 from pixcontrast_ext import ops
 from pixcontrast_ext.ops import handles
 
-PATIENCE = datetime.timedelta(
-    seconds=20
-)  # with which a missing rank is waited for where debugging is asked for
-
-_words: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+TIMEOUT_VARIABLE = "PIXCONTRAST_RANK_TIMEOUT"  # seconds
 
 
-def _group_for_words(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the same ranks and with the same time limit; all of them have to ask for it at once."""
-    if group not in _words:
-        settings: dict[str, Any] = {"backend": "gloo", "timeout": _time_limit(group)}
-        if group != dist.group.WORLD:
-            settings["use_local_synchronization"] = True  # the ranks outside of the group do not come here
-        _words[group] = dist.new_group(dist.get_process_group_ranks(group), **settings)
-    return _words[group]
+class _Control:
+    """A gloo group of the ranks of another group.
+
+    Made without `new_group`, which all ranks of the job would have to call, those outside of the group too.
+    """
+
+    _of: weakref.WeakKeyDictionary[dist.ProcessGroup, _Control] = weakref.WeakKeyDictionary()
+    _made: dict[str, int] = {}
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        # A job may be ended and begun anew, with the same names in the same store.
+        generation = self._made[group.group_name] = self._made.get(group.group_name, 0) + 1
+        prefix = f"pixcontrast_ext/{group.group_name}/{generation}/"
+        self.store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+        self.limit = _time_limit(group)
+        self.group: Any = None  # a ProcessGroupGloo, once all ranks are there
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> _Control:
+        if group not in cls._of:
+            cls._of[group] = cls(group)
+        return cls._of[group]
+
+    def all_gather(self, numbers: Tensor, call: int) -> list[Tensor]:
+        """The numbers of every rank.
+
+        Raises:
+            RuntimeError: a rank does not come: within the time limit of the group, or, naming it, within
+                PIXCONTRAST_RANK_TIMEOUT.
+        """
+        patience = os.environ.get(TIMEOUT_VARIABLE)
+        try:
+            if patience:
+                self._wait_for_all(datetime.timedelta(seconds=float(patience)), call)
+            if self.group is None:
+                self.group = dist.ProcessGroupGloo(self.store, self.rank, self.world, self.limit)
+            gathered = [torch.empty_like(numbers) for _ in range(self.world)]
+            self.group.allgather([gathered], [numbers]).wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} waits in its call {call} of MemoryBank.enqueue for ranks that do not come: every "
+                "rank has to call the loss in training mode at every step, with labels that are all ignored if it has "
+                f"nothing to contrast. {TIMEOUT_VARIABLE}=20 names those that are more than 20 seconds late. {error}"
+            ) from error
+        return gathered
+
+    def _wait_for_all(self, patience: datetime.timedelta, call: int) -> None:
+        self.store.set(f"{call}/{self.rank}", "here")
+        keys = [f"{call}/{rank}" for rank in range(self.world)]
+        try:
+            self.store.wait(keys, patience)
+        except RuntimeError:
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            seconds = patience.total_seconds()
+            raise RuntimeError(f"Missing after {seconds:g} seconds: ranks {missing}.") from None
 
 
-def _time_limit(group: dist.ProcessGroup) -> datetime.timedelta | None:
-    """How long the collectives of a group wait, None if it cannot be known."""
+def _time_limit(group: dist.ProcessGroup) -> datetime.timedelta:
+    """How long the collectives of a group wait."""
     for device in group._device_types:
         limit = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
         if isinstance(limit, datetime.timedelta):
             return limit
-    return None
+    return datetime.timedelta(minutes=30)
 
 
 def _all_gather(rows: Tensor, world: int, group: dist.ProcessGroup) -> Tensor:
@@ -103,19 +147,7 @@ class Exchange(handles.Handle):
         """The shape of what each rank brings."""
         self.calls += 1
         own = torch.tensor([*rows.shape, rows.element_size()])
-        try:
-            words = _group_for_words(group)
-            if dist.get_debug_level() != dist.DebugLevel.OFF:
-                dist.monitored_barrier(words, timeout=PATIENCE, wait_all_ranks=True)
-            of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(of_ranks, own, group=words)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {dist.get_rank(group)} waits in its call {self.calls} of MemoryBank.enqueue for ranks that do "
-                "not come: every rank has to call the loss in training mode at every step, with labels that are all "
-                "ignored if it has nothing to contrast. With TORCH_DISTRIBUTED_DEBUG=INFO the ranks that are missing "
-                f"are named within {PATIENCE.seconds} seconds. {error}"
-            ) from error
+        of_ranks = _Control.of(group).all_gather(own, self.calls)
         shapes: list[list[int]] = torch.stack(of_ranks).tolist()
         banks = [(classes, width, size) for _, classes, _, width, size in shapes]
         if len(set(banks)) > 1:

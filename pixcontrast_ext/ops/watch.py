@@ -43,22 +43,27 @@ class ClassWatch(handles.Handle):
             return
         assert self.counts is not None
         if self.copied is None:
-            event = torch.cuda.Event() if self.counts.is_cuda else None
-            counts = self.counts.to("cpu", non_blocking=True)
-            if event is not None:
-                event.record()
-            self.copied = counts, event
+            self.copied = self._copy(self.counts)
         counts, event = self.copied
         if event is None or event.query():
             self.done, self.counts, self.copied = True, None, None
             self._judge(counts, tuple(labels.shape[1:]))
 
+    @staticmethod
+    def _copy(counts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if not counts.is_cuda:
+            return counts.cpu(), None
+        copied, event = counts.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record(torch.cuda.current_stream(counts.device))
+        return copied, event
+
     def _count(self, labels: Tensor, anchor_labels: Tensor) -> None:
-        nowhere = self.num_classes
+        nowhere, labels = self.num_classes, labels.long()
         if self.counts is None or self.counts.device != labels.device:
             self.counts = torch.zeros(2, nowhere + 1, dtype=torch.int64, device=labels.device)
+            self.batches = 0
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
-        labels = torch.where(valid, labels, nowhere).flatten().long()
+        labels = torch.where(valid, labels, nowhere).flatten()
         occurs = torch.zeros_like(self.counts[0])
         self.counts[0] += occurs.scatter_(0, labels, torch.ones_like(labels))
         is_class = (anchor_labels >= 0) & (anchor_labels < nowhere)
