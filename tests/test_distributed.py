@@ -54,6 +54,7 @@ def runs(tmp_path_factory):
     for ranks, arguments in ((2, []), (3, [checkpoint])):
         code, output = torchrun(ranks, folders[ranks], *arguments)
         assert code == 0, output[-4000:]
+        assert "FutureWarning" not in output, output[-4000:]
         if ranks == 2:
             torch.save(results(folders[2], "steps", 2)[1][-1], checkpoint)
     return folders
