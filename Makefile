@@ -10,7 +10,7 @@ BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
-OLDEST_TESTS  := compile sampling gather enqueue infonce bank loss regressions backends
+OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss regressions backends
 OLDEST_SUBSET := any_input or agree or gradient or round or code or behind
 
 .DEFAULT_GOAL := help
@@ -60,9 +60,9 @@ bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.m
 	$(BIN)/python -m benchmarks --csv auto
 	$(BIN)/python -m benchmarks.pages
 
-# With the Python at hand and what it has: such machines are often offline.
+# With the Python at hand and what it has: such machines are often offline. PARTS may name some of the parts, and options:
+# make gpu PARTS="device sanitize --budget 540"; tests/gpu_report.py --help has all.
 gpu:  ## build, test and time the kernels on a CUDA device, and write down what came out
-	PIXCONTRAST_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	PYTHONPATH=. $(PYTHON) tests/gpu_report.py $(PARTS)
 
 clean:  ## remove the environment and everything built

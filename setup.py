@@ -5,6 +5,7 @@ cores, and because one source is compiled once per instruction set. Nothing here
 
 Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``; ``MAX_JOBS`` (parallel compilations); ``CUDA_HOME``;
 ``PIXCONTRAST_CUDA`` (``1``: nvcc must be there, ``0``: leave CUDA out, unset: use nvcc if found);
+``PIXCONTRAST_CUDA_ARCHS`` (such as ``80 90``: machine code for these alone, instead of all that are supported);
 ``PIXCONTRAST_DEBUG=1`` (keep symbols and line numbers); ``PIXCONTRAST_BUILD_DIR`` (where the objects go).
 """
 
@@ -116,15 +117,29 @@ def find_cuda():
 
     toolkit = Path(top.group(1)).resolve()
     nvcc = str(toolkit / "bin" / "nvcc")
-    known = re.findall(r"sm_(\d+)\b", output_of(nvcc, "--list-gpu-code") or "")
-    archs = [arch for arch in CUDA_ARCHS if str(arch) in known]
-    if not archs:
-        raise CompileError(f"{nvcc} generates code for none of {CUDA_ARCHS}; set PIXCONTRAST_CUDA=0")
-    libraries = [*toolkit.glob("lib64/libcudart_static.a"), *toolkit.glob("targets/*/lib/libcudart_static.a")]
+    archs = archs_to_compile(nvcc)
+    # A toolkit of its own, a distribution's, one that pip installed.
+    places = ("lib64", "targets/*/lib", "lib")
+    libraries = [path for place in places for path in toolkit.glob(f"{place}/libcudart_static.a")]
     if not libraries:
         raise CompileError(f"no libcudart_static.a below {toolkit}; set PIXCONTRAST_CUDA=0")
     version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version") or "")
     return CudaToolkit(nvcc, version.group(1) if version else "unknown", archs, str(libraries[0].parent))
+
+
+def archs_to_compile(nvcc):
+    known = {int(arch) for arch in re.findall(r"sm_(\d+)\b", output_of(nvcc, "--list-gpu-code") or "")}
+    wish = os.environ.get("PIXCONTRAST_CUDA_ARCHS", "")
+    if not wish:
+        archs = [arch for arch in CUDA_ARCHS if arch in known]
+        if not archs:
+            raise CompileError(f"{nvcc} generates code for none of {CUDA_ARCHS}; set PIXCONTRAST_CUDA=0")
+        return archs
+    words = re.split(r"[ ,;]+", wish.strip())
+    if not all(word.isdigit() and int(word) in known and int(word) >= CUDA_ARCHS[0] for word in words):
+        offered = ", ".join(str(arch) for arch in sorted(known) if arch >= CUDA_ARCHS[0])
+        raise CompileError(f"PIXCONTRAST_CUDA_ARCHS={wish!r}, expected some of {offered or 'none'} ({nvcc})")
+    return sorted({int(word) for word in words})
 
 
 def quoted(arguments):

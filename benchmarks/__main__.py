@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pixcontrast_ext import available_backends
 
@@ -24,6 +22,7 @@ from .harness import ELEMENTS, Case, Incorrect, Row, Settings, measure
 from .report import show
 from .results import Record, environment, path_of, ratios, write
 from .shapes import Sizes, select
+from .terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,20 @@ def measure_all(
     device: str,
     named: list[str],
     settings: Settings,
-    console: Console,
+    terminal: Terminal,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> tuple[list[Row], list[str]]:
     """The rows of all, and what was incorrect. `keep` gets the rows of each case as soon as they are there."""
     rows: list[Row] = []
     failures: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(planned))
+    with terminal.progress(len(planned)) as bar:
         for each in planned:
             backends = backends_of(each.op, device, named)
             case: Case = load(each.op).case(each.shape, each.dtype, device, backends, each.name)
             title = f"{each.op} {each.name} {each.dtype}"
             try:
-                of_case = measure(
-                    case, settings, lambda text, title=title: bar.update(task, description=f"{title}: {text}")
-                )
-                show(case, of_case, console)
+                of_case = measure(case, settings, lambda text, title=title: bar.describe(f"{title}: {text}"))
+                show(case, of_case, terminal)
                 keep(of_case)
                 rows += of_case
                 failures += [row.note for row in of_case if row.metric == "incorrect"]
@@ -101,15 +96,15 @@ def measure_all(
                     if isinstance(error, Incorrect)
                     else f"{title}: {type(error).__name__}: {error}"
                 )
-                console.print(f"[bold red]failed[/bold red] {text}", soft_wrap=True, markup=True)
+                terminal.print(f"[bold red]failed[/bold red] {text}")
                 failures.append(text)
             del case
-            bar.advance(task)
+            bar.advance()
     return rows, failures
 
 
 def check(
-    device: str, settings: Settings, named: list[str], console: Console, ops: Iterable[str] = OPS
+    device: str, settings: Settings, named: list[str], terminal: Terminal, ops: Iterable[str] = OPS
 ) -> int:
     kind = guard.device_kind(device)
     methods = tuple(f"ours ({name})" for name in named) or ("ours",)
@@ -119,7 +114,7 @@ def check(
         if row.device == kind and row.ratio.op in ops and row.ratio.method.startswith(methods)
     ]
     if not committed:
-        console.print(
+        terminal.print(
             f"no ratios are committed for {kind} that these would show; --save-ratios measures them"
         )
         return 2
@@ -130,7 +125,7 @@ def check(
         planned = [
             Planned(op, name, load(op).plan(device)[name][0], dtype) for op, name, dtype in sorted(cases)
         ]
-        rows, failures = measure_all(planned, device, named, settings, console)
+        rows, failures = measure_all(planned, device, named, settings, terminal)
         if failures:
             return 1
         for ratio in ratios(rows):
@@ -144,12 +139,10 @@ def check(
         mark = "[red]fell[/red]" if row.fell(value) else "[green]holds[/green]"
         if row.bar is not None and value < row.bar:
             mark += f" [yellow]below its bar {row.bar:g}[/yellow]"
-        console.print(
+        terminal.print(
             f"{mark} {guard.describe(row.ratio)}: {value:.3g}, was {row.ratio.value:.3g}",
-            highlight=False,
-            soft_wrap=True,
         )
-    console.print(f"{len(pending)} of {len(committed)} ratios fell by more than {guard.SLACK:.0%}")
+    terminal.print(f"{len(pending)} of {len(committed)} ratios fell by more than {guard.SLACK:.0%}")
     return int(bool(pending))
 
 
@@ -188,26 +181,24 @@ def main() -> int:
         parser.error(f"--rounds {least} {most}: expected 2 <= LEAST <= MOST")
     settings = Settings(arguments.seconds, (least, most), not arguments.no_memory)
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    terminal = Terminal(width=None if sys.stdout.isatty() else 160)
     about = environment(device)
     # Beside other work the barriers between threads wait for whole time slices.
-    console.print(
+    terminal.print(
         f"{about.device}, {about.threads} threads, torch {about.torch}, Triton {about.triton or 'none'}, Python "
         f"{about.python}, commit {about.commit}; load average {os.getloadavg()[0]:.1f} before",
-        highlight=False,
-        soft_wrap=True,
     )
     if arguments.check:
         if arguments.shapes or arguments.dtypes:
             parser.error("--check measures the shapes and dtypes of the committed table")
-        return check(device, settings, arguments.backends, console, arguments.ops or OPS)
+        return check(device, settings, arguments.backends, terminal, arguments.ops or OPS)
     try:
         planned = plan(arguments.ops or OPS, device, arguments.shapes, arguments.dtypes)
     except ValueError as error:
         parser.error(str(error))
     if arguments.list:
         for each in planned:
-            console.print(f"{each.op} {each.name} {each.dtype}: {each.shape}", highlight=False)
+            terminal.print(f"{each.op} {each.name} {each.dtype}: {each.shape}")
         return 0
     path = path_of(about) if str(arguments.csv) == "auto" else arguments.csv
 
@@ -215,14 +206,14 @@ def main() -> int:
         if path is not None:
             write(path, [Record(row, about) for row in rows])
 
-    rows, failures = measure_all(planned, device, arguments.backends, settings, console, keep)
+    rows, failures = measure_all(planned, device, arguments.backends, settings, terminal, keep)
     if path is not None:
-        console.print(f"{len(rows)} figures written to {path}")
+        terminal.print(f"{len(rows)} figures written to {path}")
     if arguments.save_ratios:
         guard.save(guard.device_kind(device), ratios(rows))
-        console.print(f"ratios written to {guard.TABLE}")
+        terminal.print(f"ratios written to {guard.TABLE}")
     for failure in failures:
-        console.print(f"[bold red]failed[/bold red] {failure}", soft_wrap=True)
+        terminal.print(f"[bold red]failed[/bold red] {failure}")
     return int(bool(failures))
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
 from .harness import Case, Row
 from .results import Figures, is_ours
+from .terminal import Terminal
 
 PART_NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
 
@@ -57,19 +55,14 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
-def show(case: Case, rows: list[Row], console: Console) -> None:
-    console.print(f"\n[bold]{case.title}[/bold]", highlight=False, soft_wrap=True)
-    console.print(f"  counted: {case.counted}", style="dim", highlight=False, soft_wrap=True)
+def show(case: Case, rows: list[Row], terminal: Terminal) -> None:
+    terminal.print(f"\n[bold]{case.title}[/bold]")
+    terminal.print(f"  counted: {case.counted}", style="dim")
     figures = Figures(rows)
     header, lines = table(figures)
-    grid = Table(*header, box=None, padding=(0, 1))
-    for column in grid.columns[1:]:
-        column.justify = "right"
-    for line in lines:
-        grid.add_row(*line, style="bold" if is_ours(line[0]) else "")
-    console.print(grid)
+    terminal.table(header, lines, [is_ours(line[0]) for line in lines])
     for name, candidate in case.candidates.items():
         if name in figures.absent:
-            console.print(f"  {name}: not run, {figures.absent[name]}", style="dim", highlight=False)
+            terminal.print(f"  {name}: not run, {figures.absent[name]}", style="dim")
         elif candidate.note:
-            console.print(f"  {name}: {candidate.note}", style="dim", highlight=False)
+            terminal.print(f"  {name}: {candidate.note}", style="dim")

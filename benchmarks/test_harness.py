@@ -184,7 +184,7 @@ def test_one_case_that_fails_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(cli, "measure", failing)
     monkeypatch.setattr(cli, "show", lambda *arguments: None)
     planned = cli.plan(["sampling", "enqueue"], "cpu", ["camvid"], [])
-    rows, failures = cli.measure_all(planned, "cpu", [], FAST, cli.Console(), kept.extend)
+    rows, failures = cli.measure_all(planned, "cpu", [], FAST, cli.Terminal(), kept.extend)
     assert failures == ["sampling camvid fp32: RuntimeError: out of registers"]
     assert rows == kept == [row("a", "ours (cpu)", "min ms", 2.0)]
 
@@ -313,8 +313,8 @@ def test_check_names_what_fell(monkeypatch, capsys):
         for name, time in measured.items()
     ]
     monkeypatch.setattr(cli, "measure_all", lambda *arguments: (rows, []))
-    console = cli.Console(width=200)
-    assert cli.check("cpu", FAST, [], console) == 1
+    terminal = cli.Terminal(width=200)
+    assert cli.check("cpu", FAST, [], terminal) == 1
     printed = capsys.readouterr().out
     assert (
         "fell below its bar 5 infonce quick fp32 fwd+bwd: time of 'dense' / 'ours (cpu)': 4.5, was 8"
@@ -323,9 +323,9 @@ def test_check_names_what_fell(monkeypatch, capsys):
     assert "holds infonce quick fp32 fwd+bwd: time of 'chunked loop' / 'ours (cpu)': 5.5, was 1" in printed
     measured["dense"] = 15.0
     rows[1] = dataclasses.replace(rows[1], value=15.0)
-    assert cli.check("cpu", FAST, [], console) == 0
+    assert cli.check("cpu", FAST, [], terminal) == 0
     monkeypatch.setattr(guard, "device_kind", lambda device: "elsewhere")
-    assert cli.check("cpu", FAST, [], console) == 2
+    assert cli.check("cpu", FAST, [], terminal) == 2
 
 
 # ------------------------------------------------------------------------------------------------- pages

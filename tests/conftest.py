@@ -17,22 +17,26 @@ GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
 if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
 
-import hypothesis
 import pytest
 import torch
 
+import emulated
 import on_device
-from emulator import build
-from pixcontrast_ext import available_backends, backends
+from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch
 
+try:
+    import hypothesis
+except ImportError:  # as on GPU machines without a network; test_properties.py says what is skipped for that
+    hypothesis = None
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    hypothesis.settings.register_profile("interpreter", max_examples=15)
-    if BACKENDS == ["triton"] and not ON_DEVICE:
+    if hypothesis and BACKENDS == ["triton"] and not ON_DEVICE:
+        hypothesis.settings.register_profile("interpreter", max_examples=15)
         hypothesis.settings.load_profile("interpreter")
 
 
@@ -52,19 +56,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def cuda_on_cpu_tensors() -> None:
-    if ON_DEVICE:
-        assert torch.cuda.is_available(), "PIXCONTRAST_TEST_CUDA=device, and torch finds no CUDA device"
-        native.launch_cuda = on_device.launch_cuda
-        launch.launch, launch.capability = on_device.launch_triton, on_device.capability
-    elif "cuda" in BACKENDS:
-        native.cuda_kernels = build.load(build.build(EMULATOR)).cuda
+    if not ON_DEVICE:
+        return emulated.serve(BACKENDS, EMULATOR)
+    assert torch.cuda.is_available(), "PIXCONTRAST_TEST_CUDA=device, and torch finds no CUDA device"
+    native.launch_cuda = on_device.launch_cuda
+    launch.launch, launch.capability = on_device.launch_triton, on_device.capability
     native.cuda_device_type = "cpu"
     backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
     triton_backend.INTERPRETED = True
-    if not ON_DEVICE and available_backends()["triton"] is None:
-        import interpreter
-
-        interpreter.patch_once_a_launch()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,218 +1,368 @@
-"""Everything that a GPU can show, in one run: `make gpu`.
+"""Everything that a GPU can show: `make gpu`, whole or in calls that fit the time at hand.
 
-Runs the whole test-suite with the kernels on the device, the tests that need one, compute-sanitizer over small shapes,
-and the timings; prints a table of what ran, passed, failed and was skipped and why, and writes it with device, driver,
-versions and commit to benchmarks/results/. The exit code is 1 if anything failed.
+It builds the module for the device, and then, part by part: `device`, the tests that need one; `timings`, the
+benchmarks and a profile of the two passes; `sanitize`, compute-sanitizer over small shapes; `suite`, the tests of the
+backends with the kernels on the device. Any parts may be named. After every step a line is printed and the report
+written anew, with what each step showed, what was skipped and why, and what has not begun; a run that is killed
+leaves the report, and a log of each step, as far as it came. The exit code is 1 if anything failed.
+
+    make gpu PARTS="device sanitize --budget 540 --out results"
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-TIMED = ["infonce", "sampling", "gather", "enqueue", "training_step", "--shapes", "quick", "cityscapes"]
+PARTS = ("device", "timings", "sanitize", "suite")
+SUITE = "gather sampling enqueue infonce bank loss regressions ops triton properties".split()
+BACKENDS = ("cuda", "triton")
+TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most comes first
+    ("infonce", "cityscapes", ("bf16",), 40),
+    ("infonce", "cityscapes-one-view", ("bf16",), 30),
+    ("infonce", "cityscapes", ("fp32", "tf32"), 60),
+    ("enqueue", "cityscapes", ("fp32", "bf16"), 30),
+    ("sampling", "cityscapes", (), 20),
+    ("gather", "cityscapes", ("fp32",), 20),
+    ("training_step", "cityscapes", (), 30),
+    ("infonce", "in-batch-1024", ("bf16",), 30),
+    ("infonce", "quick", ("bf16", "fp32"), 40),
+)
+# Of Nsight Compute: share of every peak, of every pipe, shared memory's traffic, registers, blocks a multiprocessor.
+SECTIONS = "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis_Tables LaunchStats Occupancy".split()
 
 
 @dataclass
 class Step:
+    part: str
     name: str
+    command: list[str]
+    needs: float  # seconds: with fewer left it does not begin
+    environment: dict[str, str] = field(default_factory=dict)
+    shows: str = ""  # a pattern that its output has if all is well
+    missing: str = ""  # why it cannot run here
+    quoted: bool = False  # its output belongs into the report
+    # What came out.
+    state: str = "not begun"
     passed: int = 0
     failed: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
     seconds: float = 0.0
     detail: str = ""  # of a failure
 
+    @property
+    def is_tests(self) -> bool:
+        return "pytest" in self.command
 
-def run(command: list[str], limit: int, **environment: str) -> tuple[int, str]:
-    # The checkout, not an installed copy.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        **environment,
-    }
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=limit,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        return 124, f"{output}\ncut off after {limit} s"
-    return done.returncode, done.stdout
+    def line(self) -> str:
+        skipped = "; ".join(f"{count}: {reason}" for reason, count in self.skipped.items()) or "0"
+        figures = f"{self.passed} | {self.failed} | {skipped} | {self.seconds:.0f}"
+        return f"| {self.part}: {self.name} | {self.state} | {figures} |"
 
 
-def pytest_step(name: str, arguments: list[str], limit: int) -> Step:
-    step, report = Step(name), ROOT / "build" / "gpu-report.xml"
-    report.parent.mkdir(exist_ok=True)
-    report.unlink(missing_ok=True)
-    start = time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *arguments,
-    ]
-    code, output = run(command, limit, PIXCONTRAST_TEST_CUDA="device")
-    step.seconds = time.perf_counter() - start
-    if not report.exists():
-        step.failed, step.detail = 1, output[-3000:]
-        return step
-    for case in ElementTree.parse(report).iter("testcase"):
-        if (skip := case.find("skipped")) is not None:
-            step.skipped[skip.get("message") or "no reason"] += 1
-        elif (failure := case.find("failure")) is not None or (failure := case.find("error")) is not None:
-            step.failed += 1
-            step.detail += (
-                f"{case.get('classname')}::{case.get('name')}: {(failure.get('message') or '')[:300]}\n"
-            )
-        else:
-            step.passed += 1
-    if (code not in (0, 1) and not step.failed) or step.passed + step.failed + sum(
-        step.skipped.values()
-    ) == 0:
-        step.failed, step.detail = 1, output[-3000:]
-    return step
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
 
 
-def sanitizer_step(tool: str, backend: str, limit: int) -> Step:
-    step = Step(f"compute-sanitizer {tool}, {backend}")
-    if shutil.which("compute-sanitizer") is None:
-        step.skipped["compute-sanitizer is not on PATH"] += 1
-        return step
-    start = time.perf_counter()
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "tests/gpu_small.py",
-        backend,
-    ]
-    # Every tensor its own allocation, so that reading past one is seen.
-    code, output = run(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    step.seconds = time.perf_counter() - start
-    clean = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
-    if code == 0 and clean in output:
-        step.passed = 1
-    else:
-        step.failed, step.detail = 1, output[-3000:]
-    return step
+def tests(part: str, name: str, backend: str, needs: float, *arguments: str) -> Step:
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_log", *arguments)
+    return Step(part, name, command, needs, {"PIXCONTRAST_TEST_BACKENDS": backend})
 
 
-def benchmark_step(limit: int, results: Path) -> tuple[Step, str]:
-    step = Step("timings")
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--seconds", "2", *TIMED]
-    code, output = run([*command, "--csv", str(results)], limit)
-    step.seconds = time.perf_counter() - start
-    step.passed, step.failed = int(code == 0), int(code != 0)
-    step.detail = "" if code == 0 else output[-3000:]
-    return step, output
+def without(program: str) -> str:
+    return "" if shutil.which(program) else f"{program} is not on PATH"
 
 
-def facts() -> dict[str, str]:
-    def output(*command: str) -> str:
-        try:
-            return subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    from pixcontrast_ext.backends import native
-
+def device_steps(suite: list[str], csv: Path) -> Iterator[Step]:
+    """All steps on a GPU, in the order of what matters most."""
     major, minor = torch.cuda.get_device_capability()
-    changed = output("git", "status", "--porcelain", "--untracked-files=no") not in ("", "unknown")
+    yield Step(
+        "build",
+        f"the module for sm_{major}{minor}",
+        python("setup.py", "--quiet", "build_ext", "--inplace"),
+        needs=60,
+        environment={"PIXCONTRAST_CUDA": "1", "PIXCONTRAST_CUDA_ARCHS": f"{major}{minor}"},
+    )
+    for backend in BACKENDS:
+        yield tests("device", f"what needs one, {backend}", backend, 30, "tests/test_cuda_device.py")
+    yield tests(
+        "device", "conformance of the primitives", "cuda", 30, "tests/test_emulator.py", "-k", "device"
+    )
+    command = python("-m", "benchmarks", "--device", "cuda", "--seconds", "2", "--csv", str(csv))
+    for op, shape, dtypes, needs in TIMINGS:
+        of_dtypes = ["--dtypes", *dtypes] if dtypes else []
+        name = " ".join((op, shape, *dtypes))
+        yield Step("timings", name, [*command, op, "--shapes", shape, *of_dtypes], needs, quoted=True)
+    for backend in BACKENDS:
+        yield Step(
+            "timings",
+            f"profile of both passes, {backend}",
+            ["ncu", "--clock-control", "none", "--kernel-name", "regex:infonce_fwd"]
+            + [word for section in SECTIONS for word in ("--section", section)]
+            + python("tests/gpu_small.py", backend, "--one-forward"),
+            needs=30,
+            shows="infonce_fwd",
+            missing=without("ncu"),
+            quoted=True,
+        )
+    for tool, clean in (
+        ("memcheck", "ERROR SUMMARY: 0 errors"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards"),
+    ):
+        for backend in BACKENDS:
+            yield Step(
+                "sanitize",
+                f"{tool}, {backend}",
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+                + python("tests/gpu_small.py", backend),
+                needs=60,
+                # Every tensor its own allocation, so that reading past one is seen.
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                shows=clean,
+                missing=without("compute-sanitizer"),
+            )
+    yield from suite_steps(suite, needs=20)
+
+
+def suite_steps(suite: list[str], needs: float) -> Iterator[Step]:
+    for backend in BACKENDS:
+        for name in suite:
+            if name == "triton" and backend != "triton":
+                continue
+            yield tests(
+                "suite", f"test_{name}, {backend}", backend, needs, f"tests/test_{name}.py", "-k", backend
+            )
+
+
+def rehearsal_steps(suite: list[str], csv: Path) -> Iterator[Step]:
+    """The same parts with the emulator and Triton's interpreter in the device's place, at small shapes."""
+    yield Step("build", "the emulator", python("-m", "emulator.build", "plain"), needs=5)
+    for backend in BACKENDS:
+        yield tests("device", f"what needs one, {backend}", backend, 1, "tests/test_cuda_device.py")
+    primitives = ("tests/test_emulator.py", "-k", "machine or emulator-")
+    yield tests("device", "conformance of the primitives", "cuda", 5, *primitives)
+    command = python("tests/emulated.py", "benchmarks", "--device", "cpu", "--no-memory", "--seconds", "0.1")
+    for op, shape in (("infonce", "A32-K64-D32-C4"), ("gather", "B1-D16-H8-W16-C3-A32")):
+        name = f"{op} {shape}"
+        yield Step(
+            "timings", name, [*command, "--csv", str(csv), op, "--shapes", shape], needs=5, quoted=True
+        )
+    for backend in BACKENDS:
+        yield Step("sanitize", backend, python("tests/gpu_small.py", backend, "--emulated"), needs=5)
+    yield from suite_steps(suite, needs=5)
+
+
+def die_with_parent() -> None:
+    """Of a step: a run that is killed leaves none behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Run:
+    """Goes through steps and keeps the report."""
+
+    def __init__(self, steps: list[Step], folder: Path, about: dict[str, str], budget: float | None):
+        self.steps, self.folder, self.about = steps, folder, about
+        self.end = None if budget is None else time.monotonic() + budget
+
+    def left(self) -> float | None:
+        return None if self.end is None else self.end - time.monotonic()
+
+    def go(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        broken = ""
+        for number, step in enumerate(self.steps):
+            left = self.left()
+            if broken:
+                step.state = f"not begun: {broken}"
+            elif step.missing:
+                step.state, step.skipped[step.missing] = "not begun", 1
+            elif left is not None and left < step.needs:
+                step.state = f"not begun: it needs about {step.needs:.0f} s, {max(left, 0):.0f} s are left"
+            else:
+                step.state = "running"
+                self.write()
+                self.perform(
+                    step, self.folder / f"{number:02}-{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}"
+                )
+            if step.part == "build" and not step.passed:
+                broken = "there is no build"
+            print(step.line() + ("\n" + step.detail if step.failed else ""), flush=True)
+            self.write()
+
+    def perform(self, step: Step, log: Path) -> None:
+        outcomes = log.with_suffix(".jsonl")
+        environment = {
+            **os.environ,
+            # The checkout, not an installed copy.
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+            **step.environment,
+            "PIXCONTRAST_TEST_LOG": str(outcomes),
+        }
+        outcomes.unlink(missing_ok=True)
+        start = time.monotonic()
+        with log.with_suffix(".log").open("w+") as output:
+            running = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+            left = self.left()
+            try:
+                code = running.wait(None if left is None else max(left - 2, 1))
+                step.state = "done"
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)
+                code = running.wait()
+                step.state = "cut off at the end of the budget"
+            step.seconds = time.monotonic() - start
+            output.seek(0)
+            text = output.read()
+        if step.is_tests:
+            self.count(step, outcomes, code, text)
+        elif step.state == "done":
+            well = code == 0 and re.search(step.shows, text) is not None
+            step.passed, step.failed = int(well), int(not well)
+            step.detail = "" if well else f"exit code {code}\n{text[-3000:]}"
+        if step.quoted:
+            step.detail = step.detail or text
+
+    @staticmethod
+    def count(step: Step, outcomes: Path, code: int, text: str) -> None:
+        lines = outcomes.read_text().splitlines() if outcomes.exists() else []
+        for line in lines:
+            try:
+                outcome = json.loads(line)
+            except json.JSONDecodeError:  # the last one, of a run that was cut off
+                continue
+            if outcome["outcome"] == "passed":
+                step.passed += 1
+            elif outcome["outcome"] == "skipped":
+                step.skipped[outcome["why"].removeprefix("Skipped: ")] += 1
+            else:
+                step.failed += 1
+                if step.failed <= 5:
+                    step.detail += f"{outcome['test']}\n{outcome['why'][-1500:]}\n"
+        nothing = step.passed + step.failed + step.skipped.total() == 0
+        if step.state == "done" and not step.failed and (code not in (0, 1, 5) or nothing):
+            step.failed, step.detail = 1, f"exit code {code}\n{text[-3000:]}"
+
+    def write(self) -> None:
+        """Whole or not at all, whenever the run may end."""
+        lines = [f"# What ran on {self.about['device']}", ""]
+        lines += [f"- {key}: {value}" for key, value in self.about.items()]
+        lines += ["", "| step | state | passed | failed | skipped | seconds |", "|---|---|---|---|---|---|"]
+        lines += [step.line() for step in self.steps]
+        for step in self.steps:
+            if step.detail:
+                title = f"{step.name} failed" if step.failed else step.name
+                lines += ["", f"## {title}", "", "```", step.detail.strip("\n"), "```"]
+        partial = self.folder / "report.partial"
+        partial.write_text("\n".join(lines) + "\n")
+        partial.replace(self.folder / "report.md")
+
+
+def output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def driver() -> str:
+    module = Path("/proc/driver/nvidia/version")
+    named = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if named:
+        return named.partition("\n")[0]
+    found = re.search(r"\s(\d+\.\d+[.\d]*)\s", module.read_text()) if module.exists() else None
+    return found.group(1) if found else "unknown"
+
+
+def facts(rehearsed: bool) -> dict[str, str]:
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "none"
+
+    commit = output_of("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no") != ""
+    device = "the emulator and Triton's interpreter, a rehearsal"
+    if not rehearsed:
+        properties = torch.cuda.get_device_properties(0)
+        device = f"{properties.name} (sm_{properties.major}{properties.minor})"
     return {
-        "device": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[
-            0
-        ],
+        "device": device,
+        "driver": "none" if rehearsed else driver(),
         "torch": torch.__version__,
-        "python": sys.version.partition(" ")[0],
-        "module": f"{native._C.compiler} for {native._C.cuda_archs}",
-        "commit": output("git", "rev-parse", "--short", "HEAD") + (" with changes" if changed else ""),
+        "Triton": installed("triton"),
+        "Python": sys.version.partition(" ")[0],
+        "nvcc": (re.findall(r"release ([\d.]+)", output_of("nvcc", "--version")) or ["none"])[0],
+        "commit": commit + (" with changes" if changed else ""),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def table(steps: list[Step]) -> str:
-    lines = ["| step | passed | failed | skipped | seconds |", "|---|---|---|---|---|"]
-    for step in steps:
-        skipped = "; ".join(f"{count}: {reason}" for reason, count in step.skipped.items()) or "0"
-        lines.append(f"| {step.name} | {step.passed} | {step.failed} | {skipped} | {step.seconds:.0f} |")
-    return "\n".join(lines)
-
-
-PARTS = ("device", "timings", "sanitizers", "suite")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all unless told")
-    parser.add_argument("--limit", type=int, default=900, help="seconds that one step may take")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin nothing that no longer fits, and be done by then",
+    )
+    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    parser.add_argument(
+        "--out", type=Path, default=results, help="folder of the report (default: $OUT if set)"
+    )
+    parser.add_argument("--suite", nargs="+", default=SUITE, choices=SUITE, help="the files of that part")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="with the emulator and Triton's interpreter instead of a device",
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    parts, limit = arguments.parts or PARTS, arguments.limit
-    if not torch.cuda.is_available():
-        print("make gpu: torch finds no CUDA device")
+    if not arguments.rehearse and not torch.cuda.is_available():
+        print("make gpu: torch finds no CUDA device; PARTS=--rehearse goes through every part without one")
         return 2
-    about = facts()
-    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = arguments.out / f"{about['date']}-{slug}"
-    folder.mkdir(parents=True, exist_ok=True)
-    steps, figures = [], ""
-    if "device" in parts:
-        steps.append(pytest_step("device tests", ["tests/test_cuda_device.py"], limit))
-        steps.append(
-            pytest_step("conformance of the primitives", ["tests/test_emulator.py", "-k", "device"], limit)
-        )
-    if "timings" in parts:
-        timings, figures = benchmark_step(limit, arguments.out / f"{slug}.csv")
-        steps.append(timings)
-    if "sanitizers" in parts:
-        tools = ("memcheck", "racecheck", "initcheck", "synccheck")
-        steps += [sanitizer_step(tool, name, limit) for name in ("cuda", "triton") for tool in tools]
-    if "suite" in parts:
-        steps.append(pytest_step("whole suite, kernels on the device", ["tests"], limit))
-    text = "\n".join(
-        [
-            f"# What ran on {about['device']}",
-            "",
-            *(f"- {key}: {value}" for key, value in about.items()),
-            "",
-            table(steps),
-            "",
-            *(f"## {step.name} failed\n\n```\n{step.detail}\n```\n" for step in steps if step.failed),
-            *(["## Timings", "", "```", figures, "```"] if figures else []),
-            "",
-        ]
-    )
-    (folder / "report.md").write_text(text)
-    print(text)
-    print(f"written to {folder}")
+    about = facts(arguments.rehearse)
+    slug = re.sub(r"[^a-z0-9]+", "-", about["device"].partition(" (")[0].lower()).strip("-")
+    slug = "rehearsal" if arguments.rehearse else slug
+    out, parts = arguments.out.absolute(), arguments.parts or PARTS
+    planned = (rehearsal_steps if arguments.rehearse else device_steps)(arguments.suite, out / f"{slug}.csv")
+    steps = [step for step in planned if step.part in ("build", *parts)]
+    for step in steps:
+        kind = {"TRITON_INTERPRET": "1"} if arguments.rehearse else {"PIXCONTRAST_TEST_CUDA": "device"}
+        step.environment = kind | step.environment
+    folder = out / f"{about['date']}-{slug}-{'-'.join(parts) if arguments.parts else 'all'}"
+    run = Run(steps, folder, about, arguments.budget)
+    run.go()
+    print(f"written to {folder / 'report.md'}")
     return int(any(step.failed for step in steps))
 
 

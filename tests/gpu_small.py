@@ -1,10 +1,14 @@
-"""Every kernel of a backend once over small, ragged shapes on the device: what compute-sanitizer is run over."""
+"""Every kernel of a backend once over small, ragged shapes on the device: what compute-sanitizer is run over.
+
+With --one-forward it is one forward at the paper's size instead: what a profiler is run over.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
+import torch.nn.functional as F
 
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
 
@@ -48,6 +52,27 @@ def main(backend: str, device: str = "cuda") -> None:
         maps(16, torch.bfloat16, device, layout, backend)
 
 
+def one_forward(backend: str) -> None:
+    """1,024 anchors against a full bank of Cityscapes, bf16, with the gradient."""
+    anchors, keys = (
+        F.normalize(torch.randn(n, 256, device="cuda"), dim=1).bfloat16() for n in (1024, 190_000)
+    )
+    labels = torch.arange(1024, device="cuda") % 19
+    key_labels = torch.arange(19, device="cuda").repeat_interleave(10_000)
+    infonce(anchors.requires_grad_(), labels, keys, key_labels, temperature=0.1, backend=backend)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
-    torch.cuda.synchronize()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backend", choices=("cuda", "triton"))
+    parser.add_argument("--one-forward", action="store_true")
+    parser.add_argument("--emulated", action="store_true", help="without a device")
+    arguments = parser.parse_args()
+    if arguments.emulated:
+        import emulated
+
+        emulated.serve((arguments.backend,))
+        main(arguments.backend, "cpu")
+    else:
+        (one_forward if arguments.one_forward else main)(arguments.backend)
+        torch.cuda.synchronize()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import GPU_BACKENDS
 from pixcontrast_ext import (
     MemoryBank,
     PixelContrastLoss,
@@ -24,7 +25,7 @@ if not torch.cuda.is_available():
 
 DEVICE = torch.device("cuda", 0)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["cuda", "triton"]
+BACKENDS = GPU_BACKENDS
 GRADIENT_BAR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 

@@ -420,6 +420,37 @@ def test_cuda_sources_are_compiled_for_what_nvcc_lists(toy, nvcc):
     assert "ninja: no work to do." in build(toy, PATH=path).stdout
 
 
+def test_cuda_sources_are_compiled_for_what_is_asked(toy, nvcc):
+    wrapper, log = nvcc
+    (toy / "csrc/cuda").mkdir()
+    (toy / "csrc/cuda/sampling.cu").write_text("int from_cuda() { return 1; }\n")
+    path = f"{wrapper / 'bin'}:{os.environ['PATH']}"
+    built = build(toy, PATH=path, PIXCONTRAST_CUDA_ARCHS="90")
+    assert built.returncode == 0, built.stdout
+    assert "code=[sm_90,compute_90]" in log.read_text().splitlines()[-1]
+    for wish in ("75", "90a", "80", "native", ","):
+        built = build(toy, PATH=path, PIXCONTRAST_CUDA_ARCHS=wish)
+        assert built.returncode != 0
+        assert f"PIXCONTRAST_CUDA_ARCHS={wish!r}, expected some of 90 (" in built.stdout
+
+
+@pytest.mark.parametrize("place", ["lib64", "targets/x86_64-linux/lib", "lib"])
+def test_the_runtime_is_found_where_toolkits_have_it(toy, nvcc, tmp_path, place):
+    wrapper, _ = nvcc
+    (toy / "csrc/cuda").mkdir()
+    (toy / "csrc/cuda/sampling.cu").write_text("int from_cuda() { return 1; }\n")
+    toolkit, folder = tmp_path / "toolkit", tmp_path / "toolkit" / place
+    (toolkit / "lib64" / "libcudart_static.a").rename(tmp_path / "libcudart_static.a")
+    (toolkit / "lib64").rmdir()
+    path = f"{wrapper / 'bin'}:{os.environ['PATH']}"
+    built = build(toy, PATH=path)
+    assert built.returncode != 0 and f"no libcudart_static.a below {toolkit}" in built.stdout
+    folder.mkdir(parents=True)
+    (tmp_path / "libcudart_static.a").rename(folder / "libcudart_static.a")
+    built = build(toy, PATH=path)
+    assert built.returncode == 0, built.stdout
+
+
 def test_editable_installation_keeps_its_objects(toy, tmp_path):
     """pip builds in isolation, in a new environment each time; the second installation compiles nothing."""
     site = tmp_path / "site"

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import oracle
 from conftest import BACKENDS
@@ -65,37 +63,6 @@ def test_chooses_what_the_rules_say(backend, poison, shape, settings, priorities
     ignored = 0.2 if size[1] > 1 else 0.0
     maps = draw(*size, classes, ignored=ignored, priorities=priorities)
     assert check(*maps, backend, num_classes=classes, **settings) > 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
-    st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
-)  # fmt: skip
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_input(
-    backend,
-    batch,
-    height,
-    width,
-    classes,
-    max_samples,
-    max_views,
-    min_pixels,
-    ignored,
-    wrong,
-    priorities,
-    seed,
-):
-    maps = draw(batch, height, width, classes, ignored=ignored, wrong=wrong, priorities=priorities, seed=seed)
-    check(
-        *maps,
-        backend,
-        num_classes=classes,
-        max_samples=max_samples,
-        max_views=max_views,
-        min_pixels=min_pixels,
-    )
 
 
 def test_all_hard_and_all_easy(backend):

@@ -1,0 +1,41 @@
+"""Puts the emulator and Triton's interpreter in a GPU's place: `cuda` and `triton` then serve tensors on the CPU.
+
+As a program, it runs a module so: python tests/emulated.py benchmarks gather --shapes quick. TRITON_INTERPRET=1 has to
+be in the environment, where Triton looks when torch imports it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Collection
+
+from emulator import build
+from pixcontrast_ext import available_backends, backends
+from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import triton as triton_backend
+
+
+def serve(names: Collection[str], variant: str = "plain") -> None:
+    """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of emulator/build.py."""
+    if "cuda" in names:
+        native.cuda_kernels = build.load(build.build(variant)).cuda
+    native.cuda_device_type = "cpu"
+    backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
+    triton_backend.INTERPRETED = True
+    if "triton" in names and available_backends()["triton"] is None:
+        import interpreter
+
+        interpreter.patch_once_a_launch()
+
+
+if __name__ == "__main__":
+    serve(("cuda", "triton"))
+    if sys.argv[1] == "benchmarks":
+        from benchmarks import OPS, load
+
+        for op in OPS:
+            if op != "network_step":  # it needs the trainer's packages
+                load(op).BACKENDS["cpu"] = ("cuda", "triton")
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,166 @@
+"""The run on a GPU, rehearsed without one, where nothing is installed but what such a machine has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from gpu_report import PARTS, Run, Step, python
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALLED_THERE = ("torch", "triton", "numpy", "pytest", "pybind11", "setuptools", "ninja")
+
+
+def closure(names: tuple[str, ...]) -> set[str]:
+    """The distributions named, and those that they require."""
+    found: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            wanted = [Requirement(text) for text in distribution(name).requires or []]
+            pending += [
+                each.name for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})
+            ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> Path:
+    """A Python that imports those distributions and what they require: links to the ones that are installed here."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for name in closure(INSTALLED_THERE):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            link = site / top
+            if not link.exists():  # the folder nvidia/ is shared by many
+                link.symlink_to(distribution(name).locate_file(top))
+    return folder / "bin" / "python"
+
+
+def rehearse(interpreter: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [interpreter, "-s", "tests/gpu_report.py", "--rehearse", "--out", out, *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIXCONTRAST_")}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1", "OUT": "/nowhere"}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def report_of(out: Path) -> str:
+    (path,) = out.glob("*-rehearsal-*/report.md")
+    return path.read_text()
+
+
+def rows_of(report: str) -> dict[str, list[str]]:
+    """State, passed, failed, skipped by step."""
+    lines = [
+        line.split(" | ") for line in report.splitlines() if line.startswith("| ") and "step |" not in line
+    ]
+    return {name.removeprefix("| "): rest for name, *rest in lines}
+
+
+def test_every_part_runs_to_its_end_where_little_is_installed(bare_python, tmp_path):
+    missing = ("kornia", "tyro", "timm", "torchvision", "pytorch_metric_learning", "rich", "hypothesis")
+    code = f"import importlib.util; print([n for n in {missing} if importlib.util.find_spec(n)])"
+    assert subprocess.check_output([bare_python, "-c", code], text=True).strip() == "[]"
+
+    run = rehearse(bare_python, tmp_path, "--suite", "gather", "properties")
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    report = report_of(tmp_path)
+    rows = rows_of(report)
+    assert {name.partition(":")[0] for name in rows} == {"build", *PARTS}
+    assert {state for state, *_ in rows.values()} == {"done"}
+    for name, (_, passed, failed, skipped, _) in rows.items():
+        assert failed == "0" and name in output
+        if "what needs one" in name:
+            assert skipped == "1: torch finds no CUDA device"
+        elif "properties" in name:
+            assert "could not import 'hypothesis'" in skipped
+        else:
+            assert int(passed) > 0
+    assert "ours (cuda)" in report and "ours (triton)" in report  # the timings, as they were printed
+    assert "TFLOP/s" in (tmp_path / "rehearsal.csv").read_text()
+
+
+def test_a_run_that_is_killed_leaves_what_it_has_shown(tmp_path):
+    run = rehearse(Path(sys.executable), tmp_path, "suite", "--suite", "gather", "sampling")
+
+    def outcomes() -> list[str]:
+        return [line for path in tmp_path.glob("*/*.jsonl") for line in path.read_text().splitlines()]
+
+    while not outcomes() and run.poll() is None:
+        time.sleep(0.2)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    rows = rows_of(report_of(tmp_path))
+    assert rows["build: the emulator"][:3] == ["done", "1", "0"]
+    assert rows["suite: test_gather, cuda"][0] == "running"
+    assert rows["suite: test_sampling, triton"][0] == "not begun"
+    assert any('"outcome": "passed"' in line for line in outcomes())
+
+
+def step(name: str, code: str, needs: float = 0.0) -> Step:
+    return Step("device", name, python("-c", code), needs)
+
+
+def test_a_budget_leaves_out_what_no_longer_fits(tmp_path, capsys):
+    steps = [
+        step("long", "print('begun', flush=True); import time; time.sleep(600)", needs=1),
+        step("longer", "", needs=500),
+        step("nothing to it", ""),
+    ]
+    Run(steps, tmp_path, {"device": "none"}, budget=6).go()
+    assert steps[0].state == "cut off at the end of the budget"
+    assert steps[1].state.startswith("not begun: it needs about 500 s, ")
+    assert (tmp_path / "00-long.log").read_text() == "begun\n"
+    assert "| device: longer | not begun: it needs about 500 s" in capsys.readouterr().out
+
+
+def test_what_fails_is_counted_and_shown(tmp_path):
+    source = tmp_path / "test_some.py"
+    source.write_text(
+        "import pytest\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_left_out(): pytest.skip('for a reason')\n"
+    )
+    tests = Step("suite", "some", python("-m", "pytest", "-q", "-p", "gpu_log", str(source)), 0)
+    broken = step("broken", "raise SystemExit('out of memory')")
+    silent = Step("sanitize", "silent", python("-c", "print('ERRORS: 2')"), 0, shows="ERRORS: 0")
+    absent = Step("sanitize", "absent", ["no-such-program"], 0, missing="no-such-program is not on PATH")
+    unbuilt = [Step("build", "module", python("-c", "raise SystemExit(3)"), 0), step("later", "")]
+    Run([tests, broken, silent, absent, *unbuilt], tmp_path, {"device": "none"}, budget=None).go()
+    assert (tests.passed, tests.failed, dict(tests.skipped)) == (1, 1, {"for a reason": 1})
+    assert "assert 1 == 2" in tests.detail
+    assert broken.failed == 1 and "out of memory" in broken.detail
+    assert silent.failed == 1 and "ERRORS: 2" in silent.detail
+    assert dict(absent.skipped) == {"no-such-program is not on PATH": 1}
+    assert unbuilt[1].state == "not begun: there is no build"
+    report = (tmp_path / "report.md").read_text()
+    assert "| suite: some | done | 1 | 1 | 1: for a reason |" in report and "## broken failed" in report
+
+
+def test_nothing_runs_without_a_device(tmp_path):
+    command = [sys.executable, "tests/gpu_report.py", "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 2 and "torch finds no CUDA device" in run.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,66 @@
+"""Sampling and enqueue on inputs that hypothesis draws, against the rules as loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import BACKENDS
+
+pytest.importorskip("hypothesis")
+
+import test_enqueue as enqueue
+import test_sampling as sampling
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
+    st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
+)  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_input_is_sampled_by_the_rules(
+    backend,
+    batch,
+    height,
+    width,
+    classes,
+    max_samples,
+    max_views,
+    min_pixels,
+    ignored,
+    wrong,
+    priorities,
+    seed,
+):
+    maps = sampling.draw(
+        batch, height, width, classes, ignored=ignored, wrong=wrong, priorities=priorities, seed=seed
+    )
+    sampling.check(
+        *maps,
+        backend,
+        num_classes=classes,
+        max_samples=max_samples,
+        max_views=max_views,
+        min_pixels=min_pixels,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(4, 18), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 6),
+    st.integers(0, 6), st.integers(0, 6), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
+)  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_input_is_enqueued_by_the_rules(
+    backend, batch, channels, height, width, classes, regions, pixels, k, ignored, priorities, seed
+):
+    torch.manual_seed(seed)
+    bank, rings = enqueue.make(classes, channels, regions, pixels, k)
+    for _ in range(2):
+        maps = enqueue.draw(batch, channels, height, width, classes, ignored=ignored, priorities=priorities)
+        bank.enqueue(*maps[:2], priority=maps[2], backend=backend)
+        rings.enqueue(*maps)
+    enqueue.check(bank, rings, atol=1e-5)  # a mean of opposite vectors loses digits
