@@ -159,11 +159,9 @@ def rehearsal_steps(suite: list[str], csv: Path) -> Iterator[Step]:
     primitives = ("tests/test_emulator.py", "-k", "machine or emulator-")
     yield tests("device", "conformance of the primitives", "cuda", 5, *primitives)
     command = python("tests/emulated.py", "benchmarks", "--device", "cpu", "--no-memory", "--seconds", "0.1")
+    command += ["--dtypes", "fp32", "--csv", str(csv)]
     for op, shape in (("infonce", "A32-K64-D32-C4"), ("gather", "B1-D16-H8-W16-C3-A32")):
-        name = f"{op} {shape}"
-        yield Step(
-            "timings", name, [*command, "--csv", str(csv), op, "--shapes", shape], needs=5, quoted=True
-        )
+        yield Step("timings", f"{op} {shape}", [*command, op, "--shapes", shape], needs=5, quoted=True)
     for backend in BACKENDS:
         yield Step("sanitize", backend, python("tests/gpu_small.py", backend, "--emulated"), needs=5)
     yield from suite_steps(suite, needs=5)
