@@ -374,3 +374,15 @@ print([name for name in ('torch._dynamo', 'triton', 'kornia', 'matplotlib') if n
     ]  # which torch says where it is not installed
     done = subprocess.run([sys.executable, *quiet, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
+    """Schedules of an H100, from a few anchors to more row tiles than run at a time."""
+    for columns_of_tile in (16, 32, 64, 128):
+        for row_tiles in (1, 16, 256, 5000):
+            for keys in (1, 19_000, 190_000, 300_000, 1_000_000, 20_000_000):
+                column_tiles = -(-keys // columns_of_tile)
+                splits = schedule.splits(row_tiles, column_tiles, 264, columns_of_tile)
+                assert -(-column_tiles // splits) * columns_of_tile <= 65_536
+                assert 1 <= splits <= column_tiles and splits <= 1024
+    assert schedule.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before

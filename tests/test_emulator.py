@@ -146,6 +146,26 @@ def test_mma_cuts_off_what_tf32_has_no_bits_for(machine):
     assert (sums == 1).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_tensor_cores_are_cut_off(machine, monkeypatch, sign):
+    """So the emulator's other way of rounding is what a device does: towards zero, where 3/4 of a bit are over."""
+    a, b = np.full((16, 16), sign * 1.5 * 2**-12, np.float32), np.full((16, 8), 2**-12, np.float32)
+    a[:, 1:] = 0
+    words = half_fragments(a.astype(np.float16).view(np.uint16), b.astype(np.float16).view(np.uint16))
+    monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
+    sums = np.full((32, 4), sign, np.float32)
+    machine.run("mma_half", *words, sums)
+    assert (sums == sign).all()
+    if isinstance(machine, Device):
+        return
+    monkeypatch.setenv("PXC_EMULATOR_SUMS", "nearest")
+    machine.run("mma_half", *words, sums)
+    assert (sums == np.float32(sign * (1 + 2**-23))).all()
+    monkeypatch.setenv("PXC_EMULATOR_SUMS", "up")
+    with pytest.raises(RuntimeError, match='PXC_EMULATOR_SUMS is "nearest" or "truncated", not up'):
+        machine.run("mma_half", *words, sums)
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_ldmatrix(machine, transposed):
     matrices = random((4, 8, 8), 0, 2**16).astype(np.uint16)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import oracle
-from conftest import GPU_BACKENDS
+from conftest import GPU_BACKENDS, ON_DEVICE
 from pixcontrast_ext import backends, infonce
-from pixcontrast_ext.backends import cpu, reference
+from pixcontrast_ext.backends import cpu, reference, schedule
 
 BANK, RANDOM, BLOCKS = "bank", "random", "blocks"
 
@@ -103,6 +103,38 @@ def test_gradcheck_in_double(classes, exclude_self):
 
 # --- accuracy
 # --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
+@pytest.mark.skipif(ON_DEVICE, reason="a device rounds its sums as it does")
+@pytest.mark.parametrize(
+    ("dtype", "precision", "num_keys", "bar"),
+    [(torch.bfloat16, "highest", 1_000_000, 1e-4), (torch.float32, "high", 300_000, 2.5e-4)],
+)
+def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype, precision, num_keys, bar):
+    """As 16,384 anchors share out the walk on an H100: one block alone would fall short by 6e-4 and 4e-4."""
+    monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
+    splits = schedule.splits
+    monkeypatch.setattr(
+        schedule, "splits", lambda rows, columns, slots, of_tile: splits(256, columns, 264, of_tile)
+    )
+    anchors, _, keys, _ = inputs = draw(16, num_keys, 16, 1, dtype=dtype, unlabelled=0)
+    inputs[3][100:] = 1
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        labels = [inputs[i].int() for i in (1, 3)]
+        loss, *_, grad = torch.ops.pixcontrast.infonce_forward(
+            anchors, labels[0], keys, labels[1], 1.0, False, True, "cuda"
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact_anchors = anchors.double().requires_grad_()
+    expected, _ = reference.infonce_per_anchor(exact_anchors, inputs[1], keys.double(), inputs[3], 1.0, False)
+    expected.sum().backward()
+    assert error(loss, expected.detach()) <= 2e-6
+    assert error(grad, exact_anchors.grad) <= bar
+
 
 # Ragged on purpose: no dimension is a multiple of a tile or of a vector.
 SHAPES = [

@@ -129,8 +129,8 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
     launch.launch = record
     launch.capability = lambda device: divmod(arch, 10)
     launch.multiprocessors = lambda device: MULTIPROCESSORS[arch]
-    infonce._splits = lambda device, rows, columns, resident: schedule.splits(
-        rows, columns, MULTIPROCESSORS[arch] * resident
+    infonce._splits = lambda device, rows, columns, resident, of_tile: schedule.splits(
+        rows, columns, MULTIPROCESSORS[arch] * resident, of_tile
     )
     try:
         yield jobs

@@ -264,7 +264,7 @@ def infonce_forward(
     dtype = native.DTYPE_CODES[anchors.dtype]
     block_a, block_k, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     key_tiles = -(-num_keys // block_k)
-    splits = schedule.splits(-(-num_anchors // block_a), key_tiles, _slots(anchors.device, shared))
+    splits = schedule.splits(-(-num_anchors // block_a), key_tiles, _slots(anchors.device, shared), block_k)
     bytes_of_row = anchors.shape[1] * anchors.element_size()
     part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
 
@@ -327,7 +327,7 @@ def _infonce_backward(
     # Rows are keys, columns anchors.
     block_k, block_a, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
     anchor_tiles = -(-num_anchors // block_a)
-    splits = schedule.splits(-(-num_rows // block_k), anchor_tiles, _slots(anchors.device, shared))
+    splits = schedule.splits(-(-num_rows // block_k), anchor_tiles, _slots(anchors.device, shared), block_a)
     peak = None
     if anchors.dtype == torch.float16 and num_anchors:
         peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()

@@ -8,20 +8,27 @@ from collections.abc import Iterator
 
 import torch
 
+# Columns that a block adds up at most. A tensor core cuts its sum off, so that a gradient falls short by as much as
+# 1.3e-9 of itself for each column of the walk; the sum over the blocks is rounded to nearest.
+LONGEST_WALK = 65_536
+MOST_SPLITS = 1024
+
 
 @functools.lru_cache(maxsize=4096)
-def splits(row_tiles: int, column_tiles: int, slots: int) -> int:
-    """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly.
+def splits(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) -> int:
+    """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly, and
+    leave none of them more than LONGEST_WALK columns.
 
     `slots` blocks run at a time. A wave of blocks takes as long as its longest walk.
     """
-    most = max(1, min(column_tiles, 2 * slots // max(row_tiles, 1), 1024))
+    fewest = max(1, -(-column_tiles // (LONGEST_WALK // columns_of_tile)))
+    most = max(fewest, min(column_tiles, 2 * slots // max(row_tiles, 1), MOST_SPLITS))
 
     def cost(count: int) -> int:
         return -(-row_tiles * count // slots) * -(-column_tiles // count)
 
-    least = min(cost(count) for count in range(1, most + 1))
-    return next(count for count in range(1, most + 1) if cost(count) <= 1.05 * least)
+    least = min(cost(count) for count in range(fewest, most + 1))
+    return next(count for count in range(fewest, most + 1) if cost(count) <= 1.05 * least)
 
 
 def full_float32(dtype: torch.dtype) -> bool:

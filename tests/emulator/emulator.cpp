@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -186,6 +187,7 @@ struct Machine {
   Body body;
   const void* arguments;
 
+  bool truncates;  // the sums of mma
   Order order;
   std::mt19937 random;
   std::vector<int> turns;  // the threads in the order they are looked at
@@ -414,6 +416,15 @@ void set_schedule() {
   machine.random.seed(unsigned(seed));
 }
 
+void set_rounding() {
+  const char* text = std::getenv("PXC_EMULATOR_SUMS");
+  const std::string sums = text && *text ? text : "nearest";
+  if (sums != "nearest" && sums != "truncated") {
+    throw std::runtime_error("PXC_EMULATOR_SUMS is \"nearest\" or \"truncated\", not " + sums);
+  }
+  machine.truncates = sums == "truncated";
+}
+
 template <class Index>
 std::vector<Index> in_order(size_t count) {
   std::vector<Index> indices(count);
@@ -631,6 +642,11 @@ float widen(uint32_t bits) {
 
 // Lanes hold words of 32 bits, one TF32 number or two of 16 bits each: a word of `a` in row lane / 4 (+ 8)
 // and word lane % 4 (+ 4) of the row, one of `b` in column lane / 4 and word lane % 4 (+ 4) of the column.
+float toward_zero(double value) {
+  const float nearest = float(value);
+  return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.f) : nearest;
+}
+
 template <Operands kOperands>
 void multiply_warp(Fiber* lanes) {
   constexpr int kInWord = kOperands == Operands::kTF32 ? 1 : 2, kDepth = 8 * kInWord;
@@ -647,9 +663,19 @@ void multiply_warp(Fiber* lanes) {
       }
     }
   }
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < 8; ++column) sum[row][column] += a[row][k] * b[k][column];
+  if (machine.truncates) {
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        double exact = sum[row][column];
+        for (int k = 0; k < kDepth; ++k) exact += double(a[row][k]) * double(b[k][column]);
+        sum[row][column] = toward_zero(exact);
+      }
+    }
+  } else {
+    for (int row = 0; row < 16; ++row) {
+      for (int k = 0; k < kDepth; ++k) {
+        for (int column = 0; column < 8; ++column) sum[row][column] += a[row][k] * b[k][column];
+      }
     }
   }
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -676,6 +702,7 @@ void run(const char* name, dim3 grid, int threads, size_t shared, Body body, con
 
   const std::lock_guard<std::mutex> lock(one_launch);
   set_schedule();
+  set_rounding();
   set_up_memory();
   machine.kernel = name;
   machine.threads = threads;

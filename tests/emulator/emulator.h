@@ -21,6 +21,9 @@
 //
 // PXC_EMULATOR_SCHEDULE sets the order in which threads and blocks come: "forward", "reverse" or a number,
 // the seed of a random one. A right kernel gives the same bits under all of them.
+//
+// PXC_EMULATOR_SUMS sets how mma rounds its sums: "nearest", after every product, or "truncated", once and
+// towards zero, as tensor cores do. Over a long walk that adds up.
 #pragma once
 
 #include <math.h>
@@ -271,7 +274,8 @@ inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row,
   emulator::load_matrices(fragment, row, true, site);
 }
 
-// The products are added one by one, in fp32, in the order of k. (A device has its own order and rounding.)
+// The products are added one by one, in fp32, in the order of k; or as PXC_EMULATOR_SUMS says. (A device has
+// its own order.)
 template <class T>
 void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
          emulator::Site site = emulator::Site::here()) {

@@ -1002,9 +1002,11 @@ def _scale(temperature: float) -> float:
     return max(LOG2E.value / temperature, 1e-37)
 
 
-def _splits(device: torch.device, row_tiles: int, column_tiles: int, resident: int) -> int:
+def _splits(
+    device: torch.device, row_tiles: int, column_tiles: int, resident: int, columns_of_tile: int
+) -> int:
     slots = 8 if device.type == "cpu" else launch.multiprocessors(device) * resident
-    return schedule.splits(row_tiles, column_tiles, slots)
+    return schedule.splits(row_tiles, column_tiles, slots, columns_of_tile)
 
 
 def _operands(rows: Tensor, precision: str) -> Tensor:
@@ -1122,7 +1124,7 @@ def infonce_forward(
         triton.cdiv(num_keys, negatives.columns),
     )
     row_pieces = negatives.rows // positives.rows
-    splits = _splits(device, row_tiles, column_tiles, resident)
+    splits = _splits(device, row_tiles, column_tiles, resident, negatives.columns)
     scale = _scale(temperature)
     with_grad = anchor_grad is not None
     block_d = _block_d(channels)
@@ -1254,7 +1256,7 @@ def _backward(
     math_of = _arithmetic(anchors.dtype)
     _, _, tile, resident = _tiles(device, math_of.precision, channels)
     row_tiles, column_tiles = triton.cdiv(num_rows, tile.rows), triton.cdiv(num_anchors, tile.columns)
-    splits = _splits(device, row_tiles, column_tiles, resident)
+    splits = _splits(device, row_tiles, column_tiles, resident, tile.columns)
     peak = None
     if anchors.dtype == torch.float16 and num_anchors:
         peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax() / temperature
