@@ -213,6 +213,13 @@ __device__ __forceinline__ float exp2_approx(float value) {
   return result;
 }
 
+// 1 / x to 1 unit in the last place, for normal x whose reciprocal is normal.
+__device__ __forceinline__ float reciprocal_approx(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 __device__ __forceinline__ int count_bits(unsigned bits) { return __popc(bits); }
 __device__ __forceinline__ int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }  // -1 if there is none
 

@@ -101,7 +101,7 @@ struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
     return shared_bytes<unsigned char>((kBlockA + 2 * S::kBlockK) * row_stride) +
            shared_bytes<T>(Math_::kWeightParts * kBlockA * S::kBlockK) +
            shared_bytes<float>(S::kColWarps * kBlockA) +
-           shared_bytes<float4>(2 * S::kBlockK);  // what goes with the columns
+           shared_bytes<float4>(2 * S::kBlockK + kBlockA);  // what goes with columns and rows
   }
 };
 
@@ -163,6 +163,12 @@ __device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_
 
 enum class Pass { kNegatives, kPositives, kBackward };
 
+struct Visit {
+  int tile;
+  bool mixed;       // it may hold a positive of the block, or a column without a label
+  bool unlabelled;  // it does hold such a column, or ends behind the last
+};
+
 // The column tiles of one split that matter to a block: every `stride`-th from `first`, so that tiles of one
 // class spread over all splits. A warp looks at 32 of them at a time; all warps see the same.
 template <Pass kPass>
@@ -172,23 +178,22 @@ class Walk {
                                   int lane)
       : ranges_(ranges), num_tiles_(num_tiles), stride_(stride), base_(first), own_(own), lane_(lane) {}
 
-  // The next tile, or -1; `mixed` tells whether it may hold a positive of the block, or a column without a
-  // label.
-  __device__ __forceinline__ int next(bool* mixed) {
+  // The next tile; its index is -1 behind the last.
+  __device__ __forceinline__ Visit next() {
     while (visit_ == 0) {
-      if (own_.high < 0 || base_ >= num_tiles_) return -1;
+      if (own_.high < 0 || base_ >= num_tiles_) return {-1, false, false};
       const int64_t tile = base_ + int64_t(lane_) * stride_;
       LabelRange range{-1, -1};
       if (tile < num_tiles_) range = {ranges_[tile].x, ranges_[tile].y};
       visit_ = ballot(concerns(range));
       mixed_ = ballot(range.low < 0 || !range.apart(own_));
+      unlabelled_ = ballot(range.low < 0);
       from_ = base_;
       base_ += int64_t(kWarp) * stride_;
     }
     const int bit = lowest_bit(visit_);
     visit_ &= visit_ - 1;
-    *mixed = mixed_ >> bit & 1;
-    return int(from_ + int64_t(bit) * stride_);
+    return {int(from_ + int64_t(bit) * stride_), bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
   }
 
  private:
@@ -203,7 +208,7 @@ class Walk {
   int64_t num_tiles_, stride_, base_, from_ = 0;
   LabelRange own_;
   int lane_;
-  unsigned visit_ = 0, mixed_ = 0;
+  unsigned visit_ = 0, mixed_ = 0, unlabelled_ = 0;
 };
 
 // --- the engine ---
@@ -323,31 +328,29 @@ struct Engine {
   // load_extra(stage, first column) starts the copies that go with a tile.
   template <class Walk, class LoadExtra, class Weigh>
   __device__ __forceinline__ void run(Walk& walk, LoadExtra load_extra, Weigh weigh) const {
-    bool mixed = false, rounded = false;
-    int tile = walk.next(&mixed);
-    if (tile < 0) return;
-    const auto start = [&](int stage, int tile, bool mixed) {
-      const int64_t first = int64_t(tile) * Tile::kBlockK;
-      load<Tile::kBlockK>(column_tile(stage), columns, first, mixed);
+    bool rounded = false;
+    Visit visit = walk.next();
+    if (visit.tile < 0) return;
+    const auto start = [&](int stage, const Visit& visit) {
+      const int64_t first = int64_t(visit.tile) * Tile::kBlockK;
+      load<Tile::kBlockK>(column_tile(stage), columns, first, visit.unlabelled);
       load_extra(stage, first);
       cp_async_commit();
     };
     load<Tile::kBlockA>(row_tile, rows, first_row, true);
-    start(0, tile, mixed);
-    for (int stage = 0; tile >= 0; stage ^= 1) {
+    start(0, visit);
+    for (int stage = 0; visit.tile >= 0; stage ^= 1) {
       cp_async_wait<0>();
       sync_block();  // all copies are visible to all, and nobody reads the other stage any more
-      bool next_mixed = false;
-      const int next = walk.next(&next_mixed);
-      if (next >= 0) start(stage ^ 1, next, next_mixed);
+      const Visit next = walk.next();
+      if (next.tile >= 0) start(stage ^ 1, next);
       if (Tile::kRoundsRows && !rounded) {
         round_rows();
         sync_block();  // all rows are rounded
         rounded = true;
       }
-      weigh(stage, mixed, int64_t(tile) * Tile::kBlockK);
-      tile = next;
-      mixed = next_mixed;
+      weigh(stage, visit.mixed, int64_t(visit.tile) * Tile::kBlockK);
+      visit = next;
     }
     sync_block();  // shared memory may be used for something else
   }
@@ -460,24 +463,27 @@ struct Engine {
     sync_row_warps();  // the weights of all columns are there
   }
 
+  // Constant ids, or a kernel counts as one that uses all 16 barriers of a block.
   __device__ __forceinline__ void sync_row_warps() const {
-    sync_group(1 + row_warp, Tile::kColWarps * kWarp);
+    static_assert(Tile::kRowWarps <= 2, "an id for each");
+    if (Tile::kRowWarps == 1 || row_warp == 0) {
+      sync_group(1, Tile::kColWarps * kWarp);
+    } else {
+      sync_group(2, Tile::kColWarps * kWarp);
+    }
   }
 
-  // output += weights . columns, for the warp's rows and its share of the channels.
+  // output += weights . columns, for the warp's rows and its share of the channels. Rows as long as the tile
+  // takes are spared the question of every 16 channels whether there are any: it keeps the compiler from
+  // loading ahead.
   template <int kParts>
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
-#pragma unroll 1
-    for (int part = 0; part < kParts; ++part) accumulate_part<false>(output, stage, part);
-  }
-
-  // The same for the pass that matters most, where rows as long as the tile takes are spared the question of
-  // every 16 channels whether there are any: it keeps the compiler from loading ahead.
-  __device__ __forceinline__ void accumulate_fast(Output& output, int stage) const {
     if (Tile::kParts == 1 && row_stride == Tile::kMaxRowBytes) {
-      accumulate_part<true>(output, stage, 0);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) accumulate_part<true>(output, stage, part);
     } else {
-      accumulate_part<false>(output, stage, 0);
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) accumulate_part<false>(output, stage, part);
     }
   }
 
@@ -738,7 +744,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
           each_output<Tile>([&](int f, int n, int i) { output[f][n][i] *= rescale[f][i / 2]; });
         }
         engine.template store_weights<1>(scores);
-        engine.accumulate_fast(output, stage);
+        engine.template accumulate<1>(output, stage);
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
@@ -794,6 +800,12 @@ __device__ __forceinline__ float combined_lse(const InfonceForwardParams& p, int
   return p.shift[row] + log2f(p.sum[row]) - weight_bias;
 }
 
+// An anchor of a block: the label of its positives, the key that is the anchor itself (-1: none), eq. (1).
+struct alignas(16) RowOfPositives {
+  int label, excluded;
+  float neg_lse;
+};
+
 // Pass 2 over the anchors' own class, knowing eq. (1): eq. (2) to (4), and G.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kernel(InfonceForwardParams p) {
@@ -802,17 +814,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
   const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
   const Engine<Tile> engine(memory, anchors, keys, int(blockIdx.x));
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
+  RowOfPositives* own_rows = memory.take<RowOfPositives>(Tile::kBlockA);
   const float scale = kLog2E / p.temperature;
   const bool with_grad = p.positive_parts != nullptr;
+  if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
+    const int64_t row = engine.first_row + threadIdx.x;
+    const int label = engine.label(anchors, row);
+    const bool excludes = p.exclude_self && label >= 0;
+    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label,
+                             !excludes           ? -1
+                             : p.keys == nullptr ? int(row)
+                                                 : p.order[row],
+                             row < anchors.count ? combined_lse(p, row, Tile::kWeightBias) : 0.f};
+  }
 
-  typename Engine<Tile>::PerRow neg_lse, loss, pos_weight;
-  int count[Tile::kFragments][2];
-  each_row<Tile>([&](int f, int half) {
-    const int64_t row = engine.first_row + engine.local_row(f, half);
-    neg_lse[f][half] = row < anchors.count ? combined_lse(p, row, Tile::kWeightBias) : 0.f;
-    loss[f][half] = pos_weight[f][half] = 0.f;
-    count[f][half] = 0;
-  });
+  typename Engine<Tile>::PerRow loss = {}, pos_weight = {};
+  int count[Tile::kFragments][2] = {};
   typename Engine<Tile>::Output output = {};
 
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
@@ -830,25 +847,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
         typename Engine<Tile>::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
         each_row<Tile>([&](int f, int half) {
-          float loss_of_tile = 0.f, weight_of_tile = 0.f;
-          const int64_t row = engine.first_row + engine.local_row(f, half);
-          const int own_label = engine.label(anchors, row);  // read anew: registers are short here
+          // The sum of log(1 + odds) is the log of 1 + `all_odds`, which keeps what tiny odds would lose in
+          // 1 + odds. Few of a thread's scores share a row: it stays far below the largest float.
+          static_assert(2 * Tile::kScoreCols <= 64, "a sum of odds doubles with each");
+          float margins = 0.f, all_odds = 0.f, weight_of_tile = 0.f;
+          const RowOfPositives own = own_rows[engine.local_row(f, half)];  // registers are short here
           each_score<Tile>([&](int n, int e) {
             float& score = scores[f][n][2 * half + e];
-            const int column = engine.local_column(n) + e, label = key_labels[stage * Tile::kBlockK + column];
-            bool positive = label >= 0 && label == own_label;
-            if (positive && p.exclude_self) {
-              positive = first_column + column != (p.keys == nullptr ? row : p.order[row]);
-            }
-            const float margin = neg_lse[f][half] - score * scale;
-            const float odds = exp2_approx(-fabsf(margin));
-            const float sigma = (margin >= 0.f ? 1.f : odds) / (1.f + odds);
-            loss_of_tile += positive ? kLn2 * fmaxf(margin, 0.f) + log1pf(odds) : 0.f;
+            const int column = engine.local_column(n) + e;
+            const bool positive = key_labels[stage * Tile::kBlockK + column] == own.label &&
+                                  unsigned(first_column) + unsigned(column) != unsigned(own.excluded);
+            const float margin = own.neg_lse - score * scale;
+            const float odds = positive ? exp2_approx(-fabsf(margin)) : 0.f;
+            const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
+            margins += positive ? fmaxf(margin, 0.f) : 0.f;
+            all_odds += fmaf(all_odds, odds, odds);
+            score = positive ? sigma * Tile::kWeightScale : 0.f;
             weight_of_tile += positive ? sigma : 0.f;
             count[f][half] += positive;
-            score = positive ? sigma * Tile::kWeightScale : 0.f;
           });
-          loss[f][half] += loss_of_tile;
+          loss[f][half] += fmaf(kLn2, margins, log1pf(all_odds));
           pos_weight[f][half] += weight_of_tile;
         });
         if (!with_grad) return;

@@ -67,8 +67,8 @@ MUTANTS = [
     Mutant(
         "group barrier of too many threads",
         "infonce.cuh",
-        "sync_group(1 + row_warp, Tile::kColWarps * kWarp);",
-        "sync_group(1 + row_warp, 2 * Tile::kColWarps * kWarp);",
+        "sync_group(2, Tile::kColWarps * kWarp);",
+        "sync_group(2, 2 * Tile::kColWarps * kWarp);",
     ),
     Mutant(
         "return before a barrier",
