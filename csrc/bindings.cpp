@@ -262,7 +262,14 @@ PYBIND11_MODULE(_C, m) {
   def<cuda::WriteParams>(gpu, "write", cuda::write);
   def<cuda::InfonceForwardParams>(gpu, "infonce_forward", cuda::infonce_forward);
   def<cuda::InfonceBackwardParams>(gpu, "infonce_backward", cuda::infonce_backward);
-  gpu.def("infonce_tile", cuda::infonce_tile);
+  py::class_<cuda::InfonceTile>(gpu, "InfonceTile")
+      .def_readonly("rows", &cuda::InfonceTile::rows)
+      .def_readonly("columns", &cuda::InfonceTile::columns)
+      .def_readonly("piece", &cuda::InfonceTile::piece)
+      .def_readonly("shared", &cuda::InfonceTile::shared)
+      .def_readonly("resident", &cuda::InfonceTile::resident);
+  gpu.def("infonce_forward_tile", cuda::infonce_forward_tile);
+  gpu.def("infonce_backward_tile", cuda::infonce_backward_tile);
   gpu.def("runtime_problem", cuda::runtime_problem);
 #endif
 

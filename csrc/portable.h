@@ -64,6 +64,34 @@ inline std::string runtime_problem() {
   return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
 }
 
+// What a device has of shared memory for the blocks of one multiprocessor, in bytes; each takes 1 KB more
+// than it asks for.
+inline size_t shared_of_multiprocessor(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+        "cudaDeviceGetAttribute");
+  return size_t(bytes);
+}
+
+// Beyond 48 KB a kernel has to be allowed its shared memory: as much for every launch, as another thread may
+// be about to launch it. What takes more than the smallest device has is the same for every launch.
+inline void allow_shared(const void* function, const char* name, size_t shared) {
+  if (shared <= 48 * 1024) return;
+  const int most = int(shared > kMaxSharedBytes ? shared : kMaxSharedBytes);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
+}
+
+// How many blocks of a kernel run on a multiprocessor at a time.
+template <class... Parameters>
+int resident_blocks(int device, const char* name, void (*kernel)(Parameters...), int threads, size_t shared) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+  const void* function = reinterpret_cast<const void*>(kernel);
+  allow_shared(function, name, shared);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared), name);
+  return blocks;
+}
+
 // Runs kernel(arguments...) on the caller's stream; an empty grid is no launch. Throws if it is refused. The
 // caller has made the device current for itself; the runtime, linked statically, is told as well.
 template <class... Parameters, class... Arguments>
@@ -72,9 +100,7 @@ void launch(const Launch& on, const char* name, void (*kernel)(Parameters...), d
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check(cudaSetDevice(on.device), "cudaSetDevice");
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 * 1024) {  // the same for every launch: another thread may be about to launch the kernel
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), name);
-  }
+  allow_shared(function, name, shared);
   const auto start = [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
     check(cudaLaunchKernel(function, grid, dim3(threads), pointers, shared,

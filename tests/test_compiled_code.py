@@ -43,7 +43,8 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
         pytest.skip(f"the toolkit does not compile for {arch}")
     kernels = compiled_code.instructions(MODULE, arch)
     tiles = {name: count for name, count in kernels.items() if "Tile<" in name}
-    assert len(tiles) == 24  # 3 passes, 4 kinds of arithmetic, 2 widths
+    # Of any rows 3 passes, 4 kinds of arithmetic, 2 widths; for pass 1 of 16-bit rows of usual lengths 5 more.
+    assert len(tiles) == 24 + 2 * 5
     for name, count in tiles.items():
         assert count["HMMA"] >= 32, name
         assert count["LDGSTS"] > 0 and count["LDSM"] > 0, name
@@ -53,9 +54,11 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
 
 @pytest.mark.parametrize("dtype", [0, 1, 2])
 @pytest.mark.parametrize("channels", [8, 64, 200, 256, 264, 512])
-def test_tiles_fit_the_smallest_device(dtype, channels):
-    *_, shared = native.cuda_kernels.infonce_tile(dtype, channels)
-    assert 0 < shared <= SMALLEST_SHARED
+def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):
+    monkeypatch.setenv("PXC_EMULATOR_SHARED", "100")
+    for tile_of in (native.cuda_kernels.infonce_forward_tile, native.cuda_kernels.infonce_backward_tile):
+        for full_float32 in (False, True):
+            assert 0 < tile_of(0, dtype, full_float32, channels).shared <= SMALLEST_SHARED
 
 
 def test_registers_are_those_of_the_table():

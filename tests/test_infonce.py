@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import oracle
 from conftest import GPU_BACKENDS, ON_DEVICE
 from pixcontrast_ext import backends, infonce
-from pixcontrast_ext.backends import cpu, reference, schedule
+from pixcontrast_ext.backends import cpu, cuda, native, reference, schedule
 
 BANK, RANDOM, BLOCKS = "bank", "random", "blocks"
 
@@ -193,6 +193,47 @@ def test_gradient_before_rounding(backend, dtype):
     _, expected, _ = exact(inputs)
     bar = max(2e-6, weight_rounding(backend, dtype))
     assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= bar
+
+
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("channels", "shared", "columns"),
+    [
+        (64, 228, 64),
+        (128, 228, 64),
+        (128, 100, 64),
+        (256, 228, 64),
+        (256, 100, 32),
+        (512, 228, 16),
+        (248, 228, 32),
+    ],
+)
+@pytest.mark.parametrize("order", [BANK, BLOCKS])
+def test_tiles_of_every_width_and_device(monkeypatch, poison, channels, shared, columns, dtype, order):
+    """Pieces of a tile that are of one class, of several, without any label, and behind the last key."""
+    monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
+    cuda._cut.cache_clear()
+    code = native.DTYPE_CODES[dtype]
+    if not ON_DEVICE:
+        assert native.cuda_kernels.infonce_forward_tile(0, code, True, channels).columns == columns
+    anchors, anchor_labels, keys, key_labels = draw(70, 333, channels, 5, order=order, dtype=dtype)
+    key_labels[64:96] = key_labels[160:224] = -1
+    keys[key_labels < 0] = math.nan
+    anchors[anchor_labels < 0] = math.nan
+    for other, other_labels in ((keys, key_labels), (anchors, anchor_labels)):
+        inputs = anchors, anchor_labels.int(), other, other_labels.int()
+        clean = anchors.nan_to_num(), anchor_labels, other.nan_to_num(), other_labels
+        loss, _, _, _, grad = torch.ops.pixcontrast.infonce_forward(
+            *inputs, 0.1, other is anchors, True, "cuda"
+        )
+        expected, expected_grad, _ = exact(clean, exclude_self=other is anchors)
+        if other is anchors:  # of the anchors as anchors only
+            leaf = clean[0].double().requires_grad_()
+            terms, _ = reference.infonce_per_anchor(leaf, clean[1], clean[2].double(), clean[3], 0.1, True)
+            (expected_grad,) = torch.autograd.grad(terms.sum(), leaf)
+        assert error(loss, expected) <= 1e-6
+        assert error(grad, expected_grad) <= weight_rounding("cuda", dtype)
 
 
 # Blocks of the fused kernels hold 12 anchors, panels 32 keys or channels, words 2 channels of bf16.

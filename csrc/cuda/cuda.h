@@ -3,7 +3,6 @@
 #pragma once
 
 #include <string>
-#include <tuple>
 
 #include "../params.h"
 
@@ -19,8 +18,15 @@ void write(const WriteParams&);
 
 void infonce_forward(const InfonceForwardParams&);
 void infonce_backward(const InfonceBackwardParams&);
-// Rows and columns of a tile, which are anchors and keys in the forward, keys and anchors in the backward;
-// and the bytes of shared memory that its block takes.
-std::tuple<int, int, int64_t> infonce_tile(int32_t dtype, int64_t channels);
+
+// How a pass is cut up on a device. Rows and columns are anchors and keys in the forward, keys and anchors in
+// the backward; the labels of the columns are known by pieces of a tile.
+struct InfonceTile {
+  int rows, columns, piece;
+  int64_t shared;  // bytes of a block
+  int resident;    // blocks that a multiprocessor runs at a time
+};
+InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
+InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
 
 }  // namespace pxc::cuda

@@ -20,16 +20,34 @@ auto with_channels(int64_t channels, Visit visit) {
   throw std::invalid_argument("InfoNCE takes up to 512 channels, got " + std::to_string(channels));
 }
 
+// The tile of pass 1, which does most of the work: rows of the usual lengths have one of their own, and
+// longer tiles where two blocks of them fit a multiprocessor.
+template <class Math, class Visit>
+auto with_negatives_tile(int device, int64_t channels, Visit visit) {
+  if constexpr (sizeof(typename Math::Element) == 2) {
+    if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
+    if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
+    if (channels == 256) {
+      using Long = Tile<Math, 256, true, 2>;
+      const size_t block = Long::bytes(Long::kMaxRowBytes, 1) + 1024;
+      if (2 * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
+      return visit(Use<Tile<Math, 256, true>>{});
+    }
+    if (channels == 512) return visit(Use<Tile<Math, 512, true>>{});
+  }
+  return with_channels<Math>(channels, visit);
+}
+
+// Calls visit with the arithmetic of an element type.
 template <class Visit>
-auto with_tile(int32_t dtype, bool full_float32, int64_t channels, Visit visit) {
+auto with_math(int32_t dtype, bool full_float32, Visit visit) {
   switch (DType(dtype)) {
     case DType::kFloat16:
-      return with_channels<Math<Half, 1>>(channels, visit);
+      return visit(Use<Math<Half, 1>>{});
     case DType::kBFloat16:
-      return with_channels<Math<BFloat16, 1>>(channels, visit);
+      return visit(Use<Math<BFloat16, 1>>{});
     default:
-      return full_float32 ? with_channels<Math<float, 2>>(channels, visit)
-                          : with_channels<Math<float, 1>>(channels, visit);
+      return full_float32 ? visit(Use<Math<float, 2>>{}) : visit(Use<Math<float, 1>>{});
   }
 }
 
@@ -50,16 +68,33 @@ void find_ranges(const Launch& on, const int32_t* labels, int64_t count, int32_t
 }
 
 template <class Tile>
-size_t shared_bytes_of(int64_t channels) {
-  return Tile::bytes(blocks_of(channels * int64_t(sizeof(typename Tile::T)), 128) * 128);
+size_t shared_bytes_of(int64_t channels, int weight_parts = Tile::kWeightParts) {
+  return Tile::bytes(blocks_of(channels * int64_t(sizeof(typename Tile::T)), 128) * 128, weight_parts);
+}
+
+template <class Tile, class Kernel>
+InfonceTile describe(int device, Kernel kernel, size_t shared) {
+  return {Tile::kBlockA, Tile::kBlockK, Tile::S::kColumns, int64_t(shared),
+          resident_blocks(device, "infonce", kernel, Tile::kThreads, shared)};
 }
 
 }  // namespace
 
-std::tuple<int, int, int64_t> infonce_tile(int32_t dtype, int64_t channels) {
-  return with_tile(dtype, true, channels, [&](auto use) {
-    using Tile = typename decltype(use)::type;
-    return std::tuple<int, int, int64_t>(Tile::kBlockA, Tile::kBlockK, shared_bytes_of<Tile>(channels));
+InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+  return with_math(dtype, full_float32, [&](auto math) {
+    return with_negatives_tile<typename decltype(math)::type>(device, channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>, shared_bytes_of<Tile>(channels, 1));
+    });
+  });
+}
+
+InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+  return with_math(dtype, full_float32, [&](auto math) {
+    return with_channels<typename decltype(math)::type>(channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      return describe<Tile>(device, infonce_bwd_keys_kernel<Tile>, shared_bytes_of<Tile>(channels));
+    });
   });
 }
 
@@ -67,31 +102,42 @@ void infonce_forward(const InfonceForwardParams& p) {
   const bool in_batch = p.keys == nullptr;
   const int64_t num_keys = in_batch ? p.num_anchors : p.num_keys;
   order_anchors(p);
-  with_tile(p.rows_dtype, p.full_float32, p.channels, [&](auto use) {
-    using Tile = typename decltype(use)::type;
-    find_ranges<Tile::kBlockK>(p, in_batch ? p.sorted_labels : p.key_labels, num_keys, p.label_ranges);
-    const dim3 grid(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits));
-    const size_t shared = shared_bytes_of<Tile>(p.channels);
-    launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>, grid, Tile::kThreads,
-           shared, p);
+  with_math(p.rows_dtype, p.full_float32, [&](auto math) {
+    using Math = typename decltype(math)::type;
+    with_channels<Math>(p.channels, [&](auto use) {
+      find_ranges<decltype(use)::type::kBlockK>(p, in_batch ? p.sorted_labels : p.key_labels, num_keys,
+                                                p.label_ranges);
+    });
+    with_negatives_tile<Math>(p.device, p.channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
+             dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
+             shared_bytes_of<Tile>(p.channels, 1), p);
+    });
     launch(p, "infonce_fwd_combine_kernel", infonce_fwd_combine_kernel,
            dim3(unsigned(blocks_of(p.num_anchors, kCombineThreads / kWarp))), kCombineThreads, 0, p);
-    launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>, grid, Tile::kThreads,
-           shared, p);
+    with_channels<Math>(p.channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>,
+             dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
+             shared_bytes_of<Tile>(p.channels), p);
+    });
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
-           kFinishThreads, shared_bytes<float2>(size_t(p.splits)), p, Tile::kWeightBias);
+           kFinishThreads, shared_bytes<float2>(size_t(p.splits)), p, Math::kWeightBias);
   });
 }
 
 void infonce_backward(const InfonceBackwardParams& p) {
   const int64_t num_rows = p.keys == nullptr ? p.num_anchors : p.num_keys;
   order_anchors(p);
-  with_tile(p.rows_dtype, p.full_float32, p.channels, [&](auto use) {
-    using Tile = typename decltype(use)::type;
-    find_ranges<Tile::kBlockK>(p, p.sorted_labels, p.num_anchors, p.label_ranges);
-    const dim3 grid(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits));
-    launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>, grid, Tile::kThreads,
-           shared_bytes_of<Tile>(p.channels), p);
+  with_math(p.rows_dtype, p.full_float32, [&](auto math) {
+    with_channels<typename decltype(math)::type>(p.channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      find_ranges<Tile::kBlockK>(p, p.sorted_labels, p.num_anchors, p.label_ranges);
+      launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>,
+             dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
+             shared_bytes_of<Tile>(p.channels), p);
+    });
   });
   if (p.grad_parts == nullptr) return;
   launch(p, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,

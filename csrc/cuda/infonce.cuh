@@ -72,36 +72,39 @@ struct Operand {
 // The tiles, by the bytes of the longest row. All fit the 99 KB of the smallest device, most twice the 163 KB
 // of an A100; outputs take 128 registers a thread (64 for 256 fp32 channels).
 template <int kMaxRowBytes>
-struct Shape;
-template <>
-struct Shape<512> {
-  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 2, kBlockK = 32;
+struct Shape {
+  static_assert(kMaxRowBytes <= 512, "longer rows have shapes of their own");
+  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 2, kColumns = 32;
 };
 template <>
 struct Shape<1024> {
-  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 1, kBlockK = 16;
+  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 1, kColumns = 16;
 };
 template <>
 struct Shape<2048> {
-  static constexpr int kRowWarps = 1, kColWarps = 2, kFragments = 1, kBlockK = 16;
+  static constexpr int kRowWarps = 1, kColWarps = 2, kFragments = 1, kColumns = 16;
 };
 
-template <class Math_, int kMaxChannels>
+// kFull: all rows are as long as the longest, so that every address in a tile is a base and a constant.
+// kPieces: how many times the shape's columns make a tile, whose labels are known by these pieces.
+template <class Math_, int kMaxChannels, bool kFull_ = false, int kPieces_ = 1>
 struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
   using T = typename Math_::Element;
   using S = Shape<kMaxChannels* int(sizeof(T))>;
+  static constexpr bool kFull = kFull_;
+  static constexpr int kPieces = kPieces_;
   static constexpr int kMaxRowBytes = kMaxChannels * int(sizeof(T));
   static constexpr int kBlockA = S::kRowWarps * S::kFragments * 16;
+  static constexpr int kBlockK = kPieces * S::kColumns;
   static constexpr int kThreads = S::kRowWarps * S::kColWarps * kWarp;
-  static constexpr int kScoreCols = S::kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
+  static constexpr int kScoreCols = kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
   static constexpr int kOutputCols = kMaxChannels / S::kColWarps / 8;  // likewise of the output
   static constexpr int kStepK = 32 / sizeof(T);  // columns of a weight fragment: 32 bytes
 
-  static size_t bytes(int64_t row_stride) {
-    return shared_bytes<unsigned char>((kBlockA + 2 * S::kBlockK) * row_stride) +
-           shared_bytes<T>(Math_::kWeightParts * kBlockA * S::kBlockK) +
-           shared_bytes<float>(S::kColWarps * kBlockA) +
-           shared_bytes<float4>(2 * S::kBlockK + kBlockA);  // what goes with columns and rows
+  static size_t bytes(int64_t row_stride, int weight_parts) {
+    return shared_bytes<unsigned char>((kBlockA + 2 * kBlockK) * row_stride) +
+           shared_bytes<T>(weight_parts * kBlockA * kBlockK) + shared_bytes<float>(S::kColWarps * kBlockA) +
+           shared_bytes<float4>(2 * kBlockK + kBlockA);  // what goes with columns and rows
   }
 };
 
@@ -169,34 +172,46 @@ struct Visit {
   bool unlabelled;  // it does hold such a column, or ends behind the last
 };
 
-// The column tiles of one split that matter to a block: every `stride`-th from `first`, so that tiles of one
-// class spread over all splits. A warp looks at 32 of them at a time; all warps see the same.
-template <Pass kPass>
+// The column tiles of one split that matter to a block: every gridDim.y-th, so that tiles of one class spread
+// over all splits. A warp looks at 32 of them at a time; all warps see the same.
+template <Pass kPass, class Tile>
 class Walk {
  public:
-  __device__ __forceinline__ Walk(const int2* ranges, int num_tiles, int first, int stride, LabelRange own,
-                                  int lane)
-      : ranges_(ranges), num_tiles_(num_tiles), stride_(stride), base_(first), own_(own), lane_(lane) {}
+  __device__ __forceinline__ Walk(const int32_t* ranges, int64_t num_columns, LabelRange own, int lane)
+      : ranges_(reinterpret_cast<const int2*>(ranges)),
+        num_ranges_(int((num_columns + Tile::S::kColumns - 1) / Tile::S::kColumns)),
+        base_(int(blockIdx.y)),
+        own_(own),
+        lane_(lane) {}
 
   // The next tile; its index is -1 behind the last.
   __device__ __forceinline__ Visit next() {
     while (visit_ == 0) {
-      if (own_.high < 0 || base_ >= num_tiles_) return {-1, false, false};
-      const int64_t tile = base_ + int64_t(lane_) * stride_;
-      LabelRange range{-1, -1};
-      if (tile < num_tiles_) range = {ranges_[tile].x, ranges_[tile].y};
+      if (own_.high < 0 || base_ * Tile::kPieces >= num_ranges_) return {-1, false, false};
+      const int tile = base_ + lane_ * int(gridDim.y);
+      LabelRange range = range_of(tile * Tile::kPieces);
+#pragma unroll
+      for (int piece = 1; piece < Tile::kPieces; ++piece) {
+        const LabelRange other = range_of(tile * Tile::kPieces + piece);
+        range = {min(range.low, other.low), max(range.high, other.high)};
+      }
       visit_ = ballot(concerns(range));
       mixed_ = ballot(range.low < 0 || !range.apart(own_));
       unlabelled_ = ballot(range.low < 0);
       from_ = base_;
-      base_ += int64_t(kWarp) * stride_;
+      base_ += kWarp * int(gridDim.y);
     }
     const int bit = lowest_bit(visit_);
     visit_ &= visit_ - 1;
-    return {int(from_ + int64_t(bit) * stride_), bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
+    return {from_ + bit * int(gridDim.y), bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
   }
 
  private:
+  __device__ __forceinline__ LabelRange range_of(int piece) const {
+    if (piece >= num_ranges_) return {-1, -1};
+    return {ranges_[piece].x, ranges_[piece].y};
+  }
+
   __device__ __forceinline__ bool concerns(LabelRange range) const {
     if (range.high < 0) return false;
     if (kPass == Pass::kPositives) return !LabelRange{max(range.low, 0), range.high}.apart(own_);
@@ -205,7 +220,7 @@ class Walk {
   }
 
   const int2* ranges_;
-  int64_t num_tiles_, stride_, base_, from_ = 0;
+  int num_ranges_, base_, from_ = 0;
   LabelRange own_;
   int lane_;
   unsigned visit_ = 0, mixed_ = 0, unlabelled_ = 0;
@@ -244,7 +259,7 @@ __device__ __forceinline__ void each_output(Visit visit) {
 
 // Places in fragments, as the PTX manual lays them out: of a 16 x 8 piece of sums, the four of a thread are
 // at rows `group` and `group` + 8, columns 2 `quad` and the next.
-template <class Tile>
+template <class Tile, int kWeightParts = Tile::kWeightParts>
 struct Engine {
   using T = typename Tile::T;
   using Scores = float[Tile::kFragments][Tile::kScoreCols][4];
@@ -253,8 +268,7 @@ struct Engine {
   static constexpr int kWeightBytes = Tile::kBlockA * Tile::kBlockK * int(sizeof(T));  // of one part
 
   Side rows, columns;
-  int row_stride, chunks;  // of a row in shared memory: bytes, and 16-byte chunks that hold channels
-  int64_t first_row;       // of the block
+  int64_t first_row;  // of the block
   int lane, group, quad, row_warp, col_warp;
   unsigned char *row_tile, *column_tiles;
   unsigned char* weights;  // [kWeightParts, kBlockA, kBlockK]
@@ -263,19 +277,23 @@ struct Engine {
   __device__ __forceinline__ Engine(SharedMemory& memory, const Side& rows, const Side& columns,
                                     int row_tile_index)
       : rows(rows), columns(columns) {
-    row_stride = int((rows.row_bytes + 127) / 128 * 128);
-    chunks = int(rows.row_bytes / 16);
     first_row = int64_t(row_tile_index) * Tile::kBlockA;
     lane = int(threadIdx.x) % kWarp;
     group = lane / 4;
     quad = lane % 4;
     row_warp = int(threadIdx.x) / kWarp / Tile::kColWarps;
     col_warp = int(threadIdx.x) / kWarp % Tile::kColWarps;
-    row_tile = memory.template take<unsigned char>(size_t(Tile::kBlockA) * row_stride);
-    column_tiles = memory.template take<unsigned char>(size_t(2 * Tile::kBlockK) * row_stride);
-    weights = memory.template take<unsigned char>(Tile::kWeightParts * kWeightBytes);
+    row_tile = memory.template take<unsigned char>(size_t(Tile::kBlockA) * row_stride());
+    column_tiles = memory.template take<unsigned char>(size_t(2 * Tile::kBlockK) * row_stride());
+    weights = memory.template take<unsigned char>(kWeightParts * kWeightBytes);
     exchange = memory.template take<float>(Tile::kColWarps * Tile::kBlockA);
   }
+
+  // Of a row in device memory and in shared memory.
+  __device__ __forceinline__ int row_bytes() const {
+    return Tile::kFull ? Tile::kMaxRowBytes : int(rows.row_bytes);
+  }
+  __device__ __forceinline__ int row_stride() const { return (row_bytes() + 127) / 128 * 128; }
 
   // Within the block's tile, row `half` of 2 of fragment `f`.
   __device__ __forceinline__ int local_row(int f, int half) const {
@@ -298,26 +316,43 @@ struct Engine {
   template <int kCount>
   __device__ __forceinline__ void load(unsigned char* tile, const Side& side, int64_t first,
                                        bool check_labels) const {
-    const int padded = row_stride / 16;
+    const int padded = row_stride() / 16;
     for (int row = int(threadIdx.x) / 8; row < kCount; row += Tile::kThreads / 8) {
       const bool wanted = !check_labels || label(side, first + row) >= 0;
       const int64_t source = !wanted ? 0 : side.order == nullptr ? first + row : side.order[first + row];
-      const unsigned char* from = side.rows + source * side.row_bytes;
+      const unsigned char* from = side.rows + source * row_bytes();
       for (int chunk = int(threadIdx.x) % 8; chunk < padded; chunk += 8) {
-        const bool inside = wanted && chunk < chunks;
-        cp_async_16(tile + tile_offset(row, chunk, row_stride), inside ? from + chunk * 16 : side.rows,
+        const bool inside = wanted && chunk < row_bytes() / 16;
+        cp_async_16(tile + tile_offset(row, chunk, row_stride()), inside ? from + chunk * 16 : side.rows,
                     inside ? 16 : 0);
       }
     }
   }
 
+  // The same of columns that lie in the order of visits and all have labels, as long as the tile takes.
+  __device__ __forceinline__ void load_whole_columns(unsigned char* tile, int64_t first) const {
+    constexpr int kRowsAtATime = Tile::kThreads / 8;
+    static_assert(kRowsAtATime % 8 == 0, "rows that far apart are swizzled alike");
+    const int row = int(threadIdx.x) / 8, chunk = int(threadIdx.x) % 8;
+    const unsigned char* from = columns.rows + (first + row) * Tile::kMaxRowBytes + chunk * 16;
+    unsigned char* to = tile + tile_offset(row, chunk, Tile::kMaxRowBytes);
+#pragma unroll
+    for (int further = 0; further < Tile::kBlockK; further += kRowsAtATime) {
+#pragma unroll
+      for (int byte = 0; byte < Tile::kMaxRowBytes; byte += 128) {
+        const int offset = further * Tile::kMaxRowBytes + byte;
+        cp_async_16(to + offset, from + offset, 16);
+      }
+    }
+  }
+
   __device__ __forceinline__ unsigned char* column_tile(int stage) const {
-    return column_tiles + stage * Tile::kBlockK * row_stride;
+    return column_tiles + stage * Tile::kBlockK * row_stride();
   }
 
   // Rounds the tile of rows to TF32, once for all the columns it meets.
   __device__ __forceinline__ void round_rows() const {
-    for (int byte = int(threadIdx.x) * 16; byte < Tile::kBlockA * row_stride; byte += Tile::kThreads * 16) {
+    for (int byte = int(threadIdx.x) * 16; byte < Tile::kBlockA * row_stride(); byte += Tile::kThreads * 16) {
       float4& chunk = *reinterpret_cast<float4*>(row_tile + byte);
       chunk = make_float4(rounded_to_tf32(chunk.x), rounded_to_tf32(chunk.y), rounded_to_tf32(chunk.z),
                           rounded_to_tf32(chunk.w));
@@ -333,7 +368,11 @@ struct Engine {
     if (visit.tile < 0) return;
     const auto start = [&](int stage, const Visit& visit) {
       const int64_t first = int64_t(visit.tile) * Tile::kBlockK;
-      load<Tile::kBlockK>(column_tile(stage), columns, first, visit.unlabelled);
+      if (Tile::kFull && !visit.unlabelled && columns.order == nullptr) {
+        load_whole_columns(column_tile(stage), first);
+      } else {
+        load<Tile::kBlockK>(column_tile(stage), columns, first, visit.unlabelled);
+      }
       load_extra(stage, first);
       cp_async_commit();
     };
@@ -390,33 +429,39 @@ struct Engine {
   // tensor cores takes 32 bytes: two chunks. Unrolling by 2 hides more latency, for more registers.
   template <int kUnroll>
   __device__ __forceinline__ void multiply_rows(Scores& scores, int stage) const {
-    const int row = row_warp * Tile::kFragments * 16 + lane % 16,
-              column = col_warp * Tile::kScoreCols * 8 + lane % 8;
+    // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
+    constexpr bool kPairs = Tile::kScoreCols % 2 == 0;
+    constexpr int kSteps = kPairs ? 1 : 2;
+    const int row = row_warp * Tile::kFragments * 16 + lane % 16;
+    const int column = col_warp * Tile::kScoreCols * 8 + lane % 8 + (kPairs ? lane / 16 * 8 : 0);
     const unsigned char* own_columns = column_tile(stage);
-    const int column_offset = tile_offset(column, lane / 8, row_stride);
-    const int row_offset = tile_offset(row, lane / 16, row_stride);
+    const int column_offset = tile_offset(column, kPairs ? lane / 8 % 2 : lane / 8, row_stride());
+    const int row_offset = tile_offset(row, lane / 16, row_stride());
     // A single sum would make every product wait for the one before.
     constexpr int kChains = Tile::kFragments * Tile::kScoreCols == 1 ? 2 : 1;
     Scores sums[kChains] = {};
-#pragma unroll 1
-    for (int byte = 0; byte < row_stride; byte += 128) {
+    constexpr int kUnrolled = Tile::kFull ? Tile::kMaxRowBytes / 128 : 1;
+#pragma unroll kUnrolled
+    for (int byte = 0; byte < row_stride(); byte += 128) {
 #pragma unroll kUnroll
-      for (int chunk = 0; chunk < 8; chunk += 4) {
-        Operand<Tile> b[2][Tile::kScoreCols][2];  // of two steps
+      for (int chunk = 0; chunk < 8; chunk += 2 * kSteps) {
+        Operand<Tile> b[kSteps][Tile::kScoreCols][2];
 #pragma unroll
-        for (int n = 0; n < Tile::kScoreCols; ++n) {
+        for (int n = 0; n < Tile::kScoreCols; n += kPairs ? 2 : 1) {
           uint32_t bits[4];
-          ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride + offset_further(column_offset, chunk));
+          ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride() + offset_further(column_offset, chunk));
 #pragma unroll
-          for (int i = 0; i < 4; ++i) b[i / 2][n][i % 2].set(bits[i]);
+          for (int i = 0; i < 4; ++i) {
+            b[kPairs ? 0 : i / 2][n + (kPairs ? i / 2 : 0)][i % 2].set(bits[i]);
+          }
         }
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
           for (int f = 0; f < Tile::kFragments; ++f) {
             Operand<Tile> a[4];
             load_fragment(
-                a, row_tile + byte + f * 16 * row_stride + offset_further(row_offset, chunk + 2 * step));
+                a, row_tile + byte + f * 16 * row_stride() + offset_further(row_offset, chunk + 2 * step));
 #pragma unroll
             for (int n = 0; n < Tile::kScoreCols; ++n)
               multiply(sums[step % kChains][f][n], a, b[step][n][0], b[step][n][1]);
@@ -478,7 +523,7 @@ struct Engine {
   // loading ahead.
   template <int kParts>
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
-    if (Tile::kParts == 1 && row_stride == Tile::kMaxRowBytes) {
+    if (Tile::kParts == 1 && row_stride() == Tile::kMaxRowBytes) {
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) accumulate_part<true>(output, stage, part);
     } else {
@@ -497,10 +542,10 @@ struct Engine {
         const int row = (row_warp * Tile::kFragments + f) * 16 + lane % 16;
         load_fragment(a[f], weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);
       }
-      const unsigned char* tile = column_tile(stage) + step * Tile::kStepK * row_stride;
+      const unsigned char* tile = column_tile(stage) + step * Tile::kStepK * row_stride();
 #pragma unroll
       for (int n = 0; n < Tile::kOutputCols; n += 2) {
-        if (kFull || channel(n) * int(sizeof(T)) < row_stride) {
+        if (kFull || channel(n) * int(sizeof(T)) < row_stride()) {
           Operand<Tile> b[4];  // columns of this step by 16 channels: those of pieces n and n + 1
           load_columns(b, tile, n);
 #pragma unroll
@@ -519,14 +564,14 @@ struct Engine {
     const int own_chunk = col_warp * kChunksOf16, further = n / 2 * Tile::kColWarps * kChunksOf16;
     if constexpr (sizeof(T) == 2) {
       uint32_t bits[4];
-      const int offset = tile_offset(lane % 16, own_chunk + lane / 16, row_stride);
+      const int offset = tile_offset(lane % 16, own_chunk + lane / 16, row_stride());
       ldmatrix_x4_trans(bits, tile + offset_further(offset, further));
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[i].set(bits[i]);
     } else {  // ldmatrix transposes 16-bit elements only
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int offset = tile_offset(i % 2 * 4 + quad, own_chunk + group / 4, row_stride) + group % 4 * 4;
+        const int offset = tile_offset(i % 2 * 4 + quad, own_chunk + group / 4, row_stride()) + group % 4 * 4;
         b[i].set(*reinterpret_cast<const uint32_t*>(tile + offset_further(offset, further + i / 2 * 2)));
       }
     }
@@ -663,26 +708,24 @@ __device__ __forceinline__ void load_labels(int* labels, const Side& side, int64
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kernel(InfonceForwardParams p) {
   using T = typename Tile::T;
+  using Engine = pxc::cuda::Engine<Tile, 1>;
   SharedMemory memory;
   const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
-  const Engine<Tile> engine(memory, anchors, keys, int(blockIdx.x));
+  const Engine engine(memory, anchors, keys, int(blockIdx.x));
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
+  int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
   const float scale = kLog2E / p.temperature;
   const bool with_grad = p.negative_parts != nullptr;
+  if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
+    row_labels[threadIdx.x] = engine.label(anchors, engine.first_row + threadIdx.x);
+  }
 
-  int row_labels[Tile::kFragments][2];
-  typename Engine<Tile>::PerRow shift, sum;
-  each_row<Tile>([&](int f, int half) {
-    row_labels[f][half] = engine.label(anchors, engine.first_row + engine.local_row(f, half));
-    shift[f][half] = -INFINITY;
-    sum[f][half] = 0.f;
-  });
-  typename Engine<Tile>::Output output = {};
+  typename Engine::PerRow shift, sum = {};
+  each_row<Tile>([&](int f, int half) { shift[f][half] = -INFINITY; });
+  typename Engine::Output output = {};
 
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
-  const int num_tiles = int((keys.count + Tile::kBlockK - 1) / Tile::kBlockK);
-  Walk<Pass::kNegatives> walk(reinterpret_cast<const int2*>(p.label_ranges), num_tiles, int(blockIdx.y),
-                              int(gridDim.y), own, engine.lane);
+  Walk<Pass::kNegatives, Tile> walk(p.label_ranges, keys.count, own, engine.lane);
   bool visited = false;
   engine.run(
       walk,
@@ -691,13 +734,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
       },
       [&](int stage, bool mixed, int64_t) {
         visited = true;
-        typename Engine<Tile>::Scores scores;
+        typename Engine::Scores scores;
         engine.template multiply_rows<2>(scores, stage);
         if (mixed) {
-          each_score<Tile>([&](int n, int e) {
-            const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
-            each_row<Tile>([&](int f, int half) {
-              if (label < 0 || label == row_labels[f][half]) scores[f][n][2 * half + e] = -INFINITY;
+          each_row<Tile>([&](int f, int half) {
+            const int row_label = row_labels[engine.local_row(f, half)];
+            each_score<Tile>([&](int n, int e) {
+              const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
+              if (label < 0 || label == row_label) scores[f][n][2 * half + e] = -INFINITY;
             });
           });
         }
@@ -714,7 +758,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
         engine.sync_row_warps();  // the maxima of all column warps are there
 
         bool moved = false;
-        typename Engine<Tile>::PerRow rescale;
+        typename Engine::PerRow rescale;
         each_row<Tile>([&](int f, int half) {
           float highest = -INFINITY;
 #pragma unroll
@@ -833,9 +877,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
   typename Engine<Tile>::Output output = {};
 
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
-  const int num_tiles = int((keys.count + Tile::kBlockK - 1) / Tile::kBlockK);
-  Walk<Pass::kPositives> walk(reinterpret_cast<const int2*>(p.label_ranges), num_tiles, int(blockIdx.y),
-                              int(gridDim.y), own, engine.lane);
+  Walk<Pass::kPositives, Tile> walk(p.label_ranges, keys.count, own, engine.lane);
   bool visited = false;
   engine.run(
       walk,
@@ -966,24 +1008,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
   const Side keys = keys_of<T>(p), anchors = anchors_of<T>(p);
   const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x));
   float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
+  int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
   const float scale = kLog2E / p.temperature, peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys == nullptr;
 
-  int row_labels[Tile::kFragments][2];
+  if (int(threadIdx.x) < Tile::kBlockA) {
+    row_labels[threadIdx.x] = engine.label(keys, engine.first_row + threadIdx.x);
+  }
+  sync_block();  // the labels are there, also for a block that visits nothing
   float4 row_coefficients[Tile::kFragments][2];
   each_row<Tile>([&](int f, int half) {
     const int64_t row = engine.first_row + engine.local_row(f, half);
-    row_labels[f][half] = engine.label(keys, row);
     row_coefficients[f][half] =
         symmetric && row < keys.count ? all_coefficients[row] : make_float4(0.f, 0.f, 0.f, 0.f);
   });
   typename Engine<Tile>::Output output = {};
 
   const LabelRange own = range_of_labelled(keys, engine.first_row, Tile::kBlockA, engine.lane);
-  const int num_tiles = int((anchors.count + Tile::kBlockK - 1) / Tile::kBlockK);
-  Walk<Pass::kBackward> walk(reinterpret_cast<const int2*>(p.label_ranges), num_tiles, int(blockIdx.y),
-                             int(gridDim.y), own, engine.lane);
+  Walk<Pass::kBackward, Tile> walk(p.label_ranges, anchors.count, own, engine.lane);
   engine.run(
       walk,
       [&](int stage, int64_t first) {
@@ -1004,7 +1047,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
             float& score = scores[f][n][2 * half + e];
             const float4& mirror = row_coefficients[f][half];
             const float scaled = score * scale;
-            if (!mixed || label != row_labels[f][half]) {
+            if (!mixed || label != row_labels[engine.local_row(f, half)]) {
               score =
                   negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);
             } else {
@@ -1024,7 +1067,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
   const float unscale = 1.f / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
-        output[f][n][i] = row_labels[f][i / 2] < 0 ? 0.f : output[f][n][i] * unscale;
+        output[f][n][i] = row_labels[engine.local_row(f, i / 2)] < 0 ? 0.f : output[f][n][i] * unscale;
       });
   if (p.grad_parts == nullptr) {
     engine.write(output, p.grad, keys.order, p.grad_channels, p.grad_channels);

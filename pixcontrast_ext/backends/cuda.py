@@ -7,6 +7,7 @@ outside of the map) is treated as ignored by the kernels, never used as an index
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,13 +227,13 @@ def enqueue_write(
 
 
 @functools.cache
-def _slots(device: torch.device, shared_bytes: int) -> int:
-    """How many blocks of an InfoNCE kernel run at a time: one or two a multiprocessor, as shared memory allows."""
-    if device.type == "cpu":
-        return 8  # of the emulated device: enough for several splits of small problems
-    properties = torch.cuda.get_device_properties(device)
-    fit = properties.shared_memory_per_multiprocessor // (shared_bytes + 1024)  # a kilobyte is the system's
-    return int(properties.multi_processor_count * max(1, min(2, fit)))
+def _cut(device: torch.device, kernel: str, dtype: int, full_float32: bool, channels: int) -> tuple[Any, int]:
+    """The tile of an InfoNCE pass on a device, `infonce_forward` or `_backward`, and how many blocks run at a time."""
+    tile_of = getattr(native.cuda_kernels, f"{kernel}_tile")
+    if device.type == "cpu":  # emulated: enough for several splits of small problems
+        return tile_of(0, dtype, full_float32, channels), 8
+    tile = tile_of(device.index, dtype, full_float32, channels)
+    return tile, torch.cuda.get_device_properties(device).multi_processor_count * tile.resident
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -262,9 +263,10 @@ def infonce_forward(
     )
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
-    block_a, block_k, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
-    key_tiles = -(-num_keys // block_k)
-    splits = schedule.splits(-(-num_anchors // block_a), key_tiles, _slots(anchors.device, shared), block_k)
+    full_float32 = schedule.full_float32(anchors.dtype)
+    tile, slots = _cut(anchors.device, "infonce_forward", dtype, full_float32, anchors.shape[1])
+    row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
+    splits = schedule.splits(row_tiles, key_tiles, slots, tile.columns)
     bytes_of_row = anchors.shape[1] * anchors.element_size()
     part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
 
@@ -276,7 +278,7 @@ def infonce_forward(
         "infonce_forward",
         anchors.device,
         rows_dtype=dtype,
-        full_float32=schedule.full_float32(anchors.dtype),
+        full_float32=full_float32,
         channels=anchors.shape[1],
         temperature=temperature,
         exclude_self=exclude_self,
@@ -289,7 +291,7 @@ def infonce_forward(
         keys=None if in_batch else _aligned(keys if num_keys else anchors),  # a null pointer says "in batch"
         key_labels=None if in_batch else key_labels,
         num_keys=num_keys,
-        label_ranges=scratch(key_tiles, 2, dtype=torch.int32),
+        label_ranges=scratch(-(-num_keys // tile.piece), 2, dtype=torch.int32),
         shift_parts=scratch(splits, num_anchors),
         sum_parts=scratch(splits, num_anchors),
         shift=scratch(num_anchors),
@@ -324,10 +326,10 @@ def _infonce_backward(
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     anchors = _aligned(anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
-    # Rows are keys, columns anchors.
-    block_k, block_a, shared = native.cuda_kernels.infonce_tile(dtype, anchors.shape[1])
-    anchor_tiles = -(-num_anchors // block_a)
-    splits = schedule.splits(-(-num_rows // block_k), anchor_tiles, _slots(anchors.device, shared), block_a)
+    full_float32 = schedule.full_float32(anchors.dtype)
+    tile, slots = _cut(anchors.device, "infonce_backward", dtype, full_float32, anchors.shape[1])
+    anchor_tiles = -(-num_anchors // tile.columns)
+    splits = schedule.splits(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
     peak = None
     if anchors.dtype == torch.float16 and num_anchors:
         peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()
@@ -335,7 +337,7 @@ def _infonce_backward(
         "infonce_backward",
         anchors.device,
         rows_dtype=dtype,
-        full_float32=schedule.full_float32(anchors.dtype),
+        full_float32=full_float32,
         channels=anchors.shape[1],
         temperature=temperature,
         exclude_self=exclude_self,

@@ -55,7 +55,7 @@ namespace pxc::emulator {
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp, kMaxBarriers = 16;
-constexpr size_t kMaxShared = kMaxSharedBytes;
+constexpr size_t kMaxShared = 227 * 1024;  // of a block, on any device
 constexpr unsigned kMaxGridYZ = 65535;
 constexpr size_t kStackSize = 256 << 10;
 
@@ -687,6 +687,17 @@ void multiply_warp(Fiber* lanes) {
 
 }  // namespace
 
+size_t shared_of_multiprocessor() {
+  const char* text = std::getenv("PXC_EMULATOR_SHARED");
+  if (!text || !*text) return kMaxShared + 1024;
+  char* end;
+  const unsigned long kilobytes = std::strtoul(text, &end, 10);
+  if (*end || kilobytes < 100 || kilobytes > 228) {
+    throw std::runtime_error(std::string("PXC_EMULATOR_SHARED is 100 to 228, not ") + text);
+  }
+  return kilobytes * 1024;
+}
+
 void run(const char* name, dim3 grid, int threads, size_t shared, Body body, const void* arguments) {
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   if (blocks == 0) return;
@@ -697,8 +708,9 @@ void run(const char* name, dim3 grid, int threads, size_t shared, Body body, con
     refuse(name, "a grid of (%u, %u, %u) blocks is too large: y and z go to %u", grid.x, grid.y, grid.z,
            kMaxGridYZ);
   }
-  if (shared > kMaxShared)
-    refuse(name, "a block can have %zu bytes of shared memory, not %zu", kMaxShared, shared);
+  if (const size_t most = shared_of_multiprocessor() - 1024; shared > most) {
+    refuse(name, "a block can have %zu bytes of shared memory, not %zu", most, shared);
+  }
 
   const std::lock_guard<std::mutex> lock(one_launch);
   set_schedule();

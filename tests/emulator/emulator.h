@@ -22,6 +22,9 @@
 // PXC_EMULATOR_SCHEDULE sets the order in which threads and blocks come: "forward", "reverse" or a number,
 // the seed of a random one. A right kernel gives the same bits under all of them.
 //
+// PXC_EMULATOR_SHARED sets the shared memory of a multiprocessor, in KB: 100, as the smallest devices have,
+// to 228, the default; a block may have one less. What a kernel does may depend on it.
+//
 // PXC_EMULATOR_SUMS sets how mma rounds its sums: "nearest", after every product, or "truncated", once and
 // towards zero, as tensor cores do. Over a long walk that adds up.
 #pragma once
@@ -101,6 +104,7 @@ using Body = void (*)(const void* arguments);
 
 void run(const char* name, dim3 grid, int threads, size_t shared, Body body, const void* arguments);
 void* take(int index, size_t bytes, Site site);  // the block's array number `index`
+size_t shared_of_multiprocessor();
 
 void block_barrier(Site site);
 void group_barrier(int id, int threads, Site site);
@@ -181,6 +185,12 @@ T value_of(uint64_t bits) {
 // --- launching ---
 
 inline std::string runtime_problem() { return {}; }
+inline size_t shared_of_multiprocessor(int) { return emulator::shared_of_multiprocessor(); }
+
+template <class... Parameters>
+int resident_blocks(int, const char*, void (*)(Parameters...), int, size_t shared) {
+  return int(emulator::shared_of_multiprocessor() / (shared + 1024));
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch&, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,

@@ -98,8 +98,8 @@ MUTANTS = [
     Mutant(
         "one tile too many",
         "infonce.cuh",
-        "if (tile < num_tiles_) range =",
-        "if (tile <= num_tiles_) range =",
+        "if (piece >= num_ranges_) return",
+        "if (piece > num_ranges_) return",
     ),
     Mutant(
         "one split too many",
@@ -128,8 +128,8 @@ MUTANTS = [
     Mutant(
         "keys without a label are negatives",
         "infonce.cuh",
-        "if (label < 0 || label == row_labels[f][half])",
-        "if (label == row_labels[f][half])",
+        "if (label < 0 || label == row_label)",
+        "if (label == row_label)",
     ),
     Mutant(
         "self excluded by the sorted place",
