@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,7 +81,6 @@ class Code:
     mma: int
     cp_async: int
     cvt_rna: int
-    seconds: float
 
 
 def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Job:
@@ -229,11 +227,9 @@ def compile_job(job: Job) -> Code:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible},
     )
     options = dict(num_warps=job.num_warps, num_stages=job.num_stages, enable_fp_fusion=True)
-    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
-    seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -248,12 +244,11 @@ def compile_job(job: Job) -> Code:
         ptx.count("mma.sync"),
         len(re.findall(r"cp\.async\.c[ag]", ptx)),
         ptx.count("cvt.rna.tf32"),
-        seconds,
     )
 
 
 def compile_all(jobs: list[Job], workers: int = 2) -> dict[Job, Code]:
-    """In processes of their own and with an empty cache, so that the seconds are those of a compilation."""
+    """In processes of their own and with an empty cache, so that nothing stale is read."""
     with tempfile.TemporaryDirectory() as cache:
         before = os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = cache
