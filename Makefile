@@ -11,10 +11,12 @@ OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss regressions backends
+SHARE         ?= 4
+WIDTHS        ?= 256 512
 OLDEST_SUBSET := any_input or agree or gradient or round or code or behind
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-triton test-trainers test-oldest mutants lint bench gpu clean
+.PHONY: help demo test test-rest test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -22,18 +24,28 @@ help:  ## this list
 demo: $(BUILT)  ## train a small model with and without the loss, and draw the result
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
-# Side by side: the backends of the package, and those of Triton's interpreter, with the newest and the oldest Triton.
+# Two parts at a time: Triton's interpreter, with the newest and the oldest Triton, takes longest. Of the combinations that
+# a test has there a quarter is run, of the widths that the kernels are compiled for one or two; SHARE=1 WIDTHS= runs all.
 # Waiting threads give their core away (OMP_WAIT_POLICY).
-test: $(BUILT) $(OLDEST_TRITON)  ## the whole test suite
-	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target test-rest test-triton
+test: $(BUILT) $(OLDEST_TRITON)  ## the test suite; with SHARE=1 WIDTHS= the whole of it (an hour on two cores)
+	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
+	    test-triton test-rest test-training test-oldest-triton
 
 test-rest:
-	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests
+	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer
+
+test-training:
+	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
+test-triton test-oldest-triton: export PIXCONTRAST_TEST_BACKENDS = triton
+test-triton test-oldest-triton: export PIXCONTRAST_TEST_SHARE = $(SHARE)
+
 test-triton:
-	PIXCONTRAST_TEST_BACKENDS=triton $(BIN)/python -m pytest tests -k triton
-	PIXCONTRAST_TEST_BACKENDS=triton PIXCONTRAST_TEST_WIDTHS=256 PYTHONPATH=$(OLDEST_TRITON) \
+	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest tests -k triton
+
+test-oldest-triton:
+	PIXCONTRAST_TEST_WIDTHS="$(firstword $(WIDTHS))" PYTHONPATH=$(OLDEST_TRITON) \
 	    $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))"
 
 # An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no
@@ -75,13 +87,13 @@ clean:  ## remove the environment and everything built
 
 # torchvision asks for exactly the torch that the constraints name, so it cannot bring another one along.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,bench,dev,models]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[train,bench,dev,models]"
 	touch $@
 
 # The oldest Triton that is supported, and a numpy that its interpreter takes.
 $(OLDEST_TRITON): $(INSTALLED)
 	rm -rf $@
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0 numpy==2.3.5
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $@ triton==3.6.0 numpy==2.3.5
 	touch $@
 
 $(TRAINERS)/.installed: constraints-trainers.txt | $(TRAINERS)/bin/python

@@ -262,7 +262,7 @@ PYBIND11_MODULE(_C, m) {
   def<cuda::WriteParams>(gpu, "write", cuda::write);
   def<cuda::InfonceForwardParams>(gpu, "infonce_forward", cuda::infonce_forward);
   def<cuda::InfonceBackwardParams>(gpu, "infonce_backward", cuda::infonce_backward);
-  py::class_<cuda::InfonceTile>(gpu, "InfonceTile")
+  py::class_<cuda::InfonceTile>(gpu, "InfonceTile", py::module_local())
       .def_readonly("rows", &cuda::InfonceTile::rows)
       .def_readonly("columns", &cuda::InfonceTile::columns)
       .def_readonly("piece", &cuda::InfonceTile::piece)

@@ -3,16 +3,20 @@ carelessly.
 
 The backends for a GPU take CPU tensors: the kernels of `cuda` run in the emulator, those of `triton` in Triton's
 interpreter, or, with PIXCONTRAST_TEST_CUDA=device, both on a GPU that gets copies of the tensors.
-PIXCONTRAST_TEST_BACKENDS names those to test; a comma between two.
+PIXCONTRAST_TEST_BACKENDS names those to test; a comma between two. PIXCONTRAST_TEST_SHARE=4 runs a quarter of the
+combinations of each test, where all take too long.
 """
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Iterator
 
 ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
 BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
 EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of emulator/build.py
+SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
 GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
 if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
@@ -40,18 +44,33 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.settings.load_profile("interpreter")
 
 
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def outside_of_the_share(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """All but one in SHARE of the combinations of each test and backend, whose names draw them: the same every time."""
+    groups: dict[tuple[str, object], list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault((item.nodeid.partition("[")[0], parameters(item).get("backend")), []).append(item)
+    for group in groups.values():
+        drawn = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        yield from drawn[-(-len(group) // SHARE) :]
+
+
+@pytest.hookimpl(trylast=True)  # of those that -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The kernels for a GPU have no instruction set of the processor to go through."""
     sets = native._C.instruction_sets() if native._C else []
-    redundant = [
+    left_out = {
         item
         for item in items
-        if (params := getattr(getattr(item, "callspec", None), "params", {})).get("backend")
-        in ("cuda", "triton")
-        and params.get("instruction_set") in sets[1:]
-    ]
-    config.hook.pytest_deselected(items=redundant)
-    items[:] = [item for item in items if item not in redundant]
+        if parameters(item).get("backend") in ("cuda", "triton")
+        and parameters(item).get("instruction_set") in sets[1:]
+    }
+    left_out |= set(outside_of_the_share([item for item in items if item not in left_out]))
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,6 +87,12 @@ def cuda_on_cpu_tensors() -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "triton" or ON_DEVICE])
+def quick_backend(request: pytest.FixtureRequest) -> str:
+    """For what a loss or a bank does whatever the backend: an interpreted step takes seconds."""
     return request.param
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import conftest
 import pixcontrast_ext
 from pixcontrast_ext import available_backends, backends, infonce, use_backend
 from pixcontrast_ext.backends import native, schedule
@@ -386,3 +388,22 @@ def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
                 assert -(-column_tiles // splits) * columns_of_tile <= 65_536
                 assert 1 <= splits <= column_tiles and splits <= 1024
     assert schedule.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before
+
+
+def test_a_share_of_the_combinations_has_some_of_every_test_and_backend(monkeypatch):
+    monkeypatch.setattr(conftest, "SHARE", 4)
+
+    def item(name, backend, number):
+        params = {"backend": backend}
+        return types.SimpleNamespace(
+            nodeid=f"{name}[{backend}-{number}]", callspec=types.SimpleNamespace(params=params)
+        )
+
+    sizes = {("a", "cpu"): 1, ("a", "cuda"): 9, ("b", "cpu"): 40}
+    items = [item(*key, number) for key, size in sizes.items() for number in range(size)]
+    left_out = list(conftest.outside_of_the_share(items))
+    assert left_out == list(conftest.outside_of_the_share(items))  # the same every time
+    kept = collections.Counter(each.nodeid.rpartition("-")[0] for each in items if each not in left_out)
+    assert kept == {"a[cpu": 1, "a[cuda": 3, "b[cpu": 10}
+    monkeypatch.setattr(conftest, "SHARE", 1)
+    assert list(conftest.outside_of_the_share(items)) == []

@@ -288,12 +288,12 @@ def test_pixels_are_drawn_from_the_whole_class(backend):
     """Over many draws every pixel of a class gets its turn, and none of another class does."""
     embeddings = torch.eye(16).view(1, 16, 4, 4)
     labels = (torch.arange(16) % 2).view(1, 4, 4)
-    bank, _ = make(2, 16, 0, 400, 2)
-    for _ in range(200):
+    bank, _ = make(2, 16, 0, 200, 2)
+    for _ in range(100):
         bank.enqueue(embeddings, labels, backend=backend)
     for c in range(2):
         turns = bank.keys[c].sum(0)
-        assert (turns[1 - c :: 2] == 0).all() and (turns[c::2] > 20).all() and turns.sum() == 400
+        assert (turns[1 - c :: 2] == 0).all() and (turns[c::2] > 8).all() and turns.sum() == 200
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])

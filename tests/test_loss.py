@@ -109,9 +109,9 @@ def test_base_temperature_scales(backend):
     torch.testing.assert_close(losses[1], 4 * losses[0])
 
 
-def test_enqueues_after_the_loss_and_in_training_only(backend):
+def test_enqueues_after_the_loss_and_in_training_only(quick_backend):
     embeddings, labels, logits = batch()
-    criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(), backend=backend)
+    criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(), backend=quick_backend)
     assert (
         criterion(embeddings, labels, logits) == 0
     )  # an empty bank: the batch is not contrasted with itself
@@ -362,15 +362,17 @@ def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(backend):
     assert criterion.step == 2
 
 
-def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(backend):
+def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(quick_backend):
     embeddings, labels, logits = batch()
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
     criterion = PixelContrastCrossEntropyLoss(
-        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend
+        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=quick_backend
     )
     criterion(logits, embeddings, labels)
     torch.testing.assert_close(criterion.eval()(logits, embeddings, labels), entropy)  # validated as trained
-    resumed = PixelContrastCrossEntropyLoss(4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend)
+    resumed = PixelContrastCrossEntropyLoss(
+        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=quick_backend
+    )
     resumed.load_state_dict(criterion.state_dict())
     copied = copy.deepcopy(criterion).train()
     pickled = pickle.loads(pickle.dumps(criterion)).train()
@@ -521,10 +523,10 @@ def test_what_is_left_out_gives_a_gradient_of_zero_and_lets_no_nan_through(backe
         assert loss == 0 and (gradient == 0).all()
 
 
-def test_weight_and_warm_up_serve_any_segmentation_loss(backend):
+def test_weight_and_warm_up_serve_any_segmentation_loss(quick_backend):
     embeddings, labels, logits = batch()
-    plain = PixelContrastLoss(4, min_pixels=1, backend=backend)
-    criterion = PixelContrastLoss(4, weight=0.25, warmup_steps=2, min_pixels=1, backend=backend)
+    plain = PixelContrastLoss(4, min_pixels=1, backend=quick_backend)
+    criterion = PixelContrastLoss(4, weight=0.25, warmup_steps=2, min_pixels=1, backend=quick_backend)
     found = []
     for _ in range(4):
         torch.manual_seed(5)
@@ -536,10 +538,10 @@ def test_weight_and_warm_up_serve_any_segmentation_loss(backend):
     assert criterion(embeddings, labels, logits).item() == pytest.approx(2 * found[-1])
 
 
-def test_parts_add_up_and_are_detached(backend):
+def test_parts_add_up_and_are_detached(quick_backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastCrossEntropyLoss(
-        4, weight=0.3, warmup_steps=1, min_pixels=1, max_views=3, bank=bank_of(), backend=backend
+        4, weight=0.3, warmup_steps=1, min_pixels=1, max_views=3, bank=bank_of(), backend=quick_backend
     )
     for step in range(2):
         loss, parts = criterion(logits, embeddings, labels, return_parts=True)
@@ -557,11 +559,11 @@ def test_parts_add_up_and_are_detached(backend):
     }
 
 
-def test_validation_without_gradients_changes_nothing(backend):
+def test_validation_without_gradients_changes_nothing(quick_backend):
     """Whether or not somebody calls eval(): a loss function has no mode in most trainers' mind."""
     embeddings, labels, logits = batch()
     criterion = PixelContrastCrossEntropyLoss(
-        4, warmup_steps=5, min_pixels=1, bank=bank_of(), backend=backend
+        4, warmup_steps=5, min_pixels=1, bank=bank_of(), backend=quick_backend
     )
     criterion(logits, embeddings, labels)
     before = copy.deepcopy(criterion.state_dict())
@@ -586,13 +588,13 @@ def test_warm_up_counts_calls_that_train():
     assert criterion.step == 3
 
 
-def test_a_generator_of_its_own_leaves_torchs_alone(backend):
+def test_a_generator_of_its_own_leaves_torchs_alone(quick_backend):
     embeddings, labels, logits = batch()
 
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
         criterion = PixelContrastLoss(
-            4, min_pixels=1, max_views=3, bank=bank_of(), generator=generator, backend=backend
+            4, min_pixels=1, max_views=3, bank=bank_of(), generator=generator, backend=quick_backend
         )
         before = torch.get_rng_state()
         losses = [criterion(embeddings, labels, logits) for _ in range(3)]
@@ -608,11 +610,13 @@ def test_a_generator_of_its_own_leaves_torchs_alone(backend):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_is_right_or_refused(backend, reentrant):
+def test_activation_checkpointing_is_right_or_refused(quick_backend, reentrant):
     from torch.utils.checkpoint import checkpoint
 
     embeddings, labels, logits = batch()
-    plain, recomputed = (PixelContrastLoss(4, min_pixels=1, max_views=3, backend=backend) for _ in range(2))
+    plain, recomputed = (
+        PixelContrastLoss(4, min_pixels=1, max_views=3, backend=quick_backend) for _ in range(2)
+    )
     gradients = []
     for call in (plain, lambda *maps: checkpoint(recomputed, *maps, use_reentrant=reentrant)):
         torch.manual_seed(3)
@@ -621,7 +625,7 @@ def test_activation_checkpointing_is_right_or_refused(backend, reentrant):
         gradients.append(embeddings.grad)
     assert torch.equal(*gradients) and gradients[0].any()
     for settings in (dict(bank=bank_of()), dict(generator=torch.Generator()), dict(warmup_steps=1)):
-        criterion = PixelContrastLoss(4, min_pixels=1, backend=backend, **settings)
+        criterion = PixelContrastLoss(4, min_pixels=1, backend=quick_backend, **settings)
         criterion(embeddings, labels, logits)
         loss = checkpoint(criterion, embeddings, labels, logits, use_reentrant=reentrant)
         with pytest.raises(RuntimeError, match="recomputed within a backward.*Keep the loss outside"):
@@ -635,12 +639,12 @@ def few_batches(monkeypatch):
     monkeypatch.setattr(watch, "OCCURS", 3)
 
 
-def test_a_class_that_never_yields_an_anchor_is_named_once(backend, few_batches):
+def test_a_class_that_never_yields_an_anchor_is_named_once(quick_backend, few_batches):
     embeddings = torch.randn(2, 5, 8, 8, requires_grad=True)
     labels = torch.zeros(2, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
     labels[0, 0, :3] = 2  # three pixels in every batch
-    criterion = PixelContrastLoss(4, min_pixels=4, warmup_steps=99, backend=backend)
+    criterion = PixelContrastLoss(4, min_pixels=4, warmup_steps=99, backend=quick_backend)
     with torch.inference_mode():  # validation is not looked at
         for _ in range(5):
             criterion(embeddings, labels, labels)
@@ -652,9 +656,9 @@ def test_a_class_that_never_yields_an_anchor_is_named_once(backend, few_batches)
     assert "at least min_pixels=4 pixels in an image, at the embeddings' size of 8 x 8" in message
 
 
-def test_a_class_that_yields_anchors_is_not_named(backend, few_batches):
+def test_a_class_that_yields_anchors_is_not_named(quick_backend, few_batches):
     embeddings, labels, logits = batch()
-    criterion = PixelContrastLoss(4, min_pixels=1, backend=backend)
+    criterion = PixelContrastLoss(4, min_pixels=1, backend=quick_backend)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for step in range(6):

@@ -1008,21 +1008,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
   const Side keys = keys_of<T>(p), anchors = anchors_of<T>(p);
   const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x));
   float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
-  int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
+  float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
   const float scale = kLog2E / p.temperature, peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys == nullptr;
 
   if (int(threadIdx.x) < Tile::kBlockA) {
-    row_labels[threadIdx.x] = engine.label(keys, engine.first_row + threadIdx.x);
+    const int64_t row = engine.first_row + threadIdx.x;
+    own_coefficients[threadIdx.x] =
+        symmetric && row < keys.count
+            ? all_coefficients[row]
+            : make_float4(0.f, 0.f, 0.f, bits_float(uint32_t(engine.label(keys, row))));
   }
-  sync_block();  // the labels are there, also for a block that visits nothing
-  float4 row_coefficients[Tile::kFragments][2];
-  each_row<Tile>([&](int f, int half) {
-    const int64_t row = engine.first_row + engine.local_row(f, half);
-    row_coefficients[f][half] =
-        symmetric && row < keys.count ? all_coefficients[row] : make_float4(0.f, 0.f, 0.f, 0.f);
-  });
+  sync_block();  // they are there, also for a block that visits nothing
   typename Engine<Tile>::Output output = {};
 
   const LabelRange own = range_of_labelled(keys, engine.first_row, Tile::kBlockA, engine.lane);
@@ -1045,9 +1043,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
           const int label = place < anchors.count ? int(float_bits(anchor.w)) : -1;
           each_row<Tile>([&](int f, int half) {
             float& score = scores[f][n][2 * half + e];
-            const float4& mirror = row_coefficients[f][half];
+            const float4 mirror = own_coefficients[engine.local_row(f, half)];  // registers are short here
             const float scaled = score * scale;
-            if (!mixed || label != row_labels[engine.local_row(f, half)]) {
+            if (!mixed || label != int(float_bits(mirror.w))) {
               score =
                   negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);
             } else {
@@ -1067,7 +1065,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
   const float unscale = 1.f / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
-        output[f][n][i] = row_labels[engine.local_row(f, i / 2)] < 0 ? 0.f : output[f][n][i] * unscale;
+        const int own_label = int(float_bits(own_coefficients[engine.local_row(f, i / 2)].w));
+        output[f][n][i] = own_label < 0 ? 0.f : output[f][n][i] * unscale;
       });
   if (p.grad_parts == nullptr) {
     engine.write(output, p.grad, keys.order, p.grad_channels, p.grad_channels);
