@@ -447,11 +447,24 @@ def test_misuse_is_an_error(plain, monkeypatch, fault, message):
         ((1, 1, 1), 32, 101377, "a block can have 101376 bytes of shared memory, not 101377"),
     ],
 )
-def test_refused_launches(plain, grid, threads, shared, message):
+def test_refused_launches(plain, monkeypatch, grid, threads, shared, message):
+    monkeypatch.setenv("PXC_EMULATOR_SHARED", "100")
     counter, found = np.zeros(1, np.int32), np.zeros(1, np.int32)
     with pytest.raises(RuntimeError, match=f"^launch: .*{message}"):
         plain.run("launch", counter, found, numbers=(*grid, threads, shared))
     assert counter[0] == 0
+
+
+def test_a_device_has_the_shared_memory_that_is_asked_for(plain, monkeypatch):
+    counter, found = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    plain.run("launch", counter, found, numbers=(1, 1, 1, 32, 227 * 1024))
+    assert counter[0] == 32
+    with pytest.raises(RuntimeError, match="a block can have 232448 bytes"):
+        plain.run("launch", counter, found, numbers=(1, 1, 1, 32, 227 * 1024 + 1))
+    for wrong in ("99", "229", "much"):
+        monkeypatch.setenv("PXC_EMULATOR_SHARED", wrong)
+        with pytest.raises(RuntimeError, match=f"PXC_EMULATOR_SHARED is 100 to 228, not {wrong}"):
+            plain.run("launch", counter, found, numbers=(1, 1, 1, 32, 0))
 
 
 def test_an_empty_grid_is_no_launch(plain):

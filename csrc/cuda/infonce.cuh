@@ -864,12 +864,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
   if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
     const int64_t row = engine.first_row + threadIdx.x;
     const int label = engine.label(anchors, row);
-    const bool excludes = p.exclude_self && label >= 0;
-    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label,
-                             !excludes           ? -1
-                             : p.keys == nullptr ? int(row)
-                                                 : p.order[row],
-                             row < anchors.count ? combined_lse(p, row, Tile::kWeightBias) : 0.f};
+    int excluded = -1;
+    if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
+    const float neg_lse = row < anchors.count ? combined_lse(p, row, Tile::kWeightBias) : 0.f;
+    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse};
   }
 
   typename Engine<Tile>::PerRow loss = {}, pos_weight = {};

@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant(
         "self excluded by the sorted place",
         "infonce.cuh",
-        "(p.keys == nullptr ? row : p.order[row]);",
-        "row;",
+        "excluded = p.keys == nullptr ? int(row) : p.order[row];",
+        "excluded = int(row);",
     ),
     Mutant(
         "fragment's second half a row below",

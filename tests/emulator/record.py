@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import cuda, native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,6 +35,7 @@ class Recorder:
     def __call__(self, kernel: str, device: torch.device, **fields: Any) -> None:
         storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
         call: dict[str, Any] = {"kernel": kernel, "scalars": {}, "pointers": {}}
+        call["shared"] = os.environ.get("PXC_EMULATOR_SHARED", "")
         for name, value in fields.items():
             if not isinstance(value, Tensor):
                 call["scalars"][name] = 0 if value is None else value
@@ -157,6 +159,23 @@ def _infonce(precision: str) -> None:
         loss.backward(torch.randn_like(loss))
 
 
+def _infonce_of_usual_widths() -> None:
+    """Those that have tiles of their own, on a large and a small device. Tiles of keys are of one class, of two, lack
+    labels, or end behind the last.
+    """
+    widths = ((64, "228"), (128, "228"), (256, "228"), (256, "100"), (512, "228"))
+    for dtype, (channels, shared) in itertools.product((torch.float16, torch.bfloat16), widths):
+        os.environ["PXC_EMULATOR_SHARED"] = shared
+        cuda._cut.cache_clear()
+        anchor_rows, anchor_labels = _rows(40, channels, 3, dtype)
+        key_rows, key_labels = _rows(230, channels, 3, dtype)
+        key_rows, key_labels = key_rows.nan_to_num(), torch.where(key_labels < 0, 0, key_labels).sort().values
+        key_labels[70:75] = -1
+        anchor_rows.requires_grad_()
+        infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda")
+    cuda._cut.cache_clear()
+
+
 def record(path: Path) -> int:
     """Solves the problems on the CUDA backend, whose kernels take CPU tensors; returns the number of calls."""
     torch.manual_seed(20210118)
@@ -174,6 +193,8 @@ def record(path: Path) -> int:
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
                 _infonce(precision)
+            patch.setenv("PXC_EMULATOR_SHARED", "228")
+            _infonce_of_usual_widths()
     finally:
         torch.set_float32_matmul_precision(before)
         torch.use_deterministic_algorithms(False)

@@ -56,6 +56,7 @@ def main(folder: Path, recording: Path, schedules: tuple[str, ...] = SCHEDULES) 
         os.environ["PXC_EMULATOR_SCHEDULE"] = schedule
         for index, call in enumerate(calls):
             where = f"call {index}, {call['kernel']}({call['scalars']}), schedule {schedule}"
+            os.environ["PXC_EMULATOR_SHARED"] = call["shared"]
             print(where, file=sys.stderr, flush=True)  # what a sanitizer's report is about
             try:
                 differing = replay(kernels, call, arrays, index)
