@@ -27,7 +27,7 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 # Two parts at a time: Triton's interpreter, with the newest and the oldest Triton, takes longest. Of the combinations that
 # a test has there a quarter is run, of the widths that the kernels are compiled for one or two; SHARE=1 WIDTHS= runs all.
 # Waiting threads give their core away (OMP_WAIT_POLICY).
-test: $(BUILT) $(OLDEST_TRITON)  ## the test suite; with SHARE=1 WIDTHS= the whole of it (an hour on two cores)
+test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
 	    test-triton test-rest test-training test-oldest-triton
 

@@ -456,7 +456,7 @@ def test_refused_launches(plain, monkeypatch, grid, threads, shared, message):
 
 
 def test_a_device_has_the_shared_memory_that_is_asked_for(plain, monkeypatch):
-    counter, found = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    counter, found = np.zeros(1, np.int32), np.zeros(32, np.int32)
     plain.run("launch", counter, found, numbers=(1, 1, 1, 32, 227 * 1024))
     assert counter[0] == 32
     with pytest.raises(RuntimeError, match="a block can have 232448 bytes"):
