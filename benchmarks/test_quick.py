@@ -14,7 +14,7 @@ from .harness import Case, Method, Unavailable
 
 SHAPES = {
     "infonce": {
-        "A256-K9500-D256-C19": ("fp32", "bf16"),
+        "A256-K1900-D256-C19": ("fp32", "bf16"),
         "A256-D64-C5": ("fp32",),
         "A32-K380-D64-C19": ("fp32",),
     },

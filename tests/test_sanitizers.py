@@ -35,8 +35,12 @@ def test_an_overrun_is_reported(backend):
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "gather" in done.stderr
 
 
-def check(backend: str, *arguments: str) -> None:
-    options = dict(PIXCONTRAST_TEST_BACKENDS=backend, PIXCONTRAST_TEST_EMULATOR="address")
+def check(backend: str, *arguments: str, share: int = 1) -> None:
+    options = dict(
+        PIXCONTRAST_TEST_BACKENDS=backend,
+        PIXCONTRAST_TEST_EMULATOR="address",
+        PIXCONTRAST_TEST_SHARE=str(share),
+    )
     done = sanitize.run(
         "address", "sanitized", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **options
     )
@@ -45,11 +49,11 @@ def check(backend: str, *arguments: str) -> None:
 
 @pytest.mark.parametrize("backend", SANITIZED)
 def test_any_arguments(backend):
-    """All but what never gets to a kernel."""
+    """Every other one, but what never gets to a kernel."""
     wanted = "(test_ops or opcheck) and not strangers"
     if backend == "cuda":
         wanted += " and not instruction_set"
-    check(backend, "tests/test_ops.py", "tests/test_compile.py", "-k", wanted)
+    check(backend, "tests/test_ops.py", "tests/test_compile.py", "-k", wanted, share=2)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cpu out")

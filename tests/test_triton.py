@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import gpu_small
-from conftest import BACKENDS, ON_DEVICE
+from conftest import BACKENDS
 from pixcontrast_ext import MemoryBank, backends, gather_embeddings, hard_anchor_sampling, infonce
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import infonce as infonce_kernels
@@ -191,11 +190,6 @@ def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, ch
     bar = 1e-3 if arithmetic == "tf32" else bars[dtype]
     for ours, exact in zip(found, expected, strict=True):
         assert (ours.double() - exact).norm() <= bar * exact.norm()
-
-
-@pytest.mark.skipif(ON_DEVICE, reason="the whole suite runs on the device already")
-def test_what_runs_under_sanitizers_runs_here():
-    gpu_small.main("triton", "cpu")
 
 
 def test_tiny_pixels_have_a_direction(gpu_backend):

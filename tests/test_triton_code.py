@@ -53,7 +53,9 @@ def walks(kernels):
 
 def test_nothing_spills(found):
     """Triton 3.6 keeps a value or two of collect_regions in local memory, at far fewer registers than there are."""
-    assert len(walks(found["kernels"])) >= 40
+    assert (
+        len(walks(found["kernels"])) >= 24
+    )  # 3 passes, 4 kinds of arithmetic, 2 architectures, for each width
     oldest = triton.__version__.startswith("3.6.")
     spills = [k for k in found["kernels"] if k["stack"]]
     assert [
