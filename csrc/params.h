@@ -277,8 +277,9 @@ struct WriteParams : Launch {
   int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
 };
 
-// InfoNCE takes rows of 16-byte units, 16-byte aligned: Python pads others with zero channels. Anchors are
-// visited in the order of their class; [splits, ...] are the partial results of that many shares of the walk.
+// InfoNCE takes rows of 16-byte units, 16-byte aligned, or of 4-byte units, 4-byte aligned: Python pads
+// others with zero channels. Anchors are visited in the order of their class; [splits, ...] are the partial
+// results of that many shares of the walk.
 
 struct InfonceRows {
   int32_t rows_dtype;    // DType
@@ -301,8 +302,6 @@ struct InfonceForwardParams : Launch, InfonceRows {
   int32_t* label_ranges;     // [key tiles, 2] scratch: smallest and largest label
   float* shift_parts;        // [splits, A] scratch
   float* sum_parts;          // [splits, A] scratch: of exp2(score - shift)
-  float* shift;              // [A] scratch: those combined
-  float* sum;                // [A] scratch
   float* negative_parts;     // [splits, A, part_channels] scratch: O of pass 1; null without gradient
   float* loss_parts;         // [splits, A] scratch: sum of eq. (2)
   float* pos_weight_parts;   // [splits, A] scratch: of sigma

@@ -17,7 +17,7 @@ import torch
 import conftest
 import pixcontrast_ext
 from pixcontrast_ext import available_backends, backends, infonce, use_backend
-from pixcontrast_ext.backends import native, schedule
+from pixcontrast_ext.backends import cuda, native, schedule
 from pixcontrast_ext.info import report
 
 ROWS, LABELS = torch.randn(6, 4), torch.arange(6) % 2
@@ -407,3 +407,17 @@ def test_a_share_of_the_combinations_has_some_of_every_test_and_backend(monkeypa
     assert kept == {"a[cpu": 1, "a[cuda": 3, "b[cpu": 10}
     monkeypatch.setattr(conftest, "SHARE", 1)
     assert list(conftest.outside_of_the_share(items)) == []
+
+
+def test_a_driver_that_is_too_old_is_named_with_what_to_do(monkeypatch):
+    problem = "cudaErrorInsufficientDriver, CUDA driver version is insufficient for CUDA runtime version"
+    kernels = types.SimpleNamespace(runtime_problem=lambda: problem)
+    monkeypatch.setattr(native, "cuda_kernels", kernels)
+    for compiler, message in {
+        "g++ 12, nvcc 13.0": "nvcc 13.0) needs driver 580 or later: update it, or build with CUDA 12, which needs 525",
+        "g++ 12, nvcc 12.8": "nvcc 12.8) needs driver 525 or later: update it",
+    }.items():
+        monkeypatch.setattr(native, "_C", types.SimpleNamespace(compiler=compiler))
+        assert cuda._unsupported_device.__wrapped__(0) == f"the module's CUDA runtime ({message}"
+    kernels.runtime_problem = lambda: "cudaErrorNoDevice, none"
+    assert "does not start: cudaErrorNoDevice" in cuda._unsupported_device.__wrapped__(0)

@@ -1,4 +1,5 @@
 // Launchers of the InfoNCE kernels: which tile serves which rows, and the order of the launches.
+#include <algorithm>
 #include <string>
 
 #include "cuda.h"
@@ -51,20 +52,22 @@ auto with_math(int32_t dtype, bool full_float32, Visit visit) {
   }
 }
 
+// Row tiles of pass 2 begin anew with every class: so many more than the anchors fill are launched for that.
+constexpr int64_t kMoreClasses = 15;
+
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-template <class Params>
-void order_anchors(const Params& p) {
-  launch(p, "infonce_order_kernel", infonce_order_kernel<Params>,
-         dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads))), kOrderThreads,
+// Sorts the anchors, and finds the ranges of the columns' labels: of keys at once, of sorted anchors after.
+template <int kPiece, class Params>
+void order_anchors(const Params& p, bool columns_are_keys) {
+  const int64_t ranges_of_keys = columns_are_keys ? blocks_of(p.num_keys, kOrderThreads) : 0;
+  launch(p, "infonce_order_kernel", infonce_order_kernel<Params, kPiece>,
+         dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads) + ranges_of_keys)), kOrderThreads,
          shared_bytes<int>(kOrderThreads), p);
-}
-
-template <int kBlockK>
-void find_ranges(const Launch& on, const int32_t* labels, int64_t count, int32_t* ranges) {
-  launch(on, "infonce_label_ranges_kernel", infonce_label_ranges_kernel<kBlockK>,
-         dim3(unsigned(blocks_of(count, kOrderThreads))), kOrderThreads, 0, labels, count,
-         reinterpret_cast<int2*>(ranges));
+  if (columns_are_keys) return;
+  launch(p, "infonce_label_ranges_kernel", infonce_label_ranges_kernel<kPiece>,
+         dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads))), kOrderThreads, 0, p.sorted_labels,
+         p.num_anchors, p.label_ranges);
 }
 
 template <class Tile>
@@ -99,28 +102,23 @@ InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, 
 }
 
 void infonce_forward(const InfonceForwardParams& p) {
-  const bool in_batch = p.keys == nullptr;
-  const int64_t num_keys = in_batch ? p.num_anchors : p.num_keys;
-  order_anchors(p);
+  if (p.num_anchors == 0) return;
   with_math(p.rows_dtype, p.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    with_channels<Math>(p.channels, [&](auto use) {
-      find_ranges<decltype(use)::type::kBlockK>(p, in_batch ? p.sorted_labels : p.key_labels, num_keys,
-                                                p.label_ranges);
-    });
+    with_channels<Math>(
+        p.channels, [&](auto use) { order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr); });
     with_negatives_tile<Math>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels, 1), p);
     });
-    launch(p, "infonce_fwd_combine_kernel", infonce_fwd_combine_kernel,
-           dim3(unsigned(blocks_of(p.num_anchors, kCombineThreads / kWarp))), kCombineThreads, 0, p);
     with_channels<Math>(p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
+      // How many classes there are is known to the device alone: where they are more, blocks take several.
+      const int64_t tiles = std::min(p.num_anchors, blocks_of(p.num_anchors, Tile::kBlockA) + kMoreClasses);
       launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>,
-             dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels), p);
+             dim3(unsigned(tiles), unsigned(p.splits)), Tile::kThreads, shared_bytes_of<Tile>(p.channels), p);
     });
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
            kFinishThreads, shared_bytes<float2>(size_t(p.splits)), p, Math::kWeightBias);
@@ -129,11 +127,10 @@ void infonce_forward(const InfonceForwardParams& p) {
 
 void infonce_backward(const InfonceBackwardParams& p) {
   const int64_t num_rows = p.keys == nullptr ? p.num_anchors : p.num_keys;
-  order_anchors(p);
   with_math(p.rows_dtype, p.full_float32, [&](auto math) {
     with_channels<typename decltype(math)::type>(p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      find_ranges<Tile::kBlockK>(p, p.sorted_labels, p.num_anchors, p.label_ranges);
+      order_anchors<Tile::S::kColumns>(p, false);
       launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>,
              dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels), p);

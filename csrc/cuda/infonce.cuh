@@ -15,8 +15,9 @@
 // the channels. In between, the weights pass through shared memory to the warps of the same rows, and only
 // those wait for each other; the whole block meets once a tile.
 //
-// Rows and columns come in the order of their class where that is known. Most tiles then hold no positive of
-// their block and take a path without masks. Several blocks share the walk of one row tile, each with a
+// Rows and columns come in the order of their class where that is known. Most tiles of pass 1 then hold no
+// positive of their block and take a path without masks; in pass 2 a tile of rows begins anew with every
+// class, and meets the keys of that class alone. Several blocks share the walk of one row tile, each with a
 // partial result of its own, and a second stage combines those in a fixed order: nothing is atomic, and
 // a repeat gives the same bits.
 //
@@ -137,7 +138,7 @@ struct Side {
   const unsigned char* rows;  // [count, row_bytes]
   const int32_t* labels;      // [count], in the order of visits
   const int32_t* order;       // [count] row of each visit, or null: as they lie
-  int64_t count, row_bytes;
+  int count, row_bytes;
 };
 
 struct LabelRange {
@@ -268,16 +269,15 @@ struct Engine {
   static constexpr int kWeightBytes = Tile::kBlockA * Tile::kBlockK * int(sizeof(T));  // of one part
 
   Side rows, columns;
-  int64_t first_row;  // of the block
+  int first_row;  // of the block
   int lane, group, quad, row_warp, col_warp;
   unsigned char *row_tile, *column_tiles;
   unsigned char* weights;  // [kWeightParts, kBlockA, kBlockK]
   float* exchange;         // [kColWarps, kBlockA]
 
   __device__ __forceinline__ Engine(SharedMemory& memory, const Side& rows, const Side& columns,
-                                    int row_tile_index)
-      : rows(rows), columns(columns) {
-    first_row = int64_t(row_tile_index) * Tile::kBlockA;
+                                    int first_row)
+      : rows(rows), columns(columns), first_row(first_row) {
     lane = int(threadIdx.x) % kWarp;
     group = lane / 4;
     quad = lane % 4;
@@ -291,7 +291,7 @@ struct Engine {
 
   // Of a row in device memory and in shared memory.
   __device__ __forceinline__ int row_bytes() const {
-    return Tile::kFull ? Tile::kMaxRowBytes : int(rows.row_bytes);
+    return Tile::kFull ? Tile::kMaxRowBytes : rows.row_bytes;
   }
   __device__ __forceinline__ int row_stride() const { return (row_bytes() + 127) / 128 * 128; }
 
@@ -322,9 +322,16 @@ struct Engine {
       const int64_t source = !wanted ? 0 : side.order == nullptr ? first + row : side.order[first + row];
       const unsigned char* from = side.rows + source * row_bytes();
       for (int chunk = int(threadIdx.x) % 8; chunk < padded; chunk += 8) {
-        const bool inside = wanted && chunk < row_bytes() / 16;
-        cp_async_16(tile + tile_offset(row, chunk, row_stride()), inside ? from + chunk * 16 : side.rows,
-                    inside ? 16 : 0);
+        unsigned char* to = tile + tile_offset(row, chunk, row_stride());
+        if (Tile::kFull || row_bytes() % 16 == 0) {
+          const bool inside = wanted && chunk < row_bytes() / 16;
+          cp_async_16(to, inside ? from + chunk * 16 : side.rows, inside ? 16 : 0);
+        } else {
+          for (int byte = 0; byte < 16; byte += 4) {
+            const bool inside = wanted && chunk * 16 + byte < row_bytes();
+            cp_async_4(to + byte, inside ? from + chunk * 16 + byte : side.rows, inside ? 4 : 0);
+          }
+        }
       }
     }
   }
@@ -388,7 +395,7 @@ struct Engine {
         sync_block();  // all rows are rounded
         rounded = true;
       }
-      weigh(stage, visit.mixed, int64_t(visit.tile) * Tile::kBlockK);
+      weigh(stage, visit.mixed, unsigned(visit.tile) * Tile::kBlockK);
       visit = next;
     }
     sync_block();  // shared memory may be used for something else
@@ -603,7 +610,7 @@ struct Engine {
   __device__ __forceinline__ void write(const Output& output, float* to, const int32_t* places,
                                         int64_t stride, int64_t num_channels) const {
     each_row<Tile>([&](int f, int half) {
-      const int64_t row = first_row + local_row(f, half);
+      const int64_t row = int64_t(first_row) + local_row(f, half);
       if (row >= rows.count) return;
       float* line = to + (places == nullptr ? row : places[row]) * stride;
 #pragma unroll
@@ -625,26 +632,54 @@ struct Engine {
 
 template <class T>
 __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
-  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, p.num_anchors,
-          p.channels * int64_t(sizeof(T))};
+  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, int(p.num_anchors),
+          int(p.channels * int64_t(sizeof(T)))};
 }
 
 // The keys of either pass: null where the anchors are the keys.
 template <class T, class Params>
 __device__ __forceinline__ Side keys_of(const Params& p) {
   if (p.keys == nullptr) return anchors_of<T>(p);
-  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, p.num_keys,
-          p.channels * int64_t(sizeof(T))};
+  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, int(p.num_keys),
+          int(p.channels * int64_t(sizeof(T)))};
 }
 
 constexpr int kOrderThreads = 256;
 
+// Smallest and largest label of every piece of the columns; places behind the last count as without a label.
+// A block looks at kOrderThreads labels, and a warp at 32, which are one piece or several.
+template <int kPiece>
+__device__ __forceinline__ void find_ranges(const int32_t* labels, int64_t count, int32_t* ranges,
+                                            int64_t block) {
+  static_assert(kPiece <= kWarp, "a piece is read by one warp");
+  const int64_t place = block * kOrderThreads + threadIdx.x;
+  int low = place < count ? max(labels[place], -1) : -1, high = low;
+  for (int lanes = kPiece / 2; lanes > 0; lanes /= 2) {
+    low = min(low, shuffle_xor(low, lanes));
+    high = max(high, shuffle_xor(high, lanes));
+  }
+  if (place % kPiece == 0 && place < count) {
+    reinterpret_cast<int2*>(ranges)[place / kPiece] = make_int2(low, high);
+  }
+}
+
+template <int kPiece>
+__global__ void __launch_bounds__(kOrderThreads)
+    infonce_label_ranges_kernel(const int32_t* labels, int64_t count, int32_t* ranges) {
+  find_ranges<kPiece>(labels, count, ranges, blockIdx.x);
+}
+
 // Sorts the anchors by (label, index), those without a label last: each counts how many stand before it. That
 // is A^2 comparisons, little beside the A K D products. For the backward it also lays out what eq. (5) needs.
-template <class Params>
+// The blocks behind find the ranges of the keys' labels.
+template <class Params, int kPiece>
 __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) {
   SharedMemory memory;
   unsigned* ranks = memory.take<unsigned>(kOrderThreads);
+  const int64_t blocks = (p.num_anchors + kOrderThreads - 1) / kOrderThreads;
+  if (blockIdx.x >= blocks) {
+    return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - blocks);
+  }
   const auto rank_of = [](int label) { return label < 0 ? 0x80000000u : unsigned(label); };
   const int64_t own_first = int64_t(blockIdx.x) * kOrderThreads, anchor = own_first + threadIdx.x;
   const int label = anchor < p.num_anchors ? max(p.anchor_labels[anchor], -1) : -1;
@@ -676,19 +711,75 @@ __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) 
   }
 }
 
-// Smallest and largest label of every tile of columns; places behind the last count as without a label. A
-// warp reads 32 labels, which are one tile or several.
-template <int kBlockK>
-__global__ void __launch_bounds__(kOrderThreads)
-    infonce_label_ranges_kernel(const int32_t* labels, int64_t count, int2* ranges) {
-  static_assert(kBlockK <= kWarp, "a tile is read by one warp");
-  const int64_t place = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
-  int low = place < count ? max(labels[place], -1) : -1, high = low;
-  for (int lanes = kBlockK / 2; lanes > 0; lanes /= 2) {
-    low = min(low, shuffle_xor(low, lanes));
-    high = max(high, shuffle_xor(high, lanes));
+// Of shared memory, in numbers: two of every warp and one more; 128 bytes, as what follows is aligned to.
+constexpr int kClassTileScratch = 32;
+
+// Anchors of one class, in the order of visits.
+struct ClassTile {
+  int first, count;  // none: -1
+};
+
+// Number `tile` of the tiles of up to kBlockA anchors that begin anew with every class, found in the sorted
+// labels. The whole block calls it.
+template <int kBlockA, int kThreads>
+__device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, int tile,
+                                                     int* scratch) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(2 * kWarps + 1 < kClassTileScratch, "they share the scratch");
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int share = (count + kThreads - 1) / kThreads;
+  const int begin = min(int(threadIdx.x) * share, count), end = min(begin + share, count);
+  const auto begins_class = [&](int i) { return i == 0 || labels[i] != labels[i - 1]; };
+
+  // Where the class begins that the labels before a thread's share end in.
+  int start = 0;
+  for (int i = begin; i < end; ++i) {
+    if (begins_class(i)) start = i;
   }
-  if (place % kBlockK == 0 && place < count) ranges[place / kBlockK] = make_int2(low, high);
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int before = shuffle_up(start, lanes);
+    if (lane >= lanes) start = max(start, before);
+  }
+  if (lane == kWarp - 1) scratch[warp] = start;
+  const int of_lane_before = shuffle_up(start, 1);
+  start = lane == 0 ? 0 : of_lane_before;
+  sync_block();  // the last beginnings of all warps are there
+  for (int other = 0; other < warp; ++other) start = max(start, scratch[other]);
+
+  // How many tiles begin in the shares before.
+  const auto begins_tile = [&](int i) {
+    if (begins_class(i)) start = i;
+    return labels[i] >= 0 && (i - start) % kBlockA == 0;
+  };
+  const int start_of_share = start;
+  int tiles = 0;
+  for (int i = begin; i < end; ++i) tiles += begins_tile(i);
+  int before = tiles;
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int others = shuffle_up(before, lanes);
+    if (lane >= lanes) before += others;
+  }
+  if (lane == kWarp - 1) scratch[kWarps + warp] = before;
+  before -= tiles;
+  if (threadIdx.x == 0) scratch[2 * kWarps] = -1;
+  sync_block();  // the tiles of all warps are there
+  for (int other = 0; other < warp; ++other) before += scratch[kWarps + other];
+  if (before <= tile && tile < before + tiles) {
+    start = start_of_share;
+    for (int i = begin, number = before; i < end; ++i) {
+      if (begins_tile(i) && number++ == tile) scratch[2 * kWarps] = i;
+    }
+  }
+  sync_block();  // the first anchor of the tile is there
+  const int first = scratch[2 * kWarps];
+  if (first < 0) return {-1, 0};
+  int length = 0;
+#pragma unroll
+  for (int row = 0; row < kBlockA; row += kWarp) {
+    const int i = first + row + lane;
+    length += count_bits(ballot(row + lane < kBlockA && i < count && labels[i] == labels[first]));
+  }
+  return {first, length};
 }
 
 // --- forward ---
@@ -711,7 +802,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
   using Engine = pxc::cuda::Engine<Tile, 1>;
   SharedMemory memory;
   const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
-  const Engine engine(memory, anchors, keys, int(blockIdx.x));
+  const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
   const float scale = kLog2E / p.temperature;
@@ -732,7 +823,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
       [&](int stage, int64_t first) {
         load_labels<Tile::kBlockK>(key_labels + stage * Tile::kBlockK, keys, first);
       },
-      [&](int stage, bool mixed, int64_t) {
+      [&](int stage, bool mixed, unsigned) {
         visited = true;
         typename Engine::Scores scores;
         engine.template multiply_rows<2>(scores, stage);
@@ -793,8 +884,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
   const float total = engine.sum_over_row(sum);
-  const int64_t rows_left = anchors.count - engine.first_row;
-  if (int(threadIdx.x) < min(rows_left, int64_t(Tile::kBlockA))) p.sum_parts[part + threadIdx.x] = total;
+  const int rows_left = min(anchors.count - engine.first_row, Tile::kBlockA);
+  if (int(threadIdx.x) < rows_left) p.sum_parts[part + threadIdx.x] = total;
   if (engine.quad == 0 && engine.col_warp == 0) {
     each_row<Tile>([&](int f, int half) {
       const int row = engine.local_row(f, half);
@@ -807,74 +898,64 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
   }
 }
 
-constexpr int kCombineThreads = 128;
+// The splits of an anchor's negatives combined, in their order: the shift, the sum of exp2(score - shift).
+struct Negatives {
+  float shift, sum;
 
-// Sums over the lanes, in a fixed order; every lane gets the sum.
-template <class Value>
-__device__ __forceinline__ Value sum_over_warp(Value value) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-  return value;
-}
-
-// Combines the splits of each anchor's negatives, a warp for one: the shift, the sum of exp2(score - shift).
-__global__ void __launch_bounds__(kCombineThreads) infonce_fwd_combine_kernel(InfonceForwardParams p) {
-  const int64_t row = (int64_t(blockIdx.x) * kCombineThreads + threadIdx.x) / kWarp;
-  const int lane = int(threadIdx.x) % kWarp;
-  if (row >= p.num_anchors) return;
-  float shift = -INFINITY, sum = 0.f;
-  for (int64_t split = lane; split < p.splits; split += kWarp) {
-    shift = fmaxf(shift, p.shift_parts[split * p.num_anchors + row]);
-  }
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) shift = fmaxf(shift, shuffle_xor(shift, lanes));
-  for (int64_t split = lane; split < p.splits; split += kWarp) {
-    const float shift_of_part = p.shift_parts[split * p.num_anchors + row];
-    const float sum_of_part = p.sum_parts[split * p.num_anchors + row];
-    // A maximum passes over NaN: a part without a shift has met no negative, or NaN only, as its sum tells.
-    sum += shift_of_part == -INFINITY ? sum_of_part : sum_of_part * exp2_approx(shift_of_part - shift);
-  }
-  sum = sum_over_warp(sum);
-  if (lane == 0) {
-    p.shift[row] = shift;
-    p.sum[row] = sum;
-  }
-}
-
-// Eq. (1) in units of log2; without negatives the sum is 0, and this -inf.
-__device__ __forceinline__ float combined_lse(const InfonceForwardParams& p, int64_t row, float weight_bias) {
-  return p.shift[row] + log2f(p.sum[row]) - weight_bias;
-}
-
-// An anchor of a block: the label of its positives, the key that is the anchor itself (-1: none), eq. (1).
-struct alignas(16) RowOfPositives {
-  int label, excluded;
-  float neg_lse;
+  // Eq. (1) in units of log2; without negatives the sum is 0, and this -inf.
+  __device__ __forceinline__ float lse(float weight_bias) const { return shift + log2f(sum) - weight_bias; }
 };
 
-// Pass 2 over the anchors' own class, knowing eq. (1): eq. (2) to (4), and G.
+__device__ __forceinline__ Negatives combine_negatives(const InfonceForwardParams& p, int64_t row) {
+  Negatives all{-INFINITY, 0.f};
+#pragma unroll 8
+  for (int64_t split = 0; split < p.splits; ++split) {
+    all.shift = fmaxf(all.shift, p.shift_parts[split * p.num_anchors + row]);
+  }
+#pragma unroll 8
+  for (int64_t split = 0; split < p.splits; ++split) {
+    const float shift = p.shift_parts[split * p.num_anchors + row];
+    const float sum = p.sum_parts[split * p.num_anchors + row];
+    // A maximum passes over NaN: a part without a shift has met no negative, or NaN only, as its sum tells.
+    all.sum += shift == -INFINITY ? sum : sum * exp2_approx(shift - all.shift);
+  }
+  return all;
+}
+
+// An anchor of a block: the label of its positives, the key that is the anchor itself (-1: none), eq. (1),
+// and what is one for all, but spares a register here.
+struct alignas(16) RowOfPositives {
+  int label, excluded;
+  float neg_lse, scale;
+};
+
+// Pass 2 over anchors of one class and the keys of it, knowing eq. (1): eq. (2) to (4), and G.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kernel(InfonceForwardParams p) {
+__device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
+                                              SharedMemory& memory) {
   using T = typename Tile::T;
-  SharedMemory memory;
-  const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
-  const Engine<Tile> engine(memory, anchors, keys, int(blockIdx.x));
+  Side anchors = anchors_of<T>(p);
+  anchors.count = tile.first + tile.count;
+  const Side keys = keys_of<T>(p);
+  const Engine<Tile> engine(memory, anchors, keys, tile.first);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   RowOfPositives* own_rows = memory.take<RowOfPositives>(Tile::kBlockA);
-  const float scale = kLog2E / p.temperature;
   const bool with_grad = p.positive_parts != nullptr;
   if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
     const int64_t row = engine.first_row + threadIdx.x;
     const int label = engine.label(anchors, row);
     int excluded = -1;
     if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
-    const float neg_lse = row < anchors.count ? combined_lse(p, row, Tile::kWeightBias) : 0.f;
-    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse};
+    const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(Tile::kWeightBias) : 0.f;
+    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, kLog2E / p.temperature};
   }
 
   typename Engine<Tile>::PerRow loss = {}, pos_weight = {};
   int count[Tile::kFragments][2] = {};
   typename Engine<Tile>::Output output = {};
 
-  const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
+  const int own_label = anchors.labels[tile.first];
+  const LabelRange own{own_label, own_label};
   Walk<Pass::kPositives, Tile> walk(p.label_ranges, keys.count, own, engine.lane);
   bool visited = false;
   engine.run(
@@ -882,7 +963,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
       [&](int stage, int64_t first) {
         load_labels<Tile::kBlockK>(key_labels + stage * Tile::kBlockK, keys, first);
       },
-      [&](int stage, bool, int64_t first_column) {
+      [&](int stage, bool, unsigned first_column) {
         visited = true;
         typename Engine<Tile>::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
@@ -896,8 +977,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
             float& score = scores[f][n][2 * half + e];
             const int column = engine.local_column(n) + e;
             const bool positive = key_labels[stage * Tile::kBlockK + column] == own.label &&
-                                  unsigned(first_column) + unsigned(column) != unsigned(own.excluded);
-            const float margin = own.neg_lse - score * scale;
+                                  first_column + unsigned(column) != unsigned(own.excluded);
+            const float margin = own.neg_lse - score * own.scale;
             const float odds = positive ? exp2_approx(-fabsf(margin)) : 0.f;
             const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
             margins += positive ? fmaxf(margin, 0.f) : 0.f;
@@ -917,7 +998,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
   const float losses = engine.sum_over_row(loss), weights = engine.sum_over_row(pos_weight);
   const int counts = engine.sum_over_row(count);
-  if (int(threadIdx.x) < min(anchors.count - engine.first_row, int64_t(Tile::kBlockA))) {
+  if (int(threadIdx.x) < min(anchors.count - engine.first_row, Tile::kBlockA)) {
     p.loss_parts[part + threadIdx.x] = losses;
     p.pos_weight_parts[part + threadIdx.x] = weights;
     p.pos_count_parts[part + threadIdx.x] = counts;
@@ -928,7 +1009,30 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kerne
   }
 }
 
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kernel(InfonceForwardParams p) {
+  int number = int(blockIdx.x);
+  while (true) {
+    SharedMemory memory;
+    int* scratch = memory.take<int>(kClassTileScratch);
+    int* kept_number = scratch + kClassTileScratch - 1;  // not in a register, which are short in the walk
+    const ClassTile tile =
+        find_class_tile<Tile::kBlockA, Tile::kThreads>(p.sorted_labels, int(p.num_anchors), number, scratch);
+    if (tile.first < 0) return;
+    if (threadIdx.x == 0) *kept_number = number;
+    add_positives<Tile>(p, tile, memory);  // it has barriers
+    number = *kept_number + int(gridDim.x);
+  }
+}
+
 constexpr int kFinishThreads = 128;
+
+// Sums over the lanes, in a fixed order; every lane gets the sum.
+template <class Value>
+__device__ __forceinline__ Value sum_over_warp(Value value) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
 
 // The second stage: adds up the splits of an anchor, a block for one, and puts it where the caller has it.
 __global__ void __launch_bounds__(kFinishThreads)
@@ -937,8 +1041,19 @@ __global__ void __launch_bounds__(kFinishThreads)
   float2* factors = memory.take<float2>(size_t(p.splits));  // of a split's O and G; below 0: never written
   const int64_t row = blockIdx.x, anchor = p.order[row];
   const int lane = int(threadIdx.x) % kWarp;
-  const bool labelled = p.sorted_labels[row] >= 0;
-  const float shift = p.shift[row], sum = p.sum[row];
+  if (p.sorted_labels[row] < 0) {  // it has no part in any tile
+    if (threadIdx.x == 0) {
+      p.loss[anchor] = p.pos_weight[anchor] = 0.f;
+      p.neg_lse[anchor] = -INFINITY;
+      p.pos_count[anchor] = 0;
+    }
+    if (p.anchor_grad == nullptr) return;
+    for (int64_t d = threadIdx.x; d < p.grad_channels; d += kFinishThreads) {
+      p.anchor_grad[anchor * p.grad_channels + d] = 0.f;
+    }
+    return;
+  }
+  const Negatives negatives = combine_negatives(p, row);
   float loss = 0.f, pos_weight = 0.f;
   int pos_count = 0;
   for (int64_t split = lane; split < p.splits; split += kWarp) {
@@ -949,10 +1064,10 @@ __global__ void __launch_bounds__(kFinishThreads)
   loss = sum_over_warp(loss);
   pos_weight = sum_over_warp(pos_weight);
   pos_count = sum_over_warp(pos_count);
-  const bool contrasts = labelled && pos_count > 0;
+  const bool contrasts = pos_count > 0;
   if (threadIdx.x == 0) {
     p.loss[anchor] = contrasts ? loss / float(pos_count) : 0.f;
-    p.neg_lse[anchor] = labelled ? combined_lse(p, row, weight_bias) * kLn2 : -INFINITY;
+    p.neg_lse[anchor] = negatives.lse(weight_bias) * kLn2;
     p.pos_weight[anchor] = contrasts ? pos_weight : 0.f;
     p.pos_count[anchor] = contrasts ? pos_count : 0;
   }
@@ -960,23 +1075,24 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int64_t split = threadIdx.x; split < p.splits; split += kFinishThreads) {
     const int64_t part = split * p.num_anchors + row;
     const float shift_of_part = p.shift_parts[part];
-    factors[split] = make_float2(shift_of_part == -INFINITY ? -1.f : exp2_approx(shift_of_part - shift),
-                                 p.pos_count_parts[part] > 0 ? 1.f : -1.f);
+    factors[split] =
+        make_float2(shift_of_part == -INFINITY ? -1.f : exp2_approx(shift_of_part - negatives.shift),
+                    p.pos_count_parts[part] > 0 ? 1.f : -1.f);
   }
   sync_block();  // the factors are there
-  const float push = contrasts && sum != 0.f ? pos_weight / sum : 0.f, pull = exp2f(-weight_bias);
+  const float push = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
+              pull = exp2f(-weight_bias);
   const float scale = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
   for (int64_t d = threadIdx.x; d < p.grad_channels; d += kFinishThreads) {
-    float negatives = 0.f, positives = 0.f;
+    float away = 0.f, towards = 0.f;
 #pragma unroll 8
     for (int64_t split = 0; split < p.splits; ++split) {
       const int64_t place = (split * p.num_anchors + row) * p.part_channels + d;
       const float2 factor = factors[split];
-      if (factor.x >= 0.f) negatives += p.negative_parts[place] * factor.x;
-      if (factor.y >= 0.f) positives += p.positive_parts[place];
+      if (factor.x >= 0.f) away += p.negative_parts[place] * factor.x;
+      if (factor.y >= 0.f) towards += p.positive_parts[place];
     }
-    p.anchor_grad[anchor * p.grad_channels + d] =
-        contrasts ? scale * (push * negatives - pull * positives) : 0.f;
+    p.anchor_grad[anchor * p.grad_channels + d] = contrasts ? scale * (push * away - pull * towards) : 0.f;
   }
 }
 
@@ -1004,7 +1120,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
   using T = typename Tile::T;
   SharedMemory memory;
   const Side keys = keys_of<T>(p), anchors = anchors_of<T>(p);
-  const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x));
+  const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
   float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
   float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
@@ -1031,12 +1147,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
         cp_async_16(coefficients + stage * Tile::kBlockK + threadIdx.x,
                     inside ? all_coefficients + first + threadIdx.x : all_coefficients, inside ? 16 : 0);
       },
-      [&](int stage, bool mixed, int64_t first_column) {
+      [&](int stage, bool mixed, unsigned first_column) {
         typename Engine<Tile>::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
         each_score<Tile>([&](int n, int e) {
           const int column = engine.local_column(n) + e;
-          const int64_t place = first_column + column;
+          const int64_t place = int64_t(first_column) + column;
           const float4 anchor = coefficients[stage * Tile::kBlockK + column];
           const int label = place < anchors.count ? int(float_bits(anchor.w)) : -1;
           each_row<Tile>([&](int f, int half) {
@@ -1049,7 +1165,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
             } else {
               score =
                   positive_gradient(anchor, scaled) + (symmetric ? positive_gradient(mirror, scaled) : 0.f);
-              const int64_t row = engine.first_row + engine.local_row(f, half);
+              const int64_t row = int64_t(engine.first_row) + engine.local_row(f, half);
               if (p.exclude_self && label >= 0 && row == (symmetric ? place : p.order[place])) score = 0.f;
             }
             // An anchor that takes no part has factors of 0, its mirror may be anything.

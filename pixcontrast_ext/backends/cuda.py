@@ -7,6 +7,7 @@ outside of the map) is treated as ignored by the kernels, never used as an index
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -17,13 +18,26 @@ from pixcontrast_ext.backends import native, schedule
 MAX_CHANNELS = 512  # of an InfoNCE row
 MAX_CLASSES = 2**21 - 1  # a sort key has 22 bits for (class, hard or easy), all ones for neither
 MAX_PIXELS = 2**31 - 1  # of an image
+OLDEST_DRIVERS = {13: "580", 12: "525"}  # that run what a toolkit of that major version built
 CHUNK = 1024  # pixels that a block sorts, kChunk in pools.cuh
+
+
+def _old_driver(compiler: str) -> str:
+    """Why the runtime does not start, and what to do; `compiler` is `native._C.compiler`."""
+    toolkit = re.search(r"nvcc (\d+)[.\d]*", compiler)
+    major = int(toolkit[1]) if toolkit else 0
+    advice = f"driver {OLDEST_DRIVERS.get(major, 'of its time')} or later: update it"
+    if major - 1 in OLDEST_DRIVERS:
+        advice += f", or build with CUDA {major - 1}, which needs {OLDEST_DRIVERS[major - 1]}"
+    return f"the module's CUDA runtime ({toolkit[0] if toolkit else compiler}) needs {advice}"
 
 
 @functools.cache
 def _unsupported_device(index: int) -> str | None:
     """Why the compiled kernels do not run on a device."""
     problem: str = native.cuda_kernels.runtime_problem()
+    if "InsufficientDriver" in problem:
+        return _old_driver(native._C.compiler)
     if problem:
         return f"the CUDA runtime in the module does not start: {problem}"
     major, minor = torch.cuda.get_device_capability(index)
@@ -236,12 +250,19 @@ def _cut(device: torch.device, kernel: str, dtype: int, full_float32: bool, chan
     return tile, torch.cuda.get_device_properties(device).multi_processor_count * tile.resident
 
 
-def _aligned(rows: Tensor) -> Tensor:
-    """The rows themselves if they are of 16-byte units, else a copy with zero channels behind."""
-    unit = 16 // rows.element_size()
-    if rows.shape[1] % unit == 0 and rows.data_ptr() % 16 == 0:
-        return rows
-    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % unit))  # new memory, whatever the padding
+def _aligned(*all_rows: Tensor) -> list[Tensor]:
+    """The rows themselves if they are of 16-byte or 4-byte units; else copies with zero channels behind.
+
+    Such a copy of a bank is as large as the bank, in every call: rows of an odd number of 16-bit channels cost that.
+    """
+    row_bytes = all_rows[0].shape[1] * all_rows[0].element_size()
+    unit = 16 if row_bytes % 16 == 0 else 4
+    if row_bytes % unit == 0 and all(rows.data_ptr() % unit == 0 for rows in all_rows):
+        return list(all_rows)
+    padding = -all_rows[0].shape[1] % (16 // all_rows[0].element_size())
+    return [
+        torch.nn.functional.pad(rows, (0, padding)) for rows in all_rows
+    ]  # new memory, whatever the padding
 
 
 def infonce_forward(
@@ -261,7 +282,7 @@ def infonce_forward(
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
     )
-    anchors = _aligned(anchors)
+    anchors, keys = _aligned(anchors, keys if num_keys else anchors)
     dtype = native.DTYPE_CODES[anchors.dtype]
     full_float32 = schedule.full_float32(anchors.dtype)
     tile, slots = _cut(anchors.device, "infonce_forward", dtype, full_float32, anchors.shape[1])
@@ -288,14 +309,12 @@ def infonce_forward(
         num_anchors=num_anchors,
         order=scratch(num_anchors, dtype=torch.int32),
         sorted_labels=scratch(num_anchors, dtype=torch.int32),
-        keys=None if in_batch else _aligned(keys if num_keys else anchors),  # a null pointer says "in batch"
+        keys=None if in_batch else keys,  # a null pointer says "in batch"
         key_labels=None if in_batch else key_labels,
         num_keys=num_keys,
         label_ranges=scratch(-(-num_keys // tile.piece), 2, dtype=torch.int32),
         shift_parts=scratch(splits, num_anchors),
         sum_parts=scratch(splits, num_anchors),
-        shift=scratch(num_anchors),
-        sum=scratch(num_anchors),
         negative_parts=scratch(splits, num_anchors, part_channels) if with_grad else None,
         loss_parts=scratch(splits, num_anchors),
         pos_weight_parts=scratch(splits, num_anchors),
@@ -324,7 +343,7 @@ def _infonce_backward(
     grad: Tensor,
 ) -> None:
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
-    anchors = _aligned(anchors)
+    anchors, rows = _aligned(anchors, anchors if keys is None or not num_rows else keys)
     dtype = native.DTYPE_CODES[anchors.dtype]
     full_float32 = schedule.full_float32(anchors.dtype)
     tile, slots = _cut(anchors.device, "infonce_backward", dtype, full_float32, anchors.shape[1])
@@ -347,7 +366,7 @@ def _infonce_backward(
         num_anchors=num_anchors,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
-        keys=None if keys is None else _aligned(keys if num_rows else anchors),
+        keys=None if keys is None else rows,
         key_labels=key_labels,
         num_keys=num_rows,
         neg_lse=neg_lse,

@@ -65,6 +65,42 @@ MUTANTS = [
         "",
     ),
     Mutant(
+        "beginnings of classes read before they are written",
+        "infonce.cuh",
+        "sync_block();  // the last beginnings of all warps are there",
+        "",
+    ),
+    Mutant(
+        "counts of tiles read before they are written",
+        "infonce.cuh",
+        "sync_block();  // the tiles of all warps are there",
+        "",
+    ),
+    Mutant(
+        "tile of a class read before it is written",
+        "infonce.cuh",
+        "sync_block();  // the first anchor of the tile is there",
+        "",
+    ),
+    Mutant(
+        "more classes than blocks",
+        "infonce.cuh",
+        "number = *kept_number + int(gridDim.x);",
+        "number = *kept_number + int(p.num_anchors);",
+    ),
+    Mutant(
+        "a tile of two classes",
+        "infonce.cuh",
+        "if (begins_class(i)) start = i;\n    return",
+        "return",
+    ),
+    Mutant(
+        "one part of the negatives too many",
+        "infonce.cuh",
+        "for (int64_t split = 0; split < p.splits; ++split) {\n    all.shift",
+        "for (int64_t split = 0; split <= p.splits; ++split) {\n    all.shift",
+    ),
+    Mutant(
         "group barrier of too many threads",
         "infonce.cuh",
         "sync_group(2, Tile::kColWarps * kWarp);",
@@ -116,8 +152,8 @@ MUTANTS = [
     Mutant(
         "channels behind the last are not zero",
         "infonce.cuh",
-        "inside ? from + chunk * 16 : side.rows,\n                    inside ? 16 : 0);",
-        "inside ? from + chunk * 16 : side.rows,\n                    16);",
+        "cp_async_16(to, inside ? from + chunk * 16 : side.rows, inside ? 16 : 0);",
+        "cp_async_16(to, inside ? from + chunk * 16 : side.rows, 16);",
     ),
     Mutant(
         "rows without a label are loaded",

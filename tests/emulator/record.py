@@ -140,7 +140,15 @@ def _rows(count: int, channels: int, classes: int, dtype: torch.dtype) -> tuple[
 
 
 def _infonce(precision: str) -> None:
-    shapes = [(1, 1, 1, 1), (37, 150, 33, 3), (70, 9, 8, 2), (5, 0, 6, 2), (0, 5, 6, 2), (3, 130, 65, 5)]
+    shapes = [
+        (1, 1, 1, 1),
+        (37, 150, 33, 3),
+        (70, 9, 8, 2),
+        (5, 0, 6, 2),
+        (0, 5, 6, 2),
+        (3, 130, 65, 5),
+        (40, 30, 8, 30),
+    ]
     if precision == "highest":
         shapes.append((9, 70, 260, 2))
     for dtype, (anchors, keys, channels, classes) in itertools.product(DTYPES, shapes):
