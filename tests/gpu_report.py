@@ -90,7 +90,7 @@ def without(program: str) -> str:
     return "" if shutil.which(program) else f"{program} is not on PATH"
 
 
-def device_steps(suite: list[str], csv: Path) -> Iterator[Step]:
+def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step]:
     """All steps on a GPU, in the order of what matters most."""
     major, minor = torch.cuda.get_device_capability()
     yield Step(
@@ -138,20 +138,20 @@ def device_steps(suite: list[str], csv: Path) -> Iterator[Step]:
                 shows=clean,
                 missing=without("compute-sanitizer"),
             )
-    yield from suite_steps(suite, needs=20)
+    yield from suite_steps(suite, tests_named, needs=20)
 
 
-def suite_steps(suite: list[str], needs: float) -> Iterator[Step]:
+def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[Step]:
     for backend in BACKENDS:
+        wanted = f"{backend} and ({tests_named})" if tests_named else backend
         for name in suite:
             if name == "triton" and backend != "triton":
                 continue
-            yield tests(
-                "suite", f"test_{name}, {backend}", backend, needs, f"tests/test_{name}.py", "-k", backend
-            )
+            file = f"tests/test_{name}.py"
+            yield tests("suite", f"test_{name}, {backend}", backend, needs, file, "-k", wanted)
 
 
-def rehearsal_steps(suite: list[str], csv: Path) -> Iterator[Step]:
+def rehearsal_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step]:
     """The same parts with the emulator and Triton's interpreter in the device's place, at small shapes."""
     yield Step("build", "the emulator", python("-m", "emulator.build", "plain"), needs=5)
     for backend in BACKENDS:
@@ -160,11 +160,11 @@ def rehearsal_steps(suite: list[str], csv: Path) -> Iterator[Step]:
     yield tests("device", "conformance of the primitives", "cuda", 5, *primitives)
     command = python("tests/emulated.py", "benchmarks", "--device", "cpu", "--no-memory", "--seconds", "0.1")
     command += ["--dtypes", "fp32", "--csv", str(csv)]
-    for op, shape in (("infonce", "A32-K64-D32-C4"), ("gather", "B1-D16-H8-W16-C3-A32")):
+    for op, shape in (("infonce", "A16-K32-D16-C2"), ("gather", "B1-D16-H8-W16-C3-A32")):
         yield Step("timings", f"{op} {shape}", [*command, op, "--shapes", shape], needs=5, quoted=True)
     for backend in BACKENDS:
         yield Step("sanitize", backend, python("tests/gpu_small.py", backend, "--emulated"), needs=5)
-    yield from suite_steps(suite, needs=5)
+    yield from suite_steps(suite, tests_named, needs=5)
 
 
 def die_with_parent() -> None:
@@ -338,6 +338,9 @@ def main() -> int:
     )
     parser.add_argument("--suite", nargs="+", default=SUITE, choices=SUITE, help="the files of that part")
     parser.add_argument(
+        "--tests", default="", metavar="NAMES", help="those of its tests, as pytest -k takes them"
+    )
+    parser.add_argument(
         "--rehearse",
         action="store_true",
         help="with the emulator and Triton's interpreter instead of a device",
@@ -352,7 +355,8 @@ def main() -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", about["device"].partition(" (")[0].lower()).strip("-")
     slug = "rehearsal" if arguments.rehearse else slug
     out, parts = arguments.out.absolute(), arguments.parts or PARTS
-    planned = (rehearsal_steps if arguments.rehearse else device_steps)(arguments.suite, out / f"{slug}.csv")
+    steps_of = rehearsal_steps if arguments.rehearse else device_steps
+    planned = steps_of(arguments.suite, arguments.tests, out / f"{slug}.csv")
     steps = [step for step in planned if step.part in ("build", *parts)]
     for step in steps:
         kind = {"TRITON_INTERPRET": "1"} if arguments.rehearse else {"PIXCONTRAST_TEST_CUDA": "device"}
