@@ -75,20 +75,21 @@ class CudaToolkit:
     nvcc: str
     version: str
     archs: list  # e.g. [80, 90]
+    ptx: int  # of what architecture it is, e.g. 80
     library_dir: str
 
     @property
     def targets(self):
         """The code embedded: machine code for each architecture, and PTX for those that have none.
 
-        All comes from the PTX of the lowest: the kernels use nothing newer, and it is made once, which is
-        half of the work for one architecture.
+        All comes from the PTX of the lowest that is supported: the kernels use nothing newer, and it is made once,
+        which is half of the work for one architecture.
         """
-        return [f"sm_{arch}" for arch in self.archs] + [f"compute_{self.archs[0]}"]
+        return [f"sm_{arch}" for arch in self.archs] + [f"compute_{self.ptx}"]
 
     @property
     def gencode(self):
-        return [f"-gencode=arch=compute_{self.archs[0]},code=[{','.join(self.targets)}]"]
+        return [f"-gencode=arch=compute_{self.ptx},code=[{','.join(self.targets)}]"]
 
 
 def find_cuda():
@@ -117,29 +118,30 @@ def find_cuda():
 
     toolkit = Path(top.group(1)).resolve()
     nvcc = str(toolkit / "bin" / "nvcc")
-    archs = archs_to_compile(nvcc)
+    archs, ptx = archs_to_compile(nvcc)
     # A toolkit of its own, a distribution's, one that pip installed.
     places = ("lib64", "targets/*/lib", "lib")
     libraries = [path for place in places for path in toolkit.glob(f"{place}/libcudart_static.a")]
     if not libraries:
         raise CompileError(f"no libcudart_static.a below {toolkit}; set PIXCONTRAST_CUDA=0")
     version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version") or "")
-    return CudaToolkit(nvcc, version.group(1) if version else "unknown", archs, str(libraries[0].parent))
+    return CudaToolkit(nvcc, version.group(1) if version else "unknown", archs, ptx, str(libraries[0].parent))
 
 
 def archs_to_compile(nvcc):
+    """Those of which there is to be machine code, and the one that all of it comes from."""
     known = {int(arch) for arch in re.findall(r"sm_(\d+)\b", output_of(nvcc, "--list-gpu-code") or "")}
     wish = os.environ.get("PIXCONTRAST_CUDA_ARCHS", "")
     if not wish:
         archs = [arch for arch in CUDA_ARCHS if arch in known]
         if not archs:
             raise CompileError(f"{nvcc} generates code for none of {CUDA_ARCHS}; set PIXCONTRAST_CUDA=0")
-        return archs
+        return archs, archs[0]
     words = re.split(r"[ ,;]+", wish.strip())
     if not all(word.isdigit() and int(word) in known and int(word) >= CUDA_ARCHS[0] for word in words):
         offered = ", ".join(str(arch) for arch in sorted(known) if arch >= CUDA_ARCHS[0])
         raise CompileError(f"PIXCONTRAST_CUDA_ARCHS={wish!r}, expected some of {offered or 'none'} ({nvcc})")
-    return sorted({int(word) for word in words})
+    return sorted({int(word) for word in words}), min(arch for arch in known if arch >= CUDA_ARCHS[0])
 
 
 def quoted(arguments):

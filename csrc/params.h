@@ -299,7 +299,7 @@ struct InfonceForwardParams : Launch, InfonceRows {
   const void* keys;           // [K, channels], or null: the anchors are the keys, in their order
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
-  int32_t* label_ranges;     // [key tiles, 2] scratch: smallest and largest label
+  int32_t* label_ranges;     // [pieces of keys, 2] scratch: smallest and largest label
   float* shift_parts;        // [splits, A] scratch
   float* sum_parts;          // [splits, A] scratch: of exp2(score - shift)
   float* negative_parts;     // [splits, A, part_channels] scratch: O of pass 1; null without gradient

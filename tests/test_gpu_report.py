@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from gpu_report import PARTS, Run, Step, python
+from benchmarks.__main__ import plan
+from gpu_report import PARTS, TIMINGS, Run, Step, python
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED_THERE = ("torch", "triton", "numpy", "pytest", "pybind11", "setuptools", "ninja")
@@ -119,6 +120,12 @@ def test_a_run_that_is_killed_leaves_what_it_has_shown(tmp_path):
     assert any('"outcome": "passed"' in line for line in outcomes())
 
 
+def test_what_is_to_be_timed_exists():
+    for op, shape, dtypes, _ in TIMINGS:
+        planned = plan([op], "cuda", [shape], list(dtypes))
+        assert {each.dtype for each in planned} >= set(dtypes) and planned
+
+
 def step(name: str, code: str, needs: float = 0.0) -> Step:
     return Step("device", name, python("-c", code), needs)
 
@@ -148,13 +155,15 @@ def test_what_fails_is_counted_and_shown(tmp_path):
     broken = step("broken", "raise SystemExit('out of memory')")
     silent = Step("sanitize", "silent", python("-c", "print('ERRORS: 2')"), 0, shows="ERRORS: 0")
     absent = Step("sanitize", "absent", ["no-such-program"], 0, missing="no-such-program is not on PATH")
+    unnamed = Step("suite", "unnamed", [*tests.command, "-k", "no_such_test"], 0)
     unbuilt = [Step("build", "module", python("-c", "raise SystemExit(3)"), 0), step("later", "")]
-    Run([tests, broken, silent, absent, *unbuilt], tmp_path, {"device": "none"}, budget=None).go()
+    Run([tests, broken, silent, absent, unnamed, *unbuilt], tmp_path, {"device": "none"}, budget=None).go()
     assert (tests.passed, tests.failed, dict(tests.skipped)) == (1, 1, {"for a reason": 1})
     assert "assert 1 == 2" in tests.detail
     assert broken.failed == 1 and "out of memory" in broken.detail
     assert silent.failed == 1 and "ERRORS: 2" in silent.detail
     assert dict(absent.skipped) == {"no-such-program is not on PATH": 1}
+    assert (unnamed.state, unnamed.failed) == ("no test of these names", 0)
     assert unbuilt[1].state == "not begun: there is no build"
     report = (tmp_path / "report.md").read_text()
     assert "| suite: some | done | 1 | 1 | 1: for a reason |" in report and "## broken failed" in report

@@ -70,8 +70,8 @@ struct Operand {
   }
 };
 
-// The tiles, by the bytes of the longest row. All fit the 99 KB of the smallest device, most twice the 163 KB
-// of an A100; outputs take 128 registers a thread (64 for 256 fp32 channels).
+// The tiles, by the bytes of the longest row. With one piece of columns all fit the 99 KB of the smallest
+// device, most twice the 163 KB of an A100; outputs take up to 128 registers a thread.
 template <int kMaxRowBytes>
 struct Shape {
   static_assert(kMaxRowBytes <= 512, "longer rows have shapes of their own");

@@ -246,23 +246,27 @@ def _cut(device: torch.device, kernel: str, dtype: int, full_float32: bool, chan
     tile_of = getattr(native.cuda_kernels, f"{kernel}_tile")
     if device.type == "cpu":  # emulated: enough for several splits of small problems
         return tile_of(0, dtype, full_float32, channels), 8
-    tile = tile_of(device.index, dtype, full_float32, channels)
-    return tile, torch.cuda.get_device_properties(device).multi_processor_count * tile.resident
+    with torch.cuda.device(device):  # the module's runtime makes it the current one
+        tile = tile_of(device.index, dtype, full_float32, channels)
+    # None at a time is for the launch to refuse, which says why.
+    return tile, torch.cuda.get_device_properties(device).multi_processor_count * max(1, tile.resident)
 
 
-def _aligned(*all_rows: Tensor) -> list[Tensor]:
-    """The rows themselves if they are of 16-byte or 4-byte units; else copies with zero channels behind.
+def _aligned(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of 16-byte or 4-byte units as they lie; of others, and of those between two units, copies.
 
-    Such a copy of a bank is as large as the bank, in every call: rows of an odd number of 16-bit channels cost that.
+    Rows of an odd number of 16-bit channels get zero channels behind. Such a copy of a bank is made at every call.
     """
-    row_bytes = all_rows[0].shape[1] * all_rows[0].element_size()
-    unit = 16 if row_bytes % 16 == 0 else 4
-    if row_bytes % unit == 0 and all(rows.data_ptr() % unit == 0 for rows in all_rows):
-        return list(all_rows)
-    padding = -all_rows[0].shape[1] % (16 // all_rows[0].element_size())
-    return [
-        torch.nn.functional.pad(rows, (0, padding)) for rows in all_rows
-    ]  # new memory, whatever the padding
+    row_bytes = anchors.shape[1] * anchors.element_size()
+    padding = -anchors.shape[1] % (16 // anchors.element_size()) if row_bytes % 4 else 0
+    unit = 4 if row_bytes % 16 and not padding else 16
+
+    def aligned(rows: Tensor) -> Tensor:
+        if padding:
+            return torch.nn.functional.pad(rows, (0, padding))
+        return rows if rows.data_ptr() % unit == 0 else rows.clone()
+
+    return aligned(anchors), None if keys is None else aligned(keys)
 
 
 def infonce_forward(
@@ -282,7 +286,7 @@ def infonce_forward(
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
     )
-    anchors, keys = _aligned(anchors, keys if num_keys else anchors)
+    anchors, rows = _aligned(anchors, keys if num_keys and not in_batch else None)
     dtype = native.DTYPE_CODES[anchors.dtype]
     full_float32 = schedule.full_float32(anchors.dtype)
     tile, slots = _cut(anchors.device, "infonce_forward", dtype, full_float32, anchors.shape[1])
@@ -309,7 +313,7 @@ def infonce_forward(
         num_anchors=num_anchors,
         order=scratch(num_anchors, dtype=torch.int32),
         sorted_labels=scratch(num_anchors, dtype=torch.int32),
-        keys=None if in_batch else keys,  # a null pointer says "in batch"
+        keys=None if in_batch else anchors if rows is None else rows,  # a null pointer says "in batch"
         key_labels=None if in_batch else key_labels,
         num_keys=num_keys,
         label_ranges=scratch(-(-num_keys // tile.piece), 2, dtype=torch.int32),
@@ -343,7 +347,7 @@ def _infonce_backward(
     grad: Tensor,
 ) -> None:
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
-    anchors, rows = _aligned(anchors, anchors if keys is None or not num_rows else keys)
+    anchors, rows = _aligned(anchors, keys if num_rows else None)
     dtype = native.DTYPE_CODES[anchors.dtype]
     full_float32 = schedule.full_float32(anchors.dtype)
     tile, slots = _cut(anchors.device, "infonce_backward", dtype, full_float32, anchors.shape[1])
@@ -366,7 +370,7 @@ def _infonce_backward(
         num_anchors=num_anchors,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
-        keys=None if keys is None else rows,
+        keys=None if keys is None else anchors if rows is None else rows,
         key_labels=key_labels,
         num_keys=num_rows,
         neg_lse=neg_lse,

@@ -640,13 +640,13 @@ float widen(uint32_t bits) {
   return bits_float(bits & 0xffffe000u);
 }
 
-// Lanes hold words of 32 bits, one TF32 number or two of 16 bits each: a word of `a` in row lane / 4 (+ 8)
-// and word lane % 4 (+ 4) of the row, one of `b` in column lane / 4 and word lane % 4 (+ 4) of the column.
 float toward_zero(double value) {
   const float nearest = float(value);
   return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.f) : nearest;
 }
 
+// Lanes hold words of 32 bits, one TF32 number or two of 16 bits each: a word of `a` in row lane / 4 (+ 8)
+// and word lane % 4 (+ 4) of the row, one of `b` in column lane / 4 and word lane % 4 (+ 4) of the column.
 template <Operands kOperands>
 void multiply_warp(Fiber* lanes) {
   constexpr int kInWord = kOperands == Operands::kTF32 ? 1 : 2, kDepth = 8 * kInWord;
