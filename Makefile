@@ -11,9 +11,9 @@ OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss regressions backends
-SHARE         ?= 5
+SHARE         ?= 8
 WIDTHS        ?= 256
-OLDEST_SUBSET := any_input or agree or gradient or round or code or behind
+OLDEST_SUBSET := any_input or agree or gradient or round or behind $(if $(WIDTHS),,or code)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-rest test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
@@ -25,7 +25,7 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time: Triton's interpreter, with the newest and the oldest Triton, takes longest. Of the combinations that
-# a test has there one in SHARE is run, of the widths that the kernels are compiled for one; SHARE=1 WIDTHS= runs all.
+# a test has there one in SHARE is run, of the widths that the newest compiles the kernels for one; SHARE=1 WIDTHS= runs all.
 # Waiting threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
@@ -45,8 +45,7 @@ test-triton:
 	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest tests -k triton
 
 test-oldest-triton:
-	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" PYTHONPATH=$(OLDEST_TRITON) \
-	    $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))"
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))"
 
 # An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no
 # part in it.
