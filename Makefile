@@ -24,12 +24,12 @@ help:  ## this list
 demo: $(BUILT)  ## train a small model with and without the loss, and draw the result
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
-# Two parts at a time: Triton's interpreter, with the newest and the oldest Triton, takes longest. Of the combinations that
-# a test has there one in SHARE is run, of the widths that the newest compiles the kernels for one; SHARE=1 WIDTHS= runs all.
-# Waiting threads give their core away (OMP_WAIT_POLICY).
+# Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
+# is run, and the newest compiles the kernels for one width; SHARE=1 WIDTHS= runs and compiles all. Waiting threads give
+# their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
-	    test-triton test-rest test-training test-oldest-triton
+	    test-rest test-triton test-training test-oldest-triton
 
 test-rest:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer
