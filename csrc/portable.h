@@ -239,6 +239,10 @@ __device__ __forceinline__ float exp2_approx(float value) {
   return result;
 }
 
+// a * b, rounded. An fma, which the compiler would make of it and the sum that it goes into, keeps digits
+// that the rounded product of -a and b no longer cancels.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 // 1 / x to 1 unit in the last place, for normal x whose reciprocal is normal.
 __device__ __forceinline__ float reciprocal_approx(float value) {
   float result;

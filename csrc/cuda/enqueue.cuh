@@ -135,7 +135,7 @@ __device__ __forceinline__ void add_strip(const RegionTile& tile, const float* s
           run = 0.f;
           label = of[i].label;
         }
-        run += values[i] * of[i].weight;
+        run += rounded_product(values[i], of[i].weight);  // so that opposite pixels add up to 0
       }
     }
     if (label >= 0) sums[label * stride + d] += run;

@@ -312,6 +312,8 @@ inline float exp2_approx(float value) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
+inline float rounded_product(float a, float b) { return a * b; }  // compiled without contraction
+
 inline float reciprocal_approx(float value) { return 1.f / value; }
 
 inline int count_bits(unsigned bits) { return __builtin_popcount(bits); }
