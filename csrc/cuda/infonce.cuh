@@ -711,8 +711,10 @@ __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) 
   }
 }
 
-// Of shared memory, in numbers: two of every warp and one more; 128 bytes, as what follows is aligned to.
-constexpr int kClassTileScratch = 32;
+// Of shared memory, in numbers; 128 bytes, as what follows is aligned to. What the warps leave there of one
+// kind lies in whole 16 bytes of its own: a loop over the warps before is read in such pieces, and would read
+// what others write.
+constexpr int kClassTileScratch = 32, kTilesOfWarps = 8, kFoundTile = 16;
 
 // Anchors of one class, in the order of visits.
 struct ClassTile {
@@ -725,7 +727,7 @@ template <int kBlockA, int kThreads>
 __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, int tile,
                                                      int* scratch) {
   constexpr int kWarps = kThreads / kWarp;
-  static_assert(2 * kWarps + 1 < kClassTileScratch, "they share the scratch");
+  static_assert(kWarps <= kTilesOfWarps, "they share the scratch");
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int share = (count + kThreads - 1) / kThreads;
   const int begin = min(int(threadIdx.x) * share, count), end = min(begin + share, count);
@@ -759,19 +761,19 @@ __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int 
     const int others = shuffle_up(before, lanes);
     if (lane >= lanes) before += others;
   }
-  if (lane == kWarp - 1) scratch[kWarps + warp] = before;
+  if (lane == kWarp - 1) scratch[kTilesOfWarps + warp] = before;
   before -= tiles;
-  if (threadIdx.x == 0) scratch[2 * kWarps] = -1;
+  if (threadIdx.x == 0) scratch[kFoundTile] = -1;
   sync_block();  // the tiles of all warps are there
-  for (int other = 0; other < warp; ++other) before += scratch[kWarps + other];
+  for (int other = 0; other < warp; ++other) before += scratch[kTilesOfWarps + other];
   if (before <= tile && tile < before + tiles) {
     start = start_of_share;
     for (int i = begin, number = before; i < end; ++i) {
-      if (begins_tile(i) && number++ == tile) scratch[2 * kWarps] = i;
+      if (begins_tile(i) && number++ == tile) scratch[kFoundTile] = i;
     }
   }
   sync_block();  // the first anchor of the tile is there
-  const int first = scratch[2 * kWarps];
+  const int first = scratch[kFoundTile];
   if (first < 0) return {-1, 0};
   int length = 0;
 #pragma unroll
