@@ -16,7 +16,7 @@ import torch.distributed as dist
 import distributed_worker as worker
 
 WORKER = Path(worker.__file__)
-TIMEOUT = 60  # seconds until a run counts as hung
+TIMEOUT = 600
 
 
 def torchrun(ranks, *arguments):
