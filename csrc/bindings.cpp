@@ -207,10 +207,11 @@ void read(Fields& fields, cuda::InfonceForwardParams& p) {
   read(fields, static_cast<Launch&>(p));
   read(fields, static_cast<cuda::InfonceRows&>(p));
   fields PXC_FIELD(keys) PXC_FIELD(key_labels) PXC_FIELD(num_keys) PXC_FIELD(label_ranges)
-      PXC_FIELD(shift_parts) PXC_FIELD(sum_parts) PXC_FIELD(negative_parts) PXC_FIELD(loss_parts)
-          PXC_FIELD(pos_weight_parts) PXC_FIELD(pos_count_parts) PXC_FIELD(positive_parts)
-              PXC_FIELD(part_channels) PXC_FIELD(loss) PXC_FIELD(neg_lse) PXC_FIELD(pos_weight)
-                  PXC_FIELD(pos_count) PXC_FIELD(anchor_grad) PXC_FIELD(grad_channels);
+      PXC_FIELD(shift_parts) PXC_FIELD(sum_parts) PXC_FIELD(negative_parts) PXC_FIELD(fewest_splits)
+          PXC_FIELD(positive_blocks) PXC_FIELD(positive_splits) PXC_FIELD(loss_parts)
+              PXC_FIELD(pos_weight_parts) PXC_FIELD(pos_count_parts) PXC_FIELD(positive_parts)
+                  PXC_FIELD(part_channels) PXC_FIELD(loss) PXC_FIELD(neg_lse) PXC_FIELD(pos_weight)
+                      PXC_FIELD(pos_count) PXC_FIELD(anchor_grad) PXC_FIELD(grad_channels);
 }
 
 void read(Fields& fields, cuda::InfonceBackwardParams& p) {
@@ -269,6 +270,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("shared", &cuda::InfonceTile::shared)
       .def_readonly("resident", &cuda::InfonceTile::resident);
   gpu.def("infonce_forward_tile", cuda::infonce_forward_tile);
+  gpu.def("infonce_positives_tile", cuda::infonce_positives_tile);
   gpu.def("infonce_backward_tile", cuda::infonce_backward_tile);
   gpu.def("runtime_problem", cuda::runtime_problem);
 #endif

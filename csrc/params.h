@@ -303,6 +303,9 @@ struct InfonceForwardParams : Launch, InfonceRows {
   float* shift_parts;        // [splits, A] scratch
   float* sum_parts;          // [splits, A] scratch: of exp2(score - shift)
   float* negative_parts;     // [splits, A, part_channels] scratch: O of pass 1; null without gradient
+  int64_t fewest_splits;     // of the walk of a tile in pass 2, whose number the device chooses
+  int64_t positive_blocks;   // of pass 2
+  int32_t* positive_splits;  // [] scratch: how many there are
   float* loss_parts;         // [splits, A] scratch: sum of eq. (2)
   float* pos_weight_parts;   // [splits, A] scratch: of sigma
   int32_t* pos_count_parts;  // [splits, A] scratch

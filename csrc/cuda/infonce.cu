@@ -21,16 +21,16 @@ auto with_channels(int64_t channels, Visit visit) {
   throw std::invalid_argument("InfoNCE takes up to 512 channels, got " + std::to_string(channels));
 }
 
-// The tile of pass 1, which does most of the work: rows of the usual lengths have one of their own, and
-// longer tiles where two blocks of them fit a multiprocessor.
-template <class Math, class Visit>
-auto with_negatives_tile(int device, int64_t channels, Visit visit) {
+// The tile of a pass of the forward, which takes `parts` parts of the weights: 16-bit rows of the usual
+// lengths have one of their own, and longer tiles where two blocks of them fit a multiprocessor.
+template <class Math, int kParts, class Visit>
+auto with_forward_tile(int device, int64_t channels, Visit visit) {
   if constexpr (sizeof(typename Math::Element) == 2) {
     if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
     if (channels == 256) {
       using Long = Tile<Math, 256, true, 2>;
-      const size_t block = Long::bytes(Long::kMaxRowBytes, 1) + 1024;
+      const size_t block = Long::bytes(Long::kMaxRowBytes, kParts) + 1024;
       if (2 * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
       return visit(Use<Tile<Math, 256, true>>{});
     }
@@ -51,9 +51,6 @@ auto with_math(int32_t dtype, bool full_float32, Visit visit) {
       return full_float32 ? visit(Use<Math<float, 2>>{}) : visit(Use<Math<float, 1>>{});
   }
 }
-
-// Row tiles of pass 2 begin anew with every class: so many more than the anchors fill are launched for that.
-constexpr int64_t kMoreClasses = 15;
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -85,9 +82,19 @@ InfonceTile describe(int device, Kernel kernel, size_t shared) {
 
 InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
   return with_math(dtype, full_float32, [&](auto math) {
-    return with_negatives_tile<typename decltype(math)::type>(device, channels, [&](auto use) {
+    return with_forward_tile<typename decltype(math)::type, 1>(device, channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>, shared_bytes_of<Tile>(channels, 1));
+    });
+  });
+}
+
+InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+  return with_math(dtype, full_float32, [&](auto math) {
+    using Math = typename decltype(math)::type;
+    return with_forward_tile<Math, Math::kWeightParts>(device, channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      return describe<Tile>(device, infonce_fwd_positives_kernel<Tile>, shared_bytes_of<Tile>(channels));
     });
   });
 }
@@ -107,21 +114,21 @@ void infonce_forward(const InfonceForwardParams& p) {
     using Math = typename decltype(math)::type;
     with_channels<Math>(
         p.channels, [&](auto use) { order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr); });
-    with_negatives_tile<Math>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, 1>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels, 1), p);
     });
-    with_channels<Math>(p.channels, [&](auto use) {
+    with_forward_tile<Math, Math::kWeightParts>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      // How many classes there are is known to the device alone: where they are more, blocks take several.
-      const int64_t tiles = std::min(p.num_anchors, blocks_of(p.num_anchors, Tile::kBlockA) + kMoreClasses);
+      // How many classes there are is known to the device alone: it chooses the splits, and blocks take
+      // several.
       launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>,
-             dim3(unsigned(tiles), unsigned(p.splits)), Tile::kThreads, shared_bytes_of<Tile>(p.channels), p);
+             dim3(unsigned(p.positive_blocks)), Tile::kThreads, shared_bytes_of<Tile>(p.channels), p);
     });
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
-           kFinishThreads, shared_bytes<float2>(size_t(p.splits)), p, Math::kWeightBias);
+           kFinishThreads, 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias);
   });
 }
 

@@ -173,15 +173,17 @@ struct Visit {
   bool unlabelled;  // it does hold such a column, or ends behind the last
 };
 
-// The column tiles of one split that matter to a block: every gridDim.y-th, so that tiles of one class spread
+// The column tiles of one split that matter to a block: every `splits`-th, so that tiles of one class spread
 // over all splits. A warp looks at 32 of them at a time; all warps see the same.
 template <Pass kPass, class Tile>
 class Walk {
  public:
-  __device__ __forceinline__ Walk(const int32_t* ranges, int64_t num_columns, LabelRange own, int lane)
+  __device__ __forceinline__ Walk(const int32_t* ranges, int64_t num_columns, LabelRange own, int split,
+                                  int splits, int lane)
       : ranges_(reinterpret_cast<const int2*>(ranges)),
         num_ranges_(int((num_columns + Tile::S::kColumns - 1) / Tile::S::kColumns)),
-        base_(int(blockIdx.y)),
+        base_(split),
+        splits_(splits),
         own_(own),
         lane_(lane) {}
 
@@ -189,7 +191,7 @@ class Walk {
   __device__ __forceinline__ Visit next() {
     while (visit_ == 0) {
       if (own_.high < 0 || base_ * Tile::kPieces >= num_ranges_) return {-1, false, false};
-      const int tile = base_ + lane_ * int(gridDim.y);
+      const int tile = base_ + lane_ * splits_;
       LabelRange range = range_of(tile * Tile::kPieces);
 #pragma unroll
       for (int piece = 1; piece < Tile::kPieces; ++piece) {
@@ -200,11 +202,11 @@ class Walk {
       mixed_ = ballot(range.low < 0 || !range.apart(own_));
       unlabelled_ = ballot(range.low < 0);
       from_ = base_;
-      base_ += kWarp * int(gridDim.y);
+      base_ += kWarp * splits_;
     }
     const int bit = lowest_bit(visit_);
     visit_ &= visit_ - 1;
-    return {from_ + bit * int(gridDim.y), bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
+    return {from_ + bit * splits_, bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
   }
 
  private:
@@ -221,7 +223,7 @@ class Walk {
   }
 
   const int2* ranges_;
-  int num_ranges_, base_, from_ = 0;
+  int num_ranges_, base_, splits_, from_ = 0;
   LabelRange own_;
   int lane_;
   unsigned visit_ = 0, mixed_ = 0, unlabelled_ = 0;
@@ -444,11 +446,45 @@ struct Engine {
     const unsigned char* own_columns = column_tile(stage);
     const int column_offset = tile_offset(column, kPairs ? lane / 8 % 2 : lane / 8, row_stride());
     const int row_offset = tile_offset(row, lane / 16, row_stride());
+    if constexpr (Tile::kFull && kPairs) {
+      // The fragments of the next 16 channels are on the way while this step's are multiplied.
+      constexpr int kAll = Tile::kMaxRowBytes / 32;
+      Operand<Tile> a[2][Tile::kFragments][4], b[2][Tile::kScoreCols][2];
+      const auto fetch = [&](int step) {
+        const int byte = step / 4 * 128, chunk = step % 4 * 2;
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) {
+          load_fragment(a[step % 2][f],
+                        row_tile + byte + f * 16 * row_stride() + offset_further(row_offset, chunk));
+        }
+#pragma unroll
+        for (int n = 0; n < Tile::kScoreCols; n += 2) {
+          uint32_t bits[4];
+          ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride() + offset_further(column_offset, chunk));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) b[step % 2][n + i / 2][i % 2].set(bits[i]);
+        }
+      };
+      each_row<Tile>([&](int f, int half) {
+        each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; });
+      });
+      fetch(0);
+#pragma unroll
+      for (int step = 0; step < kAll; ++step) {
+        if (step + 1 < kAll) fetch(step + 1);
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+          for (int n = 0; n < Tile::kScoreCols; ++n)
+            multiply(scores[f][n], a[step % 2][f], b[step % 2][n][0], b[step % 2][n][1]);
+        }
+      }
+      return;
+    }
     // A single sum would make every product wait for the one before.
     constexpr int kChains = Tile::kFragments * Tile::kScoreCols == 1 ? 2 : 1;
     Scores sums[kChains] = {};
-    constexpr int kUnrolled = Tile::kFull ? Tile::kMaxRowBytes / 128 : 1;
-#pragma unroll kUnrolled
+#pragma unroll 1
     for (int byte = 0; byte < row_stride(); byte += 128) {
 #pragma unroll kUnroll
       for (int chunk = 0; chunk < 8; chunk += 2 * kSteps) {
@@ -721,11 +757,11 @@ struct ClassTile {
   int first, count;  // none: -1
 };
 
-// Number `tile` of the tiles of up to kBlockA anchors that begin anew with every class, found in the sorted
-// labels. The whole block calls it.
-template <int kBlockA, int kThreads>
-__device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, int tile,
-                                                     int* scratch) {
+// One of the tiles of up to kBlockA anchors that begin anew with every class, found in the sorted labels: the
+// one that choose(how many there are) names, if there are as many. The whole block calls it.
+template <int kBlockA, int kThreads, class Choose>
+__device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, int* scratch,
+                                                     Choose choose) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kTilesOfWarps, "they share the scratch");
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
@@ -765,7 +801,12 @@ __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int 
   before -= tiles;
   if (threadIdx.x == 0) scratch[kFoundTile] = -1;
   sync_block();  // the tiles of all warps are there
-  for (int other = 0; other < warp; ++other) before += scratch[kTilesOfWarps + other];
+  int all = 0;
+  for (int other = 0; other < kWarps; ++other) {
+    if (other == warp) before += all;
+    all += scratch[kTilesOfWarps + other];
+  }
+  const int tile = choose(all);
   if (before <= tile && tile < before + tiles) {
     start = start_of_share;
     for (int i = begin, number = before; i < end; ++i) {
@@ -818,7 +859,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
   typename Engine::Output output = {};
 
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
-  Walk<Pass::kNegatives, Tile> walk(p.label_ranges, keys.count, own, engine.lane);
+  Walk<Pass::kNegatives, Tile> walk(p.label_ranges, keys.count, own, int(blockIdx.y), int(gridDim.y),
+                                    engine.lane);
   bool visited = false;
   engine.run(
       walk,
@@ -931,10 +973,15 @@ struct alignas(16) RowOfPositives {
   float neg_lse, scale;
 };
 
+// What a block of pass 2 is about: a tile of anchors, and one of the splits of its walk.
+struct PositivesItem {
+  int number, split, splits;
+};
+
 // Pass 2 over anchors of one class and the keys of it, knowing eq. (1): eq. (2) to (4), and G.
 template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
-                                              SharedMemory& memory) {
+                                              const PositivesItem& item, SharedMemory& memory) {
   using T = typename Tile::T;
   Side anchors = anchors_of<T>(p);
   anchors.count = tile.first + tile.count;
@@ -958,7 +1005,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
 
   const int own_label = anchors.labels[tile.first];
   const LabelRange own{own_label, own_label};
-  Walk<Pass::kPositives, Tile> walk(p.label_ranges, keys.count, own, engine.lane);
+  Walk<Pass::kPositives, Tile> walk(p.label_ranges, keys.count, own, item.split, item.splits, engine.lane);
   bool visited = false;
   engine.run(
       walk,
@@ -997,7 +1044,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
         engine.template accumulate<Tile::kWeightParts>(output, stage);
       });
 
-  const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
+  const int64_t part = int64_t(item.split) * p.num_anchors + engine.first_row;
   const float losses = engine.sum_over_row(loss), weights = engine.sum_over_row(pos_weight);
   const int counts = engine.sum_over_row(count);
   if (int(threadIdx.x) < min(anchors.count - engine.first_row, Tile::kBlockA)) {
@@ -1006,28 +1053,49 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     p.pos_count_parts[part + threadIdx.x] = counts;
   }
   if (with_grad && visited) {  // else no count is above 0, and nobody reads the output
-    float* to = p.positive_parts + int64_t(blockIdx.y) * p.num_anchors * p.part_channels;
+    float* to = p.positive_parts + int64_t(item.split) * p.num_anchors * p.part_channels;
     engine.write(output, to, nullptr, p.part_channels, p.part_channels);
   }
 }
 
+// How many blocks share the walk of a tile: blocks run in rounds of gridDim.x, and of one to four rounds
+// those are taken that leave the least of the device idle, the fewer of such that differ little.
+__device__ __forceinline__ int splits_of_positives(const InfonceForwardParams& p, int tiles) {
+  const int blocks = int(gridDim.x);
+  int best = int(p.fewest_splits);
+  float least = float((tiles * int64_t(best) + blocks - 1) / blocks) / float(best);
+  for (int rounds = 1; rounds <= 4; ++rounds) {
+    const int splits = min(int(int64_t(rounds) * blocks / max(tiles, 1)), int(p.splits));
+    const float time = float(rounds) / float(max(splits, 1));
+    if (splits <= best || time >= 0.95f * least) continue;
+    best = splits;
+    least = time;
+  }
+  return best;
+}
+
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kernel(InfonceForwardParams p) {
-  int number = int(blockIdx.x);
+  PositivesItem item{int(blockIdx.x), 0, 0};
   while (true) {
     SharedMemory memory;
     int* scratch = memory.take<int>(kClassTileScratch);
     int* kept_number = scratch + kClassTileScratch - 1;  // not in a register, which are short in the walk
-    const ClassTile tile =
-        find_class_tile<Tile::kBlockA, Tile::kThreads>(p.sorted_labels, int(p.num_anchors), number, scratch);
+    const ClassTile tile = find_class_tile<Tile::kBlockA, Tile::kThreads>(
+        p.sorted_labels, int(p.num_anchors), scratch, [&](int tiles) {
+          item.splits = splits_of_positives(p, tiles);
+          item.split = item.number / max(tiles, 1);
+          return item.split < item.splits ? item.number % max(tiles, 1) : tiles;
+        });
+    if (item.number == 0 && threadIdx.x == 0) *p.positive_splits = item.splits;
     if (tile.first < 0) return;
-    if (threadIdx.x == 0) *kept_number = number;
-    add_positives<Tile>(p, tile, memory);  // it has barriers
-    number = *kept_number + int(gridDim.x);
+    if (threadIdx.x == 0) *kept_number = item.number;
+    add_positives<Tile>(p, tile, item, memory);  // it has barriers
+    item.number = *kept_number + int(gridDim.x);
   }
 }
 
-constexpr int kFinishThreads = 128;
+constexpr int kFinishThreads = 64;
 
 // Sums over the lanes, in a fixed order; every lane gets the sum.
 template <class Value>
@@ -1036,11 +1104,28 @@ __device__ __forceinline__ Value sum_over_warp(Value value) {
   return value;
 }
 
+// Adds up four channels of the splits of a row, as far as their factors are 0 or more: the others were not
+// written. Many loads of a thread are on the way at a time.
+__device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t stride, const float* factors,
+                                               int splits) {
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+  for (int split = 0; split < splits; ++split) {
+    const float factor = factors[split];
+    if (factor < 0.f) continue;
+    const float4 part = *reinterpret_cast<const float4*>(parts + split * stride);
+    sum = make_float4(fmaf(part.x, factor, sum.x), fmaf(part.y, factor, sum.y), fmaf(part.z, factor, sum.z),
+                      fmaf(part.w, factor, sum.w));
+  }
+  return sum;
+}
+
 // The second stage: adds up the splits of an anchor, a block for one, and puts it where the caller has it.
 __global__ void __launch_bounds__(kFinishThreads)
     infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias) {
   SharedMemory memory;
-  float2* factors = memory.take<float2>(size_t(p.splits));  // of a split's O and G; below 0: never written
+  float* away_factors = memory.take<float>(size_t(p.splits));  // of a split's O; below 0: it was not written
+  float* towards_factors = memory.take<float>(size_t(p.splits));  // and of its G
   const int64_t row = blockIdx.x, anchor = p.order[row];
   const int lane = int(threadIdx.x) % kWarp;
   if (p.sorted_labels[row] < 0) {  // it has no part in any tile
@@ -1055,10 +1140,11 @@ __global__ void __launch_bounds__(kFinishThreads)
     }
     return;
   }
+  const int positive_splits = *p.positive_splits;
   const Negatives negatives = combine_negatives(p, row);
   float loss = 0.f, pos_weight = 0.f;
   int pos_count = 0;
-  for (int64_t split = lane; split < p.splits; split += kWarp) {
+  for (int split = lane; split < positive_splits; split += kWarp) {
     loss += p.loss_parts[split * p.num_anchors + row];
     pos_weight += p.pos_weight_parts[split * p.num_anchors + row];
     pos_count += p.pos_count_parts[split * p.num_anchors + row];
@@ -1076,25 +1162,26 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (p.anchor_grad == nullptr) return;
   for (int64_t split = threadIdx.x; split < p.splits; split += kFinishThreads) {
     const int64_t part = split * p.num_anchors + row;
-    const float shift_of_part = p.shift_parts[part];
-    factors[split] =
-        make_float2(shift_of_part == -INFINITY ? -1.f : exp2_approx(shift_of_part - negatives.shift),
-                    p.pos_count_parts[part] > 0 ? 1.f : -1.f);
+    const float shift = p.shift_parts[part];
+    away_factors[split] = shift == -INFINITY ? -1.f : exp2_approx(shift - negatives.shift);
+    towards_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;
   }
   sync_block();  // the factors are there
   const float push = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
               pull = exp2f(-weight_bias);
   const float scale = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
-  for (int64_t d = threadIdx.x; d < p.grad_channels; d += kFinishThreads) {
-    float away = 0.f, towards = 0.f;
-#pragma unroll 8
-    for (int64_t split = 0; split < p.splits; ++split) {
-      const int64_t place = (split * p.num_anchors + row) * p.part_channels + d;
-      const float2 factor = factors[split];
-      if (factor.x >= 0.f) away += p.negative_parts[place] * factor.x;
-      if (factor.y >= 0.f) towards += p.positive_parts[place];
+  const int64_t stride = p.num_anchors * p.part_channels;
+  for (int64_t d = 4 * int64_t(threadIdx.x); d < p.grad_channels; d += 4 * kFinishThreads) {
+    const int64_t place = row * p.part_channels + d;
+    const float4 away = sum_of_parts(p.negative_parts + place, stride, away_factors, int(p.splits)),
+                 towards = sum_of_parts(p.positive_parts + place, stride, towards_factors, positive_splits);
+    const float grad[4] = {push * away.x - pull * towards.x, push * away.y - pull * towards.y,
+                           push * away.z - pull * towards.z, push * away.w - pull * towards.w};
+    float* to = p.anchor_grad + anchor * p.grad_channels + d;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (d + i < p.grad_channels) to[i] = contrasts ? scale * grad[i] : 0.f;
     }
-    p.anchor_grad[anchor * p.grad_channels + d] = contrasts ? scale * (push * away - pull * towards) : 0.f;
   }
 }
 
@@ -1140,7 +1227,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
   typename Engine<Tile>::Output output = {};
 
   const LabelRange own = range_of_labelled(keys, engine.first_row, Tile::kBlockA, engine.lane);
-  Walk<Pass::kBackward, Tile> walk(p.label_ranges, anchors.count, own, engine.lane);
+  Walk<Pass::kBackward, Tile> walk(p.label_ranges, anchors.count, own, int(blockIdx.y), int(gridDim.y),
+                                   engine.lane);
   engine.run(
       walk,
       [&](int stage, int64_t first) {

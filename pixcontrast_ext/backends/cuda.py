@@ -242,7 +242,9 @@ def enqueue_write(
 
 @functools.cache
 def _cut(device: torch.device, kernel: str, dtype: int, full_float32: bool, channels: int) -> tuple[Any, int]:
-    """The tile of an InfoNCE pass on a device, `infonce_forward` or `_backward`, and how many blocks run at a time."""
+    """The tile of an InfoNCE pass on a device, `infonce_forward`, `_positives` or `_backward`, and how many blocks
+    run at a time.
+    """
     tile_of = getattr(native.cuda_kernels, f"{kernel}_tile")
     if device.type == "cpu":  # emulated: enough for several splits of small problems
         return tile_of(0, dtype, full_float32, channels), 8
@@ -292,6 +294,7 @@ def infonce_forward(
     tile, slots = _cut(anchors.device, "infonce_forward", dtype, full_float32, anchors.shape[1])
     row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
     splits = schedule.splits(row_tiles, key_tiles, slots, tile.columns)
+    _, positive_blocks = _cut(anchors.device, "infonce_positives", dtype, full_float32, anchors.shape[1])
     bytes_of_row = anchors.shape[1] * anchors.element_size()
     part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
 
@@ -320,6 +323,9 @@ def infonce_forward(
         shift_parts=scratch(splits, num_anchors),
         sum_parts=scratch(splits, num_anchors),
         negative_parts=scratch(splits, num_anchors, part_channels) if with_grad else None,
+        fewest_splits=min(splits, schedule.fewest_splits(key_tiles, tile.columns)),
+        positive_blocks=min(positive_blocks, num_anchors * splits),
+        positive_splits=scratch(dtype=torch.int32),
         loss_parts=scratch(splits, num_anchors),
         pos_weight_parts=scratch(splits, num_anchors),
         pos_count_parts=scratch(splits, num_anchors, dtype=torch.int32),

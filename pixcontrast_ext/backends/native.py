@@ -43,7 +43,7 @@ _INT64 = """labels predictions indices pool_keys anchor_index key_index row_inde
 pos_counts region_ptr region_fill pixel_ptr pixel_fill pair_keys row_pixels sorted_pixels
 sorted_rows chosen_pixels"""
 _INT32 = """priority anchor_labels key_labels row_labels count pos_count pool_starts pool_keep pool_rows order
-sorted_labels label_ranges pos_count_parts"""
+sorted_labels label_ranges positive_splits pos_count_parts"""
 _FLOAT32 = """inv_norm wide weights scores shift sum weight_sum output neg_lse neg_scale pos_scale row_neg_lse
 row_neg_scale row_pos_scale negatives positives loss pos_weight anchor_grad chunk_sums
 shift_parts sum_parts negative_parts loss_parts pos_weight_parts positive_parts grad_scale peak coefficients

@@ -14,6 +14,11 @@ LONGEST_WALK = 65_536
 MOST_SPLITS = 1024
 
 
+def fewest_splits(column_tiles: int, columns_of_tile: int) -> int:
+    """How many blocks share a walk at least, for none to have more than LONGEST_WALK columns."""
+    return max(1, -(-column_tiles // (LONGEST_WALK // columns_of_tile)))
+
+
 @functools.lru_cache(maxsize=4096)
 def splits(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) -> int:
     """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly, and
@@ -21,7 +26,7 @@ def splits(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) 
 
     `slots` blocks run at a time. A wave of blocks takes as long as its longest walk.
     """
-    fewest = max(1, -(-column_tiles // (LONGEST_WALK // columns_of_tile)))
+    fewest = fewest_splits(column_tiles, columns_of_tile)
     most = max(fewest, min(column_tiles, 2 * slots // max(row_tiles, 1), MOST_SPLITS))
 
     def cost(count: int) -> int:
