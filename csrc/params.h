@@ -283,20 +283,25 @@ struct WriteParams : Launch {
 
 struct InfonceRows {
   int32_t rows_dtype;    // DType
-  int32_t full_float32;  // fp32 rows: 0 multiplies in TF32, 1 keeps fp32's accuracy
-  int64_t channels;      // of a row, padding included
+  int32_t full_float32;  // of fp32 rows, two planes are multiplied and fp32's accuracy kept; else one
+  int64_t channels;      // of a row or plane as it is multiplied, padding included
   float temperature;
   int32_t exclude_self;
   int64_t splits;
-  const void* anchors;           // [A, channels]
+  const void* anchors;           // [A, channels], of fp32 rows [A, D]
   const int32_t* anchor_labels;  // [A]
   int64_t num_anchors;
   int32_t* order;          // [A] scratch: anchors by (label, index), those without a label last
   int32_t* sorted_labels;  // [A] scratch
+  void* anchor_planes;     // of fp32 rows [A, planes, channels] scratch, fp16; else null
+  float* peaks;            // likewise [2, plane_blocks] scratch
+  int64_t plane_blocks;    // of either side
+  float* unscale;          // likewise [2] scratch: anchors, and keys, are their planes' sum times this
 };
 
 struct InfonceForwardParams : Launch, InfonceRows {
-  const void* keys;           // [K, channels], or null: the anchors are the keys, in their order
+  const void* keys;           // as the anchors [K, channels], or null: the anchors are the keys, in their order
+  void* key_planes;           // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   int32_t* label_ranges;     // [pieces of keys, 2] scratch: smallest and largest label
@@ -320,7 +325,8 @@ struct InfonceForwardParams : Launch, InfonceRows {
 };
 
 struct InfonceBackwardParams : Launch, InfonceRows {
-  const void* keys;           // [K, channels], or null: the symmetric backward of anchors that are the keys
+  const void* keys;           // as the anchors, or null: the symmetric backward of anchors that are the keys
+  void* key_planes;           // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   const float* neg_lse;     // [A], from the forward, as is

@@ -21,19 +21,19 @@ auto with_channels(int64_t channels, Visit visit) {
   throw std::invalid_argument("InfoNCE takes up to 512 channels, got " + std::to_string(channels));
 }
 
-// The tile of a pass of the forward, which takes `parts` parts of the weights: 16-bit rows of the usual
-// lengths have one of their own, and longer tiles where two blocks of them fit a multiprocessor.
+// The tile of a pass of the forward, which takes kParts parts of the weights: rows of the usual lengths have
+// one of their own, and longer tiles where two blocks of them fit a multiprocessor.
 template <class Math, int kParts, class Visit>
 auto with_forward_tile(int device, int64_t channels, Visit visit) {
-  if constexpr (sizeof(typename Math::Element) == 2) {
+  if (channels == 256) {
+    using Long = Tile<Math, 256, true, 2>;
+    const size_t block = Long::bytes(Long::kMaxRowBytes, kParts) + 1024;
+    if (2 * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
+    return visit(Use<Tile<Math, 256, true>>{});
+  }
+  if constexpr (Math::kPlanes == 1) {
     if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
-    if (channels == 256) {
-      using Long = Tile<Math, 256, true, 2>;
-      const size_t block = Long::bytes(Long::kMaxRowBytes, kParts) + 1024;
-      if (2 * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
-      return visit(Use<Tile<Math, 256, true>>{});
-    }
     if (channels == 512) return visit(Use<Tile<Math, 512, true>>{});
   }
   return with_channels<Math>(channels, visit);
@@ -48,11 +48,22 @@ auto with_math(int32_t dtype, bool full_float32, Visit visit) {
     case DType::kBFloat16:
       return visit(Use<Math<BFloat16, 1>>{});
     default:
-      return full_float32 ? visit(Use<Math<float, 2>>{}) : visit(Use<Math<float, 1>>{});
+      return full_float32 ? visit(Use<Math<Half, 2>>{}) : visit(Use<Math<Half, 1>>{});
   }
 }
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Splits fp32 rows into planes.
+template <class Math, class Params>
+void split_rows(const Params& p) {
+  if (DType(p.rows_dtype) != DType::kFloat32) return;
+  const dim3 grid(unsigned(p.plane_blocks), p.keys == nullptr ? 1 : 2);
+  for (const bool again : {false, true}) {
+    launch(p, "infonce_planes_kernel", infonce_planes_kernel<Math::kPlanes, Params>, grid, kPlaneThreads,
+           shared_bytes<float>(kPlaneThreads / kWarp), p, again);
+  }
+}
 
 // Sorts the anchors, and finds the ranges of the columns' labels: of keys at once, of sorted anchors after.
 template <int kPiece, class Params>
@@ -69,7 +80,7 @@ void order_anchors(const Params& p, bool columns_are_keys) {
 
 template <class Tile>
 size_t shared_bytes_of(int64_t channels, int weight_parts = Tile::kWeightParts) {
-  return Tile::bytes(blocks_of(channels * int64_t(sizeof(typename Tile::T)), 128) * 128, weight_parts);
+  return Tile::bytes(blocks_of(2 * Tile::kPlanes * channels, 128) * 128, weight_parts);
 }
 
 template <class Tile, class Kernel>
@@ -82,9 +93,11 @@ InfonceTile describe(int device, Kernel kernel, size_t shared) {
 
 InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
   return with_math(dtype, full_float32, [&](auto math) {
-    return with_forward_tile<typename decltype(math)::type, 1>(device, channels, [&](auto use) {
+    using Math = typename decltype(math)::type;
+    return with_forward_tile<Math, Math::kNegativeParts>(device, channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>, shared_bytes_of<Tile>(channels, 1));
+      return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>,
+                            shared_bytes_of<Tile>(channels, Tile::kNegativeParts));
     });
   });
 }
@@ -112,13 +125,14 @@ void infonce_forward(const InfonceForwardParams& p) {
   if (p.num_anchors == 0) return;
   with_math(p.rows_dtype, p.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
+    split_rows<Math>(p);
     with_channels<Math>(
         p.channels, [&](auto use) { order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr); });
-    with_forward_tile<Math, 1>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, Math::kNegativeParts>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels, 1), p);
+             shared_bytes_of<Tile>(p.channels, Tile::kNegativeParts), p);
     });
     with_forward_tile<Math, Math::kWeightParts>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
@@ -135,7 +149,9 @@ void infonce_forward(const InfonceForwardParams& p) {
 void infonce_backward(const InfonceBackwardParams& p) {
   const int64_t num_rows = p.keys == nullptr ? p.num_anchors : p.num_keys;
   with_math(p.rows_dtype, p.full_float32, [&](auto math) {
-    with_channels<typename decltype(math)::type>(p.channels, [&](auto use) {
+    using Math = typename decltype(math)::type;
+    split_rows<Math>(p);
+    with_channels<Math>(p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       order_anchors<Tile::S::kColumns>(p, false);
       launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>,

@@ -38,36 +38,19 @@ constexpr float kSlack = 8.f;
 
 // --- what depends on the element type ---
 
-// 16-bit elements are multiplied as they are; fp32 as TF32, rounded to nearest (kParts = 1), or split into a
-// TF32 number and the rest of it, of which three products keep fp32's accuracy (kParts = 2).
-template <class T, int kParts_>
+// How rows are multiplied. With one plane they are 16-bit numbers. With two, a row is fp16 numbers and, behind them,
+// what these leave of the fp32 row: three products of the planes keep fp32's accuracy.
+template <class T, int kPlanes_>
 struct Math {
   using Element = T;
-  static constexpr int kParts = kParts_;
-  static constexpr bool kRoundsRows = std::is_same_v<T, float> && kParts == 1;
+  static constexpr int kPlanes = kPlanes_;
   // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
   static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
   static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
   // bf16 weights err by 2e-3 each, which is much where they are all alike, as sigma of a class is, and in
   // the gradient of a key, which few anchors make up. Only the pass over the negatives takes them whole.
-  static constexpr int kWeightParts = std::is_same_v<T, BFloat16> ? 2 : 1;
-};
-
-__device__ __forceinline__ float rounded_to_tf32(float value) { return bits_float(to_tf32(value)); }
-
-// What a register of a fragment is multiplied as.
-template <class Math>
-struct Operand {
-  uint32_t parts[Math::kParts];
-
-  __device__ __forceinline__ void set(uint32_t bits) {
-    if constexpr (sizeof(typename Math::Element) == 2) {
-      parts[0] = bits;
-    } else {
-      parts[0] = to_tf32(bits_float(bits));
-      if constexpr (Math::kParts == 2) parts[1] = to_tf32(bits_float(bits) - bits_float(parts[0]));
-    }
-  }
+  static constexpr int kWeightParts = kPlanes == 2 || std::is_same_v<T, BFloat16> ? 2 : 1;
+  static constexpr int kNegativeParts = kPlanes;
 };
 
 // The tiles, by the bytes of the longest row. With one piece of columns all fit the 99 KB of the smallest
@@ -89,18 +72,18 @@ struct Shape<2048> {
 // kFull: all rows are as long as the longest, so that every address in a tile is a base and a constant.
 // kPieces: how many times the shape's columns make a tile, whose labels are known by these pieces.
 template <class Math_, int kMaxChannels, bool kFull_ = false, int kPieces_ = 1>
-struct Tile : Math_, Shape<kMaxChannels* int(sizeof(typename Math_::Element))> {
+struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels> {
   using T = typename Math_::Element;
-  using S = Shape<kMaxChannels* int(sizeof(T))>;
+  using S = Shape<2 * Math_::kPlanes * kMaxChannels>;
+  static_assert(sizeof(T) == 2, "of fp32 rows, planes are multiplied");
   static constexpr bool kFull = kFull_;
   static constexpr int kPieces = kPieces_;
-  static constexpr int kMaxRowBytes = kMaxChannels * int(sizeof(T));
+  static constexpr int kMaxRowBytes = 2 * Math_::kPlanes * kMaxChannels;
   static constexpr int kBlockA = S::kRowWarps * S::kFragments * 16;
   static constexpr int kBlockK = kPieces * S::kColumns;
   static constexpr int kThreads = S::kRowWarps * S::kColWarps * kWarp;
   static constexpr int kScoreCols = kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
   static constexpr int kOutputCols = kMaxChannels / S::kColWarps / 8;  // likewise of the output
-  static constexpr int kStepK = 32 / sizeof(T);  // columns of a weight fragment: 32 bytes
 
   static size_t bytes(int64_t row_stride, int weight_parts) {
     return shared_bytes<unsigned char>((kBlockA + 2 * kBlockK) * row_stride) +
@@ -296,6 +279,7 @@ struct Engine {
     return Tile::kFull ? Tile::kMaxRowBytes : rows.row_bytes;
   }
   __device__ __forceinline__ int row_stride() const { return (row_bytes() + 127) / 128 * 128; }
+  __device__ __forceinline__ int plane_stride() const { return row_stride() / Tile::kPlanes; }
 
   // Within the block's tile, row `half` of 2 of fragment `f`.
   __device__ __forceinline__ int local_row(int f, int half) const {
@@ -359,20 +343,10 @@ struct Engine {
     return column_tiles + stage * Tile::kBlockK * row_stride();
   }
 
-  // Rounds the tile of rows to TF32, once for all the columns it meets.
-  __device__ __forceinline__ void round_rows() const {
-    for (int byte = int(threadIdx.x) * 16; byte < Tile::kBlockA * row_stride(); byte += Tile::kThreads * 16) {
-      float4& chunk = *reinterpret_cast<float4*>(row_tile + byte);
-      chunk = make_float4(rounded_to_tf32(chunk.x), rounded_to_tf32(chunk.y), rounded_to_tf32(chunk.z),
-                          rounded_to_tf32(chunk.w));
-    }
-  }
-
   // Visits the tiles of a walk: weigh(stage, mixed, first column) for each, with the tile in shared memory.
   // load_extra(stage, first column) starts the copies that go with a tile.
   template <class Walk, class LoadExtra, class Weigh>
   __device__ __forceinline__ void run(Walk& walk, LoadExtra load_extra, Weigh weigh) const {
-    bool rounded = false;
     Visit visit = walk.next();
     if (visit.tile < 0) return;
     const auto start = [&](int stage, const Visit& visit) {
@@ -392,132 +366,115 @@ struct Engine {
       sync_block();  // all copies are visible to all, and nobody reads the other stage any more
       const Visit next = walk.next();
       if (next.tile >= 0) start(stage ^ 1, next);
-      if (Tile::kRoundsRows && !rounded) {
-        round_rows();
-        sync_block();  // all rows are rounded
-        rounded = true;
-      }
       weigh(stage, visit.mixed, unsigned(visit.tile) * Tile::kBlockK);
       visit = next;
     }
     sync_block();  // shared memory may be used for something else
   }
 
-  __device__ __forceinline__ static void multiply(float (&sum)[4], const Operand<Tile> (&a)[4],
-                                                  const Operand<Tile>& b0, const Operand<Tile>& b1) {
-    if constexpr (Tile::kParts == 1) {
-      const uint32_t whole[4] = {a[0].parts[0], a[1].parts[0], a[2].parts[0], a[3].parts[0]};
-      mma<T>(sum, whole, b0.parts[0], b1.parts[0]);
-    } else {
-      // Tensor cores cut off what does not fit their sum; fp32 additions round, so only a few products stay
-      // inside.
-      const uint32_t high[4] = {a[0].parts[0], a[1].parts[0], a[2].parts[0], a[3].parts[0]};
-      const uint32_t low[4] = {a[0].parts[1], a[1].parts[1], a[2].parts[1], a[3].parts[1]};
-      float part[4] = {};
-      mma<T>(part, low, b0.parts[0], b1.parts[0]);
-      mma<T>(part, high, b0.parts[1], b1.parts[1]);
-      mma<T>(part, high, b0.parts[0], b1.parts[0]);
-      for (int i = 0; i < 4; ++i) sum[i] += part[i];
-    }
-  }
+  // Fragments of kSteps steps of 16 channels.
+  template <int kSteps>
+  struct Fragments {
+    uint32_t rows[kSteps][Tile::kPlanes][Tile::kFragments][4];
+    uint32_t columns[kSteps][Tile::kPlanes][Tile::kScoreCols][2];
+  };
 
-  __device__ __forceinline__ static void load_fragment(Operand<Tile> (&a)[4], const unsigned char* place) {
-    uint32_t bits[4];
-    ldmatrix_x4(bits, place);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (Tile::kParts == 1) {
-        a[i].parts[0] = bits[i];  // of rows and of weights, which were rounded in shared memory
-      } else {
-        a[i].set(bits[i]);
-      }
-    }
-  }
-
-  // S of the warp: its rows times its columns, over all channels, 128 bytes of them at a time. A step of the
-  // tensor cores takes 32 bytes: two chunks. Unrolling by 2 hides more latency, for more registers.
+  // S of the warp: its rows times its columns, over all channels. A step of the tensor cores takes 16 channels, which
+  // are two chunks. Tensor cores cut off what does not fit their sum, fp32 additions round: of two planes, the
+  // products of the high ones are summed apart for every 64 channels, and the small ones by themselves.
   template <int kUnroll>
   __device__ __forceinline__ void multiply_rows(Scores& scores, int stage) const {
     // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
     constexpr bool kPairs = Tile::kScoreCols % 2 == 0;
     constexpr int kSteps = kPairs ? 1 : 2;
+    constexpr int kPlanes = Tile::kPlanes;
     const int row = row_warp * Tile::kFragments * 16 + lane % 16;
     const int column = col_warp * Tile::kScoreCols * 8 + lane % 8 + (kPairs ? lane / 16 * 8 : 0);
     const unsigned char* own_columns = column_tile(stage);
     const int column_offset = tile_offset(column, kPairs ? lane / 8 % 2 : lane / 8, row_stride());
     const int row_offset = tile_offset(row, lane / 16, row_stride());
-    if constexpr (Tile::kFull && kPairs) {
-      // The fragments of the next 16 channels are on the way while this step's are multiplied.
-      constexpr int kAll = Tile::kMaxRowBytes / 32;
-      Operand<Tile> a[2][Tile::kFragments][4], b[2][Tile::kScoreCols][2];
-      const auto fetch = [&](int step) {
-        const int byte = step / 4 * 128, chunk = step % 4 * 2;
+    const auto fetch = [&](Fragments<kSteps>& to, int byte, int chunk) {
 #pragma unroll
-        for (int f = 0; f < Tile::kFragments; ++f) {
-          load_fragment(a[step % 2][f],
-                        row_tile + byte + f * 16 * row_stride() + offset_further(row_offset, chunk));
-        }
-#pragma unroll
-        for (int n = 0; n < Tile::kScoreCols; n += 2) {
-          uint32_t bits[4];
-          ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride() + offset_further(column_offset, chunk));
-#pragma unroll
-          for (int i = 0; i < 4; ++i) b[step % 2][n + i / 2][i % 2].set(bits[i]);
-        }
-      };
-      each_row<Tile>([&](int f, int half) {
-        each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; });
-      });
-      fetch(0);
-#pragma unroll
-      for (int step = 0; step < kAll; ++step) {
-        if (step + 1 < kAll) fetch(step + 1);
-#pragma unroll
-        for (int f = 0; f < Tile::kFragments; ++f) {
-#pragma unroll
-          for (int n = 0; n < Tile::kScoreCols; ++n)
-            multiply(scores[f][n], a[step % 2][f], b[step % 2][n][0], b[step % 2][n][1]);
-        }
-      }
-      return;
-    }
-    // A single sum would make every product wait for the one before.
-    constexpr int kChains = Tile::kFragments * Tile::kScoreCols == 1 ? 2 : 1;
-    Scores sums[kChains] = {};
-#pragma unroll 1
-    for (int byte = 0; byte < row_stride(); byte += 128) {
-#pragma unroll kUnroll
-      for (int chunk = 0; chunk < 8; chunk += 2 * kSteps) {
-        Operand<Tile> b[kSteps][Tile::kScoreCols][2];
+      for (int plane = 0; plane < kPlanes; ++plane, byte += plane_stride()) {
 #pragma unroll
         for (int n = 0; n < Tile::kScoreCols; n += kPairs ? 2 : 1) {
           uint32_t bits[4];
           ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride() + offset_further(column_offset, chunk));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            b[kPairs ? 0 : i / 2][n + (kPairs ? i / 2 : 0)][i % 2].set(bits[i]);
+            to.columns[kPairs ? 0 : i / 2][plane][n + (kPairs ? i / 2 : 0)][i % 2] = bits[i];
           }
         }
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
           for (int f = 0; f < Tile::kFragments; ++f) {
-            Operand<Tile> a[4];
-            load_fragment(
-                a, row_tile + byte + f * 16 * row_stride() + offset_further(row_offset, chunk + 2 * step));
-#pragma unroll
-            for (int n = 0; n < Tile::kScoreCols; ++n)
-              multiply(sums[step % kChains][f][n], a, b[step][n][0], b[step][n][1]);
+            ldmatrix_x4(to.rows[step][plane][f], row_tile + byte + f * 16 * row_stride() +
+                                                     offset_further(row_offset, chunk + 2 * step));
           }
         }
       }
-    }
-    each_row<Tile>([&](int f, int half) {
-      each_score<Tile>([&](int n, int e) {
-        const int i = 2 * half + e;
-        scores[f][n][i] = kChains == 1 ? sums[0][f][n][i] : sums[0][f][n][i] + sums[kChains - 1][f][n][i];
+    };
+    // A single sum would make every product wait for the one before.
+    constexpr int kChains = kPlanes == 1 && Tile::kFragments * Tile::kScoreCols == 1 ? 2 : 1;
+    Scores sums[kChains] = {}, small = {};
+    const auto multiply = [&](const Fragments<kSteps>& of) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+          for (int n = 0; n < Tile::kScoreCols; ++n) {
+            const auto product = [&](float(&sum)[4], int of_rows, int of_columns) {
+              const uint32_t(&b)[2] = of.columns[step][of_columns][n];
+              mma<T>(sum, of.rows[step][of_rows][f], b[0], b[1]);
+            };
+            product(sums[step % kChains][f][n], 0, 0);
+            if constexpr (kPlanes == 2) {
+              product(small[f][n], 1, 0);
+              product(small[f][n], 0, 1);
+            }
+          }
+        }
+      }
+    };
+    const auto add_to_scores = [&](Scores& part) {
+      each_row<Tile>([&](int f, int half) {
+        each_score<Tile>([&](int n, int e) {
+          scores[f][n][2 * half + e] += part[f][n][2 * half + e];
+          part[f][n][2 * half + e] = 0.f;
+        });
       });
+    };
+    each_row<Tile>([&](int f, int half) {
+      each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; });
     });
+    if constexpr (Tile::kFull && kPairs) {
+      // The fragments of the next step are on the way while this one's are multiplied.
+      constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32;
+      Fragments<kSteps> fragments[2];
+      fetch(fragments[0], 0, 0);
+#pragma unroll
+      for (int step = 0; step < kAll; ++step) {
+        if (step + 1 < kAll) fetch(fragments[(step + 1) % 2], (step + 1) / 4 * 128, (step + 1) % 4 * 2);
+        multiply(fragments[step % 2]);
+        if (kPlanes == 2 && step % 4 == 3) add_to_scores(sums[0]);
+      }
+    } else {
+#pragma unroll 1
+      for (int byte = 0; byte < plane_stride(); byte += 128) {
+#pragma unroll kUnroll
+        for (int chunk = 0; chunk < 8; chunk += 2 * kSteps) {
+          Fragments<kSteps> fragments;
+          fetch(fragments, byte, chunk);
+          multiply(fragments);
+        }
+        if (kPlanes == 2) add_to_scores(sums[0]);
+      }
+    }
+    if (kPlanes == 2) return add_to_scores(small);
+#pragma unroll
+    for (int chain = 0; chain < kChains; ++chain) add_to_scores(sums[chain]);
   }
 
   __device__ __forceinline__ unsigned char* weight_place(int row, int chunk) const {
@@ -534,17 +491,11 @@ struct Engine {
         const int byte = local_column(n) * int(sizeof(T));
         unsigned char* place = weight_place(local_row(f, half), byte / 16) + byte % 16;
         float first = scores[f][n][2 * half], second = scores[f][n][2 * half + 1];
-        if constexpr (sizeof(T) == 4) {
-          *reinterpret_cast<float2*>(place) =
-              Tile::kRoundsRows ? make_float2(rounded_to_tf32(first), rounded_to_tf32(second))
-                                : make_float2(first, second);
-        } else {
 #pragma unroll
-          for (int part = 0; part < kParts; ++part, place += kWeightBytes) {
-            *reinterpret_cast<uint32_t*>(place) = pack<T>(first, second);
-            first -= to_float(from_float<T>(first));
-            second -= to_float(from_float<T>(second));
-          }
+        for (int part = 0; part < kParts; ++part, place += kWeightBytes) {
+          *reinterpret_cast<uint32_t*>(place) = pack<T>(first, second);
+          first -= to_float(from_float<T>(first));
+          second -= to_float(from_float<T>(second));
         }
       }
     });
@@ -566,56 +517,95 @@ struct Engine {
   // loading ahead.
   template <int kParts>
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
-    if (Tile::kParts == 1 && row_stride() == Tile::kMaxRowBytes) {
-#pragma unroll 1
-      for (int part = 0; part < kParts; ++part) accumulate_part<true>(output, stage, part);
+    const bool whole = row_stride() == Tile::kMaxRowBytes;
+    if constexpr (Tile::kPlanes == 2) {
+      if (whole) {
+        accumulate_planes<true>(output, stage);
+      } else {
+        accumulate_planes<false>(output, stage);
+      }
     } else {
 #pragma unroll 1
-      for (int part = 0; part < kParts; ++part) accumulate_part<false>(output, stage, part);
-    }
-  }
-
-  template <bool kFull>
-  __device__ __forceinline__ void accumulate_part(Output& output, int stage, int part) const {
-#pragma unroll
-    for (int step = 0; step < Tile::kBlockK / Tile::kStepK; ++step) {
-      Operand<Tile> a[Tile::kFragments][4];
-#pragma unroll
-      for (int f = 0; f < Tile::kFragments; ++f) {
-        const int row = (row_warp * Tile::kFragments + f) * 16 + lane % 16;
-        load_fragment(a[f], weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);
-      }
-      const unsigned char* tile = column_tile(stage) + step * Tile::kStepK * row_stride();
-#pragma unroll
-      for (int n = 0; n < Tile::kOutputCols; n += 2) {
-        if (kFull || channel(n) * int(sizeof(T)) < row_stride()) {
-          Operand<Tile> b[4];  // columns of this step by 16 channels: those of pieces n and n + 1
-          load_columns(b, tile, n);
-#pragma unroll
-          for (int f = 0; f < Tile::kFragments; ++f) {
-            multiply(output[f][n], a[f], b[0], b[1]);
-            multiply(output[f][n + 1], a[f], b[2], b[3]);
-          }
+      for (int part = 0; part < kParts; ++part) {
+        if (whole) {
+          accumulate_part<true>(output, stage, part);
+        } else {
+          accumulate_part<false>(output, stage, part);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void load_columns(Operand<Tile> (&b)[4], const unsigned char* tile,
-                                               int n) const {
-    constexpr int kChunksOf16 = 16 * int(sizeof(T)) / 16;
-    const int own_chunk = col_warp * kChunksOf16, further = n / 2 * Tile::kColWarps * kChunksOf16;
-    if constexpr (sizeof(T) == 2) {
-      uint32_t bits[4];
-      const int offset = tile_offset(lane % 16, own_chunk + lane / 16, row_stride());
-      ldmatrix_x4_trans(bits, tile + offset_further(offset, further));
+  static constexpr int kWeightSteps = Tile::kBlockK / 16;  // of the tensor cores
+
+  __device__ __forceinline__ void load_weights(uint32_t (&a)[4], int f, int step, int part) const {
+    const int row = (row_warp * Tile::kFragments + f) * 16 + lane % 16;
+    ldmatrix_x4(a, weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);
+  }
+
+  // Columns of a step by 16 channels: those of pieces n and n + 1 of the output.
+  __device__ __forceinline__ void load_columns(uint32_t (&b)[4], int stage, int step, int plane, int n) const {
+    const unsigned char* tile = column_tile(stage) + step * 16 * row_stride() + plane * plane_stride();
+    const int offset = tile_offset(lane % 16, 2 * col_warp + lane / 16, row_stride());
+    ldmatrix_x4_trans(b, tile + offset_further(offset, n / 2 * Tile::kColWarps * 2));
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void accumulate_part(Output& output, int stage, int part) const {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i].set(bits[i]);
-    } else {  // ldmatrix transposes 16-bit elements only
+    for (int step = 0; step < kWeightSteps; ++step) {
+      uint32_t a[Tile::kFragments][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int offset = tile_offset(i % 2 * 4 + quad, own_chunk + group / 4, row_stride()) + group % 4 * 4;
-        b[i].set(*reinterpret_cast<const uint32_t*>(tile + offset_further(offset, further + i / 2 * 2)));
+      for (int f = 0; f < Tile::kFragments; ++f) load_weights(a[f], f, step, part);
+#pragma unroll
+      for (int n = 0; n < Tile::kOutputCols; n += 2) {
+        if (!kWhole && 2 * channel(n) >= row_stride()) continue;
+        uint32_t b[4];
+        load_columns(b, stage, step, 0, n);
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) {
+          mma<T>(output[f][n], a[f], b[0], b[1]);
+          mma<T>(output[f][n + 1], a[f], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // The same of two parts and two planes, each tile's share summed apart: it is rounded when it is added.
+  template <bool kWhole>
+  __device__ __forceinline__ void accumulate_planes(Output& output, int stage) const {
+    uint32_t a[kWeightSteps][2][Tile::kFragments][4];
+#pragma unroll
+    for (int step = 0; step < kWeightSteps; ++step) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) load_weights(a[step][part][f], f, step, part);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Tile::kOutputCols; n += 2) {
+      if (!kWhole && 2 * channel(n) >= plane_stride()) continue;
+      float sums[Tile::kFragments][2][4] = {};
+#pragma unroll
+      for (int step = 0; step < kWeightSteps; ++step) {
+        uint32_t b[2][4];
+#pragma unroll
+        for (int plane = 0; plane < 2; ++plane) load_columns(b[plane], stage, step, plane, n);
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+          for (int piece = 0; piece < 2; ++piece) {
+            mma<T>(sums[f][piece], a[step][1][f], b[0][2 * piece], b[0][2 * piece + 1]);
+            mma<T>(sums[f][piece], a[step][0][f], b[1][2 * piece], b[1][2 * piece + 1]);
+            mma<T>(sums[f][piece], a[step][0][f], b[0][2 * piece], b[0][2 * piece + 1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) output[f][n + i / 4][i % 4] += sums[f][i / 4][i % 4];
       }
     }
   }
@@ -664,21 +654,136 @@ struct Engine {
   }
 };
 
-// --- the order of visits ---
+// --- the rows of both sides ---
 
-template <class T>
+template <class Tile>
 __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
-  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, int(p.num_anchors),
-          int(p.channels * int64_t(sizeof(T)))};
+  const void* rows = p.anchor_planes == nullptr ? p.anchors : p.anchor_planes;
+  return {static_cast<const unsigned char*>(rows), p.sorted_labels, p.order, int(p.num_anchors),
+          int(p.channels) * 2 * Tile::kPlanes};
 }
 
 // The keys of either pass: null where the anchors are the keys.
-template <class T, class Params>
+template <class Tile, class Params>
 __device__ __forceinline__ Side keys_of(const Params& p) {
-  if (p.keys == nullptr) return anchors_of<T>(p);
-  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, int(p.num_keys),
-          int(p.channels * int64_t(sizeof(T)))};
+  if (p.keys == nullptr) return anchors_of<Tile>(p);
+  const void* rows = p.anchor_planes == nullptr ? p.keys : p.key_planes;
+  return {static_cast<const unsigned char*>(rows), p.key_labels, nullptr, int(p.num_keys),
+          int(p.channels) * 2 * Tile::kPlanes};
 }
+
+// --- planes of fp32 rows ---
+
+// Planes are fp16 numbers of rows times a power of two: 2^8 for all whose largest number is in [2^-8, 2^7), as in rows
+// of length 1, and what takes the largest to [2^14, 2^15) for others. Both sides of a product have one of their own.
+constexpr int kUsualExponent = 8, kSmallestUsual = -8, kPlaneThreads = 256, kPlaneChannels = 8;
+
+// Times which numbers of at most `peak` become fp16 ones, as an exponent of two.
+__device__ __forceinline__ int plane_exponent(float peak) {
+  const int exponent = int(float_bits(peak) >> 23) - 127;
+  if (peak == 0.f || (exponent >= kSmallestUsual && exponent < 15 - kUsualExponent)) return kUsualExponent;
+  return min(14 - exponent, 126);
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+  return bits_float(uint32_t(127 + exponent) << 23);
+}
+
+// What the planes' products are to be multiplied by.
+template <class Params>
+__device__ __forceinline__ float unscale_of_keys(const Params& p) {
+  return p.unscale == nullptr ? 1.f : p.unscale[p.keys == nullptr ? 0 : 1];
+}
+template <class Params>
+__device__ __forceinline__ float scale_of_scores(const Params& p) {
+  const float scale = kLog2E / p.temperature;
+  return p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
+}
+
+// A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes the usual
+// power of two, and leaves each block's largest finite number of a labelled row; the second mends what that does not
+// fit.
+template <int kPlanes, class Params>
+__global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p, bool again) {
+  constexpr int kWarps = kPlaneThreads / kWarp;
+  SharedMemory memory;
+  float* warps = memory.take<float>(kWarps);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const bool of_keys = blockIdx.y == 1;
+  const float* rows = static_cast<const float*>(of_keys ? p.keys : p.anchors);
+  const int32_t* labels = of_keys ? p.key_labels : p.anchor_labels;
+  Half* planes = static_cast<Half*>(of_keys ? p.key_planes : p.anchor_planes);
+  const int64_t count = of_keys ? p.num_keys : p.num_anchors;
+  float* peaks = p.peaks + int64_t(blockIdx.y) * gridDim.x;
+  const auto largest_of_block = [&](float value) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = fmaxf(value, shuffle_xor(value, lanes));
+    if (lane == 0) warps[warp] = value;
+    sync_block();  // those of all warps are there
+    for (int other = 0; other < kWarps; ++other) value = fmaxf(value, warps[other]);
+    return value;
+  };
+
+  int exponent = kUsualExponent;
+  float peak = 0.f;
+  if (again) {
+    for (int block = int(threadIdx.x); block < int(gridDim.x); block += kPlaneThreads) {
+      peak = fmaxf(peak, peaks[block]);
+    }
+    exponent = plane_exponent(largest_of_block(peak));
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.unscale[blockIdx.y] = power_of_two(-exponent);
+    if (exponent == kUsualExponent) return;
+  }
+  const float scale = power_of_two(exponent);
+  for (int64_t row = int64_t(blockIdx.x) * kWarps + warp; row < count; row += int64_t(gridDim.x) * kWarps) {
+    const float* from = rows + row * p.grad_channels;
+    Half* to = planes + row * kPlanes * p.channels;
+    const bool labelled = labels[row] >= 0;
+    for (int64_t first = lane * kPlaneChannels; first < p.channels; first += kWarp * kPlaneChannels) {
+      float values[kPlaneChannels];
+      if (p.grad_channels % 4 == 0 && reinterpret_cast<uint64_t>(rows) % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < kPlaneChannels; i += 4) {
+          const float4 four = first + i < p.grad_channels ? *reinterpret_cast<const float4*>(from + first + i)
+                                                          : make_float4(0.f, 0.f, 0.f, 0.f);
+          values[i] = four.x;
+          values[i + 1] = four.y;
+          values[i + 2] = four.z;
+          values[i + 3] = four.w;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPlaneChannels; ++i) {
+          values[i] = first + i < p.grad_channels ? from[first + i] : 0.f;
+        }
+      }
+      uint32_t words[kPlanes][kPlaneChannels / 2];
+#pragma unroll
+      for (int i = 0; i < kPlaneChannels; i += 2) {
+        float low = values[i], high = values[i + 1];
+        if (labelled && fabsf(low) < INFINITY) peak = fmaxf(peak, fabsf(low));
+        if (labelled && fabsf(high) < INFINITY) peak = fmaxf(peak, fabsf(high));
+        low *= scale;
+        high *= scale;
+        words[0][i / 2] = pack<Half>(low, high);
+        if constexpr (kPlanes == 2) {  // nothing is left of what is not finite
+          low -= to_float(from_float<Half>(low));
+          high -= to_float(from_float<Half>(high));
+          words[1][i / 2] = pack<Half>(fabsf(low) < INFINITY ? low : 0.f, fabsf(high) < INFINITY ? high : 0.f);
+        }
+      }
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        *reinterpret_cast<uint4*>(to + plane * p.channels + first) =
+            make_uint4(words[plane][0], words[plane][1], words[plane][2], words[plane][3]);
+      }
+    }
+  }
+  if (again) return;
+  peak = largest_of_block(peak);
+  if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
+}
+
+// --- the order of visits ---
 
 constexpr int kOrderThreads = 256;
 
@@ -842,13 +947,13 @@ __device__ __forceinline__ void load_labels(int* labels, const Side& side, int64
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kernel(InfonceForwardParams p) {
   using T = typename Tile::T;
-  using Engine = pxc::cuda::Engine<Tile, 1>;
+  using Engine = pxc::cuda::Engine<Tile, Tile::kNegativeParts>;
   SharedMemory memory;
-  const Side anchors = anchors_of<T>(p), keys = keys_of<T>(p);
+  const Side anchors = anchors_of<Tile>(p), keys = keys_of<Tile>(p);
   const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
-  const float scale = kLog2E / p.temperature;
+  const float scale = scale_of_scores(p);
   const bool with_grad = p.negative_parts != nullptr;
   if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
     row_labels[threadIdx.x] = engine.label(anchors, engine.first_row + threadIdx.x);
@@ -922,8 +1027,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kerne
         if (ballot(moved) != 0) {
           each_output<Tile>([&](int f, int n, int i) { output[f][n][i] *= rescale[f][i / 2]; });
         }
-        engine.template store_weights<1>(scores);
-        engine.template accumulate<1>(output, stage);
+        engine.template store_weights<Tile::kNegativeParts>(scores);
+        engine.template accumulate<Tile::kNegativeParts>(output, stage);
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
@@ -983,9 +1088,9 @@ template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
                                               const PositivesItem& item, SharedMemory& memory) {
   using T = typename Tile::T;
-  Side anchors = anchors_of<T>(p);
+  Side anchors = anchors_of<Tile>(p);
   anchors.count = tile.first + tile.count;
-  const Side keys = keys_of<T>(p);
+  const Side keys = keys_of<Tile>(p);
   const Engine<Tile> engine(memory, anchors, keys, tile.first);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   RowOfPositives* own_rows = memory.take<RowOfPositives>(Tile::kBlockA);
@@ -996,7 +1101,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     int excluded = -1;
     if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
     const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(Tile::kWeightBias) : 0.f;
-    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, kLog2E / p.temperature};
+    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, scale_of_scores(p)};
   }
 
   typename Engine<Tile>::PerRow loss = {}, pos_weight = {};
@@ -1169,7 +1274,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   sync_block();  // the factors are there
   const float push = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
               pull = exp2f(-weight_bias);
-  const float scale = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
+  const float scale = contrasts ? unscale_of_keys(p) / (p.temperature * float(pos_count)) : 0.f;
   const int64_t stride = p.num_anchors * p.part_channels;
   for (int64_t d = 4 * int64_t(threadIdx.x); d < p.grad_channels; d += 4 * kFinishThreads) {
     const int64_t place = row * p.part_channels + d;
@@ -1208,12 +1313,12 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(InfonceBackwardParams p) {
   using T = typename Tile::T;
   SharedMemory memory;
-  const Side keys = keys_of<T>(p), anchors = anchors_of<T>(p);
+  const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
   const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
   float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
   float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
-  const float scale = kLog2E / p.temperature, peak_scale = weight_scale(p.peak);
+  const float scale = scale_of_scores(p), peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys == nullptr;
 
   if (int(threadIdx.x) < Tile::kBlockA) {
@@ -1266,7 +1371,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(Inf
         engine.template accumulate<Tile::kWeightParts>(output, stage);
       });
 
-  const float unscale = 1.f / (peak_scale * p.temperature);
+  const float unscale = (p.unscale == nullptr ? 1.f : p.unscale[0]) / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
         const int own_label = int(float_bits(own_coefficients[engine.local_row(f, i / 2)].w));

@@ -254,21 +254,49 @@ def _cut(device: torch.device, kernel: str, dtype: int, full_float32: bool, chan
     return tile, torch.cuda.get_device_properties(device).multi_processor_count * max(1, tile.resident)
 
 
-def _aligned(anchors: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows of 16-byte or 4-byte units as they lie; of others, and of those between two units, copies.
+PLANE_CHANNELS = 64  # a plane of an fp32 row is a multiple of them
+PLANE_BLOCKS = 1024  # that split the rows of one side, at most
 
-    Rows of an odd number of 16-bit channels get zero channels behind. Such a copy of a bank is made at every call.
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Rows of 16-bit numbers in 16-byte or 4-byte units as they lie; of others, and of those between two units, a copy.
+
+    Rows of an odd number of channels get a zero behind, and more. Such a copy of a bank is made at every call.
     """
-    row_bytes = anchors.shape[1] * anchors.element_size()
-    padding = -anchors.shape[1] % (16 // anchors.element_size()) if row_bytes % 4 else 0
-    unit = 4 if row_bytes % 16 and not padding else 16
+    row_bytes = rows.shape[1] * rows.element_size()
+    if row_bytes % 4:
+        return torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
+    unit = 4 if row_bytes % 16 else 16
+    return rows if rows.data_ptr() % unit == 0 else rows.clone()
 
-    def aligned(rows: Tensor) -> Tensor:
-        if padding:
-            return torch.nn.functional.pad(rows, (0, padding))
-        return rows if rows.data_ptr() % unit == 0 else rows.clone()
 
-    return aligned(anchors), None if keys is None else aligned(keys)
+def _rows(anchors: Tensor, keys: Tensor | None, full_float32: bool) -> dict[str, Any]:
+    """The fields of rows and how they are multiplied: 16-bit ones as they are, fp32 ones as planes of fp16."""
+    dtype = native.DTYPE_CODES[anchors.dtype]
+    fields: dict[str, Any] = dict(rows_dtype=dtype, full_float32=full_float32)
+    if anchors.dtype != torch.float32:
+        anchors = _aligned(anchors)
+        fields |= dict(
+            anchors=anchors, keys=None if keys is None else _aligned(keys), channels=anchors.shape[1]
+        )
+        return fields | dict(anchor_planes=None, key_planes=None, peaks=None, plane_blocks=0, unscale=None)
+    channels = -(-anchors.shape[1] // PLANE_CHANNELS) * PLANE_CHANNELS
+    longest = max(anchors.shape[0], 0 if keys is None else keys.shape[0])
+    blocks = max(1, min(PLANE_BLOCKS, -(-longest // 8)))
+
+    def planes_of(rows: Tensor) -> Tensor:
+        return rows.new_empty(rows.shape[0], 2 if full_float32 else 1, channels, dtype=torch.float16)
+
+    return fields | dict(
+        anchors=anchors,
+        keys=keys,
+        channels=channels,
+        anchor_planes=planes_of(anchors),
+        key_planes=None if keys is None else planes_of(keys),
+        peaks=anchors.new_empty(2, blocks),
+        plane_blocks=blocks,
+        unscale=anchors.new_empty(2),
+    )
 
 
 def infonce_forward(
@@ -288,15 +316,15 @@ def infonce_forward(
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
     )
-    anchors, rows = _aligned(anchors, keys if num_keys and not in_batch else None)
-    dtype = native.DTYPE_CODES[anchors.dtype]
     full_float32 = schedule.full_float32(anchors.dtype)
-    tile, slots = _cut(anchors.device, "infonce_forward", dtype, full_float32, anchors.shape[1])
+    # A null pointer says "in batch"; no keys at all have a pointer as well.
+    rows = _rows(anchors, None if in_batch else keys if num_keys else anchors, full_float32)
+    how = (rows["rows_dtype"], full_float32, rows["channels"])
+    tile, slots = _cut(anchors.device, "infonce_forward", *how)
     row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
     splits = schedule.splits(row_tiles, key_tiles, slots, tile.columns)
-    _, positive_blocks = _cut(anchors.device, "infonce_positives", dtype, full_float32, anchors.shape[1])
-    bytes_of_row = anchors.shape[1] * anchors.element_size()
-    part_channels = -(-bytes_of_row // 128) * 128 // anchors.element_size()
+    _, positive_blocks = _cut(anchors.device, "infonce_positives", *how)
+    part_channels = -(-rows["channels"] // PLANE_CHANNELS) * PLANE_CHANNELS
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return anchors.new_empty(shape, dtype=dtype)
@@ -305,18 +333,14 @@ def infonce_forward(
     native.launch_cuda(
         "infonce_forward",
         anchors.device,
-        rows_dtype=dtype,
-        full_float32=full_float32,
-        channels=anchors.shape[1],
+        **rows,
         temperature=temperature,
         exclude_self=exclude_self,
         splits=splits,
-        anchors=anchors,
         anchor_labels=anchor_labels,
         num_anchors=num_anchors,
         order=scratch(num_anchors, dtype=torch.int32),
         sorted_labels=scratch(num_anchors, dtype=torch.int32),
-        keys=None if in_batch else anchors if rows is None else rows,  # a null pointer says "in batch"
         key_labels=None if in_batch else key_labels,
         num_keys=num_keys,
         label_ranges=scratch(-(-num_keys // tile.piece), 2, dtype=torch.int32),
@@ -353,30 +377,26 @@ def _infonce_backward(
     grad: Tensor,
 ) -> None:
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
-    anchors, rows = _aligned(anchors, keys if num_rows else None)
-    dtype = native.DTYPE_CODES[anchors.dtype]
     full_float32 = schedule.full_float32(anchors.dtype)
-    tile, slots = _cut(anchors.device, "infonce_backward", dtype, full_float32, anchors.shape[1])
+    rows = _rows(anchors, None if keys is None else keys if num_rows else anchors, full_float32)
+    how = (rows["rows_dtype"], full_float32, rows["channels"])
+    tile, slots = _cut(anchors.device, "infonce_backward", *how)
     anchor_tiles = -(-num_anchors // tile.columns)
     splits = schedule.splits(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
     peak = None
-    if anchors.dtype == torch.float16 and num_anchors:
+    if anchors.dtype != torch.bfloat16 and num_anchors:
         peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()
     native.launch_cuda(
         "infonce_backward",
         anchors.device,
-        rows_dtype=dtype,
-        full_float32=full_float32,
-        channels=anchors.shape[1],
+        **rows,
         temperature=temperature,
         exclude_self=exclude_self,
         splits=splits,
-        anchors=anchors,
         anchor_labels=anchor_labels,
         num_anchors=num_anchors,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
-        keys=None if keys is None else anchors if rows is None else rows,
         key_labels=key_labels,
         num_keys=num_rows,
         neg_lse=neg_lse,
