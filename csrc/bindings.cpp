@@ -200,15 +200,16 @@ void read(Fields& fields, cuda::WriteParams& p) {
 void read(Fields& fields, cuda::InfonceRows& p) {
   fields PXC_FIELD(rows_dtype) PXC_FIELD(full_float32) PXC_FIELD(channels) PXC_FIELD(temperature)
       PXC_FIELD(exclude_self) PXC_FIELD(splits) PXC_FIELD(anchors) PXC_FIELD(anchor_labels)
-          PXC_FIELD(num_anchors) PXC_FIELD(order) PXC_FIELD(sorted_labels) PXC_FIELD(anchor_planes) PXC_FIELD(peaks) PXC_FIELD(plane_blocks) PXC_FIELD(unscale);
+          PXC_FIELD(num_anchors) PXC_FIELD(order) PXC_FIELD(sorted_labels) PXC_FIELD(score_scale)
+              PXC_FIELD(anchor_planes) PXC_FIELD(peaks) PXC_FIELD(plane_blocks) PXC_FIELD(unscale);
 }
 
 void read(Fields& fields, cuda::InfonceForwardParams& p) {
   read(fields, static_cast<Launch&>(p));
   read(fields, static_cast<cuda::InfonceRows&>(p));
-  fields PXC_FIELD(keys) PXC_FIELD(key_planes) PXC_FIELD(key_labels) PXC_FIELD(num_keys) PXC_FIELD(label_ranges)
-      PXC_FIELD(shift_parts) PXC_FIELD(sum_parts) PXC_FIELD(negative_parts) PXC_FIELD(fewest_splits)
-          PXC_FIELD(positive_blocks) PXC_FIELD(positive_splits) PXC_FIELD(loss_parts)
+  fields PXC_FIELD(keys) PXC_FIELD(key_planes) PXC_FIELD(key_labels) PXC_FIELD(num_keys)
+      PXC_FIELD(label_ranges) PXC_FIELD(shift_parts) PXC_FIELD(sum_parts) PXC_FIELD(negative_parts)
+          PXC_FIELD(fewest_splits) PXC_FIELD(positive_blocks) PXC_FIELD(positive_splits) PXC_FIELD(loss_parts)
               PXC_FIELD(pos_weight_parts) PXC_FIELD(pos_count_parts) PXC_FIELD(positive_parts)
                   PXC_FIELD(part_channels) PXC_FIELD(loss) PXC_FIELD(neg_lse) PXC_FIELD(pos_weight)
                       PXC_FIELD(pos_count) PXC_FIELD(anchor_grad) PXC_FIELD(grad_channels);
@@ -217,9 +218,9 @@ void read(Fields& fields, cuda::InfonceForwardParams& p) {
 void read(Fields& fields, cuda::InfonceBackwardParams& p) {
   read(fields, static_cast<Launch&>(p));
   read(fields, static_cast<cuda::InfonceRows&>(p));
-  fields PXC_FIELD(keys) PXC_FIELD(key_planes) PXC_FIELD(key_labels) PXC_FIELD(num_keys) PXC_FIELD(neg_lse) PXC_FIELD(pos_weight)
-      PXC_FIELD(grad_scale) PXC_FIELD(peak) PXC_FIELD(coefficients) PXC_FIELD(label_ranges)
-          PXC_FIELD(grad_parts) PXC_FIELD(grad) PXC_FIELD(grad_channels);
+  fields PXC_FIELD(keys) PXC_FIELD(key_planes) PXC_FIELD(key_labels) PXC_FIELD(num_keys) PXC_FIELD(neg_lse)
+      PXC_FIELD(pos_weight) PXC_FIELD(grad_scale) PXC_FIELD(peak) PXC_FIELD(coefficients)
+          PXC_FIELD(label_ranges) PXC_FIELD(grad_parts) PXC_FIELD(grad) PXC_FIELD(grad_channels);
 }
 #endif
 

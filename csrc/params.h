@@ -293,6 +293,7 @@ struct InfonceRows {
   int64_t num_anchors;
   int32_t* order;          // [A] scratch: anchors by (label, index), those without a label last
   int32_t* sorted_labels;  // [A] scratch
+  float* score_scale;      // [] scratch: times which products become scores in units of log2
   void* anchor_planes;     // of fp32 rows [A, planes, channels] scratch, fp16; else null
   float* peaks;            // likewise [2, plane_blocks] scratch
   int64_t plane_blocks;    // of either side
@@ -300,8 +301,8 @@ struct InfonceRows {
 };
 
 struct InfonceForwardParams : Launch, InfonceRows {
-  const void* keys;           // as the anchors [K, channels], or null: the anchors are the keys, in their order
-  void* key_planes;           // as the anchors'
+  const void* keys;  // as the anchors [K, channels], or null: the anchors are the keys, in their order
+  void* key_planes;  // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   int32_t* label_ranges;     // [pieces of keys, 2] scratch: smallest and largest label

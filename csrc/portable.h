@@ -182,11 +182,10 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- tensor cores; a whole warp calls them. Fragments as in the PTX manual, "mma.m16n8k16" and "m16n8k8" ---
+// --- tensor cores; a whole warp calls them. Fragments as in the PTX manual, "mma.m16n8k16" ---
 
 // Four 8x8 matrices of 16-bit elements: lane 8i + j points to row j (16 bytes, aligned) of matrix i. Lane l
-// gets elements 2 (l % 4) and the next of row l / 4, of matrix i in fragment[i]. Of 32-bit elements, in rows
-// of four, lane l gets element l % 4 of row l / 4.
+// gets elements 2 (l % 4) and the next of row l / 4, of matrix i in fragment[i].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -203,7 +202,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], const
                : "memory");
 }
 
-// sum [16, 8] += a [16, 16] b [16, 8] for T = Half or BFloat16, a [16, 8] b [8, 8] for T = float, in TF32.
+// sum [16, 8] += a [16, 16] b [16, 8] for T = Half or BFloat16.
 template <class T>
 __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
@@ -217,15 +216,7 @@ __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uin
   }
 PXC_DEFINE_MMA(Half, "m16n8k16.row.col.f32.f16.f16.f32")
 PXC_DEFINE_MMA(BFloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
-PXC_DEFINE_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef PXC_DEFINE_MMA
-
-// The nearest TF32 number, ties away from zero. As an operand of mma.
-__device__ __forceinline__ uint32_t to_tf32(float value) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
-  return rounded;
-}
 
 // --- arithmetic ---
 

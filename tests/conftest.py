@@ -101,6 +101,11 @@ def gpu_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=[name for name in GPU_BACKENDS if name == "cuda"])
+def cuda_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def careful_backend(request: pytest.FixtureRequest) -> str:
     """One that looks at labels and indices first, and refuses bad ones. Kernels for a GPU take them for ignored."""

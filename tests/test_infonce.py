@@ -160,6 +160,93 @@ def test_fp32_accuracy(backend, poison, shape, exclude_self, order):
     assert error(found[2], expected[2]) <= 2e-6
 
 
+def rows_of_kind(kind: str, a: int, k: int, d: int, classes: int):
+    """fp32 rows that products find hard in different ways, and the temperature that goes with their lengths."""
+    anchors, anchor_labels, keys, key_labels = draw(a, k, d, classes)
+    scale = 1.0
+    if kind == "clustered":
+        centres = F.normalize(torch.randn(classes + 1, d), dim=1)  # the last is of those without a label
+        anchors = F.normalize(centres[anchor_labels] + 0.3 * anchors, dim=1)
+        keys = F.normalize(centres[key_labels] + 0.3 * keys, dim=1)
+    elif kind == "near-identical":
+        one = F.normalize(torch.randn(1, d), dim=1)
+        anchors, keys = (F.normalize(one + 1e-3 * rows, dim=1) for rows in (anchors, keys))
+    elif kind == "badly scaled":
+        anchors, keys = (rows * 10 ** (6 * torch.rand(len(rows), 1) - 4) for rows in (anchors, keys))
+        scale = 1e4
+    elif kind == "one channel":
+        anchors, keys = (rows * torch.logspace(-6, 0, d) for rows in (anchors, keys))
+    return (anchors, anchor_labels, keys, key_labels), 0.07 * scale
+
+
+KINDS_OF_ROWS = ["random", "clustered", "near-identical", "badly scaled", "one channel"]
+
+
+@pytest.mark.parametrize("sums", ["nearest", "truncated"])
+@pytest.mark.parametrize("kind", KINDS_OF_ROWS)
+def test_fp32_accuracy_of_all_kinds_of_rows(cuda_backend, poison, monkeypatch, kind, sums):
+    """To the bars of all fp32, or, where the rows let nothing in fp32 be as exact, to what plain fp32 makes of them."""
+    monkeypatch.setenv("PXC_EMULATOR_SUMS", sums)
+    inputs, temperature = rows_of_kind(kind, 150, 1200, 200, 5)
+    settings = dict(temperature=temperature, exclude_self=False, weights=torch.randn(150))
+    found, expected = run(inputs, cuda_backend, **settings), exact(inputs, **settings)
+    plain = run(inputs, "reference", **settings)
+    # Clusters leave losses of 4e-3, of which the last digit of a score of 14 is a part of 1e-6.
+    for index, bar in enumerate((2e-6 if kind == "clustered" else 1e-6, 2e-6, 2e-6)):
+        assert error(found[index], expected[index]) <= max(bar, error(plain[index], expected[index]))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize(
+    ("of_anchors", "of_keys"),
+    [(0, 0), (6, 0), (7, 0), (-8, 0), (-9, -9), (0, -60), (-100, 0), (90, -30), (90, 30), (-140, 60)],
+)
+def test_fp32_rows_of_any_length(cuda_backend, poison, precision, of_anchors, of_keys):
+    """A power of two on either side changes nothing but the temperature and the unit of the gradient."""
+    anchors, anchor_labels, keys, key_labels = draw(40, 90, 33, 3)
+    anchors[:, 0] = 1.0  # the largest, so that the power of two is known
+    expected = exact((anchors, anchor_labels, keys, key_labels), temperature=0.5, exclude_self=False)
+    scales = math.ldexp(1.0, of_anchors), math.ldexp(1.0, of_keys)
+    inputs = ((anchors.double() * scales[0]).float(), anchor_labels, keys * scales[1], key_labels)
+    if of_anchors < -126:  # subnormal numbers have lost digits already
+        expected = exact(inputs, temperature=0.5 * scales[0] * scales[1], exclude_self=False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        loss, *_, grad = torch.ops.pixcontrast.infonce_forward(
+            inputs[0], anchor_labels.int(), inputs[2], key_labels.int(), 0.5 * scales[0] * scales[1], False, True,
+            cuda_backend,
+        )  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error(loss, expected[0]) <= (1e-6 if precision == "highest" else 1e-4)
+    if of_anchors >= -126:  # else fp32 does not hold it
+        assert error(grad.double() * scales[0], expected[1]) <= (2e-6 if precision == "highest" else 1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_what_is_not_finite_stays_in_its_class_and_row(cuda_backend, poison, precision, bad):
+    """Behind an ignored label it is as if it were not there; behind another, no row is taken for a finite one."""
+    inputs = draw(40, 90, 33, 3, unlabelled=0)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        inputs[3][7] = -1
+        expected = run(inputs, cuda_backend)
+        inputs[2][7] = bad
+        found = run(inputs, cuda_backend)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+        if not math.isfinite(bad):
+            inputs[0][3, 5] = bad
+            loss = run(inputs, cuda_backend)[0]
+            rest = torch.arange(40) != 3
+            assert torch.equal(loss[rest], expected[0][rest]) and not 0 < loss[3] < 100
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 7, 2), (300, 2011, 65, 7), (65, 513, 257, 1)])
 def test_every_instruction_set(instruction_set, poison, shape):
     for order in (BANK, RANDOM):

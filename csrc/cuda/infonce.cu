@@ -22,13 +22,14 @@ auto with_channels(int64_t channels, Visit visit) {
 }
 
 // The tile of a pass of the forward, which takes kParts parts of the weights: rows of the usual lengths have
-// one of their own, and longer tiles where two blocks of them fit a multiprocessor.
+// one of their own, and larger tiles where a multiprocessor has room for them.
 template <class Math, int kParts, class Visit>
 auto with_forward_tile(int device, int64_t channels, Visit visit) {
   if (channels == 256) {
-    using Long = Tile<Math, 256, true, 2>;
-    const size_t block = Long::bytes(Long::kMaxRowBytes, kParts) + 1024;
-    if (2 * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
+    using Long =
+        std::conditional_t<Math::kPlanes == 2, Tile<Math, 256, true, 4, true>, Tile<Math, 256, true, 2>>;
+    const size_t block = Long::bytes(Long::kMaxRowBytes, kParts) + 1024;  // what a block takes besides
+    if (Long::kResident * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
     return visit(Use<Tile<Math, 256, true>>{});
   }
   if constexpr (Math::kPlanes == 1) {
@@ -54,15 +55,18 @@ auto with_math(int32_t dtype, bool full_float32, Visit visit) {
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Splits fp32 rows into planes.
+// Splits fp32 rows into planes, which then stand for the rows.
 template <class Math, class Params>
-void split_rows(const Params& p) {
-  if (DType(p.rows_dtype) != DType::kFloat32) return;
+Params with_planes(Params p) {
+  if (DType(p.rows_dtype) != DType::kFloat32) return p;
   const dim3 grid(unsigned(p.plane_blocks), p.keys == nullptr ? 1 : 2);
   for (const bool again : {false, true}) {
     launch(p, "infonce_planes_kernel", infonce_planes_kernel<Math::kPlanes, Params>, grid, kPlaneThreads,
            shared_bytes<float>(kPlaneThreads / kWarp), p, again);
   }
+  p.anchors = p.anchor_planes;
+  if (p.keys != nullptr) p.keys = p.key_planes;
+  return p;
 }
 
 // Sorts the anchors, and finds the ranges of the columns' labels: of keys at once, of sorted anchors after.
@@ -121,11 +125,11 @@ InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, 
   });
 }
 
-void infonce_forward(const InfonceForwardParams& p) {
-  if (p.num_anchors == 0) return;
-  with_math(p.rows_dtype, p.full_float32, [&](auto math) {
+void infonce_forward(const InfonceForwardParams& given) {
+  if (given.num_anchors == 0) return;
+  with_math(given.rows_dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    split_rows<Math>(p);
+    const InfonceForwardParams p = with_planes<Math>(given);
     with_channels<Math>(
         p.channels, [&](auto use) { order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr); });
     with_forward_tile<Math, Math::kNegativeParts>(p.device, p.channels, [&](auto use) {
@@ -146,11 +150,11 @@ void infonce_forward(const InfonceForwardParams& p) {
   });
 }
 
-void infonce_backward(const InfonceBackwardParams& p) {
-  const int64_t num_rows = p.keys == nullptr ? p.num_anchors : p.num_keys;
-  with_math(p.rows_dtype, p.full_float32, [&](auto math) {
+void infonce_backward(const InfonceBackwardParams& given) {
+  const int64_t num_rows = given.keys == nullptr ? given.num_anchors : given.num_keys;
+  with_math(given.rows_dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    split_rows<Math>(p);
+    const InfonceBackwardParams p = with_planes<Math>(given);
     with_channels<Math>(p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       order_anchors<Tile::S::kColumns>(p, false);
@@ -159,9 +163,9 @@ void infonce_backward(const InfonceBackwardParams& p) {
              shared_bytes_of<Tile>(p.channels), p);
     });
   });
-  if (p.grad_parts == nullptr) return;
-  launch(p, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,
-         dim3(unsigned(blocks_of(num_rows * p.grad_channels, kOrderThreads))), kOrderThreads, 0, p);
+  if (given.grad_parts == nullptr) return;
+  launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,
+         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kOrderThreads))), kOrderThreads, 0, given);
 }
 
 }  // namespace pxc::cuda

@@ -21,6 +21,10 @@
 // partial result of its own, and a second stage combines those in a fixed order: nothing is atomic, and
 // a repeat gives the same bits.
 //
+// Rows of fp32 are split into fp16 numbers and what those leave of them, which are laid behind one another
+// like rows of twice the length; three products of such planes keep fp32's accuracy, and one has that of
+// TF32.
+//
 // Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 sum.
 #pragma once
 
@@ -38,8 +42,8 @@ constexpr float kSlack = 8.f;
 
 // --- what depends on the element type ---
 
-// How rows are multiplied. With one plane they are 16-bit numbers. With two, a row is fp16 numbers and, behind them,
-// what these leave of the fp32 row: three products of the planes keep fp32's accuracy.
+// How rows are multiplied. With one plane they are 16-bit numbers. With two, a row is fp16 numbers and,
+// behind them, what these leave of the fp32 row: three products of the planes keep fp32's accuracy.
 template <class T, int kPlanes_>
 struct Math {
   using Element = T;
@@ -54,27 +58,32 @@ struct Math {
 };
 
 // The tiles, by the bytes of the longest row. With one piece of columns all fit the 99 KB of the smallest
-// device, most twice the 163 KB of an A100; outputs take up to 128 registers a thread.
-template <int kMaxRowBytes>
+// device, most twice the 163 KB of an A100; outputs take up to 128 registers a thread. A wide one is alone on
+// a multiprocessor: its warps compute twice as many products from what they read.
+template <int kMaxRowBytes, bool kWide = false>
 struct Shape {
-  static_assert(kMaxRowBytes <= 512, "longer rows have shapes of their own");
-  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 2, kColumns = 32;
+  static_assert(kMaxRowBytes <= 512 && !kWide, "longer rows have shapes of their own");
+  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 2, kColumns = 32, kResident = 2;
 };
 template <>
 struct Shape<1024> {
-  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 1, kColumns = 16;
+  static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 1, kColumns = 16, kResident = 2;
+};
+template <>
+struct Shape<1024, true> {
+  static constexpr int kRowWarps = 2, kColWarps = 4, kFragments = 2, kColumns = 16, kResident = 1;
 };
 template <>
 struct Shape<2048> {
-  static constexpr int kRowWarps = 1, kColWarps = 2, kFragments = 1, kColumns = 16;
+  static constexpr int kRowWarps = 1, kColWarps = 2, kFragments = 1, kColumns = 16, kResident = 2;
 };
 
 // kFull: all rows are as long as the longest, so that every address in a tile is a base and a constant.
 // kPieces: how many times the shape's columns make a tile, whose labels are known by these pieces.
-template <class Math_, int kMaxChannels, bool kFull_ = false, int kPieces_ = 1>
-struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels> {
+template <class Math_, int kMaxChannels, bool kFull_ = false, int kPieces_ = 1, bool kWide = false>
+struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels, kWide> {
   using T = typename Math_::Element;
-  using S = Shape<2 * Math_::kPlanes * kMaxChannels>;
+  using S = Shape<2 * Math_::kPlanes * kMaxChannels, kWide>;
   static_assert(sizeof(T) == 2, "of fp32 rows, planes are multiplied");
   static constexpr bool kFull = kFull_;
   static constexpr int kPieces = kPieces_;
@@ -95,12 +104,10 @@ struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels> {
 // --- shared memory: rows of 16-byte chunks, in an order that keeps eight rows off each other's banks ---
 
 // Where chunk `chunk` of row `row` lies, for rows of kChunks chunks: 2, 4, or 8 for any multiple of it.
-// ldmatrix reads one chunk of eight rows at a time. With eight chunks and more, also one element of rows 0 to
-// 3 or 4 to 7 in two neighbouring chunks is read without conflict, which is how TF32 takes the second
-// product's fragments.
+// ldmatrix reads one chunk of eight rows at a time.
 template <int kChunks>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
-  if constexpr (kChunks == 8) return chunk ^ ((row << 1 | (row >> 2 & 1)) & 7);
+  if constexpr (kChunks == 8) return chunk ^ (row & 7);
   if constexpr (kChunks == 4) return chunk ^ ((row >> 1 & 1) << 1 | (row >> 2 & 1));
   return chunk ^ (row >> 2 & 1);
 }
@@ -379,9 +386,10 @@ struct Engine {
     uint32_t columns[kSteps][Tile::kPlanes][Tile::kScoreCols][2];
   };
 
-  // S of the warp: its rows times its columns, over all channels. A step of the tensor cores takes 16 channels, which
-  // are two chunks. Tensor cores cut off what does not fit their sum, fp32 additions round: of two planes, the
-  // products of the high ones are summed apart for every 64 channels, and the small ones by themselves.
+  // S of the warp: its rows times its columns, over all channels. A step of the tensor cores takes 16
+  // channels, which are two chunks. Tensor cores cut off what does not fit their sum, fp32 additions round:
+  // of two planes, the products of the high ones are added up outside of them, and the small ones by
+  // themselves.
   template <int kUnroll>
   __device__ __forceinline__ void multiply_rows(Scores& scores, int stage) const {
     // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
@@ -415,9 +423,15 @@ struct Engine {
         }
       }
     };
-    // A single sum would make every product wait for the one before.
-    constexpr int kChains = kPlanes == 1 && Tile::kFragments * Tile::kScoreCols == 1 ? 2 : 1;
-    Scores sums[kChains] = {}, small = {};
+    const auto zero = [](Scores& sums) {
+      each_row<Tile>(
+          [&](int f, int half) { each_score<Tile>([&](int n, int e) { sums[f][n][2 * half + e] = 0.f; }); });
+    };
+    // A single sum would make every product wait for the one before: one score takes turns with another.
+    constexpr bool kTwoSums = kPlanes == 2 || Tile::kFragments * Tile::kScoreCols == 1;
+    Scores others;
+    zero(scores);
+    if (kTwoSums) zero(others);
     const auto multiply = [&](const Fragments<kSteps>& of) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -425,40 +439,33 @@ struct Engine {
         for (int f = 0; f < Tile::kFragments; ++f) {
 #pragma unroll
           for (int n = 0; n < Tile::kScoreCols; ++n) {
-            const auto product = [&](float(&sum)[4], int of_rows, int of_columns) {
-              const uint32_t(&b)[2] = of.columns[step][of_columns][n];
+            const auto product = [&](float (&sum)[4], int of_rows, int of_columns) {
+              const uint32_t (&b)[2] = of.columns[step][of_columns][n];
               mma<T>(sum, of.rows[step][of_rows][f], b[0], b[1]);
             };
-            product(sums[step % kChains][f][n], 0, 0);
-            if constexpr (kPlanes == 2) {
-              product(small[f][n], 1, 0);
-              product(small[f][n], 0, 1);
+            if constexpr (kPlanes == 1) {
+              product(kTwoSums && step == 1 ? others[f][n] : scores[f][n], 0, 0);
+            } else {
+              float high[4] = {};
+              product(high, 0, 0);
+              for (int i = 0; i < 4; ++i) scores[f][n][i] += high[i];
+              product(others[f][n], 1, 0);
+              product(others[f][n], 0, 1);
             }
           }
         }
       }
     };
-    const auto add_to_scores = [&](Scores& part) {
-      each_row<Tile>([&](int f, int half) {
-        each_score<Tile>([&](int n, int e) {
-          scores[f][n][2 * half + e] += part[f][n][2 * half + e];
-          part[f][n][2 * half + e] = 0.f;
-        });
-      });
-    };
-    each_row<Tile>([&](int f, int half) {
-      each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; });
-    });
     if constexpr (Tile::kFull && kPairs) {
-      // The fragments of the next step are on the way while this one's are multiplied.
-      constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32;
+      // The fragments of the next step are on the way while this one's are multiplied. Of two planes, more
+      // would be on the way at once than there are registers, if the whole loop were unrolled.
+      constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32, kUnrolled = kPlanes == 2 ? 4 : kAll;
       Fragments<kSteps> fragments[2];
       fetch(fragments[0], 0, 0);
-#pragma unroll
+#pragma unroll kUnrolled
       for (int step = 0; step < kAll; ++step) {
         if (step + 1 < kAll) fetch(fragments[(step + 1) % 2], (step + 1) / 4 * 128, (step + 1) % 4 * 2);
         multiply(fragments[step % 2]);
-        if (kPlanes == 2 && step % 4 == 3) add_to_scores(sums[0]);
       }
     } else {
 #pragma unroll 1
@@ -469,12 +476,12 @@ struct Engine {
           fetch(fragments, byte, chunk);
           multiply(fragments);
         }
-        if (kPlanes == 2) add_to_scores(sums[0]);
       }
     }
-    if (kPlanes == 2) return add_to_scores(small);
-#pragma unroll
-    for (int chain = 0; chain < kChains; ++chain) add_to_scores(sums[chain]);
+    if (!kTwoSums) return;
+    each_row<Tile>([&](int f, int half) {
+      each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] += others[f][n][2 * half + e]; });
+    });
   }
 
   __device__ __forceinline__ unsigned char* weight_place(int row, int chunk) const {
@@ -519,10 +526,13 @@ struct Engine {
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
     const bool whole = row_stride() == Tile::kMaxRowBytes;
     if constexpr (Tile::kPlanes == 2) {
-      if (whole) {
-        accumulate_planes<true>(output, stage);
-      } else {
-        accumulate_planes<false>(output, stage);
+#pragma unroll 1
+      for (int step = 0; step < kWeightSteps; step += kStepsOfPlanes) {
+        if (whole) {
+          accumulate_planes<true>(output, stage, step);
+        } else {
+          accumulate_planes<false>(output, stage, step);
+        }
       }
     } else {
 #pragma unroll 1
@@ -536,7 +546,8 @@ struct Engine {
     }
   }
 
-  static constexpr int kWeightSteps = Tile::kBlockK / 16;  // of the tensor cores
+  static constexpr int kWeightSteps = Tile::kBlockK / 16;                     // of the tensor cores
+  static constexpr int kStepsOfPlanes = kWeightSteps < 2 ? kWeightSteps : 2;  // that are summed apart
 
   __device__ __forceinline__ void load_weights(uint32_t (&a)[4], int f, int step, int part) const {
     const int row = (row_warp * Tile::kFragments + f) * 16 + lane % 16;
@@ -544,7 +555,8 @@ struct Engine {
   }
 
   // Columns of a step by 16 channels: those of pieces n and n + 1 of the output.
-  __device__ __forceinline__ void load_columns(uint32_t (&b)[4], int stage, int step, int plane, int n) const {
+  __device__ __forceinline__ void load_columns(uint32_t (&b)[4], int stage, int step, int plane,
+                                               int n) const {
     const unsigned char* tile = column_tile(stage) + step * 16 * row_stride() + plane * plane_stride();
     const int offset = tile_offset(lane % 16, 2 * col_warp + lane / 16, row_stride());
     ldmatrix_x4_trans(b, tile + offset_further(offset, n / 2 * Tile::kColWarps * 2));
@@ -571,16 +583,17 @@ struct Engine {
     }
   }
 
-  // The same of two parts and two planes, each tile's share summed apart: it is rounded when it is added.
+  // The same of two parts and two planes for a step or two, summed apart: the sum is rounded when it is
+  // added.
   template <bool kWhole>
-  __device__ __forceinline__ void accumulate_planes(Output& output, int stage) const {
-    uint32_t a[kWeightSteps][2][Tile::kFragments][4];
+  __device__ __forceinline__ void accumulate_planes(Output& output, int stage, int first_step) const {
+    uint32_t a[kStepsOfPlanes][2][Tile::kFragments][4];
 #pragma unroll
-    for (int step = 0; step < kWeightSteps; ++step) {
+    for (int step = 0; step < kStepsOfPlanes; ++step) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
 #pragma unroll
-        for (int f = 0; f < Tile::kFragments; ++f) load_weights(a[step][part][f], f, step, part);
+        for (int f = 0; f < Tile::kFragments; ++f) load_weights(a[step][part][f], f, first_step + step, part);
       }
     }
 #pragma unroll
@@ -588,10 +601,10 @@ struct Engine {
       if (!kWhole && 2 * channel(n) >= plane_stride()) continue;
       float sums[Tile::kFragments][2][4] = {};
 #pragma unroll
-      for (int step = 0; step < kWeightSteps; ++step) {
+      for (int step = 0; step < kStepsOfPlanes; ++step) {
         uint32_t b[2][4];
 #pragma unroll
-        for (int plane = 0; plane < 2; ++plane) load_columns(b[plane], stage, step, plane, n);
+        for (int plane = 0; plane < 2; ++plane) load_columns(b[plane], stage, first_step + step, plane, n);
 #pragma unroll
         for (int f = 0; f < Tile::kFragments; ++f) {
 #pragma unroll
@@ -658,8 +671,7 @@ struct Engine {
 
 template <class Tile>
 __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
-  const void* rows = p.anchor_planes == nullptr ? p.anchors : p.anchor_planes;
-  return {static_cast<const unsigned char*>(rows), p.sorted_labels, p.order, int(p.num_anchors),
+  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, int(p.num_anchors),
           int(p.channels) * 2 * Tile::kPlanes};
 }
 
@@ -667,15 +679,15 @@ __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
 template <class Tile, class Params>
 __device__ __forceinline__ Side keys_of(const Params& p) {
   if (p.keys == nullptr) return anchors_of<Tile>(p);
-  const void* rows = p.anchor_planes == nullptr ? p.keys : p.key_planes;
-  return {static_cast<const unsigned char*>(rows), p.key_labels, nullptr, int(p.num_keys),
+  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, int(p.num_keys),
           int(p.channels) * 2 * Tile::kPlanes};
 }
 
 // --- planes of fp32 rows ---
 
-// Planes are fp16 numbers of rows times a power of two: 2^8 for all whose largest number is in [2^-8, 2^7), as in rows
-// of length 1, and what takes the largest to [2^14, 2^15) for others. Both sides of a product have one of their own.
+// Planes are fp16 numbers of rows times a power of two: 2^8 for all whose largest number is in [2^-8, 2^7),
+// as in rows of length 1, and what takes the largest to [2^14, 2^15) for others. Both sides of a product have
+// one of their own.
 constexpr int kUsualExponent = 8, kSmallestUsual = -8, kPlaneThreads = 256, kPlaneChannels = 8;
 
 // Times which numbers of at most `peak` become fp16 ones, as an exponent of two.
@@ -694,15 +706,9 @@ template <class Params>
 __device__ __forceinline__ float unscale_of_keys(const Params& p) {
   return p.unscale == nullptr ? 1.f : p.unscale[p.keys == nullptr ? 0 : 1];
 }
-template <class Params>
-__device__ __forceinline__ float scale_of_scores(const Params& p) {
-  const float scale = kLog2E / p.temperature;
-  return p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
-}
-
-// A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes the usual
-// power of two, and leaves each block's largest finite number of a labelled row; the second mends what that does not
-// fit.
+// A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes
+// the usual power of two, and leaves each block's largest finite number of a labelled row; the second mends
+// what that does not fit.
 template <int kPlanes, class Params>
 __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p, bool again) {
   constexpr int kWarps = kPlaneThreads / kWarp;
@@ -768,7 +774,8 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
         if constexpr (kPlanes == 2) {  // nothing is left of what is not finite
           low -= to_float(from_float<Half>(low));
           high -= to_float(from_float<Half>(high));
-          words[1][i / 2] = pack<Half>(fabsf(low) < INFINITY ? low : 0.f, fabsf(high) < INFINITY ? high : 0.f);
+          words[1][i / 2] =
+              pack<Half>(fabsf(low) < INFINITY ? low : 0.f, fabsf(high) < INFINITY ? high : 0.f);
         }
       }
 #pragma unroll
@@ -812,7 +819,7 @@ __global__ void __launch_bounds__(kOrderThreads)
 
 // Sorts the anchors by (label, index), those without a label last: each counts how many stand before it. That
 // is A^2 comparisons, little beside the A K D products. For the backward it also lays out what eq. (5) needs.
-// The blocks behind find the ranges of the keys' labels.
+// The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
 template <class Params, int kPiece>
 __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) {
   SharedMemory memory;
@@ -820,6 +827,10 @@ __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) 
   const int64_t blocks = (p.num_anchors + kOrderThreads - 1) / kOrderThreads;
   if (blockIdx.x >= blocks) {
     return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - blocks);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    const float scale = kLog2E / p.temperature;
+    *p.score_scale = p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
   }
   const auto rank_of = [](int label) { return label < 0 ? 0x80000000u : unsigned(label); };
   const int64_t own_first = int64_t(blockIdx.x) * kOrderThreads, anchor = own_first + threadIdx.x;
@@ -945,15 +956,15 @@ __device__ __forceinline__ void load_labels(int* labels, const Side& side, int64
 
 // Pass 1 over the negatives: eq. (1), and O, both as partial results of one split.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_negatives_kernel(InfonceForwardParams p) {
-  using T = typename Tile::T;
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    infonce_fwd_negatives_kernel(InfonceForwardParams p) {
   using Engine = pxc::cuda::Engine<Tile, Tile::kNegativeParts>;
   SharedMemory memory;
   const Side anchors = anchors_of<Tile>(p), keys = keys_of<Tile>(p);
   const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
-  const float scale = scale_of_scores(p);
+  const float scale = *p.score_scale;
   const bool with_grad = p.negative_parts != nullptr;
   if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
     row_labels[threadIdx.x] = engine.label(anchors, engine.first_row + threadIdx.x);
@@ -1087,7 +1098,6 @@ struct PositivesItem {
 template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
                                               const PositivesItem& item, SharedMemory& memory) {
-  using T = typename Tile::T;
   Side anchors = anchors_of<Tile>(p);
   anchors.count = tile.first + tile.count;
   const Side keys = keys_of<Tile>(p);
@@ -1101,7 +1111,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     int excluded = -1;
     if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
     const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(Tile::kWeightBias) : 0.f;
-    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, scale_of_scores(p)};
+    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, *p.score_scale};
   }
 
   typename Engine<Tile>::PerRow loss = {}, pos_weight = {};
@@ -1180,7 +1190,8 @@ __device__ __forceinline__ int splits_of_positives(const InfonceForwardParams& p
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_fwd_positives_kernel(InfonceForwardParams p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    infonce_fwd_positives_kernel(InfonceForwardParams p) {
   PositivesItem item{int(blockIdx.x), 0, 0};
   while (true) {
     SharedMemory memory;
@@ -1310,15 +1321,15 @@ __device__ __forceinline__ float positive_gradient(const float4& anchor, float s
 // Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
 // once.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2) infonce_bwd_keys_kernel(InfonceBackwardParams p) {
-  using T = typename Tile::T;
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    infonce_bwd_keys_kernel(InfonceBackwardParams p) {
   SharedMemory memory;
   const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
   const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
   float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
   float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
-  const float scale = scale_of_scores(p), peak_scale = weight_scale(p.peak);
+  const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys == nullptr;
 
   if (int(threadIdx.x) < Tile::kBlockA) {

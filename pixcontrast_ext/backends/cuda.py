@@ -273,7 +273,8 @@ def _aligned(rows: Tensor) -> Tensor:
 def _rows(anchors: Tensor, keys: Tensor | None, full_float32: bool) -> dict[str, Any]:
     """The fields of rows and how they are multiplied: 16-bit ones as they are, fp32 ones as planes of fp16."""
     dtype = native.DTYPE_CODES[anchors.dtype]
-    fields: dict[str, Any] = dict(rows_dtype=dtype, full_float32=full_float32)
+    score_scale = anchors.new_empty((), dtype=torch.float32)
+    fields: dict[str, Any] = dict(rows_dtype=dtype, full_float32=full_float32, score_scale=score_scale)
     if anchors.dtype != torch.float32:
         anchors = _aligned(anchors)
         fields |= dict(

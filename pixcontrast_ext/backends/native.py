@@ -45,7 +45,7 @@ sorted_rows chosen_pixels"""
 _INT32 = """priority anchor_labels key_labels row_labels count pos_count pool_starts pool_keep pool_rows order
 sorted_labels label_ranges positive_splits pos_count_parts"""
 _FLOAT32 = """inv_norm wide weights scores shift sum weight_sum output neg_lse neg_scale pos_scale row_neg_lse
-row_neg_scale row_pos_scale negatives positives loss pos_weight anchor_grad chunk_sums peaks unscale
+row_neg_scale row_pos_scale negatives positives loss pos_weight anchor_grad chunk_sums peaks unscale score_scale
 shift_parts sum_parts negative_parts loss_parts pos_weight_parts positive_parts grad_scale peak coefficients
 grad_parts grad"""
 _FLOAT64 = "sums loss_sum pos_weight_sum"

@@ -636,8 +636,7 @@ void check_shared(const char* what, const void* pointer, size_t bytes, Site site
 template <Operands kOperands>
 float widen(uint32_t bits) {
   if constexpr (kOperands == Operands::kHalf) return to_float(Half{uint16_t(bits)});
-  if constexpr (kOperands == Operands::kBFloat16) return bits_float(bits << 16);
-  return bits_float(bits & 0xffffe000u);
+  return bits_float(bits << 16);
 }
 
 float toward_zero(double value) {
@@ -645,11 +644,11 @@ float toward_zero(double value) {
   return std::fabs(double(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.f) : nearest;
 }
 
-// Lanes hold words of 32 bits, one TF32 number or two of 16 bits each: a word of `a` in row lane / 4 (+ 8)
-// and word lane % 4 (+ 4) of the row, one of `b` in column lane / 4 and word lane % 4 (+ 4) of the column.
+// Lanes hold words of two numbers of 16 bits: a word of `a` in row lane / 4 (+ 8) and word lane % 4 (+ 4) of
+// the row, one of `b` in column lane / 4 and word lane % 4 (+ 4) of the column.
 template <Operands kOperands>
 void multiply_warp(Fiber* lanes) {
-  constexpr int kInWord = kOperands == Operands::kTF32 ? 1 : 2, kDepth = 8 * kInWord;
+  constexpr int kInWord = 2, kDepth = 8 * kInWord;
   float a[16][kDepth], b[kDepth][8], sum[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const uint32_t* words = lanes[lane].words;
@@ -826,7 +825,7 @@ unsigned vote(bool predicate, unsigned mask, Site site) {
 
 void multiply(Operands operands, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
               Site site) {
-  static const char* const names[] = {"mma<Half>", "mma<BFloat16>", "mma<float>"};
+  static const char* const names[] = {"mma<Half>", "mma<BFloat16>"};
   Fiber& me = *machine.current;
   std::memcpy(me.words, sum, sizeof sum);
   std::memcpy(me.words + 4, a, sizeof a);
@@ -840,9 +839,6 @@ void multiply(Operands operands, float (&sum)[4], const uint32_t (&a)[4], uint32
         break;
       case Operands::kBFloat16:
         multiply_warp<Operands::kBFloat16>(lanes);
-        break;
-      case Operands::kTF32:
-        multiply_warp<Operands::kTF32>(lanes);
         break;
     }
     disperse_warp();

@@ -113,7 +113,7 @@ void warp_barrier(Site site);
 uint64_t exchange(const char* what, uint64_t value, int source, unsigned mask, Site site);
 unsigned vote(bool predicate, unsigned mask, Site site);
 
-enum class Operands { kHalf, kBFloat16, kTF32 };
+enum class Operands { kHalf, kBFloat16 };
 void multiply(Operands operands, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
               Site site);
 
@@ -289,10 +289,9 @@ inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row,
 template <class T>
 void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
          emulator::Site site = emulator::Site::here()) {
-  constexpr emulator::Operands kOperands = std::is_same_v<T, Half>       ? emulator::Operands::kHalf
-                                           : std::is_same_v<T, BFloat16> ? emulator::Operands::kBFloat16
-                                                                         : emulator::Operands::kTF32;
-  static_assert(kOperands != emulator::Operands::kTF32 || std::is_same_v<T, float>);
+  static_assert(std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>);
+  constexpr emulator::Operands kOperands =
+      std::is_same_v<T, Half> ? emulator::Operands::kHalf : emulator::Operands::kBFloat16;
   emulator::multiply(kOperands, sum, a, b0, b1, site);
 }
 
@@ -300,12 +299,6 @@ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 
 inline uint32_t float_bits(float value) { return emulator::bits_of<uint32_t>(value); }
 inline float bits_float(uint32_t bits) { return emulator::bits_of<float>(bits); }
-
-inline uint32_t to_tf32(float value) {
-  const uint32_t bits = float_bits(value);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return (bits & 0x007fffffu) ? 0x7fffffffu : bits;
-  return (bits + 0x1000u) & 0xffffe000u;
-}
 
 inline float exp2_approx(float value) {
   const float result = exp2f(value);
