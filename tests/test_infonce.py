@@ -283,21 +283,32 @@ def test_gradient_before_rounding(backend, dtype):
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("channels", "shared", "columns"),
+    ("dtype", "channels", "shared", "columns"),
     [
-        (64, 228, 64),
-        (128, 228, 64),
-        (128, 100, 64),
-        (256, 228, 64),
-        (256, 100, 32),
-        (512, 228, 16),
-        (248, 228, 32),
+        *(
+            (dtype, *tile)
+            for tile in (
+                (64, 228, 64),
+                (128, 228, 64),
+                (128, 100, 64),
+                (256, 228, 64),
+                (256, 100, 32),
+                (512, 228, 64),
+                (512, 100, 16),
+                (248, 228, 32),
+            )
+            for dtype in (torch.float16, torch.bfloat16)
+        ),
+        (torch.float32, 64, 228, 32),
+        (torch.float32, 128, 100, 32),
+        (torch.float32, 256, 228, 64),
+        (torch.float32, 256, 100, 16),
+        (torch.float32, 512, 228, 16),
     ],
 )
 @pytest.mark.parametrize("order", [BANK, BLOCKS])
-def test_tiles_of_every_width_and_device(monkeypatch, poison, channels, shared, columns, dtype, order):
+def test_tiles_of_every_width_and_device(monkeypatch, poison, dtype, channels, shared, columns, order):
     """Pieces of a tile that are of one class, of several, without any label, and behind the last key."""
     monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
     monkeypatch.setattr(cuda, "_cut", cuda._cut.__wrapped__)  # it is cached for one device

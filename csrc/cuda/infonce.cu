@@ -25,17 +25,22 @@ auto with_channels(int64_t channels, Visit visit) {
 // one of their own, and larger tiles where a multiprocessor has room for them.
 template <class Math, int kParts, class Visit>
 auto with_forward_tile(int device, int64_t channels, Visit visit) {
-  if (channels == 256) {
-    using Long =
-        std::conditional_t<Math::kPlanes == 2, Tile<Math, 256, true, 4, true>, Tile<Math, 256, true, 2>>;
-    const size_t block = Long::bytes(Long::kMaxRowBytes, kParts) + 1024;  // what a block takes besides
-    if (Long::kResident * block <= shared_of_multiprocessor(device)) return visit(Use<Long>{});
-    return visit(Use<Tile<Math, 256, true>>{});
-  }
+  const auto larger_or = [&](auto larger, auto other) {
+    using Larger = typename decltype(larger)::type;
+    const size_t block = Larger::bytes(Larger::kMaxRowBytes, kParts) + 1024;  // the device takes 1 KB of it
+    return Larger::kResident * block <= shared_of_multiprocessor(device) ? visit(larger) : visit(other);
+  };
   if constexpr (Math::kPlanes == 1) {
     if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
-    if (channels == 512) return visit(Use<Tile<Math, 512, true>>{});
+    if (channels == 256) return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
+    if (channels == 512)
+      return larger_or(Use<Tile<Math, 512, true, 4, true>>{}, Use<Tile<Math, 512, true>>{});
+  } else {
+    if (channels == 64) return visit(Use<Tile<Math, 64, true>>{});
+    if (channels == 128) return visit(Use<Tile<Math, 128, true>>{});
+    if (channels == 256)
+      return larger_or(Use<Tile<Math, 256, true, 4, true>>{}, Use<Tile<Math, 256, true>>{});
   }
   return with_channels<Math>(channels, visit);
 }
@@ -130,8 +135,9 @@ void infonce_forward(const InfonceForwardParams& given) {
   with_math(given.rows_dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
     const InfonceForwardParams p = with_planes<Math>(given);
-    with_channels<Math>(
-        p.channels, [&](auto use) { order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr); });
+    with_forward_tile<Math, Math::kNegativeParts>(p.device, p.channels, [&](auto use) {
+      order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr);  // pass 2 has pieces as long
+    });
     with_forward_tile<Math, Math::kNegativeParts>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,

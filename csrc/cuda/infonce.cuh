@@ -1303,11 +1303,12 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 // --- backward ---
 
-// A power of two that takes weights of at most `peak` to 2^14 and below, near the top of fp16's range.
+// A power of two that takes weights of at most `peak` to 2^4 and below: in the midst of fp16's range, for a
+// log-sum-exp that is not that of these rows may make them larger.
 __device__ __forceinline__ float weight_scale(const float* peak) {
   if (peak == nullptr) return 1.f;
   const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, -110);
-  return bits_float(uint32_t(127 + 13 - exponent) << 23);
+  return power_of_two(3 - exponent);
 }
 
 // ds of eq. (5) of one anchor, which holds its log-sum-exp and its factors of negatives and of positives.
