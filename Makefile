@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Some images forbid bytecode, and each of the hundred processes of the tests would compile all of torch's Python anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 CSRC      := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 EMULATOR  := $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu)
 INSTALLED := $(VENV)/.installed
