@@ -1,6 +1,6 @@
-"""What one rank does in `test_distributed.py`: scenarios in turn, the bank's state after each step saved to a file.
+"""What the ranks do in `test_distributed.py`: scenarios in turn, the bank's state after each step saved to a file.
 
-Arguments: the folder for the results, and a checkpoint to resume from; or, in its place,
+Arguments: the number of ranks, the folder for the results, and a checkpoint to resume from; or, in its place,
 "leaves_out_a_step.R.S" or "begins_anew" for that scenario alone.
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import signal
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -276,12 +279,13 @@ def training(rank, *, loss_in_ddp):
 
 def leaves_out_a_step(rank, missing, left_out):
     """One rank calls the loss once less than the other, and goes on to something else."""
-    os.environ[exchange.TIMEOUT_VARIABLE] = "3"
     loss = PixelContrastLoss(CLASSES, bank=make_bank())
     for step in range(3):
-        if step == left_out and rank == missing:
-            time.sleep(9)
-            return
+        if step == left_out:
+            os.environ[exchange.TIMEOUT_VARIABLE] = "3"
+            if rank == missing:
+                time.sleep(300)  # ended with the other rank
+                return
         embeddings, labels, _ = batch(rank, step, 2)
         loss(embeddings, labels, labels)
 
@@ -310,9 +314,7 @@ def uneven_groups(rank):
     return states
 
 
-def main(out, checkpoint=None):
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
-    rank = dist.get_rank()
+def main(rank, out, checkpoint=None):
     if checkpoint is not None and checkpoint.startswith("leaves_out_a_step"):
         return leaves_out_a_step(rank, *map(int, checkpoint.split(".")[1:]))
     if checkpoint == "begins_anew":
@@ -343,5 +345,49 @@ def main(out, checkpoint=None):
     dist.destroy_process_group()
 
 
+def run(rank, ranks, listener, *arguments):
+    """One rank to its end, with what torchrun tells it. Returns the exit code."""
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        limit = datetime.timedelta(minutes=5)
+        store = dist.TCPStore(
+            "localhost",
+            listener.getsockname()[1],
+            ranks,
+            is_master=rank == 0,
+            timeout=limit,
+            master_listen_fd=listener.detach() if rank == 0 else None,
+        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
+        main(rank, *arguments)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def start(ranks, *arguments):
+    """Forks the ranks, so that torch is imported once; the first that fails ends the others. Returns its exit code."""
+    if not arguments[-1].startswith(("leaves_out_a_step", "begins_anew")):
+        import torch._dynamo  # noqa: F401  which a scenario needs
+    listener = socket.create_server(("localhost", 0))
+    running = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os._exit(run(rank, ranks, listener, *arguments))
+        running.add(child)
+    while running:
+        child, status = os.wait()
+        running.remove(child)
+        if status:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(start(int(sys.argv[1]), *sys.argv[2:]))

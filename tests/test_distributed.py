@@ -1,4 +1,4 @@
-"""Banks of several ranks: gloo processes started by torchrun, each compared with one bank that saw all their images."""
+"""Banks of several ranks: processes of one gloo group, each compared with one bank that saw all their images."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ WORKER = Path(worker.__file__)
 TIMEOUT = 600
 
 
-def torchrun(ranks, *arguments):
+def run(ranks, *arguments):
     """Return code and output; the whole process group is killed if it hangs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     path = os.pathsep.join(filter(None, sys.path))  # the worker imports what the tests import
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [*command, str(WORKER), *map(str, arguments)],
+        [sys.executable, str(WORKER), str(ranks), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -52,7 +51,7 @@ def runs(tmp_path_factory):
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (2, 3)}
     checkpoint = folders[2] / "checkpoint.pt"
     for ranks, arguments in ((2, []), (3, [checkpoint])):
-        code, output = torchrun(ranks, folders[ranks], *arguments)
+        code, output = run(ranks, folders[ranks], *arguments)
         assert code == 0, output[-4000:]
         assert "FutureWarning" not in output, output[-4000:]
         if ranks == 2:
@@ -232,7 +231,7 @@ def test_groups_that_not_all_ranks_know_of(runs, ranks):
 
 
 def test_a_job_that_is_ended_and_begun_anew(tmp_path):
-    code, output = torchrun(2, tmp_path, "begins_anew")
+    code, output = run(2, tmp_path, "begins_anew")
     assert code == 0, output[-4000:]
     for found in results(tmp_path, "begins_anew", 2):
         check(found, one_bank(range(2), range(len(worker.SIZES))))
@@ -241,7 +240,7 @@ def test_a_job_that_is_ended_and_begun_anew(tmp_path):
 @pytest.mark.parametrize(("missing", "step"), [(0, 2), (1, 2), (1, 0)])
 def test_a_rank_that_leaves_out_a_step_is_named(tmp_path, missing, step):
     """Within seconds that the environment names; also at its first call, before ranks know each other."""
-    code, output = torchrun(2, tmp_path, f"leaves_out_a_step.{missing}.{step}")
+    code, output = run(2, tmp_path, f"leaves_out_a_step.{missing}.{step}")
     assert code != 0
     waiting = rf"rank {1 - missing} waits in its call {step + 1} of MemoryBank.enqueue"
     expected = rf"{waiting}.*after 3 seconds: ranks \[{missing}\]"
