@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -28,6 +29,22 @@ if torch.version.cuda is None and find_spec("torchvision") and not version("torc
         TORCHVISION_OPS.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """A run collects garbage before it measures memory, which takes a second for all that is imported here."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def quick_tsne(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of t-SNE's iterations, for what is not about where it puts the pixels."""
+    from sklearn.manifold import TSNE
+
+    fit = TSNE.fit_transform
+    monkeypatch.setattr(TSNE, "fit_transform", lambda self, rows: fit(self.set_params(max_iter=250), rows))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """As the subprocesses have: the bits of a sum depend on how many threads share it."""
@@ -37,28 +54,39 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def tiny_config(out: Path, contrast: str = "bank", **changes: object) -> TrainConfig:
+    """9 steps, 3 an epoch of 15 scenes of 32x48 (3 of which each epoch leaves out)."""
+    config = TrainConfig(
+        out=out,
+        steps=9,
+        batch_size=4,
+        device="cpu",
+        log_every=2,
+        eval_every=4,
+        checkpoint_every=2,
+        pictures=False,
+        data=DataConfig(size=(32, 48), synthetic_images=(15, 3)),
+        net=ModelConfig(embed_dim=16),
+        loss=LossConfig(contrast=contrast, region_slots=6, pixel_slots=6, max_samples=64, warmup_steps=1),
+        optim=OptimConfig(lr=0.02),
+    )
+    return replace(config, **changes)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Builds a config of 9 steps, 3 an epoch of 15 scenes of 32x48 (3 of which each epoch leaves out)."""
+    """Builds a tiny config, whose folder has the name given."""
 
-    def build(name: str = "run", contrast: str = "bank", **changes: object) -> TrainConfig:
-        config = TrainConfig(
-            out=tmp_path / name,
-            steps=9,
-            batch_size=4,
-            device="cpu",
-            log_every=2,
-            eval_every=4,
-            checkpoint_every=2,
-            pictures=False,
-            data=DataConfig(size=(32, 48), synthetic_images=(15, 3)),
-            net=ModelConfig(embed_dim=16),
-            loss=LossConfig(contrast=contrast, region_slots=6, pixel_slots=6, max_samples=64, warmup_steps=1),
-            optim=OptimConfig(lr=0.02),
-        )
-        return replace(config, **changes)
+    def build(name: str = "run", *arguments: str, **changes: object) -> TrainConfig:
+        return tiny_config(tmp_path / name, *arguments, **changes)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def tiny_of_module(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """For a run that several tests look at, and that none changes."""
+    return tiny_config(tmp_path_factory.mktemp("module") / "run", steps=2)
 
 
 @pytest.fixture

@@ -98,10 +98,14 @@ def test_bad_input_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, a
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_demo_draws_and_prints(tmp_path, capsys):
-    config = DemoConfig(out=tmp_path / "demo", steps=4, synthetic_images=(8, 4))
-    demo(config)
-    results = demo(config)  # replaces the first
+def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):
+    config = DemoConfig(out=tmp_path / "demo", steps=2, synthetic_images=(8, 4))
+    for name in ("off", "bank"):  # of an earlier one, which is replaced
+        (config.out / name).mkdir(parents=True)
+        for left in ("config.json", "train.csv"):
+            (config.out / name / left).write_text("no longer there")
+    results = demo(config)
+    assert all(read_rows(config.out / name / "train.csv") for name in results)
     printed = capsys.readouterr().out
     for name, result in results.items():
         assert f"{result.miou:.3f}" in printed and name in printed

@@ -24,8 +24,12 @@ CPU = torch.device("cpu")
 def colours_of(path):
     """How many pixels of each colour a picture has."""
     pixels = np.array(Image.open(path).convert("RGB")).reshape(-1, 3)
-    values, counts = np.unique(pixels, axis=0, return_counts=True)
-    return dict(zip(map(tuple, values.tolist()), counts.tolist(), strict=True))
+    numbers = pixels @ np.array([2**16, 2**8, 1])  # which are sorted faster than rows
+    values, counts = np.unique(numbers, return_counts=True)
+    return {
+        (value >> 16, value >> 8 & 255, value & 255): count
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+    }
 
 
 @pytest.fixture

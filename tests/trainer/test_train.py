@@ -220,7 +220,7 @@ def test_compile_trains(tiny, monkeypatch):
     nearly_the_same(plain, compiled)
 
 
-def test_camvid_trains(tiny, camvid):
+def test_camvid_trains(tiny, camvid, quick_tsne):
     config = tiny(
         data=DataConfig(dataset="camvid", root=camvid(".jpg"), scale=0.75, crop=(24, 24)), pictures=True
     )
@@ -288,7 +288,7 @@ def test_evaluation_is_of_the_first_ranks_statistics(tiny, monkeypatch):
     train(tiny(contrast="off", steps=1))
 
 
-def test_images_of_several_sizes_train(tiny, pascal_context):
+def test_images_of_several_sizes_train(tiny, pascal_context, quick_tsne):
     """Padded to one size, cropped, evaluated each at its own; pictures name the classes that are seen."""
     data = DataConfig(dataset="pascal_context", root=pascal_context, crop=(32, 32))
     config = tiny(steps=2, batch_size=2, data=data, pictures=True)
