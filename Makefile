@@ -16,6 +16,7 @@ OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss regressions backends
 SHARE         ?= 8
 WIDTHS        ?= 256
+SCHEDULES     ?= 20210118
 OLDEST_SUBSET := any_input or agree or gradient or round or behind $(if $(WIDTHS),,or code)
 
 .DEFAULT_GOAL := help
@@ -28,14 +29,14 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
-# is run, and the newest compiles the kernels for one width; SHARE=1 WIDTHS= runs and compiles all. Waiting threads give
-# their core away (OMP_WAIT_POLICY).
-test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= for every combination)
+# is run, and the newest compiles the kernels for one width; the emulated kernels meet the sanitizers under one schedule.
+# SHARE=1 WIDTHS= SCHEDULES= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
+test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
 	    test-rest test-triton test-training test-oldest-triton
 
 test-rest:
-	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer
+	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer
 
 test-training:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer
