@@ -18,6 +18,7 @@ BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,trito
 EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of emulator/build.py
 SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
 GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts processes, each of which imports torch
 if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -31,17 +32,9 @@ from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch
 
-try:
-    import hypothesis
-except ImportError:  # as on GPU machines without a network; test_properties.py says what is skipped for that
-    hypothesis = None
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    if hypothesis and BACKENDS == ["triton"] and not ON_DEVICE:
-        hypothesis.settings.register_profile("interpreter", max_examples=15)
-        hypothesis.settings.load_profile("interpreter")
 
 
 def parameters(item: pytest.Item) -> dict[str, object]:

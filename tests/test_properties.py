@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import BACKENDS
+from conftest import BACKENDS, SHARE
 
 pytest.importorskip("hypothesis")
 
@@ -14,8 +14,10 @@ import test_sampling as sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+EXAMPLES = -(-60 // SHARE)
 
-@settings(max_examples=60, deadline=None)
+
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
     st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
@@ -48,7 +50,7 @@ def test_any_input_is_sampled_by_the_rules(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.integers(1, 3), st.integers(4, 18), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 6),
     st.integers(0, 6), st.integers(0, 6), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
