@@ -17,7 +17,7 @@ OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss re
 SHARE         ?= 8
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
-OLDEST_SUBSET := any_input or agree or gradient or round or behind $(if $(WIDTHS),,or code)
+OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-rest test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
@@ -49,7 +49,7 @@ test-triton:
 	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest tests -k triton
 
 test-oldest-triton:
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))"
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))$(if $(WIDTHS), and not triton_code)"
 
 # An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no
 # part in it.
