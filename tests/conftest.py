@@ -18,7 +18,7 @@ BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,trito
 EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of emulator/build.py
 SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
 GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or it starts processes, each of which imports torch
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, which import torch
 if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
 
