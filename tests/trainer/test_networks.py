@@ -317,7 +317,7 @@ def test_a_torchvision_of_another_torch_is_told(monkeypatch):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "size"), [("hrnet_w48", (256, 128)), ("deeplabv3_resnet50", (180, 240))])
+@pytest.mark.parametrize(("name", "size"), [("hrnet_w48", (128, 64)), ("deeplabv3_resnet50", (90, 120))])
 def test_the_large_ones_train_on_the_cpu(tiny, name, size):
     config = tiny(
         steps=2,
