@@ -88,9 +88,13 @@ clean:  ## remove the environment and everything built
 	$(PYTHON) -m venv $* || \
 	    { $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install pip; }
 
-# torchvision asks for exactly the torch that the constraints name, so it cannot bring another one along.
+# The module is compiled while pip unpacks what the constraints name. torchvision asks for exactly the torch among that, so
+# it cannot bring another one along.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[train,bench,dev,models]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt ninja pybind11 setuptools
+	$(BIN)/python setup.py --quiet build_ext --inplace & built=$$!; \
+	    $(BIN)/python -m pip install --quiet --no-compile -r constraints.txt && wait $$built
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[train,bench,dev,models]"
 	touch $@
 
 # The oldest Triton that is supported, and a numpy that its interpreter takes.
