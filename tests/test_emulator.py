@@ -394,7 +394,7 @@ MISUSES = [
     (22, rf"ldmatrix {AT}: 0x\w+ is not in an array of shared memory"),
     (23, rf"4 bytes of shared memory {AT} make 1040 in all, but the launch asked for 1024"),
     (24, rf"takes 4 bytes {AT} as its shared array 1, another thread 0 bytes {AT}"),
-    (25, rf"thread 16: sync_warp {AT} with the mask ffffffff, while lane 0 is in mma<float> {AT}"),
+    (25, rf"thread 16: sync_warp {AT} with the mask ffffffff, while lane 0 is in mma<Half> {AT}"),
     (26, rf"deadlock: thread 0 in sync_warp {AT}; threads 1-63 in sync_block {AT}"),
     (27, "threw an exception: of a kernel"),
 ]

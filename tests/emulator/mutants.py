@@ -44,7 +44,12 @@ MUTANTS = [
         "sync_block();  // all copies are visible to all, and nobody reads the other stage any more",
         "",
     ),
-    Mutant("rows read before all are rounded", "infonce.cuh", "sync_block();  // all rows are rounded", ""),
+    Mutant(
+        "largest number of a block read before its warps have written theirs",
+        "infonce.cuh",
+        "sync_block();  // those of all warps are there",
+        "",
+    ),
     Mutant("wait for all groups but one", "infonce.cuh", "cp_async_wait<0>();", "cp_async_wait<1>();"),
     Mutant(
         "weights read before they are written",
@@ -85,8 +90,34 @@ MUTANTS = [
     Mutant(
         "more classes than blocks",
         "infonce.cuh",
-        "number = *kept_number + int(gridDim.x);",
-        "number = *kept_number + int(p.num_anchors);",
+        "item.number = *kept_number + int(gridDim.x);",
+        "item.number = *kept_number + int(p.num_anchors * p.splits);",
+    ),
+    # infonce: planes, and the splits of pass 2
+    Mutant(
+        "rows without a label have a part in the scale",
+        "infonce.cuh",
+        "if (labelled && fabsf(low) < INFINITY)",
+        "if (fabsf(low) < INFINITY)",
+    ),
+    Mutant(
+        "rows of any length times the usual power of two",
+        "infonce.cuh",
+        "if (exponent == kUsualExponent) return;",
+        "return;",
+    ),
+    Mutant("small products left out", "infonce.cuh", "product(others[f][n], 1, 0);", ""),
+    Mutant(
+        "a part of the positives that nobody wrote",
+        "infonce.cuh",
+        "towards_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;",
+        "towards_factors[split] = 1.f;",
+    ),
+    Mutant(
+        "all tiles of pass 2 in one split",
+        "infonce.cuh",
+        "item.split = item.number / max(tiles, 1);",
+        "item.split = 0;",
     ),
     Mutant(
         "a tile of two classes",
@@ -179,13 +210,12 @@ MUTANTS = [
         "* 16 + half * 8 + group;",
         "* 16 + half + 2 * group;",
     ),
-    Mutant("columns not transposed", "infonce.cuh", "ldmatrix_x4_trans(bits,", "ldmatrix_x4(bits,"),
+    Mutant("columns not transposed", "infonce.cuh", "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,"),
     Mutant(
         "weights read where they would lie unswizzled",
         "infonce.cuh",
-        "load_fragment(a[f], weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);",
-        "load_fragment(a[f], weights + (row * (Tile::kBlockK * int(sizeof(T)) / 16) + 2 * step + lane / 16) * 16 + "
-        "part * kWeightBytes);",
+        "ldmatrix_x4(a, weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);",
+        "ldmatrix_x4(a, weights + (row * (Tile::kBlockK / 8) + 2 * step + lane / 16) * 16 + part * kWeightBytes);",
     ),
     Mutant(
         "half of the sums not written",
