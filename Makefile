@@ -17,6 +17,7 @@ OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss re
 SHARE         ?= 8
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
+ARCHS         ?= 90
 OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
@@ -88,13 +89,13 @@ clean:  ## remove the environment and everything built
 	$(PYTHON) -m venv $* || \
 	    { $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install pip; }
 
-# The module is compiled while pip unpacks what the constraints name. torchvision asks for exactly the torch among that, so
-# it cannot bring another one along.
+# The module is compiled while pip unpacks what the constraints name; where there is an nvcc, with the machine code of one
+# architecture (ARCHS= is all). torchvision asks for exactly the torch among that, so it cannot bring another one along.
 $(INSTALLED): pyproject.toml constraints.txt setup.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt ninja pybind11 setuptools
-	$(BIN)/python setup.py --quiet build_ext --inplace & built=$$!; \
+	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(BIN)/python setup.py --quiet build_ext --inplace & built=$$!; \
 	    $(BIN)/python -m pip install --quiet --no-compile -r constraints.txt && wait $$built
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[train,bench,dev,models]"
+	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -c constraints.txt -e ".[train,bench,dev,models]"
 	touch $@
 
 # The oldest Triton that is supported, and a numpy that its interpreter takes.
@@ -113,5 +114,5 @@ $(OLDEST)/.installed: constraints-oldest.txt | $(OLDEST)/bin/python
 	touch $@
 
 $(BUILT): $(INSTALLED) $(CSRC)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

@@ -91,6 +91,12 @@ class CudaToolkit:
     def gencode(self):
         return [f"-gencode=arch=compute_{self.ptx},code=[{','.join(self.targets)}]"]
 
+    @property
+    def compression(self):
+        """A quarter of the bytes, which all drivers that CUDA 13 asks for unpack."""
+        major = self.version.partition(".")[0]
+        return ["--compress-mode=size"] if major.isdigit() and int(major) >= 13 else []
+
 
 def find_cuda():
     """The toolkit, or the reason (a string) for building without it."""
@@ -235,7 +241,7 @@ class NinjaBuild:
             else:
                 objects.append(self.add_object("cxx", source, features))
         for source in self.cuda_sources:
-            objects.append(self.add_object("nvcc", source, self.cuda.gencode))
+            objects.append(self.add_object("nvcc", source, self.cuda.gencode + self.cuda.compression))
 
         module = f"{self.build_dir}/_C.so"
         libraries = []

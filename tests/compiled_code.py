@@ -98,6 +98,14 @@ def table(module: Path, compiler: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def registers(text: str) -> dict[str, dict[str, str]]:
+    """What a table says, by kernel and architecture."""
+    _, header, *rows = text.splitlines()
+    archs = header.split()[1:]
+    cells = [row.rsplit(None, len(archs)) for row in rows]
+    return {name.strip(): dict(zip(archs, counts, strict=True)) for name, *counts in cells}
+
+
 if __name__ == "__main__":
     from pixcontrast_ext.backends import native
 

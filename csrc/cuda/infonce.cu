@@ -21,10 +21,11 @@ auto with_channels(int64_t channels, Visit visit) {
   throw std::invalid_argument("InfoNCE takes up to 512 channels, got " + std::to_string(channels));
 }
 
-// The tile of a pass of the forward, which takes kParts parts of the weights: rows of the usual lengths have
-// one of their own, and larger tiles where a multiprocessor has room for them.
-template <class Math, int kParts, class Visit>
+// The tile of pass 1 or 2 of the forward: rows of the usual lengths have one of their own, and a larger one
+// where a multiprocessor has room for it and a thread has the registers.
+template <class Math, bool kNegatives, class Visit>
 auto with_forward_tile(int device, int64_t channels, Visit visit) {
+  constexpr int kParts = kNegatives ? Math::kNegativeParts : Math::kWeightParts;
   const auto larger_or = [&](auto larger, auto other) {
     using Larger = typename decltype(larger)::type;
     const size_t block = Larger::bytes(Larger::kMaxRowBytes, kParts) + 1024;  // the device takes 1 KB of it
@@ -33,9 +34,13 @@ auto with_forward_tile(int device, int64_t channels, Visit visit) {
   if constexpr (Math::kPlanes == 1) {
     if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
-    if (channels == 256) return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
     if (channels == 512)
       return larger_or(Use<Tile<Math, 512, true, 4, true>>{}, Use<Tile<Math, 512, true>>{});
+    if constexpr (kNegatives) {
+      if (channels == 256) return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
+    } else {
+      if (channels == 256) return visit(Use<Tile<Math, 256, true>>{});
+    }
   } else {
     if (channels == 64) return visit(Use<Tile<Math, 64, true>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true>>{});
@@ -103,7 +108,7 @@ InfonceTile describe(int device, Kernel kernel, size_t shared) {
 InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
   return with_math(dtype, full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    return with_forward_tile<Math, Math::kNegativeParts>(device, channels, [&](auto use) {
+    return with_forward_tile<Math, true>(device, channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>,
                             shared_bytes_of<Tile>(channels, Tile::kNegativeParts));
@@ -114,7 +119,7 @@ InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, i
 InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
   return with_math(dtype, full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    return with_forward_tile<Math, Math::kWeightParts>(device, channels, [&](auto use) {
+    return with_forward_tile<Math, false>(device, channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_fwd_positives_kernel<Tile>, shared_bytes_of<Tile>(channels));
     });
@@ -135,16 +140,16 @@ void infonce_forward(const InfonceForwardParams& given) {
   with_math(given.rows_dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
     const InfonceForwardParams p = with_planes<Math>(given);
-    with_forward_tile<Math, Math::kNegativeParts>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, true>(p.device, p.channels, [&](auto use) {
       order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr);  // pass 2 has pieces as long
     });
-    with_forward_tile<Math, Math::kNegativeParts>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, true>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels, Tile::kNegativeParts), p);
     });
-    with_forward_tile<Math, Math::kWeightParts>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, false>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       // How many classes there are is known to the device alone: it chooses the splits, and blocks take
       // several.

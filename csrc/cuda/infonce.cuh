@@ -986,7 +986,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       [&](int stage, bool mixed, unsigned) {
         visited = true;
         typename Engine::Scores scores;
-        engine.template multiply_rows<2>(scores, stage);
+        engine.template multiply_rows<2 / Tile::kPlanes>(scores, stage);
         if (mixed) {
           each_row<Tile>([&](int f, int half) {
             const int row_label = row_labels[engine.local_row(f, half)];
