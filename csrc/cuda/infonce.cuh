@@ -17,9 +17,9 @@
 //
 // Rows and columns come in the order of their class where that is known. Most tiles of pass 1 then hold no
 // positive of their block and take a path without masks; in pass 2 a tile of rows begins anew with every
-// class, and meets the keys of that class alone. Several blocks share the walk of one row tile, each with a
-// partial result of its own, and a second stage combines those in a fixed order: nothing is atomic, and
-// a repeat gives the same bits.
+// class, and meets the keys of that class alone, if the keys are grouped. Several blocks share the walk of
+// one row tile, each with a partial result of its own, and a second stage combines those in a fixed order:
+// nothing is atomic, and a repeat gives the same bits.
 //
 // Rows of fp32 are split into fp16 numbers and what those leave of them, which are laid behind one another
 // like rows of twice the length; three products of such planes keep fp32's accuracy, and one has that of
@@ -866,24 +866,43 @@ __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) 
 // Of shared memory, in numbers; 128 bytes, as what follows is aligned to. What the warps leave there of one
 // kind lies in whole 16 bytes of its own: a loop over the warps before is read in such pieces, and would read
 // what others write.
-constexpr int kClassTileScratch = 32, kTilesOfWarps = 8, kFoundTile = 16;
+constexpr int kClassTileScratch = 32, kTilesOfWarps = 8, kFoundTile = 16, kSpansOfWarps = 20;
 
-// Anchors of one class, in the order of visits.
+// Whether columns come in the order of their classes, more or less: by how far the labels of a piece lie
+// apart, on average over one piece for each thread. The whole block calls it.
+template <int kThreads>
+__device__ __forceinline__ bool are_grouped(const int32_t* ranges, int pieces, int* scratch) {
+  constexpr int kMostApart = 4, kFar = 1 << 16;
+  int apart = 0;
+  if (pieces > 0) {
+    const int2 range = reinterpret_cast<const int2*>(ranges)[int64_t(threadIdx.x) * pieces / kThreads];
+    apart = range.y < 0 ? 0 : min(range.y - max(range.x, 0), kFar);
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) apart += shuffle_xor(apart, lanes);
+  if (threadIdx.x % kWarp == 0) scratch[kSpansOfWarps + threadIdx.x / kWarp] = apart;
+  sync_block();  // the spans of all warps are there
+  int all = 0;
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) all += scratch[kSpansOfWarps + warp];
+  return all <= kMostApart * kThreads;
+}
+
+// Anchors that follow each other in the order of visits.
 struct ClassTile {
   int first, count;  // none: -1
 };
 
-// One of the tiles of up to kBlockA anchors that begin anew with every class, found in the sorted labels: the
-// one that choose(how many there are) names, if there are as many. The whole block calls it.
+// One of the tiles of up to kBlockA anchors that have labels, found in the sorted labels: the one that
+// choose(how many there are) names, if there are as many. Of grouped keys, tiles begin anew with every class.
+// The whole block calls it.
 template <int kBlockA, int kThreads, class Choose>
-__device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, int* scratch,
-                                                     Choose choose) {
+__device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, bool grouped,
+                                                     int* scratch, Choose choose) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kTilesOfWarps, "they share the scratch");
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const int share = (count + kThreads - 1) / kThreads;
   const int begin = min(int(threadIdx.x) * share, count), end = min(begin + share, count);
-  const auto begins_class = [&](int i) { return i == 0 || labels[i] != labels[i - 1]; };
+  const auto begins_class = [&](int i) { return i == 0 || (grouped && labels[i] != labels[i - 1]); };
 
   // Where the class begins that the labels before a thread's share end in.
   int start = 0;
@@ -936,7 +955,8 @@ __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int 
 #pragma unroll
   for (int row = 0; row < kBlockA; row += kWarp) {
     const int i = first + row + lane;
-    length += count_bits(ballot(row + lane < kBlockA && i < count && labels[i] == labels[first]));
+    const bool inside = row + lane < kBlockA && i < count;
+    length += count_bits(ballot(inside && (grouped ? labels[i] == labels[first] : labels[i] >= 0)));
   }
   return {first, length};
 }
@@ -1094,7 +1114,7 @@ struct PositivesItem {
   int number, split, splits;
 };
 
-// Pass 2 over anchors of one class and the keys of it, knowing eq. (1): eq. (2) to (4), and G.
+// Pass 2 over anchors of a class or several and the keys of those, knowing eq. (1): eq. (2) to (4), and G.
 template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
                                               const PositivesItem& item, SharedMemory& memory) {
@@ -1118,8 +1138,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
   int count[Tile::kFragments][2] = {};
   typename Engine<Tile>::Output output = {};
 
-  const int own_label = anchors.labels[tile.first];
-  const LabelRange own{own_label, own_label};
+  const LabelRange own{anchors.labels[tile.first], anchors.labels[anchors.count - 1]};
   Walk<Pass::kPositives, Tile> walk(p.label_ranges, keys.count, own, item.split, item.splits, engine.lane);
   bool visited = false;
   engine.run(
@@ -1197,8 +1216,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     SharedMemory memory;
     int* scratch = memory.take<int>(kClassTileScratch);
     int* kept_number = scratch + kClassTileScratch - 1;  // not in a register, which are short in the walk
+    const int columns = int(p.keys == nullptr ? p.num_anchors : p.num_keys);
+    const bool grouped = are_grouped<Tile::kThreads>(
+        p.label_ranges, (columns + Tile::S::kColumns - 1) / Tile::S::kColumns, scratch);
     const ClassTile tile = find_class_tile<Tile::kBlockA, Tile::kThreads>(
-        p.sorted_labels, int(p.num_anchors), scratch, [&](int tiles) {
+        p.sorted_labels, int(p.num_anchors), grouped, scratch, [&](int tiles) {
           item.splits = splits_of_positives(p, tiles);
           item.split = item.number / max(tiles, 1);
           return item.split < item.splits ? item.number % max(tiles, 1) : tiles;

@@ -76,6 +76,12 @@ MUTANTS = [
         "",
     ),
     Mutant(
+        "spans of labels read before they are written",
+        "infonce.cuh",
+        "sync_block();  // the spans of all warps are there",
+        "",
+    ),
+    Mutant(
         "counts of tiles read before they are written",
         "infonce.cuh",
         "sync_block();  // the tiles of all warps are there",
