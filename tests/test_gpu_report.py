@@ -143,6 +143,24 @@ def test_a_budget_leaves_out_what_no_longer_fits(tmp_path, capsys):
     assert "| device: longer | not begun: it needs about 500 s" in capsys.readouterr().out
 
 
+def test_steps_run_beside_each_other_where_no_time_is_taken(tmp_path):
+    def meets(name: str, other: str) -> str:
+        return f"""
+import pathlib, time
+pathlib.Path({name!r}).touch()
+while not pathlib.Path({other!r}).exists(): time.sleep(0.1)
+time.sleep(1)
+pathlib.Path({name!r}).rename({name + " done"!r})
+"""
+
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    alone = f"import pathlib; assert all(pathlib.Path(x + ' done').exists() for x in ({one!r}, {two!r}))"
+    steps = [step("one", meets(one, two)), step("two", meets(two, one))]
+    steps.append(Step("timings", "alone", python("-c", alone), 0))
+    Run(steps, tmp_path, {"device": "none"}, budget=300, jobs=2).go()
+    assert [each.passed for each in steps] == [1, 1, 1]
+
+
 def test_what_fails_is_counted_and_shown(tmp_path):
     source = tmp_path / "test_some.py"
     source.write_text(

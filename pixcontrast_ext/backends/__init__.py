@@ -26,8 +26,8 @@ from pixcontrast_ext.backends import native
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
-# Tried in this order when none is named. On an H100 the CUDA kernels took 0.5 to 0.8 of the Triton kernels' time in InfoNCE,
-# a third in sampling and enqueue, and 1.13 of it in gathering, which is a hundredth of a step.
+# Tried in this order when none is named. On an H100 the CUDA kernels took 0.5 to 0.8 of the Triton kernels' time in
+# InfoNCE, a third in sampling and enqueue, and 1.13 of it in gathering, a hundredth of a step.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Devices whose tensors a backend takes; None: any. The tests, which emulate CUDA on a CPU, add to it.
 DEVICES: dict[str, tuple[str, ...] | None] = {
