@@ -9,6 +9,7 @@ A change of a kernel that changes its registers has to update the table, so that
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import re
 import shutil
@@ -53,7 +54,7 @@ def _names(text: str) -> str:
     return re.sub(r"pxc::(cuda::)?|\(anonymous namespace\)::|^void ", "", done)
 
 
-def _kernel_name(demangled: str) -> str:
+def kernel_name(demangled: str) -> str:
     return re.sub(r"^void |\(.*$", "", demangled).replace("> >", ">>").strip()
 
 
@@ -65,20 +66,25 @@ def resources(module: Path) -> dict[str, dict[str, Resources]]:
         if found := re.match(r"\s*arch = (sm_\d+)", line):
             arch = found[1]
         elif found := re.match(r"\s*Function (.*):\s*$", line):
-            name = _kernel_name(found[1])
+            name = kernel_name(found[1])
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, found.groups())
             kernels[name][arch] = Resources(registers, stack + local, shared)
     return dict(kernels)
 
 
+@functools.cache
+def disassembly(module: Path, arch: str) -> str:
+    return _names(_run("-sass", "-arch", arch, str(module)))
+
+
 def instructions(module: Path, arch: str) -> dict[str, collections.Counter[str]]:
     """How often each instruction, without its modifiers, stands in each kernel."""
     kernels: dict[str, collections.Counter[str]] = {}
     counter: collections.Counter[str] = collections.Counter()
-    for line in _names(_run("-sass", "-arch", arch, str(module))).splitlines():
+    for line in disassembly(module, arch).splitlines():
         if found := re.match(r"\s*Function : (.*)$", line):
-            counter = kernels.setdefault(_kernel_name(found[1]), collections.Counter())
+            counter = kernels.setdefault(kernel_name(found[1]), collections.Counter())
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)", line):
             counter[found[1]] += 1
     return kernels
