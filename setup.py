@@ -93,7 +93,7 @@ class CudaToolkit:
 
     @property
     def compression(self):
-        """A quarter of the bytes, which all drivers that CUDA 13 asks for unpack."""
+        """A seventh of the bytes, which all drivers that CUDA 13 asks for unpack."""
         major = self.version.partition(".")[0]
         return ["--compress-mode=size"] if major.isdigit() and int(major) >= 13 else []
 

@@ -277,9 +277,9 @@ struct WriteParams : Launch {
   int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
 };
 
-// InfoNCE takes rows of 16-byte units, 16-byte aligned, or of 4-byte units, 4-byte aligned: Python pads
-// others with zero channels. Anchors are visited in the order of their class; [splits, ...] are the partial
-// results of that many shares of the walk.
+// InfoNCE takes fp32 rows as they lie, and 16-bit ones of 16-byte units, 16-byte aligned, or of 4-byte units,
+// 4-byte aligned: Python pads others with zero channels. Anchors are visited in the order of their class;
+// [splits, ...] are the partial results of that many shares of the walk.
 
 struct InfonceRows {
   int32_t rows_dtype;    // DType
@@ -316,7 +316,7 @@ struct InfonceForwardParams : Launch, InfonceRows {
   float* pos_weight_parts;   // [splits, A] scratch: of sigma
   int32_t* pos_count_parts;  // [splits, A] scratch
   float* positive_parts;     // [splits, A, part_channels] scratch: G of pass 2; null without gradient
-  int64_t part_channels;     // channels, up to a multiple of 128 bytes of a row
+  int64_t part_channels;     // channels, up to a multiple of 64
   float* loss;               // [A] out, eq. (3)
   float* neg_lse;            // [A] out, eq. (1), natural units
   float* pos_weight;         // [A] out, eq. (4)
@@ -333,8 +333,8 @@ struct InfonceBackwardParams : Launch, InfonceRows {
   const float* neg_lse;     // [A], from the forward, as is
   const float* pos_weight;  // [A]
   const float* grad_scale;  // [A], g / |P|
-  const float* peak;    // [] largest |grad_scale| max(1, pos_weight): fp16 weights are scaled by it; or null
-  float* coefficients;  // [A, 4] scratch: neg_lse in log2 units, factors of negatives and positives, index
+  const float* peak;        // [] of the largest weight: fp16 ones are scaled by it; or null
+  float* coefficients;    // [A, 4] scratch: neg_lse in log2 units, factors of negatives and positives, index
   int32_t* label_ranges;  // [anchor tiles, 2] scratch: smallest and largest label
   float* grad_parts;      // [splits, K, grad_channels] scratch; null with one split
   float* grad;            // [K, grad_channels] out, of the keys; of the anchors if they are the keys

@@ -54,8 +54,8 @@ SECTIONS = (
     "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis_Tables LaunchStats Occupancy "
     "SchedulerStats WarpStateStats"
 ).split()
-# The tests that need a device, in shares that take about as long.
-SHARES = ("against_double", "2_to_the_31", "not against_double and not 2_to_the_31")
+# The tests that need a device, in shares: the first fills its memory, the others take about as long as each other.
+SHARES = ("2_to_the_31", "against_double", "not against_double and not 2_to_the_31")
 
 
 @dataclass
@@ -78,15 +78,15 @@ class Step:
 
     @property
     def is_alone(self) -> bool:
-        """Whether others beside it would change what it shows, or need it."""
-        return self.part in ("build", "timings")
+        """Whether others beside it would change what it shows, need it, or take its memory."""
+        return self.part in ("build", "timings") or "2_to_the_31" in self.name
 
     @property
     def is_tests(self) -> bool:
         return "pytest" in self.command
 
     def line(self) -> str:
-        skipped = "; ".join(f"{count}: {reason}" for reason, count in self.skipped.items()) or "0"
+        skipped = "; ".join(f"{count}: {reason}" for reason, count in list(self.skipped.items())) or "0"
         figures = f"{self.passed} | {self.failed} | {skipped} | {self.seconds:.0f}"
         return f"| {self.part}: {self.name} | {self.state} | {figures} |"
 
@@ -114,8 +114,8 @@ def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step
         needs=60,
         environment={"PIXCONTRAST_CUDA": "1", "PIXCONTRAST_CUDA_ARCHS": f"{major}{minor}"},
     )
-    for backend in BACKENDS:
-        for share in SHARES:
+    for share in SHARES:
+        for backend in BACKENDS:
             name, file = f"what needs one, {backend}, {share}", "tests/test_cuda_device.py"
             yield tests("device", name, backend, 60, file, "-k", share)
     yield tests(
@@ -407,7 +407,7 @@ def main() -> int:
         kind = {"TRITON_INTERPRET": "1"} if arguments.rehearse else {"PIXCONTRAST_TEST_CUDA": "device"}
         step.environment = kind | step.environment
     folder = out / f"{about['date']}-{slug}-{'-'.join(parts) if arguments.parts else 'all'}"
-    run = Run(steps, folder, about, arguments.budget, arguments.jobs)
+    run = Run(steps, folder, about, arguments.budget, max(arguments.jobs, 1))
     run.go()
     print(f"written to {folder / 'report.md'}")
     return int(any(step.failed for step in steps))

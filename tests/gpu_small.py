@@ -46,6 +46,8 @@ def main(backend: str, device: str = "cuda", dtypes: tuple[torch.dtype, ...] = D
     for dtype in dtypes:
         for shape in ((70, 150, 65), (33, 90, 300), (1, 1, 8)):
             contrast(*shape, dtype, device, backend)
+        for channels in (64, 128, 256, 512) if device == "cuda" else ():  # they have tiles of their own
+            contrast(70, 150, channels, dtype, device, backend)
     torch.set_float32_matmul_precision("high")
     contrast(70, 150, 65, torch.float32, device, backend)
     torch.set_float32_matmul_precision("highest")

@@ -196,6 +196,33 @@ def test_fp32_accuracy_of_all_kinds_of_rows(cuda_backend, poison, monkeypatch, k
         assert error(found[index], expected[index]) <= max(bar, error(plain[index], expected[index]))
 
 
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("distance", [0.3, 0.1])
+def test_fp32_gradients_where_the_losses_are_small(gpu_backend, poison, distance, in_batch):
+    """Of classes that have been learnt, with losses down to 1e-5: weights as small keep their digits."""
+    centres, labels = F.normalize(torch.randn(10, 64), dim=1), torch.arange(40) % 10
+    both = [
+        F.normalize(centres[labels] + distance * F.normalize(torch.randn(40, 64), dim=1), dim=1)
+        for _ in range(2)
+    ]
+
+    def run(dtype: torch.dtype, backend: str):
+        rows = [x.to(dtype).requires_grad_() for x in both]
+        keys = rows[0] if in_batch else rows[1]
+        loss = infonce(
+            rows[0], labels, keys, labels,
+            temperature=0.05, exclude_self=in_batch, reduction="none", backend=backend,
+        )  # fmt: skip
+        loss.sum().backward()
+        return loss.detach(), rows[0].grad, keys.grad
+
+    expected = run(torch.float64, "reference")
+    assert expected[0].mean() < 1e-2
+    found, plain = run(torch.float32, gpu_backend), run(torch.float32, "reference")
+    for a, b, c in zip(found, plain, expected, strict=True):
+        assert error(a, c) <= max(4e-6, 2 * error(b, c))
+
+
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize(
     ("of_anchors", "of_keys"),
@@ -280,6 +307,20 @@ def test_gradient_before_rounding(backend, dtype):
     _, expected, _ = exact(inputs)
     bar = max(2e-6, weight_rounding(backend, dtype))
     assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= bar
+
+
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS or ON_DEVICE, reason="it asks the emulated kernels")
+@pytest.mark.parametrize("shared", [100, 164, 228])
+def test_both_passes_know_labels_by_the_same_pieces(monkeypatch, shared):
+    monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
+    kernels = native.cuda_kernels
+    for dtype, full_float32 in ((0, False), (0, True), (1, True), (2, True)):
+        for channels in range(64 if dtype == 0 else 8, 513, 64 if dtype == 0 else 8):
+            tiles = [
+                of(0, dtype, full_float32, channels)
+                for of in (kernels.infonce_forward_tile, kernels.infonce_positives_tile)
+            ]
+            assert tiles[0].piece == tiles[1].piece and all(tile.columns % tile.piece == 0 for tile in tiles)
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")

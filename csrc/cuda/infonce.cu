@@ -1,5 +1,4 @@
 // Launchers of the InfoNCE kernels: which tile serves which rows, and the order of the launches.
-#include <algorithm>
 #include <string>
 
 #include "cuda.h"
@@ -141,10 +140,8 @@ void infonce_forward(const InfonceForwardParams& given) {
     using Math = typename decltype(math)::type;
     const InfonceForwardParams p = with_planes<Math>(given);
     with_forward_tile<Math, true>(p.device, p.channels, [&](auto use) {
-      order_anchors<decltype(use)::type::S::kColumns>(p, p.keys != nullptr);  // pass 2 has pieces as long
-    });
-    with_forward_tile<Math, true>(p.device, p.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
+      order_anchors<Tile::S::kColumns>(p, p.keys != nullptr);  // pass 2 has pieces as long
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels, Tile::kNegativeParts), p);
@@ -157,7 +154,7 @@ void infonce_forward(const InfonceForwardParams& given) {
              dim3(unsigned(p.positive_blocks)), Tile::kThreads, shared_bytes_of<Tile>(p.channels), p);
     });
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
-           kFinishThreads, 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias);
+           kFinishThreads, 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias, Math::kSigmaBias);
   });
 }
 

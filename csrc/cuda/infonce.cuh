@@ -50,9 +50,10 @@ struct Math {
   static constexpr int kPlanes = kPlanes_;
   // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
   static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
-  static constexpr float kWeightScale = std::is_same_v<T, Half> ? 128.f : 1.f;
+  // Likewise of sigma, which is 1 at most, and small where an anchor's class has been learnt.
+  static constexpr float kSigmaBias = std::is_same_v<T, Half> ? 15.f : 0.f;
   // bf16 weights err by 2e-3 each, which is much where they are all alike, as sigma of a class is, and in
-  // the gradient of a key, which few anchors make up. Only the pass over the negatives takes them whole.
+  // the gradient of a key, which few anchors make up. Only the pass over the negatives takes bf16's whole.
   static constexpr int kWeightParts = kPlanes == 2 || std::is_same_v<T, BFloat16> ? 2 : 1;
   static constexpr int kNegativeParts = kPlanes;
 };
@@ -448,6 +449,7 @@ struct Engine {
             } else {
               float high[4] = {};
               product(high, 0, 0);
+#pragma unroll
               for (int i = 0; i < 4; ++i) scores[f][n][i] += high[i];
               product(others[f][n], 1, 0);
               product(others[f][n], 0, 1);
@@ -685,9 +687,9 @@ __device__ __forceinline__ Side keys_of(const Params& p) {
 
 // --- planes of fp32 rows ---
 
-// Planes are fp16 numbers of rows times a power of two: 2^8 for all whose largest number is in [2^-8, 2^7),
-// as in rows of length 1, and what takes the largest to [2^14, 2^15) for others. Both sides of a product have
-// one of their own.
+// Planes are fp16 numbers: rows times a power of two that all rows of a side share. It is 2^8 for a side
+// whose largest number is in [2^-8, 2^7), as that of rows of length 1 is, and takes the largest to [2^14,
+// 2^15) otherwise. Of what is below 2^-25 in these units nothing is left.
 constexpr int kUsualExponent = 8, kSmallestUsual = -8, kPlaneThreads = 256, kPlaneChannels = 8;
 
 // Times which numbers of at most `peak` become fp16 ones, as an exponent of two.
@@ -706,6 +708,7 @@ template <class Params>
 __device__ __forceinline__ float unscale_of_keys(const Params& p) {
   return p.unscale == nullptr ? 1.f : p.unscale[p.keys == nullptr ? 0 : 1];
 }
+
 // A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes
 // the usual power of two, and leaves each block's largest finite number of a labelled row; the second mends
 // what that does not fit.
@@ -1166,7 +1169,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
             const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
             margins += positive ? fmaxf(margin, 0.f) : 0.f;
             all_odds += fmaf(all_odds, odds, odds);
-            score = positive ? sigma * Tile::kWeightScale : 0.f;
+            score = positive ? sigma * float(1 << int(Tile::kSigmaBias)) : 0.f;
             weight_of_tile += positive ? sigma : 0.f;
             count[f][half] += positive;
           });
@@ -1192,8 +1195,8 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
   }
 }
 
-// How many blocks share the walk of a tile: blocks run in rounds of gridDim.x, and of one to four rounds
-// those are taken that leave the least of the device idle, the fewer of such that differ little.
+// How many blocks share the walk of a tile. gridDim.x blocks run at a time, so that many items are a round:
+// of one to four rounds, the number that ends soonest, or one of fewer rounds that ends hardly later.
 __device__ __forceinline__ int splits_of_positives(const InfonceForwardParams& p, int tiles) {
   const int blocks = int(gridDim.x);
   int best = int(p.fewest_splits);
@@ -1260,7 +1263,7 @@ __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t strid
 
 // The second stage: adds up the splits of an anchor, a block for one, and puts it where the caller has it.
 __global__ void __launch_bounds__(kFinishThreads)
-    infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias) {
+    infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias, float sigma_bias) {
   SharedMemory memory;
   float* away_factors = memory.take<float>(size_t(p.splits));  // of a split's O; below 0: it was not written
   float* towards_factors = memory.take<float>(size_t(p.splits));  // and of its G
@@ -1306,7 +1309,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   sync_block();  // the factors are there
   const float push = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
-              pull = exp2f(-weight_bias);
+              pull = exp2f(-sigma_bias);
   const float scale = contrasts ? unscale_of_keys(p) / (p.temperature * float(pos_count)) : 0.f;
   const int64_t stride = p.num_anchors * p.part_channels;
   for (int64_t d = 4 * int64_t(threadIdx.x); d < p.grad_channels; d += 4 * kFinishThreads) {
@@ -1325,12 +1328,13 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 // --- backward ---
 
-// A power of two that takes weights of at most `peak` to 2^4 and below: in the midst of fp16's range, for a
-// log-sum-exp that is not that of these rows may make them larger.
+// A power of two that takes weights of at most `peak` to 2^10 and below. That leaves fp16 room above, for a
+// log-sum-exp that is not that of these rows may make them larger, and digits below, for weights of a
+// thousandth.
 __device__ __forceinline__ float weight_scale(const float* peak) {
   if (peak == nullptr) return 1.f;
   const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, -110);
-  return power_of_two(3 - exponent);
+  return power_of_two(9 - exponent);
 }
 
 // ds of eq. (5) of one anchor, which holds its log-sum-exp and its factors of negatives and of positives.

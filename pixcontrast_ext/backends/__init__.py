@@ -27,7 +27,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
 # Tried in this order when none is named. On an H100 the CUDA kernels took 0.5 to 0.8 of the Triton kernels' time in
-# InfoNCE, a third in sampling and enqueue, and 1.13 of it in gathering, a hundredth of a step.
+# InfoNCE, a third in sampling and enqueue, and 1.13 of it in gathering (benchmarks/results/2026-11-26-first-gpus).
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Devices whose tensors a backend takes; None: any. The tests, which emulate CUDA on a CPU, add to it.
 DEVICES: dict[str, tuple[str, ...] | None] = {

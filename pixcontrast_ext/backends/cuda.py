@@ -261,7 +261,8 @@ PLANE_BLOCKS = 1024  # that split the rows of one side, at most
 def _aligned(rows: Tensor) -> Tensor:
     """Rows of 16-bit numbers in 16-byte or 4-byte units as they lie; of others, and of those between two units, a copy.
 
-    Rows of an odd number of channels get a zero behind, and more. Such a copy of a bank is made at every call.
+    Rows of an odd number of channels are padded with zeros to a multiple of 8. Such a copy of a bank is made at every
+    call.
     """
     row_bytes = rows.shape[1] * rows.element_size()
     if row_bytes % 4:
@@ -348,7 +349,7 @@ def infonce_forward(
         shift_parts=scratch(splits, num_anchors),
         sum_parts=scratch(splits, num_anchors),
         negative_parts=scratch(splits, num_anchors, part_channels) if with_grad else None,
-        fewest_splits=min(splits, schedule.fewest_splits(key_tiles, tile.columns)),
+        fewest_splits=schedule.fewest_splits(key_tiles, tile.columns),
         positive_blocks=min(positive_blocks, num_anchors * splits),
         positive_splits=scratch(dtype=torch.int32),
         loss_parts=scratch(splits, num_anchors),
@@ -386,7 +387,9 @@ def _infonce_backward(
     splits = schedule.splits(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
     peak = None
     if anchors.dtype != torch.bfloat16 and num_anchors:
-        peak = (grad_scale.abs() * pos_weight.clamp(min=1)).amax()
+        # Of the weights of anchors that have a part in it; from below, for a log-sum-exp that is of other keys.
+        weights = grad_scale.abs() * pos_weight.clamp(min=2**-10)
+        peak = torch.where(pos_weight > 0, weights, 0).amax()
     native.launch_cuda(
         "infonce_backward",
         anchors.device,
