@@ -31,8 +31,8 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
 # is run, and the newest compiles the kernels for one width; the emulated kernels meet the sanitizers under one schedule.
-# SHARE=1 WIDTHS= SCHEDULES= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
-test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= for every combination)
+# SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
+test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
 	    test-rest test-triton test-training test-oldest-triton
 
