@@ -14,6 +14,7 @@ OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss regressions backends
+APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
 SHARE         ?= 8
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
@@ -21,7 +22,7 @@ ARCHS         ?= 90
 OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
+.PHONY: help demo test test-rest test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -34,10 +35,13 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 # SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
-	    test-rest test-triton test-training test-oldest-triton
+	    test-rest test-triton test-training test-apart test-oldest-triton
+
+test-apart:
+	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(APART)
 
 test-rest:
-	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer
+	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer $(APART:%=--ignore %)
 
 test-training:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer

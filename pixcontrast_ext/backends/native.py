@@ -48,12 +48,14 @@ _FLOAT32 = """inv_norm wide weights scores shift sum weight_sum output neg_lse n
 row_neg_scale row_pos_scale negatives positives loss pos_weight anchor_grad chunk_sums peaks unscale score_scale
 shift_parts sum_parts negative_parts loss_parts pos_weight_parts positive_parts grad_scale peak coefficients
 grad_parts grad"""
+_FLOAT16 = "anchor_planes key_planes"
 _FLOAT64 = "sums loss_sum pos_weight_sum"
 _FIELD_DTYPES = {
     name: dtype
     for names, dtype in (
         (_INT64, torch.int64),
         (_INT32, torch.int32),
+        (_FLOAT16, torch.float16),
         (_FLOAT32, torch.float32),
         (_FLOAT64, torch.float64),
     )
