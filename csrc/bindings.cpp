@@ -270,7 +270,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("piece", &cuda::InfonceTile::piece)
       .def_readonly("shared", &cuda::InfonceTile::shared)
       .def_readonly("resident", &cuda::InfonceTile::resident);
-  gpu.def("infonce_forward_tile", cuda::infonce_forward_tile);
+  gpu.def("infonce_negatives_tile", cuda::infonce_negatives_tile);
   gpu.def("infonce_positives_tile", cuda::infonce_positives_tile);
   gpu.def("infonce_backward_tile", cuda::infonce_backward_tile);
   gpu.def("runtime_problem", cuda::runtime_problem);

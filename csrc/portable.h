@@ -73,6 +73,12 @@ inline size_t shared_of_multiprocessor(int device) {
   return size_t(bytes);
 }
 
+inline int multiprocessors(int device) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
 // Beyond 48 KB a kernel has to be allowed its shared memory: as much for every launch, as another thread may
 // be about to launch it. What takes more than the smallest device has is the same for every launch.
 inline void allow_shared(const void* function, const char* name, size_t shared) {

@@ -55,7 +55,7 @@ class Tile:
         planes, channels, pieces = (int(found[i]) for i in (1, 2, 3))
         wide = found[4] == "true"
         long = 2 * planes * channels > 512
-        rows = 32 if long and not wide else 64
+        rows = 32 if long and not wide else 128 if wide and not long else 64
         return cls(planes, channels, rows, pieces * (16 if long else 32), 8 if wide else 4)
 
     @property

@@ -52,7 +52,7 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
     kernels = compiled_code.instructions(MODULE, arch)
     tiles = {name: count for name, count in kernels.items() if "Tile<" in name}
     # Of any rows 3 passes, 3 kinds of arithmetic, 2 widths; of rows of the usual lengths the forward's 2 passes.
-    assert len(tiles) == 3 * 3 * 2 + 2 * (6 + 5) + 2 * 4
+    assert len(tiles) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
     for name, count in tiles.items():
         assert count["HMMA"] >= 32, name
         assert count["LDGSTS"] > 0 and count["LDSM"] > 0, name
@@ -63,9 +63,10 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
 @pytest.mark.parametrize("channels", [8, 64, 200, 256, 264, 512])
 def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):
     monkeypatch.setenv("PXC_EMULATOR_SHARED", "100")
-    for tile_of in (native.cuda_kernels.infonce_forward_tile, native.cuda_kernels.infonce_backward_tile):
+    kernels = native.cuda_kernels
+    for of in (kernels.infonce_negatives_tile, kernels.infonce_positives_tile, kernels.infonce_backward_tile):
         for full_float32 in (False, True):
-            assert 0 < tile_of(0, dtype, full_float32, channels).shared <= SMALLEST_SHARED
+            assert 0 < of(0, dtype, full_float32, channels, 1024, 190_000).shared <= SMALLEST_SHARED
 
 
 @pytest.mark.skipif("sm_90" not in ARCHS, reason="the module has no code for sm_90")

@@ -316,47 +316,53 @@ def test_both_passes_know_labels_by_the_same_pieces(monkeypatch, shared):
     kernels = native.cuda_kernels
     for dtype, full_float32 in ((0, False), (0, True), (1, True), (2, True)):
         for channels in range(64 if dtype == 0 else 8, 513, 64 if dtype == 0 else 8):
-            tiles = [
-                of(0, dtype, full_float32, channels)
-                for of in (kernels.infonce_forward_tile, kernels.infonce_positives_tile)
-            ]
-            assert tiles[0].piece == tiles[1].piece and all(tile.columns % tile.piece == 0 for tile in tiles)
+            for num_anchors in (64, 65):
+                tiles = [
+                    of(0, dtype, full_float32, channels, num_anchors, 1000)
+                    for of in (kernels.infonce_negatives_tile, kernels.infonce_positives_tile)
+                ]
+                assert tiles[0].piece == tiles[1].piece
+                assert all(tile.columns % tile.piece == 0 for tile in tiles)
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
 @pytest.mark.parametrize(
-    ("dtype", "channels", "shared", "columns"),
+    ("dtype", "channels", "shared", "num_anchors", "tile_of_negatives"),
     [
         *(
             (dtype, *tile)
             for tile in (
-                (64, 228, 64),
-                (128, 228, 64),
-                (128, 100, 64),
-                (256, 228, 64),
-                (256, 100, 32),
-                (512, 228, 64),
-                (512, 100, 16),
-                (248, 228, 32),
+                (64, 228, 70, (64, 64)),
+                (128, 228, 70, (64, 64)),
+                (128, 100, 70, (64, 64)),
+                (256, 228, 140, (128, 128)),
+                (256, 228, 60, (64, 64)),
+                (256, 100, 70, (64, 32)),
+                (512, 228, 70, (64, 64)),
+                (512, 100, 70, (32, 16)),
+                (248, 228, 70, (64, 32)),
             )
             for dtype in (torch.float16, torch.bfloat16)
         ),
-        (torch.float32, 64, 228, 32),
-        (torch.float32, 128, 100, 32),
-        (torch.float32, 256, 228, 64),
-        (torch.float32, 256, 100, 16),
-        (torch.float32, 512, 228, 16),
+        (torch.float32, 64, 228, 70, (64, 32)),
+        (torch.float32, 128, 100, 70, (64, 32)),
+        (torch.float32, 256, 228, 70, (64, 64)),
+        (torch.float32, 256, 100, 70, (32, 16)),
+        (torch.float32, 512, 228, 70, (16, 16)),
     ],
 )
 @pytest.mark.parametrize("order", [BANK, BLOCKS])
-def test_tiles_of_every_width_and_device(monkeypatch, poison, dtype, channels, shared, columns, order):
+def test_tiles_of_every_width_and_device(
+    monkeypatch, poison, dtype, channels, shared, num_anchors, tile_of_negatives, order
+):
     """Pieces of a tile that are of one class, of several, without any label, and behind the last key."""
     monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
     monkeypatch.setattr(cuda, "_cut", cuda._cut.__wrapped__)  # it is cached for one device
     code = native.DTYPE_CODES[dtype]
     if not ON_DEVICE:
-        assert native.cuda_kernels.infonce_forward_tile(0, code, True, channels).columns == columns
-    anchors, anchor_labels, keys, key_labels = draw(70, 333, channels, 5, order=order, dtype=dtype)
+        tile = native.cuda_kernels.infonce_negatives_tile(0, code, True, channels, num_anchors, 333)
+        assert (tile.rows, tile.columns) == tile_of_negatives
+    anchors, anchor_labels, keys, key_labels = draw(num_anchors, 333, channels, 5, order=order, dtype=dtype)
     key_labels[64:96] = key_labels[160:224] = -1
     keys[key_labels < 0] = math.nan
     anchors[anchor_labels < 0] = math.nan

@@ -19,16 +19,19 @@ void write(const WriteParams&);
 void infonce_forward(const InfonceForwardParams&);
 void infonce_backward(const InfonceBackwardParams&);
 
-// How a pass is cut up on a device. Rows and columns are anchors and keys in the forward's passes, over the
-// negatives and over the positives, and keys and anchors in the backward; the labels of the columns are known
-// by pieces of a tile.
+// How a pass is cut up on a device, which may depend on how much there is. Rows and columns are anchors and
+// keys in the forward's passes, over the negatives and over the positives, and keys and anchors in the
+// backward; the labels of the columns are known by pieces of a tile.
 struct InfonceTile {
   int rows, columns, piece;
   int64_t shared;  // bytes of a block
   int resident;    // blocks that a multiprocessor runs at a time
 };
-InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
-InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
-InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
+InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
+                                   int64_t num_anchors, int64_t num_keys);
+InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
+                                   int64_t num_anchors, int64_t num_keys);
+InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
+                                  int64_t num_anchors, int64_t num_keys);
 
 }  // namespace pxc::cuda

@@ -20,25 +20,31 @@ auto with_channels(int64_t channels, Visit visit) {
   throw std::invalid_argument("InfoNCE takes up to 512 channels, got " + std::to_string(channels));
 }
 
-// The tile of pass 1 or 2 of the forward: rows of the usual lengths have one of their own, and a larger one
-// where a multiprocessor has room for it and a thread has the registers.
-template <class Math, bool kNegatives, class Visit>
-auto with_forward_tile(int device, int64_t channels, Visit visit) {
-  constexpr int kParts = kNegatives ? Math::kNegativeParts : Math::kWeightParts;
-  const auto larger_or = [&](auto larger, auto other) {
-    using Larger = typename decltype(larger)::type;
-    const size_t block = Larger::bytes(Larger::kMaxRowBytes, kParts) + 1024;  // the device takes 1 KB of it
-    return Larger::kResident * block <= shared_of_multiprocessor(device) ? visit(larger) : visit(other);
+int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// The tile of a pass of the forward: rows of the usual lengths have one of their own, and a larger one where
+// a multiprocessor has room for it.
+template <class Math, Pass kPass, class Visit>
+auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_t num_keys, Visit visit) {
+  const auto fits = [&](auto use) {
+    using Tile = typename decltype(use)::type;
+    const size_t block = Tile::bytes(Tile::kMaxRowBytes, kPass) + 1024;  // the device takes 1 KB of it
+    return Tile::kResident * block <= shared_of_multiprocessor(device);
   };
+  const auto larger_or = [&](auto larger, auto other) { return fits(larger) ? visit(larger) : visit(other); };
   if constexpr (Math::kPlanes == 1) {
     if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
     if (channels == 512)
       return larger_or(Use<Tile<Math, 512, true, 4, true>>{}, Use<Tile<Math, 512, true>>{});
-    if constexpr (kNegatives) {
-      if (channels == 256) return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
-    } else {
-      if (channels == 256) return visit(Use<Tile<Math, 256, true>>{});
+    if (channels == 256) {
+      if constexpr (kPass == Pass::kPositives) return visit(Use<Tile<Math, 256, true>>{});
+      // Few anchors would leave half of a wide one's rows idle, and few tiles most multiprocessors.
+      using Wide = Tile<Math, 256, true, 4, true>;
+      const int64_t tiles = blocks_of(num_anchors, Wide::kBlockA) * blocks_of(num_keys, Wide::kBlockK);
+      const bool pays = num_anchors > Wide::kBlockA / 2 && tiles >= multiprocessors(device);
+      if (pays && fits(Use<Wide>{})) return visit(Use<Wide>{});
+      return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
     }
   } else {
     if (channels == 64) return visit(Use<Tile<Math, 64, true>>{});
@@ -61,8 +67,6 @@ auto with_math(int32_t dtype, bool full_float32, Visit visit) {
       return full_float32 ? visit(Use<Math<Half, 2>>{}) : visit(Use<Math<Half, 1>>{});
   }
 }
-
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Splits fp32 rows into planes, which then stand for the rows.
 template <class Math, class Params>
@@ -92,8 +96,8 @@ void order_anchors(const Params& p, bool columns_are_keys) {
 }
 
 template <class Tile>
-size_t shared_bytes_of(int64_t channels, int weight_parts = Tile::kWeightParts) {
-  return Tile::bytes(blocks_of(2 * Tile::kPlanes * channels, 128) * 128, weight_parts);
+size_t shared_bytes_of(int64_t channels, Pass pass) {
+  return Tile::bytes(blocks_of(2 * Tile::kPlanes * channels, 128) * 128, pass);
 }
 
 template <class Tile, class Kernel>
@@ -104,32 +108,39 @@ InfonceTile describe(int device, Kernel kernel, size_t shared) {
 
 }  // namespace
 
-InfonceTile infonce_forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
+                                   int64_t num_anchors, int64_t num_keys) {
   return with_math(dtype, full_float32, [&](auto math) {
+    constexpr Pass kPass = Pass::kNegatives;
     using Math = typename decltype(math)::type;
-    return with_forward_tile<Math, true>(device, channels, [&](auto use) {
+    return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>,
-                            shared_bytes_of<Tile>(channels, Tile::kNegativeParts));
+                            shared_bytes_of<Tile>(channels, kPass));
     });
   });
 }
 
-InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
+                                   int64_t num_anchors, int64_t num_keys) {
   return with_math(dtype, full_float32, [&](auto math) {
+    constexpr Pass kPass = Pass::kPositives;
     using Math = typename decltype(math)::type;
-    return with_forward_tile<Math, false>(device, channels, [&](auto use) {
+    return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      return describe<Tile>(device, infonce_fwd_positives_kernel<Tile>, shared_bytes_of<Tile>(channels));
+      return describe<Tile>(device, infonce_fwd_positives_kernel<Tile>,
+                            shared_bytes_of<Tile>(channels, kPass));
     });
   });
 }
 
-InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels, int64_t,
+                                  int64_t) {
   return with_math(dtype, full_float32, [&](auto math) {
     return with_channels<typename decltype(math)::type>(channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      return describe<Tile>(device, infonce_bwd_keys_kernel<Tile>, shared_bytes_of<Tile>(channels));
+      return describe<Tile>(device, infonce_bwd_keys_kernel<Tile>,
+                            shared_bytes_of<Tile>(channels, Pass::kBackward));
     });
   });
 }
@@ -139,19 +150,20 @@ void infonce_forward(const InfonceForwardParams& given) {
   with_math(given.rows_dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
     const InfonceForwardParams p = with_planes<Math>(given);
-    with_forward_tile<Math, true>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, Pass::kNegatives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
       order_anchors<Tile::S::kColumns>(p, p.keys != nullptr);  // pass 2 has pieces as long
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels, Tile::kNegativeParts), p);
+             shared_bytes_of<Tile>(p.channels, Pass::kNegatives), p);
     });
-    with_forward_tile<Math, false>(p.device, p.channels, [&](auto use) {
+    with_forward_tile<Math, Pass::kPositives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
       // How many classes there are is known to the device alone: it chooses the splits, and blocks take
       // several.
       launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>,
-             dim3(unsigned(p.positive_blocks)), Tile::kThreads, shared_bytes_of<Tile>(p.channels), p);
+             dim3(unsigned(p.positive_blocks)), Tile::kThreads,
+             shared_bytes_of<Tile>(p.channels, Pass::kPositives), p);
     });
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
            kFinishThreads, 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias, Math::kSigmaBias);
@@ -168,7 +180,7 @@ void infonce_backward(const InfonceBackwardParams& given) {
       order_anchors<Tile::S::kColumns>(p, false);
       launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>,
              dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels), p);
+             shared_bytes_of<Tile>(p.channels, Pass::kBackward), p);
     });
   });
   if (given.grad_parts == nullptr) return;

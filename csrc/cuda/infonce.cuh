@@ -40,6 +40,8 @@ constexpr float kLn2 = 0.693147180559945309f;
 // A shift that lags behind the maximum by up to this much spares most tiles the rescaling of the output.
 constexpr float kSlack = 8.f;
 
+enum class Pass { kNegatives, kPositives, kBackward };
+
 // --- what depends on the element type ---
 
 // How rows are multiplied. With one plane they are 16-bit numbers. With two, a row is fp16 numbers and,
@@ -60,11 +62,15 @@ struct Math {
 
 // The tiles, by the bytes of the longest row. With one piece of columns all fit the 99 KB of the smallest
 // device, most twice the 163 KB of an A100; outputs take up to 128 registers a thread. A wide one is alone on
-// a multiprocessor: its warps compute twice as many products from what they read.
+// a multiprocessor: a warp has twice as many rows, and reads less for every product.
 template <int kMaxRowBytes, bool kWide = false>
 struct Shape {
-  static_assert(kMaxRowBytes <= 512 && !kWide, "longer rows have shapes of their own");
+  static_assert(kMaxRowBytes <= 512, "longer rows have shapes of their own");
   static constexpr int kRowWarps = 2, kColWarps = 2, kFragments = 2, kColumns = 32, kResident = 2;
+};
+template <>
+struct Shape<512, true> {
+  static constexpr int kRowWarps = 2, kColWarps = 4, kFragments = 4, kColumns = 32, kResident = 1;
 };
 template <>
 struct Shape<1024> {
@@ -95,20 +101,24 @@ struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels, kWide> {
   static constexpr int kScoreCols = kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
   static constexpr int kOutputCols = kMaxChannels / S::kColWarps / 8;  // likewise of the output
 
-  static size_t bytes(int64_t row_stride, int weight_parts) {
+  // Of a block's shared memory. The pass over the negatives, which has the largest tiles, keeps labels of the
+  // columns alone beside them.
+  static size_t bytes(int64_t row_stride, Pass pass) {
+    const bool of_negatives = pass == Pass::kNegatives;
+    const int parts = of_negatives ? Math_::kNegativeParts : Math_::kWeightParts;
     return shared_bytes<unsigned char>((kBlockA + 2 * kBlockK) * row_stride) +
-           shared_bytes<T>(weight_parts * kBlockA * kBlockK) + shared_bytes<float>(S::kColWarps * kBlockA) +
-           shared_bytes<float4>(2 * kBlockK + kBlockA);  // what goes with columns and rows
+           shared_bytes<T>(parts * kBlockA * kBlockK) + shared_bytes<float>(S::kColWarps * kBlockA) +
+           (of_negatives ? shared_bytes<int>(2 * kBlockK) : shared_bytes<float4>(2 * kBlockK + kBlockA));
   }
 };
 
 // --- shared memory: rows of 16-byte chunks, in an order that keeps eight rows off each other's banks ---
 
-// Where chunk `chunk` of row `row` lies, for rows of kChunks chunks: 2, 4, or 8 for any multiple of it.
-// ldmatrix reads one chunk of eight rows at a time.
+// Where chunk `chunk` of row `row` lies, for rows of kChunks chunks: 2, 4, or a multiple of 8. ldmatrix reads
+// one chunk of eight rows at a time.
 template <int kChunks>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
-  if constexpr (kChunks == 8) return chunk ^ (row & 7);
+  if constexpr (kChunks % 8 == 0) return chunk ^ (row & 7);
   if constexpr (kChunks == 4) return chunk ^ ((row >> 1 & 1) << 1 | (row >> 2 & 1));
   return chunk ^ (row >> 2 & 1);
 }
@@ -156,8 +166,6 @@ __device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_
   return range;
 }
 
-enum class Pass { kNegatives, kPositives, kBackward };
-
 struct Visit {
   int tile;
   bool mixed;       // it may hold a positive of the block, or a column without a label
@@ -192,12 +200,11 @@ class Walk {
       visit_ = ballot(concerns(range));
       mixed_ = ballot(range.low < 0 || !range.apart(own_));
       unlabelled_ = ballot(range.low < 0);
-      from_ = base_;
       base_ += kWarp * splits_;
     }
     const int bit = lowest_bit(visit_);
     visit_ &= visit_ - 1;
-    return {from_ + bit * splits_, bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
+    return {base_ - (kWarp - bit) * splits_, bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
   }
 
  private:
@@ -214,7 +221,7 @@ class Walk {
   }
 
   const int2* ranges_;
-  int num_ranges_, base_, splits_, from_ = 0;
+  int num_ranges_, base_, splits_;  // base_: the first tile that has not been looked at
   LabelRange own_;
   int lane_;
   unsigned visit_ = 0, mixed_ = 0, unlabelled_ = 0;
@@ -458,10 +465,19 @@ struct Engine {
         }
       }
     };
-    if constexpr (Tile::kFull && kPairs) {
+    constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32;  // steps of the longest row
+    if constexpr (Tile::kFull && kPairs && Tile::kFragments > 2) {
+      // A step has products enough to hide its fetches: the compiler finds an order that registers allow.
+#pragma unroll
+      for (int step = 0; step < kAll; ++step) {
+        Fragments<kSteps> fragments;
+        fetch(fragments, step / 4 * 128, step % 4 * 2);
+        multiply(fragments);
+      }
+    } else if constexpr (Tile::kFull && kPairs) {
       // The fragments of the next step are on the way while this one's are multiplied. Of two planes, more
       // would be on the way at once than there are registers, if the whole loop were unrolled.
-      constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32, kUnrolled = kPlanes == 2 ? 4 : kAll;
+      constexpr int kUnrolled = kPlanes == 2 ? 4 : kAll;
       Fragments<kSteps> fragments[2];
       fetch(fragments[0], 0, 0);
 #pragma unroll kUnrolled
@@ -486,19 +502,21 @@ struct Engine {
     });
   }
 
-  __device__ __forceinline__ unsigned char* weight_place(int row, int chunk) const {
-    constexpr int kChunks = Tile::kBlockK * int(sizeof(T)) / 16;
-    return weights + (row * kChunks + swizzled<kChunks>(row, chunk)) * 16;
+  // The byte at which a chunk of the weights begins, of one part.
+  static constexpr int kWeightStride = Tile::kBlockK * int(sizeof(T));  // bytes of a row
+  __device__ __forceinline__ static int weight_offset(int row, int chunk) {
+    constexpr int kChunks = kWeightStride / 16;
+    return row * kWeightStride + swizzled<kChunks>(row, chunk) * 16;
   }
 
   // Hands the warp's weights to the warps of the same rows, in `kParts` parts that add up to them.
   template <int kParts>
   __device__ __forceinline__ void store_weights(const Scores& scores) const {
+    const int offset = weight_offset(local_row(0, 0), col_warp * Tile::kScoreCols) + quad * 4;
     each_row<Tile>([&](int f, int half) {
 #pragma unroll
-      for (int n = 0; n < Tile::kScoreCols; ++n) {
-        const int byte = local_column(n) * int(sizeof(T));
-        unsigned char* place = weight_place(local_row(f, half), byte / 16) + byte % 16;
+      for (int n = 0; n < Tile::kScoreCols; ++n) {  // a piece is a chunk
+        unsigned char* place = weights + offset_further(offset, n) + (f * 16 + half * 8) * kWeightStride;
         float first = scores[f][n][2 * half], second = scores[f][n][2 * half + 1];
 #pragma unroll
         for (int part = 0; part < kParts; ++part, place += kWeightBytes) {
@@ -552,8 +570,8 @@ struct Engine {
   static constexpr int kStepsOfPlanes = kWeightSteps < 2 ? kWeightSteps : 2;  // that are summed apart
 
   __device__ __forceinline__ void load_weights(uint32_t (&a)[4], int f, int step, int part) const {
-    const int row = (row_warp * Tile::kFragments + f) * 16 + lane % 16;
-    ldmatrix_x4(a, weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);
+    const int offset = weight_offset(row_warp * Tile::kFragments * 16 + lane % 16, lane / 16);
+    ldmatrix_x4(a, weights + offset_further(offset, 2 * step) + f * 16 * kWeightStride + part * kWeightBytes);
   }
 
   // Columns of a step by 16 channels: those of pieces n and n + 1 of the output.
@@ -986,12 +1004,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const Side anchors = anchors_of<Tile>(p), keys = keys_of<Tile>(p);
   const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
-  int* row_labels = memory.take<int>(Tile::kBlockA);  // registers are short here
   const float scale = *p.score_scale;
   const bool with_grad = p.negative_parts != nullptr;
-  if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
-    row_labels[threadIdx.x] = engine.label(anchors, engine.first_row + threadIdx.x);
-  }
 
   typename Engine::PerRow shift, sum = {};
   each_row<Tile>([&](int f, int half) { shift[f][half] = -INFINITY; });
@@ -1012,7 +1026,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         engine.template multiply_rows<2 / Tile::kPlanes>(scores, stage);
         if (mixed) {
           each_row<Tile>([&](int f, int half) {
-            const int row_label = row_labels[engine.local_row(f, half)];
+            const int row_label = engine.label(anchors, engine.first_row + engine.local_row(f, half));
             each_score<Tile>([&](int n, int e) {
               const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
               if (label < 0 || label == row_label) scores[f][n][2 * half + e] = -INFINITY;

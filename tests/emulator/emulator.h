@@ -186,6 +186,7 @@ T value_of(uint64_t bits) {
 
 inline std::string runtime_problem() { return {}; }
 inline size_t shared_of_multiprocessor(int) { return emulator::shared_of_multiprocessor(); }
+inline int multiprocessors(int) { return 1; }
 
 template <class... Parameters>
 int resident_blocks(int, const char*, void (*)(Parameters...), int, size_t shared) {

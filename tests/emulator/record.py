@@ -168,16 +168,20 @@ def _infonce(precision: str) -> None:
 
 
 def _infonce_of_usual_widths() -> None:
-    """Those that have tiles of their own, on a large and a small device. Tiles of keys are of one class, of two, lack
+    """Those that have tiles of their own, on a large and a small device, for few anchors and more. Tiles of keys are of one class, of two, lack
     labels, or end behind the last; fp32 rows of 128 channels are too long for the usual planes.
     """
-    widths = ((64, "228"), (128, "228"), (256, "228"), (256, "100"), (512, "228"), (512, "100"))
-    for dtype, (channels, shared) in itertools.product(DTYPES, widths):
+    widths = (
+        *((channels, "228", 40) for channels in (64, 128, 256, 512)),
+        *((channels, "100", 40) for channels in (256, 512)),
+        (256, "228", 70),
+    )
+    for dtype, (channels, shared, anchors) in itertools.product(DTYPES, widths):
         if dtype == torch.float32 and channels == 512:
             continue
         os.environ["PXC_EMULATOR_SHARED"] = shared
         cuda._cut.cache_clear()
-        anchor_rows, anchor_labels = _rows(40, channels, 3, dtype)
+        anchor_rows, anchor_labels = _rows(anchors, channels, 3, dtype)
         key_rows, key_labels = _rows(230, channels, 3, dtype)
         key_rows, key_labels = key_rows.nan_to_num(), torch.where(key_labels < 0, 0, key_labels).sort().values
         key_labels[70:75] = -1
