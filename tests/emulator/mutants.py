@@ -220,8 +220,8 @@ MUTANTS = [
     Mutant(
         "weights read where they would lie unswizzled",
         "infonce.cuh",
-        "ldmatrix_x4(a, weight_place(row, 2 * step + lane / 16) + part * kWeightBytes);",
-        "ldmatrix_x4(a, weights + (row * (Tile::kBlockK / 8) + 2 * step + lane / 16) * 16 + part * kWeightBytes);",
+        "const int offset = weight_offset(row_warp * Tile::kFragments * 16 + lane % 16, lane / 16);",
+        "const int offset = (row_warp * Tile::kFragments * 16 + lane % 16) * kWeightStride + lane / 16 * 16;",
     ),
     Mutant(
         "half of the sums not written",

@@ -168,8 +168,9 @@ def _infonce(precision: str) -> None:
 
 
 def _infonce_of_usual_widths() -> None:
-    """Those that have tiles of their own, on a large and a small device, for few anchors and more. Tiles of keys are of one class, of two, lack
-    labels, or end behind the last; fp32 rows of 128 channels are too long for the usual planes.
+    """Those that have tiles of their own, on a large and a small device, for few anchors and more. Tiles of keys are
+    of one class, of two, lack labels, or end behind the last; fp32 rows of 128 channels are too long for the usual
+    planes.
     """
     widths = (
         *((channels, "228", 40) for channels in (64, 128, 256, 512)),
