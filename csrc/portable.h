@@ -22,7 +22,6 @@ struct BFloat16 {
 };
 
 constexpr int kWarp = 32;
-constexpr int kMaxSharedBytes = 99 * 1024;  // of a block, on the smallest of the devices: sm_86, 89 and 120
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // What an array of `count` elements takes of a block's shared memory.
@@ -79,11 +78,19 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// Beyond 48 KB a kernel has to be allowed its shared memory: as much for every launch, as another thread may
-// be about to launch it. What takes more than the smallest device has is the same for every launch.
-inline void allow_shared(const void* function, const char* name, size_t shared) {
+// What a block may have of it.
+inline size_t shared_of_block(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return size_t(bytes);
+}
+
+// Beyond 48 KB a kernel has to be allowed its shared memory: all there is, for every launch, as another
+// thread may be about to launch it with more.
+inline void allow_shared(const void* function, const char* name, int device, size_t shared) {
   if (shared <= 48 * 1024) return;
-  const int most = int(shared > kMaxSharedBytes ? shared : kMaxSharedBytes);
+  const int most = int(shared_of_block(device));
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
 }
 
@@ -92,7 +99,7 @@ template <class... Parameters>
 int resident_blocks(int device, const char* name, void (*kernel)(Parameters...), int threads, size_t shared) {
   check(cudaSetDevice(device), "cudaSetDevice");
   const void* function = reinterpret_cast<const void*>(kernel);
-  allow_shared(function, name, shared);
+  allow_shared(function, name, device, shared);
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared), name);
   return blocks;
@@ -106,7 +113,7 @@ void launch(const Launch& on, const char* name, void (*kernel)(Parameters...), d
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   check(cudaSetDevice(on.device), "cudaSetDevice");
   const void* function = reinterpret_cast<const void*>(kernel);
-  allow_shared(function, name, shared);
+  allow_shared(function, name, on.device, shared);
   const auto start = [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
     check(cudaLaunchKernel(function, grid, dim3(threads), pointers, shared,

@@ -11,7 +11,7 @@ import torch
 from test_gather import LAYOUTS, TOLERANCE
 
 import oracle
-from conftest import BACKENDS
+from conftest import BACKENDS, GPU_BACKENDS
 from pixcontrast_ext import MemoryBank
 from pixcontrast_ext.ops import enqueue
 
@@ -116,6 +116,32 @@ def test_large_image(backend, normalize, layout):
     labels[:, :60] = 1
     bank, rings = make(3, 3, 2, 40, 30, normalize=normalize)
     bank.enqueue(LAYOUTS[layout](embeddings), labels, priority=priority, backend=backend)
+    rings.enqueue(embeddings, labels, priority)
+    check(bank, rings)
+
+
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
+@pytest.mark.parametrize("shared", [100, 228])  # KB of a multiprocessor
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
+@pytest.mark.parametrize(
+    ("channels", "height", "width"),
+    [
+        (24, 24, 48),  # copied by 16 bytes, two chunks
+        (18, 22, 27),  # by 4
+        (19, 23, 17),  # by 4 in fp32, else one by one
+        (300, 7, 12),  # strips of 32 to 128 pixels
+        (1100, 9, 8),  # more channels than fit
+    ],
+)
+def test_stages_of_every_kind(monkeypatch, poison, shared, dtype, layout, channels, height, width):
+    monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
+    bank, rings = make(3, channels, 3, 7, 2)
+    embeddings, labels, priority = draw(2, channels, height, width, 3)
+    labels[1, 2:] = labels[1, 2, 0]
+    embeddings = LAYOUTS[layout](embeddings.to(dtype))
+    embeddings.permute(0, 2, 3, 1)[labels == 255] = math.nan
+    bank.enqueue(embeddings, labels, priority=priority, backend="cuda")
     rings.enqueue(embeddings, labels, priority)
     check(bank, rings)
 

@@ -7,6 +7,50 @@
 
 namespace pxc::cuda {
 
+namespace {
+
+template <class In, bool kChannelsLast>
+size_t shared_bytes_of(const CollectParams& p, const RegionTile& tile) {
+  using Stage = pxc::cuda::Stage<In, kChannelsLast>;
+  const Stage stage(tile.strip, tile.slice);
+  return shared_bytes<In>(2 * size_t(stage.numbers())) +
+         shared_bytes<float>(kRegionThreads * Stage::kSquares) + shared_bytes<Weight>(tile.strip) +
+         (tile.sums_in_shared ? shared_bytes<float>(size_t(p.num_classes) * p.channels) : 0);
+}
+
+// Strips as long as there is room for: pieces of 512 bytes are read fastest.
+template <class In, bool kChannelsLast>
+RegionTile region_tile_of(const CollectParams& p) {
+  const size_t most = shared_of_block(p.device);
+  RegionTile tile{128, int(std::min<int64_t>(p.channels, kMaxSlice)), 0, false};
+  const auto fits = [&] { return shared_bytes_of<In, kChannelsLast>(p, tile) <= most; };
+  while (tile.strip > 32 && !fits()) tile.strip /= 2;
+  while (!fits()) tile.slice -= 8;
+  tile.sums_in_shared = true;
+  tile.sums_in_shared = fits();
+
+  const auto aligned = [&](int unit) {
+    const auto is_multiple = [&](int64_t numbers) { return numbers * int64_t(sizeof(In)) % unit == 0; };
+    const bool lines = kChannelsLast ? is_multiple(p.channels) && is_multiple(p.stride_row) &&
+                                           is_multiple(p.stride_column) && is_multiple(tile.slice)
+                                     : is_multiple(p.height * p.width) && is_multiple(p.stride_channel) &&
+                                           p.stride_column == 1 && p.stride_row == p.width;
+    return lines && is_multiple(p.stride_batch) && reinterpret_cast<uintptr_t>(p.map) % unit == 0;
+  };
+  tile.unit = aligned(16) ? 16 : aligned(4) ? 4 : 0;
+  return tile;
+}
+
+template <class In, bool kChannelsLast>
+void launch_regions(const CollectParams& p, const Pools& pools) {
+  const RegionTile tile = region_tile_of<In, kChannelsLast>(p);
+  launch(p, "collect, regions", collect_regions_kernel<In, kChannelsLast>,
+         dim3(unsigned(p.batch * pools.chunks)), kRegionThreads, shared_bytes_of<In, kChannelsLast>(p, tile),
+         p, pools, tile);
+}
+
+}  // namespace
+
 void collect(const CollectParams& p) {
   const int64_t pixels = p.height * p.width;
   const Pools pools = {p.labels,
@@ -20,20 +64,13 @@ void collect(const CollectParams& p) {
                        p.pool_keys,
                        p.pool_starts};
   sort_pools(p, "collect, sort", pools, p.batch);
-
-  RegionTile tile = {p.channels > 128  ? 32
-                     : p.channels > 64 ? 64
-                                       : 128,
-                     int(std::min<int64_t>(p.channels, kMaxSlice)), false};
-  size_t shared = shared_bytes<int>(kChunk) + shared_bytes<float>(size_t(tile.slice) * (tile.strip + 1)) +
-                  shared_bytes<float>(kRegionThreads) + shared_bytes<Weight>(tile.strip);
-  const size_t sums = shared_bytes<float>(size_t(p.num_classes) * p.channels);
-  tile.sums_in_shared = shared + sums <= kMaxShared;
-  if (tile.sums_in_shared) shared += sums;
   with_dtype(p.map_dtype, [&](auto* in) {
     using In = std::remove_pointer_t<decltype(in)>;
-    launch(p, "collect, regions", collect_regions_kernel<In>, dim3(unsigned(p.batch * pools.chunks)),
-           kRegionThreads, shared, p, pools, tile);
+    if (lanes_take_channels(p.stride_channel, p.stride_column)) {
+      launch_regions<In, true>(p, pools);
+    } else {
+      launch_regions<In, false>(p, pools);
+    }
     with_dtype(p.rows_dtype, [&](auto* out) {
       using Out = std::remove_pointer_t<decltype(out)>;
       launch(p, "collect, rows", collect_rows_kernel<In, Out>, dim3(unsigned(p.batch * p.num_classes)),

@@ -14,15 +14,40 @@ namespace {
 
 constexpr int kRegionThreads = 256;
 constexpr int kRegionWarps = kRegionThreads / kWarp;
-constexpr int kMaxSlice = 704;            // channels that are staged at once, of 32 pixels
-constexpr size_t kMaxShared = 99 * 1024;  // what every supported device gives a block
+constexpr int kMaxSlice = 1024;  // channels
 constexpr int kWriteThreads = 256;
 
-// How the blocks of collect_regions_kernel go about their chunks.
+// How the blocks of collect_regions_kernel go about their chunks: by stages of a strip of the pixels and a
+// slice of their channels.
 struct RegionTile {
-  int strip;            // pixels that are staged at once: 32, 64 or 128
-  int slice;            // and channels
+  int strip;            // pixels: 32, 64 or 128
+  int slice;            // channels
+  int unit;             // bytes that are copied at once, 16 or 4; 0: a number at a time, through registers
   bool sums_in_shared;  // those of all classes; else they are where they end up
+};
+
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  T of[kCount];
+};
+
+// A stage in shared memory: lines of neighbours in device memory, which are the pixels of a channel, or the
+// channels of a pixel. 16 bytes between the lines keep a column of them off each other's banks.
+template <class In, bool kChannelsLast>
+struct Stage {
+  static constexpr int kVector = 16 / int(sizeof(In));          // numbers of 16 bytes
+  static constexpr int kSquares = kChannelsLast ? 1 : kVector;  // pixels whose squares a thread adds up
+
+  int strip, slice, pitch;
+
+  __host__ __device__ __forceinline__ Stage(int strip, int slice)
+      : strip(strip),
+        slice(slice),
+        pitch(((kChannelsLast ? slice : strip) + kVector - 1) / kVector * kVector + kVector) {}
+  __host__ __device__ __forceinline__ int numbers() const { return (kChannelsLast ? strip : slice) * pitch; }
+  __device__ __forceinline__ int place(int channel, int pixel) const {
+    return kChannelsLast ? pixel * pitch + channel : channel * pitch + pixel;
+  }
 };
 
 // What a pixel of the strip counts for.
@@ -34,119 +59,130 @@ struct alignas(8) Weight {
 // One block's pixels.
 template <class In>
 struct RegionChunk {
-  const In* map;       // of its image
-  int64_t first;       // pixel of the image
-  int size;            // pixels
-  const int* classes;  // [kChunk] of each pixel, -1 for one that counts for nothing
+  const In* map;  // of its image
+  int64_t first;  // pixel of the image
+  int size;       // pixels
+
+  __device__ __forceinline__ const In* address_of(const CollectParams& p, int i) const {
+    const uint32_t pixel = uint32_t(first) + uint32_t(i), width = uint32_t(p.width);
+    return map + pixel / width * p.stride_row + pixel % width * p.stride_column;
+  }
 };
 
-template <class In>
-__device__ __forceinline__ const In* address_of(const CollectParams& p, const RegionChunk<In>& chunk, int i) {
-  const uint32_t pixel = uint32_t(chunk.first) + uint32_t(i), width = uint32_t(p.width);
-  return chunk.map + pixel / width * p.stride_row + pixel % width * p.stride_column;
-}
-
-// staged[channel][pixel] for a strip's pixels and a slice of their channels, zeros for pixels that count for
-// nothing, and sums of squares, [parts][strip], to which every slice adds. Many loads of a thread are on
-// the way at a time, or memory would wait for the lanes.
-template <class In>
-__device__ __forceinline__ void stage(const CollectParams& p, const RegionTile& tile,
-                                      const RegionChunk<In>& chunk, int strip, int64_t first_channel,
-                                      float* staged, float* squares) {
-  constexpr int kInFlight = 32;
-  const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int pitch = tile.strip + 1;  // odd, so that a column of lanes meets 32 banks as a row does
-  const int channels = int(min(int64_t(tile.slice), p.channels - first_channel));
-  if (!lanes_take_channels(p.stride_channel, p.stride_column)) {
-    const int pixel = thread % tile.strip, part = thread / tile.strip, parts = kRegionThreads / tile.strip;
-    const bool counts = chunk.classes[strip + pixel] >= 0;
-    const In* source =
-        counts ? address_of(p, chunk, strip + pixel) + first_channel * p.stride_channel : nullptr;
-    const int present = counts ? channels : 0;
-    const int64_t stride = p.stride_channel;
-    float sum = 0.f;
-    for (int d = part; d < channels; d += parts * kInFlight) {
+// Starts copying a stage, or copies it; zeros for pixels behind the last.
+template <class In, bool kChannelsLast>
+__device__ __forceinline__ void load_stage(const CollectParams& p, const RegionTile& tile,
+                                           const RegionChunk<In>& chunk, int first_pixel,
+                                           int64_t first_channel, In* staged) {
+  const Stage<In, kChannelsLast> stage(tile.strip, tile.slice);
+  const int thread = int(threadIdx.x), channels = int(min(int64_t(tile.slice), p.channels - first_channel));
+  const In* from = chunk.map + first_channel * p.stride_channel;
+  if (tile.unit == 0) {
+    constexpr int kInFlight = 16;  // loads of a thread, or memory would wait for it
+    const int parts = kRegionThreads / tile.strip;
+    const int pixel = kChannelsLast ? thread / parts : thread % tile.strip;
+    const int part = kChannelsLast ? thread % parts : thread / tile.strip;
+    const bool inside = first_pixel + pixel < chunk.size;
+    if (inside) from += chunk.address_of(p, first_pixel + pixel) - chunk.map;
+    const int present = inside ? channels : 0;
+    for (int first = part; first < channels; first += parts * kInFlight) {
       In values[kInFlight];
       for (int i = 0; i < kInFlight; ++i) {
-        const int channel = d + i * parts;
-        values[i] = channel < present ? source[channel * stride] : In{};
+        const int channel = first + i * parts;
+        values[i] = channel < present ? from[channel * p.stride_channel] : In{};
       }
       for (int i = 0; i < kInFlight; ++i) {
-        const int channel = d + i * parts;
-        const float value = to_float(values[i]);
-        if (channel < channels) staged[channel * pitch + pixel] = value;
-        sum += value * value;
+        const int channel = first + i * parts;
+        if (channel < channels) staged[stage.place(channel, pixel)] = values[i];
       }
     }
-    squares[thread] += sum;
     return;
   }
-  constexpr int kPixels = 4, kColumns = kInFlight / kPixels;
-  for (int first = warp * kPixels; first < tile.strip; first += kRegionWarps * kPixels) {
-    const In* sources[kPixels];
-    int present[kPixels];
-    float sums[kPixels] = {};
-    for (int j = 0; j < kPixels; ++j) {
-      const bool counts = chunk.classes[strip + first + j] >= 0;
-      present[j] = counts ? channels : 0;
-      sources[j] = counts ? address_of(p, chunk, strip + first + j) + first_channel : nullptr;
+  const int of_unit = tile.unit / int(sizeof(In));  // numbers
+  const auto copy = [&](int place, const In* source, bool inside) {
+    if (tile.unit == 16) {
+      cp_async_16(staged + place, inside ? source : chunk.map, inside ? 16 : 0);
+    } else {
+      cp_async_4(staged + place, inside ? source : chunk.map, inside ? 4 : 0);
     }
-    for (int d = lane; d < channels; d += kColumns * kWarp) {
-      float values[kPixels][kColumns];
-      for (int j = 0; j < kPixels; ++j) {
-        for (int i = 0; i < kColumns; ++i) {
-          const int channel = d + i * kWarp;
-          values[j][i] = channel < present[j] ? to_float(sources[j][channel]) : 0.f;
-        }
-      }
-      for (int j = 0; j < kPixels; ++j) {
-        for (int i = 0; i < kColumns; ++i) {
-          const int channel = d + i * kWarp;
-          if (channel < channels) staged[channel * pitch + first + j] = values[j][i];
-          sums[j] += values[j][i] * values[j][i];
-        }
-      }
+  };
+  if constexpr (kChannelsLast) {
+    const int parts = kRegionThreads / tile.strip, pixel = thread / parts;
+    const bool inside = first_pixel + pixel < chunk.size;
+    if (inside) from += chunk.address_of(p, first_pixel + pixel) - chunk.map;
+    for (int channel = thread % parts * of_unit; channel < channels; channel += parts * of_unit) {
+      copy(stage.place(channel, pixel), from + channel, inside);
     }
-    for (int j = 0; j < kPixels; ++j) {
-      const float sum = warp_sum(sums[j]);
-      if (lane == 0) squares[first + j] += sum;
+  } else {
+    const int units = tile.strip / of_unit, pixel = thread % units * of_unit, step = kRegionThreads / units;
+    const bool inside = first_pixel + pixel < chunk.size;
+    from += chunk.first + first_pixel + pixel;
+    for (int channel = thread / units; channel < channels; channel += step) {
+      copy(stage.place(channel, pixel), from + channel * p.stride_channel, inside);
+    }
+  }
+}
+
+// Adds the squares of a thread's share of a stage: of a channel in so many, of kSquares pixels.
+template <class In, bool kChannelsLast>
+__device__ __forceinline__ void add_squares(const Stage<In, kChannelsLast>& stage, const In* staged,
+                                            int channels,
+                                            float (&squares)[Stage<In, kChannelsLast>::kSquares]) {
+  constexpr int kSquares = Stage<In, kChannelsLast>::kSquares;
+  const int thread = int(threadIdx.x), groups = stage.strip / kSquares, parts = kRegionThreads / groups;
+  const int pixel = (kChannelsLast ? thread / parts : thread % groups) * kSquares;
+  for (int channel = kChannelsLast ? thread % parts : thread / groups; channel < channels; channel += parts) {
+    const Vector<In, kSquares> values =
+        *reinterpret_cast<const Vector<In, kSquares>*>(staged + stage.place(channel, pixel));
+#pragma unroll
+    for (int i = 0; i < kSquares; ++i) {
+      const float value = to_float(values.of[i]);
+      squares[i] += value * value;
     }
   }
 }
 
 // sums[label][channel] += the weighted pixels of a strip; thread d takes channel d. Sums of a run of one
 // class stay in a register.
-__device__ __forceinline__ void add_strip(const RegionTile& tile, const float* staged, const Weight* weights,
-                                          int channels, float* sums, int64_t stride) {
-  constexpr int kBatch = 8;
+template <class In, bool kChannelsLast>
+__device__ __forceinline__ void add_strip(const Stage<In, kChannelsLast>& stage, const In* staged,
+                                          const Weight* weights, int channels, float* sums, int64_t stride) {
+  constexpr int kBatch = 8, kVector = kChannelsLast ? 1 : Stage<In, kChannelsLast>::kVector;
   for (int d = int(threadIdx.x); d < channels; d += kRegionThreads) {
     float run = 0.f;
     int label = -1;
-    for (int first = 0; first < tile.strip; first += kBatch) {
-      float values[kBatch];
+    for (int first = 0; first < stage.strip; first += kBatch) {
+      Vector<In, kVector> values[kBatch / kVector];
       Weight of[kBatch];
-      for (int i = 0; i < kBatch; ++i) {
-        values[i] = staged[d * (tile.strip + 1) + first + i];
-        of[i] = weights[first + i];
+#pragma unroll
+      for (int i = 0; i < kBatch; i += kVector) {
+        values[i / kVector] =
+            *reinterpret_cast<const Vector<In, kVector>*>(staged + stage.place(d, first + i));
       }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) of[i] = weights[first + i];
+#pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (of[i].label != label) {
           if (label >= 0) sums[label * stride + d] += run;
           run = 0.f;
           label = of[i].label;
         }
-        run += rounded_product(values[i], of[i].weight);  // so that opposite pixels add up to 0
+        // Rounded, so that opposite pixels add up to 0.
+        run += rounded_product(to_float(values[i / kVector].of[i % kVector]), of[i].weight);
       }
     }
     if (label >= 0) sums[label * stride + d] += run;
   }
 }
 
-// Sums of the normalised pixels of each class, a block per chunk. Norms take all channels, so a map with more
-// of them than fit is read twice, strip by strip: the second time it is in a cache.
-template <class In>
+// Sums of the normalised pixels of each class, a block per chunk. The next stage is on the way while one is
+// summed, and is asked for as soon as there is room. Norms take all channels: a map with more of them than
+// fit comes twice, strip by strip, the second time out of a cache.
+template <class In, bool kChannelsLast>
 __global__ void __launch_bounds__(kRegionThreads, 2)
     collect_regions_kernel(CollectParams p, Pools pools, RegionTile tile) {
+  using Stage = pxc::cuda::Stage<In, kChannelsLast>;
   const int thread = int(threadIdx.x);
   const int64_t image = blockIdx.x / pools.chunks, first = blockIdx.x % pools.chunks * kChunk;
   const int32_t* starts = pools.starts + int64_t(blockIdx.x) * (pools.pools + 1);
@@ -154,49 +190,77 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   const int64_t classes_by_channels = p.num_classes * p.channels;
   float* chunk_sums = p.chunk_sums + int64_t(blockIdx.x) * classes_by_channels;
 
+  const Stage stage(tile.strip, tile.slice);
   SharedMemory shared;
-  int* classes = shared.take<int>(kChunk);
-  float* staged = shared.take<float>(tile.slice * (tile.strip + 1));
-  float* squares = shared.take<float>(kRegionThreads);
+  In* both_staged = shared.take<In>(2 * stage.numbers());
+  const auto staged = [&](int i) { return both_staged + i % 2 * stage.numbers(); };
+  float* all_squares = shared.take<float>(kRegionThreads * Stage::kSquares);  // [parts, strip]
   Weight* weights = shared.take<Weight>(tile.strip);
   float* sums = tile.sums_in_shared ? shared.take<float>(classes_by_channels) : chunk_sums;
   const RegionChunk<In> chunk = {static_cast<const In*>(p.map) + image * p.stride_batch, first,
-                                 int(min(int64_t(kChunk), pools.pixels - first)), classes};
-  for (int i = thread; i < kChunk; i += kRegionThreads) {
-    classes[i] = i < chunk.size
-                     ? class_of(p.labels[image * pools.pixels + first + i], p.num_classes, p.ignore_index)
-                     : -1;
-  }
+                                 int(min(int64_t(kChunk), pools.pixels - first))};
   const auto for_each_sum = [&](const auto& visit) {
     for (int64_t label = 0; label < p.num_classes; ++label) {
       if (starts[label] == starts[label + 1]) continue;
       for (int64_t d = thread; d < p.channels; d += kRegionThreads) visit(label * p.channels + d);
     }
   };
+
+  const int slices = int((p.channels + tile.slice - 1) / tile.slice);
+  const int stages_of_strip = slices == 1 ? 1 : 2 * slices;
+  const int strips = (chunk.size + tile.strip - 1) / tile.strip, stages = strips * stages_of_strip;
+  const auto load = [&](int i) {
+    if (i < stages) {
+      load_stage<In, kChannelsLast>(p, tile, chunk, i / stages_of_strip * tile.strip,
+                                    int64_t(i % stages_of_strip % slices) * tile.slice, staged(i));
+    }
+    cp_async_commit();
+  };
+  load(0);
+  load(1);
   for_each_sum([&](int64_t i) { sums[i] = 0.f; });
 
-  for (int strip = 0; strip < chunk.size; strip += tile.strip) {
-    squares[thread] = 0.f;
-    sync_block();  // all squares are zero, the classes are there, and the strip before has been added
-    for (int64_t d = 0; d < p.channels; d += tile.slice) stage(p, tile, chunk, strip, d, staged, squares);
-    sync_block();  // all squares are there
-    if (thread < tile.strip) {
-      float sum = 0.f;
-      for (int i = thread; i < kRegionThreads; i += tile.strip) sum += squares[i];
-      weights[thread] = {classes[strip + thread], p.normalize ? inverse_norm(sum) : 1.f};
+  float squares[Stage::kSquares] = {};
+  for (int i = 0; i < stages; ++i) {
+    const int strip = i / stages_of_strip * tile.strip, slice = i % stages_of_strip % slices;
+    const int channels = int(min(int64_t(tile.slice), p.channels - int64_t(slice) * tile.slice));
+    const bool of_norms = i % stages_of_strip < slices,
+               of_sums = i % stages_of_strip >= stages_of_strip - slices;
+    const bool last_of_norms = i % stages_of_strip == slices - 1;
+    int label = -1;  // asked for ahead
+    if (last_of_norms && thread < tile.strip && strip + thread < chunk.size) {
+      label =
+          class_of(p.labels[image * pools.pixels + first + strip + thread], p.num_classes, p.ignore_index);
     }
-    sync_block();  // and all weights
-    for (int64_t d = 0; d < p.channels; d += tile.slice) {
-      if (tile.slice < p.channels) {
-        sync_block();  // the slice before has been added
-        stage(p, tile, chunk, strip, d, staged, squares);
-        sync_block();  // this one is staged
+    cp_async_wait<1>();
+    sync_block();  // this stage is there, and the first time, all sums are zero
+    if (of_norms) add_squares(stage, staged(i), channels, squares);
+    if (last_of_norms) {
+      constexpr int kSquares = Stage::kSquares;
+      const int groups = tile.strip / kSquares, parts = kRegionThreads / groups;
+#pragma unroll
+      for (int j = 0; j < kSquares; ++j) {
+        const int part = kChannelsLast ? thread % parts : thread / groups;
+        const int pixel = (kChannelsLast ? thread / parts : thread % groups) * kSquares + j;
+        all_squares[part * tile.strip + pixel] = squares[j];
+        squares[j] = 0.f;
       }
-      add_strip(tile, staged, weights, int(min(int64_t(tile.slice), p.channels - d)), sums + d, p.channels);
+      sync_block();  // all squares are there
+      if (thread < tile.strip) {
+        float sum = 0.f;
+        for (int part = 0; part < parts; ++part) sum += all_squares[part * tile.strip + thread];
+        weights[thread] = {label, p.normalize ? inverse_norm(sum) : 1.f};
+      }
+      sync_block();  // and all weights
     }
+    if (of_sums) {
+      const int64_t first_channel = int64_t(slice) * tile.slice;
+      add_strip(stage, staged(i), weights, channels, sums + first_channel, p.channels);
+    }
+    sync_block();  // nobody reads this stage any more
+    load(i + 2);
   }
   if (!tile.sums_in_shared) return;
-  sync_block();  // slices may have shared the channels out otherwise
   for_each_sum([&](int64_t i) { chunk_sums[i] = sums[i]; });
 }
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ int64_t pixel_offset(const EmbeddingMap& m, int64_t i
 }
 
 // Whether neighbours in memory are the channels of a pixel: then lanes take channels, else pixels.
-__device__ __forceinline__ bool lanes_take_channels(int64_t stride_channel, int64_t stride_column) {
+__host__ __device__ __forceinline__ bool lanes_take_channels(int64_t stride_channel, int64_t stride_column) {
   return stride_channel == 1 && stride_column != 1;
 }
 

@@ -39,6 +39,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
@@ -186,6 +187,7 @@ T value_of(uint64_t bits) {
 
 inline std::string runtime_problem() { return {}; }
 inline size_t shared_of_multiprocessor(int) { return emulator::shared_of_multiprocessor(); }
+inline size_t shared_of_block(int) { return emulator::shared_of_multiprocessor() - 1024; }
 inline int multiprocessors(int) { return 1; }
 
 template <class... Parameters>

@@ -286,6 +286,20 @@ MUTANTS = [
         "min(first_channel + 2 * kSpreadChannels, p.channels);",
     ),
     # enqueue
+    Mutant("stage read before it is there", "enqueue.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();"),
+    Mutant(
+        "stage read before all have seen it",
+        "enqueue.cuh",
+        "sync_block();  // this stage is there, and the first time, all sums are zero",
+        "",
+    ),
+    Mutant(
+        "stage overwritten while it is read",
+        "enqueue.cuh",
+        "sync_block();  // nobody reads this stage any more",
+        "",
+    ),
+    Mutant("pixels weighed before they have weights", "enqueue.cuh", "sync_block();  // and all weights", ""),
     Mutant("norms of squares not yet there", "enqueue.cuh", "sync_block();  // all squares are there", ""),
     Mutant("rows of pixels not yet there", "enqueue.cuh", "sync_block();  // sums and pixels are there", ""),
     Mutant(

@@ -130,6 +130,15 @@ def _enqueue() -> None:
     bank = MemoryBank(3, 4, region_slots=0, pixel_slots=50, pixels_per_image=40)
     labels, _, priority = _maps(1, 37, 31, 3)
     bank.enqueue(torch.randn(1, 4, 37, 31), labels, priority=priority, backend="cuda")
+    # Several stages of a chunk, copied by 16 and by 4 bytes, in strips of 32 and of 128 pixels.
+    for dtype, channels, height, shared in zip(
+        DTYPES, (400, 64, 360), (9, 18, 9), ("100", "228", "100"), strict=True
+    ):
+        os.environ["PXC_EMULATOR_SHARED"] = shared
+        bank = MemoryBank(3, channels, region_slots=3, pixel_slots=6, pixels_per_image=2, dtype=dtype)
+        labels, _, priority = _maps(1, height, 10, 3)
+        for embeddings in _layouts(torch.randn(1, channels, height, 10).to(dtype)):
+            bank.enqueue(embeddings, labels, priority=priority, backend="cuda")
 
 
 def _rows(count: int, channels: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -204,13 +213,14 @@ def record(path: Path) -> int:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(native, "launch_cuda", recorder)
+            patch.setenv("PXC_EMULATOR_SHARED", "100")  # some problems set others
             _sampling()
             _gather()
             _enqueue()
+            os.environ["PXC_EMULATOR_SHARED"] = "100"
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
                 _infonce(precision)
-            patch.setenv("PXC_EMULATOR_SHARED", "228")
             _infonce_of_usual_widths()
     finally:
         torch.set_float32_matmul_precision(before)
