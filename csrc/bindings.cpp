@@ -176,7 +176,7 @@ void read(Fields& fields, cuda::GatherBackwardParams& p) {
   read(fields, static_cast<EmbeddingMap&>(p));
   fields PXC_FIELD(indices) PXC_FIELD(num_rows) PXC_FIELD(normalize) PXC_FIELD(rows_dtype)
       PXC_FIELD(grad_rows) PXC_FIELD(inv_norm) PXC_FIELD(wide) PXC_FIELD(row_pixels) PXC_FIELD(sorted_pixels)
-          PXC_FIELD(sorted_rows) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
+          PXC_FIELD(sorted_rows) PXC_FIELD(sort_keys) PXC_FIELD(grad_map) PXC_FIELD(grad_stride_batch)
               PXC_FIELD(grad_stride_channel) PXC_FIELD(grad_stride_row) PXC_FIELD(grad_stride_column);
 }
 
@@ -200,8 +200,9 @@ void read(Fields& fields, cuda::WriteParams& p) {
 void read(Fields& fields, cuda::InfonceRows& p) {
   fields PXC_FIELD(rows_dtype) PXC_FIELD(full_float32) PXC_FIELD(channels) PXC_FIELD(temperature)
       PXC_FIELD(exclude_self) PXC_FIELD(splits) PXC_FIELD(anchors) PXC_FIELD(anchor_labels)
-          PXC_FIELD(num_anchors) PXC_FIELD(order) PXC_FIELD(sorted_labels) PXC_FIELD(score_scale)
-              PXC_FIELD(anchor_planes) PXC_FIELD(peaks) PXC_FIELD(plane_blocks) PXC_FIELD(unscale);
+          PXC_FIELD(num_anchors) PXC_FIELD(order) PXC_FIELD(sorted_labels) PXC_FIELD(sort_keys)
+              PXC_FIELD(score_scale) PXC_FIELD(anchor_planes) PXC_FIELD(peaks) PXC_FIELD(plane_blocks)
+                  PXC_FIELD(unscale);
 }
 
 void read(Fields& fields, cuda::InfonceForwardParams& p) {

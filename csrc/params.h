@@ -245,6 +245,7 @@ struct GatherBackwardParams : Launch, EmbeddingMap {
   const float* inv_norm;   // [rows], from the forward
   float* wide;             // [rows, D] scratch: gradients of the pixels
   int64_t* row_pixels;     // [rows] scratch: their indices, -1 for a row without gradient
+  uint64_t* sort_keys;     // [tiles, 1024] scratch; null if there are no more rows than that
   int64_t* sorted_pixels;  // [rows] scratch: the same in order
   int64_t* sorted_rows;    // [rows] scratch: whose they are
   void* grad_map;          // [B, D, H, W] out, dense, map_dtype, with the four strides below
@@ -293,6 +294,7 @@ struct InfonceRows {
   int64_t num_anchors;
   int32_t* order;          // [A] scratch: anchors by (label, index), those without a label last
   int32_t* sorted_labels;  // [A] scratch
+  uint64_t* sort_keys;     // [tiles, 1024] scratch; null if there are no more anchors than that
   float* score_scale;      // [] scratch: times which products become scores in units of log2
   void* anchor_planes;     // of fp32 rows [A, planes, channels] scratch, fp16; else null
   float* peaks;            // likewise [2, plane_blocks] scratch

@@ -78,6 +78,19 @@ def test_many_repeats_add_up_in_float32(backend, dtype):
     assert (embeddings.grad[:, :, 0, 0] == 4096).all() and embeddings.grad.sum() == 3 * 4096
 
 
+@pytest.mark.parametrize("rows", [1024, 1025, 5000])
+def test_rows_of_a_pixel_add_up_in_their_order(backend, poison, rows):
+    """They are sorted by tiles of 1024; a sum in another order has other bits."""
+    embeddings = torch.randn(2, 3, 9, 20).requires_grad_()
+    indices = torch.randint(0, 360, (rows,))
+    weights = torch.randn(rows, 3) * 10.0 ** torch.randint(-3, 4, (rows, 1))
+    gather_embeddings(embeddings, indices, normalize=False, backend=backend).backward(weights)
+    expected = torch.zeros(2, 9, 20, 3)
+    for index, weight in zip(indices.tolist(), weights, strict=True):
+        expected.view(360, 3)[index] += weight
+    assert torch.equal(embeddings.grad, expected.permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradient_has_the_layout_of_the_map(backend, layout):
     embeddings = embed((2, 8, 4, 5), layout, torch.float32).requires_grad_()

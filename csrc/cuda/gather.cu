@@ -27,7 +27,12 @@ void gather_backward(const GatherBackwardParams& p) {
       using Row = std::remove_pointer_t<decltype(row)>;
       launch(p, "gather_backward, rows", gather_bwd_rows_kernel<In, Row>, row_blocks, kRowThreads, 0, p);
     });
-    launch(p, "gather_backward, sort", gather_bwd_sort_kernel, row_blocks, kRowThreads, 0, p);
+    const int64_t sort_tiles = (p.num_rows + kTileKeys - 1) / kTileKeys;
+    launch(p, "gather_backward, sort", gather_bwd_sort_kernel, dim3(unsigned(sort_tiles)), kSortThreads,
+           shared_bytes<uint64_t>(kTileKeys), p);
+    if (sort_tiles > 1) {
+      launch(p, "gather_backward, rank", gather_bwd_rank_kernel, row_blocks, kRowThreads, 0, p, sort_tiles);
+    }
     launch(p, "gather_backward, map", gather_bwd_map_kernel<In>, dim3(unsigned(tiles * slices)),
            kSpreadThreads, 0, p, slices);
   });

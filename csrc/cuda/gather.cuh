@@ -3,6 +3,7 @@
 #pragma once
 
 #include "pixels.cuh"
+#include "sort.cuh"
 
 namespace pxc::cuda {
 namespace {
@@ -68,23 +69,36 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_bwd_rows_kernel(GatherB
   if (lane == 0) p.row_pixels[row] = some ? index : -1;
 }
 
-// Sorts the rows by (pixel, row): a warp counts those that stand before its own. Rows without a pixel come
-// first.
-__global__ void __launch_bounds__(kRowThreads) gather_bwd_sort_kernel(GatherBackwardParams p) {
-  const int lane = int(threadIdx.x) % kWarp;
-  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
-  if (row >= p.num_rows) return;
-  const int64_t pixel = p.row_pixels[row];
-  int before = 0;
-  for (int64_t other = lane; other < p.num_rows; other += kWarp) {
-    const int64_t theirs = p.row_pixels[other];
-    before += theirs < pixel || (theirs == pixel && other < row);
+// Sorts the rows by (pixel, row), those without a pixel first: all of them if they make one tile, else by
+// tiles.
+__global__ void __launch_bounds__(kSortThreads) gather_bwd_sort_kernel(GatherBackwardParams p) {
+  SharedMemory shared;
+  uint64_t* keys = shared.take<uint64_t>(kTileKeys);
+  const int64_t first = int64_t(blockIdx.x) * kTileKeys;
+  const int size = p.sort_keys == nullptr ? keys_to_sort(p.num_rows) : kTileKeys;
+  for (int i = int(threadIdx.x); i < size; i += kSortThreads) {
+    keys[i] = first + i < p.num_rows ? uint64_t(p.row_pixels[first + i] + 1) << kTileBits | uint64_t(i)
+                                     : ~uint64_t(0);
   }
-  const int place = warp_sum(before);
-  if (lane == 0) {
-    p.sorted_pixels[place] = pixel;
-    p.sorted_rows[place] = row;
+  sort_tile(keys, size);
+  for (int i = int(threadIdx.x); i < size; i += kSortThreads) {
+    if (p.sort_keys != nullptr) {
+      p.sort_keys[first + i] = keys[i];
+    } else if (i < p.num_rows) {
+      p.sorted_pixels[i] = int64_t(keys[i] >> kTileBits) - 1;
+      p.sorted_rows[i] = int64_t(keys[i] % kTileKeys);
+    }
   }
+}
+
+// Puts the rows of several tiles where they belong, a warp per row.
+__global__ void __launch_bounds__(kRowThreads) gather_bwd_rank_kernel(GatherBackwardParams p, int64_t tiles) {
+  const int64_t place = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
+  if (place >= p.num_rows) return;  // what fills up the last tile comes last in it
+  const int64_t rank = rank_in_tiles(p.sort_keys, tiles, place);
+  if (threadIdx.x % kWarp != 0) return;
+  p.sorted_pixels[rank] = int64_t(p.sort_keys[place] >> kTileBits) - 1;
+  p.sorted_rows[rank] = place / kTileKeys * kTileKeys + int64_t(p.sort_keys[place] % kTileKeys);
 }
 
 __device__ __forceinline__ int64_t lower_bound(const int64_t* sorted, int64_t low, int64_t high,

@@ -38,13 +38,16 @@ auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_
     if (channels == 512)
       return larger_or(Use<Tile<Math, 512, true, 4, true>>{}, Use<Tile<Math, 512, true>>{});
     if (channels == 256) {
-      if constexpr (kPass == Pass::kPositives) return visit(Use<Tile<Math, 256, true>>{});
-      // Few anchors would leave half of a wide one's rows idle, and few tiles most multiprocessors.
-      using Wide = Tile<Math, 256, true, 4, true>;
-      const int64_t tiles = blocks_of(num_anchors, Wide::kBlockA) * blocks_of(num_keys, Wide::kBlockK);
-      const bool pays = num_anchors > Wide::kBlockA / 2 && tiles >= multiprocessors(device);
-      if (pays && fits(Use<Wide>{})) return visit(Use<Wide>{});
-      return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
+      if constexpr (kPass == Pass::kPositives) {
+        return visit(Use<Tile<Math, 256, true>>{});
+      } else {
+        // Few anchors would leave half of a wide one's rows idle, and few tiles most multiprocessors.
+        using Wide = Tile<Math, 256, true, 4, true>;
+        const int64_t tiles = blocks_of(num_anchors, Wide::kBlockA) * blocks_of(num_keys, Wide::kBlockK);
+        const bool pays = num_anchors > Wide::kBlockA / 2 && tiles >= multiprocessors(device);
+        if (pays && fits(Use<Wide>{})) return visit(Use<Wide>{});
+        return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
+      }
     }
   } else {
     if (channels == 64) return visit(Use<Tile<Math, 64, true>>{});
@@ -86,9 +89,13 @@ Params with_planes(Params p) {
 template <int kPiece, class Params>
 void order_anchors(const Params& p, bool columns_are_keys) {
   const int64_t ranges_of_keys = columns_are_keys ? blocks_of(p.num_keys, kOrderThreads) : 0;
+  const int64_t tiles = blocks_of(p.num_anchors, kTileKeys);
   launch(p, "infonce_order_kernel", infonce_order_kernel<Params, kPiece>,
-         dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads) + ranges_of_keys)), kOrderThreads,
-         shared_bytes<int>(kOrderThreads), p);
+         dim3(unsigned(tiles + ranges_of_keys)), kOrderThreads, shared_bytes<uint64_t>(kTileKeys), p);
+  if (tiles > 1) {
+    launch(p, "infonce_rank_kernel", infonce_rank_kernel<Params>,
+           dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads / kWarp))), kOrderThreads, 0, p, tiles);
+  }
   if (columns_are_keys) return;
   launch(p, "infonce_label_ranges_kernel", infonce_label_ranges_kernel<kPiece>,
          dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads))), kOrderThreads, 0, p.sorted_labels,
@@ -185,7 +192,7 @@ void infonce_backward(const InfonceBackwardParams& given) {
   });
   if (given.grad_parts == nullptr) return;
   launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,
-         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kOrderThreads))), kOrderThreads, 0, given);
+         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kFinishThreads))), kFinishThreads, 0, given);
 }
 
 }  // namespace pxc::cuda

@@ -30,7 +30,7 @@
 
 #include <type_traits>
 
-#include "../portable.h"
+#include "sort.cuh"
 
 namespace pxc::cuda {
 
@@ -813,7 +813,7 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
 
 // --- the order of visits ---
 
-constexpr int kOrderThreads = 256;
+constexpr int kOrderThreads = kSortThreads;
 
 // Smallest and largest label of every piece of the columns; places behind the last count as without a label.
 // A block looks at kOrderThreads labels, and a warp at 32, which are one piece or several.
@@ -838,50 +838,62 @@ __global__ void __launch_bounds__(kOrderThreads)
   find_ranges<kPiece>(labels, count, ranges, blockIdx.x);
 }
 
-// Sorts the anchors by (label, index), those without a label last: each counts how many stand before it. That
-// is A^2 comparisons, little beside the A K D products. For the backward it also lays out what eq. (5) needs.
-// The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
+// Says that an anchor is visited as the `place`-th. For the backward also what eq. (5) needs of it.
+template <class Params>
+__device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
+  const int label = max(p.anchor_labels[anchor], -1);
+  p.order[place] = int32_t(anchor);
+  p.sorted_labels[place] = label;
+  if constexpr (std::is_same_v<Params, InfonceBackwardParams>) {
+    // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
+    const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
+    const float factor = alone ? 0.f : p.grad_scale[anchor];
+    reinterpret_cast<float4*>(p.coefficients)[place] =
+        make_float4(alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
+                    alone ? 0.f : factor * p.pos_weight[anchor], factor, bits_float(uint32_t(label)));
+  }
+}
+
+// Sorts the anchors by (label, index), those without a label last: all of them if they make one tile, else by
+// tiles. The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
 template <class Params, int kPiece>
 __global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) {
   SharedMemory memory;
-  unsigned* ranks = memory.take<unsigned>(kOrderThreads);
-  const int64_t blocks = (p.num_anchors + kOrderThreads - 1) / kOrderThreads;
-  if (blockIdx.x >= blocks) {
-    return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - blocks);
+  uint64_t* keys = memory.take<uint64_t>(kTileKeys);
+  const int64_t tiles = (p.num_anchors + kTileKeys - 1) / kTileKeys;
+  if (blockIdx.x >= tiles) {
+    return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - tiles);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     const float scale = kLog2E / p.temperature;
     *p.score_scale = p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
   }
+  const int64_t first = int64_t(blockIdx.x) * kTileKeys;
+  const int size = p.sort_keys == nullptr ? keys_to_sort(p.num_anchors) : kTileKeys;
   const auto rank_of = [](int label) { return label < 0 ? 0x80000000u : unsigned(label); };
-  const int64_t own_first = int64_t(blockIdx.x) * kOrderThreads, anchor = own_first + threadIdx.x;
-  const int label = anchor < p.num_anchors ? max(p.anchor_labels[anchor], -1) : -1;
-  const unsigned rank = rank_of(label);
-  int before = 0;
-  for (int64_t first = 0; first < p.num_anchors; first += kOrderThreads) {
-    const int64_t other = first + threadIdx.x;
-    ranks[threadIdx.x] = other < p.num_anchors ? rank_of(p.anchor_labels[other]) : ~0u;
-    sync_block();  // the ranks are there
-    if (first == own_first) {
-      for (unsigned i = 0; i < kOrderThreads; ++i) before += ranks[i] < rank + (i < threadIdx.x);
-    } else {
-      const unsigned limit = rank + (first < own_first);  // of equals, those with a smaller index
-#pragma unroll 16
-      for (int i = 0; i < kOrderThreads; ++i) before += ranks[i] < limit;
+  for (int i = int(threadIdx.x); i < size; i += kOrderThreads) {
+    keys[i] = first + i < p.num_anchors
+                  ? uint64_t(rank_of(p.anchor_labels[first + i])) << kTileBits | uint64_t(i)
+                  : ~uint64_t(0);
+  }
+  sort_tile(keys, size);
+  for (int i = int(threadIdx.x); i < size; i += kOrderThreads) {
+    if (p.sort_keys != nullptr) {
+      p.sort_keys[first + i] = keys[i];
+    } else if (i < p.num_anchors) {
+      visit_anchor(p, i, int64_t(keys[i] % kTileKeys));
     }
-    sync_block();  // before the next overwrite them
   }
-  if (anchor >= p.num_anchors) return;
-  p.order[before] = int32_t(anchor);
-  p.sorted_labels[before] = label;
-  if constexpr (std::is_same_v<Params, InfonceBackwardParams>) {
-    // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
-    const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
-    const float factor = alone ? 0.f : p.grad_scale[anchor];
-    reinterpret_cast<float4*>(p.coefficients)[before] =
-        make_float4(alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
-                    alone ? 0.f : factor * p.pos_weight[anchor], factor, bits_float(uint32_t(label)));
-  }
+}
+
+// Puts the anchors of several tiles where they belong, a warp per anchor.
+template <class Params>
+__global__ void __launch_bounds__(kOrderThreads) infonce_rank_kernel(Params p, int64_t tiles) {
+  const int64_t place = (int64_t(blockIdx.x) * kOrderThreads + threadIdx.x) / kWarp;
+  if (place >= p.num_anchors) return;  // what fills up the last tile comes last in it
+  const int64_t rank = rank_in_tiles(p.sort_keys, tiles, place);
+  if (threadIdx.x % kWarp != 0) return;
+  visit_anchor(p, rank, place / kTileKeys * kTileKeys + int64_t(p.sort_keys[place] % kTileKeys));
 }
 
 // Of shared memory, in numbers; 128 bytes, as what follows is aligned to. What the warps leave there of one
@@ -899,7 +911,7 @@ __device__ __forceinline__ bool are_grouped(const int32_t* ranges, int pieces, i
     const int2 range = reinterpret_cast<const int2*>(ranges)[int64_t(threadIdx.x) * pieces / kThreads];
     apart = range.y < 0 ? 0 : min(range.y - max(range.x, 0), kFar);
   }
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) apart += shuffle_xor(apart, lanes);
+  apart = warp_sum(apart);
   if (threadIdx.x % kWarp == 0) scratch[kSpansOfWarps + threadIdx.x / kWarp] = apart;
   sync_block();  // the spans of all warps are there
   int all = 0;
@@ -948,11 +960,7 @@ __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int 
   const int start_of_share = start;
   int tiles = 0;
   for (int i = begin; i < end; ++i) tiles += begins_tile(i);
-  int before = tiles;
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const int others = shuffle_up(before, lanes);
-    if (lane >= lanes) before += others;
-  }
+  int before = warp_scan(tiles);
   if (lane == kWarp - 1) scratch[kTilesOfWarps + warp] = before;
   before -= tiles;
   if (threadIdx.x == 0) scratch[kFoundTile] = -1;
@@ -1252,13 +1260,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
 constexpr int kFinishThreads = 64;
 
-// Sums over the lanes, in a fixed order; every lane gets the sum.
-template <class Value>
-__device__ __forceinline__ Value sum_over_warp(Value value) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-  return value;
-}
-
 // Adds up four channels of the splits of a row, as far as their factors are 0 or more: the others were not
 // written. Many loads of a thread are on the way at a time.
 __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t stride, const float* factors,
@@ -1304,9 +1305,9 @@ __global__ void __launch_bounds__(kFinishThreads)
     pos_weight += p.pos_weight_parts[split * p.num_anchors + row];
     pos_count += p.pos_count_parts[split * p.num_anchors + row];
   }
-  loss = sum_over_warp(loss);
-  pos_weight = sum_over_warp(pos_weight);
-  pos_count = sum_over_warp(pos_count);
+  loss = warp_sum(loss);
+  pos_weight = warp_sum(pos_weight);
+  pos_count = warp_sum(pos_count);
   const bool contrasts = pos_count > 0;
   if (threadIdx.x == 0) {
     p.loss[anchor] = contrasts ? loss / float(pos_count) : 0.f;
@@ -1438,9 +1439,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 }
 
 // The second stage of the backward, a thread for each element: adds the splits in order.
-__global__ void __launch_bounds__(kOrderThreads) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
+__global__ void __launch_bounds__(kFinishThreads) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
   const int64_t count = (p.keys == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
-  const int64_t element = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
+  const int64_t element = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x;
   if (element >= count) return;
   float sum = 0.f;
   for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts[split * count + element];

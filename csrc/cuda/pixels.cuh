@@ -1,7 +1,7 @@
 // Reading pixels out of an embedding map of any strides, and sums over a warp.
 #pragma once
 
-#include "../portable.h"
+#include "warp.cuh"
 
 namespace pxc::cuda {
 namespace {
@@ -31,13 +31,6 @@ __host__ __device__ __forceinline__ bool lanes_take_channels(int64_t stride_chan
 // 1 / norm; 0 for a zero norm and for one that overflows fp32; NaN stays NaN.
 __device__ __forceinline__ float inverse_norm(float sum_of_squares) {
   return sum_of_squares > 0.f ? 1.f / sqrtf(sum_of_squares) : sum_of_squares;
-}
-
-// Every lane gets the same bits.
-template <class T>
-__device__ __forceinline__ T warp_sum(T value) {
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-  return value;
 }
 
 // Squares of a pixel's channels, by a warp.

@@ -6,15 +6,13 @@
 // over the fronts finds. Only integers, so the outcome depends on nothing but the input.
 #pragma once
 
-#include "../portable.h"
+#include "sort.cuh"
 
 namespace pxc::cuda {
 namespace {
 
-constexpr int kChunkBits = 10;
-constexpr int kChunk = 1 << kChunkBits;  // pixels; CHUNK in backends/cuda.py
-constexpr int kPoolShift = kChunkBits + 32;
-constexpr int kSortThreads = kChunk / 2;
+constexpr int kChunk = kTileKeys;  // pixels
+constexpr int kPoolShift = kTileBits + 32;
 constexpr int kSelectThreads = 256;
 constexpr int kMaxWarps = 32;  // of a block
 
@@ -58,20 +56,6 @@ __device__ __forceinline__ int class_of(int64_t label, int64_t num_classes, int6
   return label >= 0 && label < num_classes && label != ignore_index ? int(label) : -1;
 }
 
-// The first place in sorted keys where `key` could stand.
-__device__ __forceinline__ int lower_bound(const uint64_t* keys, int size, uint64_t key) {
-  int low = 0;
-  while (low < size) {
-    const int middle = (low + size) / 2;
-    if (keys[middle] < key) {
-      low = middle + 1;
-    } else {
-      size = middle;
-    }
-  }
-  return low;
-}
-
 // (pool, priority, pixel of the chunk) in one number; a pixel without a class goes behind every pool.
 __device__ __forceinline__ uint64_t sort_key(const Pools& p, int64_t image, int64_t pixel) {
   if (pixel >= p.pixels) return ~uint64_t(0);
@@ -80,37 +64,20 @@ __device__ __forceinline__ uint64_t sort_key(const Pools& p, int64_t image, int6
   if (label < 0) return ~uint64_t(0);
   const uint64_t pool =
       p.predictions ? uint64_t(label) * 2 + (p.predictions[place] == label) : uint64_t(label);
-  return pool << kPoolShift | unsigned_priority(p.priority[place]) << kChunkBits | uint64_t(pixel % kChunk);
+  return pool << kPoolShift | unsigned_priority(p.priority[place]) << kTileBits | uint64_t(pixel % kChunk);
 }
 
-// Sorts a chunk in shared memory, in a bitonic network: a compare per thread and step, whatever the data.
+// Sorts a chunk.
 __global__ void __launch_bounds__(kSortThreads) pool_sort_kernel(Pools p) {
   SharedMemory shared;
   uint64_t* keys = shared.take<uint64_t>(kChunk);
   const int thread = int(threadIdx.x);
   const int64_t image = blockIdx.x / p.chunks, first = blockIdx.x % p.chunks * kChunk;
   for (int i = thread; i < kChunk; i += kSortThreads) keys[i] = sort_key(p, image, first + i);
-  sync_block();  // all keys are there
-  for (int size = 2; size <= kChunk; size *= 2) {
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      const int low = 2 * thread - (thread & (stride - 1)), high = low + stride;
-      const uint64_t a = keys[low], b = keys[high];
-      if ((a > b) == ((low & size) == 0)) {
-        keys[low] = b;
-        keys[high] = a;
-      }
-      // A warp keeps to its own 64 keys in two steps of short strides, else it needs another's.
-      const int next = stride > 1 ? stride / 2 : size;
-      if (max(stride, next) > kWarp) {
-        sync_block();
-      } else {
-        sync_warp();
-      }
-    }
-  }
+  sort_tile(keys, kChunk);
   uint64_t* sorted = p.keys + int64_t(blockIdx.x) * kChunk;
   for (int i = thread; i < kChunk; i += kSortThreads) {
-    sorted[i] = (keys[i] >> kChunkBits & 0xffffffffu) << 32 | uint64_t(first + int64_t(keys[i] % kChunk));
+    sorted[i] = (keys[i] >> kTileBits & 0xffffffffu) << 32 | uint64_t(first + int64_t(keys[i] % kChunk));
   }
   int32_t* starts = p.starts + int64_t(blockIdx.x) * (p.pools + 1);
   for (int64_t pool = thread; pool <= p.pools; pool += kSortThreads) {
@@ -127,10 +94,7 @@ inline void sort_pools(const Launch& on, const char* name, const Pools& pools, i
 // warp. No shared memory that was read before the call is still in use after it.
 __device__ __forceinline__ int block_scan(int value, int* sums, int& total) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const int before = shuffle_up(value, lanes);
-    if (lane >= lanes) value += before;
-  }
+  value = warp_scan(value);
   sync_block();  // the sums of an earlier call have been read
   if (lane == kWarp - 1) sums[warp] = value;
   sync_block();  // those of this one are there
@@ -260,12 +224,7 @@ __device__ __forceinline__ void select_pixels(const Pool& pool, int keep, const 
       }
       sync_warp();  // all bits are set
       unsigned word = unsigned(bitmap[lane]);
-      int place = count_bits(word);
-      for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-        const int before = shuffle_up(place, lanes);
-        if (lane >= lanes) place += before;
-      }
-      place += memory.offsets[chunk - tile] - count_bits(word);
+      int place = memory.offsets[chunk - tile] + warp_scan(count_bits(word)) - count_bits(word);
       for (; word != 0; word &= word - 1) {
         emit(place++, chunk * kChunk + lane * 32 + lowest_bit(word));
       }

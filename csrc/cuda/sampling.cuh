@@ -15,24 +15,49 @@ struct Sizes {
   int hard, easy;
 };
 
-// Pixels of one class in one image.
-__device__ __forceinline__ Sizes sizes_of(const Pool& hard) {
+// Some lanes of a warp that look at one pool together, a chunk each at a time; the others at other pools.
+struct Team {
+  int lanes, lane;
+
+  // As many as give a lane eight chunks, whose loads are on the way at once.
+  __device__ __forceinline__ static Team of(int64_t chunks) {
+    int lanes = 1;
+    while (lanes < kWarp && lanes * 8 < chunks) lanes *= 2;
+    return {lanes, int(threadIdx.x) % lanes};
+  }
+};
+
+// Pixels of one class in one image; a whole warp calls it.
+__device__ __forceinline__ Sizes sizes_of(const Pool& hard, const Team& team) {
   Sizes sizes = {0, 0};
-#pragma unroll 8  // loads on the way at once
-  for (int64_t chunk = 0; chunk < hard.chunks; ++chunk) {
+#pragma unroll 8
+  for (int64_t chunk = team.lane; chunk < hard.chunks; chunk += team.lanes) {
     const int32_t* starts = hard.starts + chunk * hard.stride;
     sizes.hard += starts[kEasy] - starts[kHard];
     sizes.easy += starts[kKinds] - starts[kEasy];
   }
+  for (int lanes = team.lanes / 2; lanes > 0; lanes /= 2) {
+    sizes.hard += shuffle_xor(sizes.hard, lanes);
+    sizes.easy += shuffle_xor(sizes.easy, lanes);
+  }
   return sizes;
 }
 
-// The first pixel in raster order of a class that has some in the image.
-__device__ __forceinline__ int64_t first_pixel(const Pool& hard) {
-  int64_t chunk = 0, first = INT64_MAX;
-  const auto size = [&] { return hard.starts[chunk * hard.stride + kKinds] - hard.first(chunk); };  // of both
-  while (size() == 0) ++chunk;
-  for (int i = 0; i < size(); ++i) first = min(first, int64_t(hard.segment(chunk)[i] & 0xffffffffu));
+// The first pixel in raster order of a class that has some in the image; a whole warp calls it.
+__device__ __forceinline__ int64_t first_pixel(const Pool& hard, const Team& team) {
+  const auto size_of = [&](int64_t chunk) {  // of both kinds
+    return hard.starts[chunk * hard.stride + kKinds] - hard.first(chunk);
+  };
+  int chunk = team.lane;
+  while (chunk < hard.chunks && size_of(chunk) == 0) chunk += team.lanes;
+  for (int lanes = team.lanes / 2; lanes > 0; lanes /= 2) chunk = min(chunk, shuffle_xor(chunk, lanes));
+  int first = INT32_MAX;  // an image has no more pixels
+  const int size = chunk < hard.chunks ? size_of(chunk) : 0;
+#pragma unroll 8
+  for (int i = team.lane; i < size; i += team.lanes) {
+    first = min(first, int(hard.segment(chunk)[i] & 0xffffffffu));
+  }
+  for (int lanes = team.lanes / 2; lanes > 0; lanes /= 2) first = min(first, shuffle_xor(first, lanes));
   return first;
 }
 
@@ -46,33 +71,44 @@ __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(Sampling
   const auto hard_pool = [&](int64_t pair) {
     return pool_of(pools, pair % p.batch, pair / p.batch * kKinds + kHard);
   };
-  // Until the last step, a pool's size stands where what it keeps will stand. A thread looks at its own
-  // pairs.
+  // Until the last step, a pool's size stands where what it keeps will stand.
   const auto size = [&](int64_t pair, Kind kind) { return int64_t(p.pool_keep[pair * kKinds + kind]); };
   const auto eligible = [&](int64_t pair) {
     const int64_t both = size(pair, kHard) + size(pair, kEasy);
     return both > 0 && both >= p.min_pixels;
   };
+  const Team team = Team::of(pools.chunks);
+  const int teams = kPlanThreads / team.lanes;
+  // visit(pair, whether the thread is to write what comes out)
+  const auto for_each_pair = [&](const auto& visit) {
+    for (int64_t first = 0; first < pairs; first += teams) {
+      const int64_t pair = first + thread / team.lanes;
+      visit(min(pair, pairs - 1), pair < pairs && team.lane == 0);
+    }
+  };
   int found = 0;
-  for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) {
-    const Sizes sizes = sizes_of(hard_pool(pair));
+  for_each_pair([&](int64_t pair, bool writes) {
+    const Sizes sizes = sizes_of(hard_pool(pair), team);
+    if (!writes) return;
     p.pool_keep[pair * kKinds + kHard] = sizes.hard;
     p.pool_keep[pair * kKinds + kEasy] = sizes.easy;
     found += eligible(pair);
-  }
-  const int64_t total = block_sum(found, memory.sums);
+  });
+  const int64_t total = block_sum(found, memory.sums);  // behind its barriers the sizes are there for all
   const int64_t views = max(int64_t(1), min(p.max_samples / max(total, int64_t(1)), p.max_views));
 
   uint64_t threshold = ~uint64_t(0);
-  const auto pair_key = [&](int64_t pair) {  // rule 3
-    const int64_t image = pair % p.batch, label = pair / p.batch;
-    const int32_t priority = p.priority[image * p.pixels + first_pixel(hard_pool(pair))];
-    return unsigned_priority(priority) << 32 | uint64_t(image * p.num_classes + label);
-  };
-  if (total > p.max_samples) {
-    for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) {
-      p.pair_keys[pair] = eligible(pair) ? pair_key(pair) : ~uint64_t(0);
-    }
+  if (total > p.max_samples) {  // rule 3
+    for_each_pair([&](int64_t pair, bool writes) {
+      const int64_t image = pair % p.batch, label = pair / p.batch;
+      const int64_t pixel = first_pixel(hard_pool(pair), team);
+      if (!writes) return;
+      const uint64_t place = uint64_t(image * p.num_classes + label);
+      p.pair_keys[pair] = eligible(pair)
+                              ? unsigned_priority(p.priority[image * p.pixels + pixel]) << 32 | place
+                              : ~uint64_t(0);
+    });
+    // It begins with a barrier, too.
     threshold = select_threshold(int(p.max_samples), memory, [&](const auto& visit) {
       for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) visit(p.pair_keys[pair]);
     });

@@ -19,7 +19,7 @@ MAX_CHANNELS = 512  # of an InfoNCE row
 MAX_CLASSES = 2**21 - 1  # a sort key has 22 bits for (class, hard or easy), all ones for neither
 MAX_PIXELS = 2**31 - 1  # of an image
 OLDEST_DRIVERS = {13: "580", 12: "525"}  # that run what a toolkit of that major version built
-CHUNK = 1024  # pixels that a block sorts, kChunk in pools.cuh
+SORT_TILE = 1024  # keys that a block sorts, kTileKeys in sort.cuh; of pixels, a chunk
 
 
 def _old_driver(compiler: str) -> str:
@@ -80,11 +80,18 @@ def _pools(labels: Tensor, num_classes: int, kinds: int) -> dict[str, Tensor]:
         raise ValueError(
             f"the CUDA backend takes up to {MAX_PIXELS} pixels an image, got {tuple(labels.shape)}"
         )
-    chunks = -(-pixels // CHUNK)
+    chunks = -(-pixels // SORT_TILE)
     return {
-        "pool_keys": labels.new_empty(batch, chunks, CHUNK),
+        "pool_keys": labels.new_empty(batch, chunks, SORT_TILE),
         "pool_starts": labels.new_empty(batch, chunks, kinds * num_classes + 1, dtype=torch.int32),
     }
+
+
+def _sort_keys(count: int, device: torch.device) -> Tensor | None:
+    """Scratch for more keys than one block sorts."""
+    if count <= SORT_TILE:
+        return None
+    return torch.empty(-(-count // SORT_TILE), SORT_TILE, dtype=torch.int64, device=device)
 
 
 def hard_anchor_sampling(
@@ -167,6 +174,7 @@ def gather_backward(
         row_pixels=torch.empty_like(indices),
         sorted_pixels=torch.empty_like(indices),
         sorted_rows=torch.empty_like(indices),
+        sort_keys=_sort_keys(indices.shape[0], indices.device),
         grad_map=grad_embeddings,
         grad_stride_batch=strides[0],
         grad_stride_channel=strides[1],
@@ -351,6 +359,7 @@ def infonce_forward(
         num_anchors=num_anchors,
         order=scratch(num_anchors, dtype=torch.int32),
         sorted_labels=scratch(num_anchors, dtype=torch.int32),
+        sort_keys=_sort_keys(num_anchors, anchors.device),
         key_labels=None if in_batch else key_labels,
         num_keys=num_keys,
         label_ranges=scratch(-(-num_keys // tile.piece), 2, dtype=torch.int32),
@@ -409,6 +418,7 @@ def _infonce_backward(
         num_anchors=num_anchors,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
+        sort_keys=_sort_keys(num_anchors, anchors.device),
         key_labels=key_labels,
         num_keys=num_rows,
         neg_lse=neg_lse,

@@ -41,7 +41,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # What the kernels take each field for. Fields that are not here hold rows of several dtypes; a code says which.
 _INT64 = """labels predictions indices pool_keys anchor_index key_index row_index cursor found tiles num_tiles
 pos_counts region_ptr region_fill pixel_ptr pixel_fill pair_keys row_pixels sorted_pixels
-sorted_rows chosen_pixels"""
+sorted_rows chosen_pixels sort_keys"""
 _INT32 = """priority anchor_labels key_labels row_labels count pos_count pool_starts pool_keep pool_rows order
 sorted_labels label_ranges positive_splits pos_count_parts"""
 _FLOAT32 = """inv_norm wide weights scores shift sum weight_sum output neg_lse neg_scale pos_scale row_neg_lse

@@ -146,8 +146,8 @@ MUTANTS = [
     Mutant(
         "return before a barrier",
         "infonce.cuh",
-        "const unsigned rank = rank_of(label);",
-        "const unsigned rank = rank_of(label);\n  if (anchor >= p.num_anchors) return;",
+        "  const auto rank_of = [](int label)",
+        "  if (first + threadIdx.x >= p.num_anchors) return;\n  const auto rank_of = [](int label)",
     ),
     Mutant(
         "shuffle under a condition",
@@ -235,10 +235,14 @@ MUTANTS = [
         "if (row >= rows.count) return;",
         "if (row > rows.count) return;",
     ),
-    # pools and sampling
+    # sorting, pools and sampling
+    Mutant("keys sorted before they are there", "sort.cuh", "sync_block();  // all keys are there", ""),
+    Mutant(
+        "equals of tiles before stand behind", "sort.cuh", "(what + (tile < own))", "(what + (tile > own))"
+    ),
     Mutant(
         "block's step of the sort ordered by warp",
-        "pools.cuh",
+        "sort.cuh",
         "if (max(stride, next) > kWarp) {",
         "if (max(stride, next) > 2 * kWarp) {",
     ),

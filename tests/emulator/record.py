@@ -111,6 +111,9 @@ def _gather() -> None:
     embeddings = torch.randn(1, 2, 1, width).half().expand(width, 2, 1, width)
     indices = torch.tensor([width**2 - 1, width**2 - 77, 2**31 + 5, 3])
     gather_embeddings(embeddings, indices, backend="cuda")
+    embeddings = torch.randn(1, 2, 40, 40, requires_grad=True)  # more rows than one block sorts
+    rows = gather_embeddings(embeddings, torch.randint(0, 1600, (2050,)), backend="cuda")
+    rows.backward(torch.randn_like(rows))
 
 
 def _enqueue() -> None:
@@ -176,6 +179,13 @@ def _infonce(precision: str) -> None:
         loss.backward(torch.randn_like(loss))
 
 
+def _infonce_of_more_anchors_than_one_block_sorts() -> None:
+    anchor_rows, anchor_labels = _rows(1030, 8, 3, torch.float16)
+    key_rows, key_labels = _rows(20, 8, 3, torch.float16)
+    key_rows.requires_grad_()
+    infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda").backward()
+
+
 def _infonce_of_usual_widths() -> None:
     """Those that have tiles of their own, on a large and a small device, for few anchors and more. Tiles of keys are
     of one class, of two, lack labels, or end behind the last; fp32 rows of 128 channels are too long for the usual
@@ -221,6 +231,7 @@ def record(path: Path) -> int:
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
                 _infonce(precision)
+            _infonce_of_more_anchors_than_one_block_sorts()
             _infonce_of_usual_widths()
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,0 +1,74 @@
+// Sorting by tiles. A tile of keys is sorted in shared memory by one block; where there are more tiles than
+// one, a warp finds the rank of each key by a binary search in every other. A key's last bits are its place
+// in the tile before, so that no two are alike, and equals stay in their order.
+#pragma once
+
+#include "warp.cuh"
+
+namespace pxc::cuda {
+
+constexpr int kTileBits = 10;
+constexpr int kTileKeys = 1 << kTileBits;  // SORT_TILE in backends/cuda.py
+constexpr int kSortThreads = kTileKeys / 2;
+
+// Sorts `size` keys in shared memory, a power of two above kWarp, in a bitonic network: a compare per thread
+// and step, whatever the data. A block of kSortThreads calls it, which needs no barrier before or after.
+__device__ __forceinline__ void sort_tile(uint64_t* keys, int size) {
+  const int thread = int(threadIdx.x);
+  sync_block();  // all keys are there
+  for (int sorted = 2; sorted <= size; sorted *= 2) {
+    for (int stride = sorted / 2; stride > 0; stride /= 2) {
+      const int low = 2 * thread - (thread & (stride - 1)), high = low + stride;
+      if (high < size) {
+        const uint64_t a = keys[low], b = keys[high];
+        if ((a > b) == ((low & sorted) == 0)) {
+          keys[low] = b;
+          keys[high] = a;
+        }
+      }
+      // A warp keeps to its own 64 keys in two steps of short strides, else it needs another's.
+      const int next = stride > 1 ? stride / 2 : sorted;
+      if (max(stride, next) > kWarp) {
+        sync_block();
+      } else {
+        sync_warp();
+      }
+    }
+  }
+}
+
+// The power of two that takes `count` keys of a tile, and sort_tile.
+__device__ __forceinline__ int keys_to_sort(int64_t count) {
+  int size = 2 * kWarp;
+  while (size < kTileKeys && size < count) size *= 2;
+  return size;
+}
+
+// The first place in sorted keys where `key` could stand.
+__device__ __forceinline__ int lower_bound(const uint64_t* keys, int size, uint64_t key) {
+  int low = 0;
+  while (low < size) {
+    const int middle = (low + size) / 2;
+    if (keys[middle] < key) {
+      low = middle + 1;
+    } else {
+      size = middle;
+    }
+  }
+  return low;
+}
+
+// How many keys of all tiles come before the one at `place`: smaller ones, and equal ones of tiles before.
+// `keys` are [tiles, kTileKeys], each tile sorted. A warp calls it.
+__device__ __forceinline__ int64_t rank_in_tiles(const uint64_t* keys, int64_t tiles, int64_t place) {
+  const uint64_t what = keys[place] >> kTileBits;
+  const int64_t own = place / kTileKeys;
+  int64_t before = 0;
+  for (int64_t tile = int(threadIdx.x) % kWarp; tile < tiles; tile += kWarp) {
+    const uint64_t limit = (what + (tile < own)) << kTileBits;
+    before += tile == own ? place % kTileKeys : lower_bound(keys + tile * kTileKeys, kTileKeys, limit);
+  }
+  return warp_sum(before);
+}
+
+}  // namespace pxc::cuda
