@@ -554,15 +554,10 @@ struct Engine {
           accumulate_planes<false>(output, stage, step);
         }
       }
+    } else if (whole) {
+      accumulate_parts<kParts, true>(output, stage);
     } else {
-#pragma unroll 1
-      for (int part = 0; part < kParts; ++part) {
-        if (whole) {
-          accumulate_part<true>(output, stage, part);
-        } else {
-          accumulate_part<false>(output, stage, part);
-        }
-      }
+      accumulate_parts<kParts, false>(output, stage);
     }
   }
 
@@ -582,22 +577,29 @@ struct Engine {
     ldmatrix_x4_trans(b, tile + offset_further(offset, n / 2 * Tile::kColWarps * 2));
   }
 
-  template <bool kWhole>
-  __device__ __forceinline__ void accumulate_part(Output& output, int stage, int part) const {
+  // Columns are read once for both parts of the weights.
+  template <int kParts, bool kWhole>
+  __device__ __forceinline__ void accumulate_parts(Output& output, int stage) const {
 #pragma unroll
     for (int step = 0; step < kWeightSteps; ++step) {
-      uint32_t a[Tile::kFragments][4];
+      uint32_t a[kParts][Tile::kFragments][4];
 #pragma unroll
-      for (int f = 0; f < Tile::kFragments; ++f) load_weights(a[f], f, step, part);
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int f = 0; f < Tile::kFragments; ++f) load_weights(a[part][f], f, step, part);
+      }
 #pragma unroll
       for (int n = 0; n < Tile::kOutputCols; n += 2) {
         if (!kWhole && 2 * channel(n) >= row_stride()) continue;
         uint32_t b[4];
         load_columns(b, stage, step, 0, n);
 #pragma unroll
-        for (int f = 0; f < Tile::kFragments; ++f) {
-          mma<T>(output[f][n], a[f], b[0], b[1]);
-          mma<T>(output[f][n + 1], a[f], b[2], b[3]);
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+          for (int f = 0; f < Tile::kFragments; ++f) {
+            mma<T>(output[f][n], a[part][f], b[0], b[1]);
+            mma<T>(output[f][n + 1], a[part][f], b[2], b[3]);
+          }
         }
       }
     }

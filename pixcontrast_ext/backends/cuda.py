@@ -336,7 +336,7 @@ def infonce_forward(
     )
     full_float32 = schedule.full_float32(anchors.dtype)
     # A null pointer says "in batch"; no keys at all have a pointer as well.
-    rows = _rows(anchors, None if in_batch else keys if num_keys else anchors, full_float32)
+    rows = _rows(anchors, None if in_batch else keys if num_keys else anchors[:1], full_float32)
     how = (rows["rows_dtype"], full_float32, rows["channels"], num_anchors, num_keys)
     tile, slots = _cut(anchors.device, "negatives", *how)
     row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
@@ -397,7 +397,7 @@ def _infonce_backward(
 ) -> None:
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     full_float32 = schedule.full_float32(anchors.dtype)
-    rows = _rows(anchors, None if keys is None else keys if num_rows else anchors, full_float32)
+    rows = _rows(anchors, None if keys is None else keys if num_rows else anchors[:1], full_float32)
     how = (rows["rows_dtype"], full_float32, rows["channels"], num_anchors, num_rows)
     tile, slots = _cut(anchors.device, "backward", *how)
     anchor_tiles = -(-num_anchors // tile.columns)
