@@ -1,10 +1,20 @@
-"""What binds pass 1 of InfoNCE, read from its machine code: `python tests/machine_model.py`.
+"""What binds each kernel, for every architecture in the module: `python tests/machine_model.py`.
 
-For each architecture in the module, a line for every kernel whose walk is one loop of straight code, as it is for most
-whole rows: cycles that a tile of keys takes of a multiprocessor's tensor cores, of its shared memory and of its issue
-slots, which of the three binds, and what time that makes at the benchmark's shape if nothing else ever waits. All of it
-is predicted, and a bound: no latency, no barrier and no idle multiprocessor is in it. With bf16 rows of 256 channels an
-H100 took 609 us (benchmarks/results/2026-11-26-first-gpus), 1.43 times the bound.
+A line for each InfoNCE kernel of 256 channels (or those that are named): cycles of a multiprocessor for one tile, by
+what they are spent on, which of it binds, what time that makes at the benchmark's shape, and what share of the floor.
+And a line for each of the other ops, which are bound by device memory. All of it is predicted, and a bound: nothing
+waits for anything else in it. With bf16 rows of 256 channels an H100 took 609 us for pass 1 in tiles of 64 x 64, 1.43
+times the bound (benchmarks/results/2026-11-26-first-gpus).
+
+- tensor cores: products of the tile times the cycles of one;
+- shared memory: what fragments, copies, weights, maxima, labels and spilled registers move, 128 bytes a cycle;
+- issue slots: instructions, four of which a multiprocessor issues in a cycle;
+- latency: how long one warp takes when every result arrives as soon as it can, shared by the blocks that are resident,
+  in a tile that is masked and moves the maxima;
+- device memory: columns that come from there, once for each pass.
+
+Instructions are read from the machine code, where the walk over the tiles is a loop whose trips are known, as it is for
+whole rows. For others there are tensor cores, shared memory and device memory only.
 """
 
 from __future__ import annotations
@@ -17,7 +27,7 @@ from pathlib import Path
 
 import compiled_code
 
-ANCHORS, KEYS = 1024, 190_000
+ANCHORS, KEYS, CLASSES = 1024, 190_000, 19
 QUARTERS = 4  # of a multiprocessor, each with a tensor core and a scheduler
 
 
@@ -28,45 +38,134 @@ class Machine:
     ghz: float  # under load
     mma: float  # cycles of a tensor core for m16n8k16
     peak: float  # TFLOP/s of 16-bit products, of which the floor is made
+    bandwidth: float  # GB/s
+    shared: int = 100  # KB of a multiprocessor
 
 
-# Of their white papers; but the H100's clock, and its 6 cycles for mma.sync, which is short of the peak, were measured.
-MACHINES = {"sm_80": Machine("A100", 108, 1.41, 8, 312), "sm_90": Machine("H100", 132, 1.81, 6, 989)}
+# Of their data sheets; but the H100's clock, and its 6 cycles for mma.sync, which is short of the peak, were measured,
+# and the 8 of the B200 are those its assembler plans with.
+MACHINES = {
+    "sm_80": Machine("A100", 108, 1.41, 8, 312, 2039, 164),
+    "sm_86": Machine("RTX A6000", 84, 1.80, 16, 155, 768),
+    "sm_89": Machine("L40S", 142, 2.52, 16, 362, 864),
+    "sm_90": Machine("H100", 132, 1.81, 6, 989, 3350, 228),
+    "sm_100": Machine("B200", 148, 1.85, 8, 2250, 8000, 228),
+    "sm_120": Machine("RTX PRO 6000", 188, 2.60, 16, 503, 1792),
+}
 
 # Bytes of shared memory that an instruction of a warp moves, in units of the 128 of a cycle.
 WAVEFRONTS = {"LDSM": 4.0, "LDGSTS.128": 4.0, "LDS.128": 4.0, "LDS.64": 2.0, "STS.128": 4.0, "STS.64": 2.0}
+# Cycles until a result can be used; of others 5.
+LATENCY = {
+    "HMMA": 33,
+    "LDSM": 33,
+    "LDS": 30,
+    "MUFU": 23,
+    "SHFL": 24,
+    "BAR": 20,
+    "LDG": 300,
+    "LDL": 30,
+    "S2R": 20,
+}
+# Registers of an instruction's result and of what it reads, if they are more than one.
+REGISTERS = {"HMMA": (4, 4, 2, 4), "LDSM": (4, 1), "LDS.128": (4, 1), "LDS.64": (2, 1)}
 
 
 @dataclass
 class Tile:
     """Of a kernel's name: Tile<Math<type, planes>, channels, whole, pieces, wide>."""
 
+    of_pass: str
+    half: bool
     planes: int
     channels: int
+    whole: bool
+    wide: bool
     rows: int
-    keys: int
-    warps: int
+    columns: int
+    row_warps: int
+    column_warps: int
 
     @classmethod
     def of(cls, name: str) -> Tile | None:
-        found = re.search(r"Tile<Math<\w+, (\d)>, (\d+), true, (\d), (true|false)>", name)
+        found = re.search(
+            r"_(negatives|positives|keys)_kernel<Tile<Math<(\w+), (\d)>, (\d+), (true|false), (\d), (true|false)>",
+            name,
+        )
         if found is None:
             return None
-        planes, channels, pieces = (int(found[i]) for i in (1, 2, 3))
-        wide = found[4] == "true"
-        long = 2 * planes * channels > 512
-        rows = 32 if long and not wide else 128 if wide and not long else 64
-        return cls(planes, channels, rows, pieces * (16 if long else 32), 8 if wide else 4)
+        planes, channels, pieces = (int(found[i]) for i in (3, 4, 6))
+        wide = found[7] == "true"
+        row_bytes = 2 * planes * channels
+        row_warps, column_warps = (1 if row_bytes > 1024 else 2), 4 if wide else 2
+        fragments = (4 if row_bytes <= 512 else 2) if wide else 2 if row_bytes <= 512 else 1
+        columns = pieces * (32 if row_bytes <= 512 else 16)
+        rows = row_warps * fragments * 16
+        half, whole = found[2] == "Half", found[5] == "true"
+        return cls(found[1], half, planes, channels, whole, wide, rows, columns, row_warps, column_warps)
 
     @property
-    def products(self) -> int:
-        """Instructions of the tensor cores that one tile of keys takes."""
-        return 2 * (3 if self.planes == 2 else 1) * self.rows * self.keys * self.channels // (16 * 8 * 16)
+    def warps(self) -> int:
+        return self.row_warps * self.column_warps
+
+    @property
+    def resident(self) -> int:
+        return 1 if self.wide else 2
+
+    @property
+    def parts(self) -> int:
+        """Of the weights."""
+        if self.planes == 2 or self.of_pass == "negatives":
+            return self.planes
+        return 1 if self.half else 2
+
+    @property
+    def score_products(self) -> int:
+        """Instructions of a warp's tensor core for the scores of a tile."""
+        products = self.rows * self.columns * self.channels // (16 * 8 * 16) // self.warps
+        return products * (3 if self.planes == 2 else 1)
+
+    @property
+    def output_products(self) -> int:
+        products = self.rows * self.columns * self.channels // (16 * 8 * 16) // self.warps
+        return products * (3 if self.planes == 2 else self.parts)
+
+    @property
+    def wavefronts(self) -> int:
+        """Cycles of shared memory for fragments, copies and weights of all warps."""
+        rows, columns = self.rows // self.row_warps, self.columns // self.column_warps  # of a warp's scores
+        row_bytes = 2 * self.planes * self.channels
+        scores = (rows + columns) * row_bytes
+        weights = 2 * self.parts * rows
+        output = weights * self.columns + self.columns * row_bytes // self.column_warps
+        return (self.warps * (scores + output + weights * columns) + self.columns * row_bytes) // 128
+
+    @property
+    def visits(self) -> float:
+        """Tiles of the whole pass at the benchmark's shape."""
+        if self.of_pass == "keys":
+            return KEYS / self.rows * -(-ANCHORS // self.columns)
+        if self.of_pass == "negatives":
+            return -(-ANCHORS // self.rows) * KEYS / self.columns
+        return CLASSES * -(-(ANCHORS // CLASSES) // self.rows) * (KEYS / CLASSES / self.columns)
+
+    @property
+    def floor_flops(self) -> float:
+        """Of the two products, each counted once, whatever the planes and parts."""
+        return 4 * ANCHORS * KEYS * self.channels / (CLASSES if self.of_pass == "positives" else 1)
 
 
-Instruction = tuple[
-    int, str, int | None
-]  # its address, its name with what of the modifiers matters, where it may branch to
+@dataclass
+class Instruction:
+    address: int
+    base: str
+    width: str  # "64", "128" or ""
+    registers: list[tuple[int, ...]]  # of each operand
+    target: int | None  # where it may branch to
+
+    @property
+    def kind(self) -> str:
+        return f"{self.base}.{self.width}" if self.width and self.base != "LDSM" else self.base
 
 
 def instructions(module: Path, arch: str) -> Iterator[tuple[str, list[Instruction]]]:
@@ -81,30 +180,82 @@ def instructions(module: Path, arch: str) -> Iterator[tuple[str, list[Instructio
             base, *modifiers = found[2].split(".")
             width = next((word for word in modifiers if word in ("64", "128")), "")
             target = re.search(r"0x([0-9a-f]+)$", found[3]) if base == "BRA" else None
-            kind = f"{base}.{width}" if width and base != "LDSM" else base
-            code.append((int(found[1], 16), kind, int(target[1], 16) if target else None))
+            of = [
+                tuple(int(number) for number in re.findall(r"\bR(\d+)\b", word))
+                for word in found[3].split(",")
+            ]
+            code.append(
+                Instruction(int(found[1], 16), base, width, of, int(target[1], 16) if target else None)
+            )
     if code:
         yield name, code
 
 
-def walk_of(code: list[Instruction]) -> list[str] | None:
-    """The loop over the tiles, without the loops inside of it, which only tiles with gaps enter; None if the tensor
-    cores have loops of their own in it."""
-    loops = [(target, at) for at, _, target in code if target is not None and target < at]
+def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
+    """What is executed for a tile of columns: the loop over them, and loops of products inside of it as often as the
+    tile takes; without the other loops, which only tiles with gaps enter. None if that cannot be told.
+    """
+    loops = [(i.target, i.address) for i in code if i.target is not None and i.target < i.address]
 
-    def inside(loop: tuple[int, int]) -> list[tuple[int, str]]:
-        return [(at, kind) for at, kind, _ in code if loop[0] <= at <= loop[1]]
+    def inside(loop: tuple[int, int]) -> list[Instruction]:
+        return [i for i in code if loop[0] <= i.address <= loop[1]]
 
-    def products(loop: tuple[int, int]) -> int:
-        return sum(kind == "HMMA" for _, kind in inside(loop))
+    def products(of: list[Instruction]) -> int:
+        return sum(i.base == "HMMA" for i in of)
 
-    if not loops or not (most := max(map(products, loops))):
+    wanted = tile.score_products + tile.output_products
+    candidates = [loop for loop in loops if products(inside(loop))]
+    if not candidates:
         return None
-    walk = min((loop for loop in loops if products(loop) == most), key=lambda loop: loop[1] - loop[0])
-    inner = [loop for loop in loops if walk[0] <= loop[0] and loop[1] <= walk[1] and loop != walk]
-    if any(products(loop) for loop in inner):
+    most = max(products(inside(loop)) for loop in candidates)
+    walk = min(
+        (loop for loop in candidates if products(inside(loop)) == most), key=lambda loop: loop[1] - loop[0]
+    )
+    inner = sorted(loop for loop in loops if walk[0] <= loop[0] and loop[1] <= walk[1] and loop != walk)
+    of_products = [loop for loop in inner if products(inside(loop))]
+    straight = most - sum(products(inside(loop)) for loop in of_products)
+    trips = dict.fromkeys(inner, 0)
+    left = wanted - straight
+    for number, loop in enumerate(of_products):  # scores come first
+        share = tile.score_products if number == 0 and len(of_products) == 2 else left
+        trips[loop], rest = divmod(share, products(inside(loop)))
+        if rest or share <= 0:
+            return None
+        left -= share
+    if left or len(of_products) > 2:
         return None
-    return [kind for at, kind in inside(walk) if not any(first <= at <= last for first, last in inner)]
+    executed: list[Instruction] = []
+    for i in inside(walk):
+        around = [loop for loop in inner if loop[0] <= i.address <= loop[1]]
+        if not around:
+            executed.append(i)
+        elif len(around) == 1 and i.address == around[0][0]:
+            executed += inside(around[0]) * trips[around[0]]
+    return executed
+
+
+def latency(walk: list[Instruction], mma: float) -> float:
+    """Cycles until one warp has issued all of it, alone: an instruction waits for what it reads, and products for the
+    tensor core.
+    """
+    ready: dict[int, float] = {}
+    now = tensor_core = 0.0
+    for i in walk:
+        widths = REGISTERS.get(i.kind, REGISTERS.get(i.base, ()))
+        reads, writes = [], []
+        stores = i.base.startswith(("ST", "BRA", "BAR", "LDGSTS"))
+        for place, operand in enumerate(i.registers):
+            width = widths[place] if place < len(widths) else 1
+            registers = [first + offset for first in operand for offset in range(width)]
+            (writes if place == 0 and not stores else reads).extend(registers)
+        now = max([now + 1, *(ready.get(register, 0.0) for register in reads)])
+        if i.base == "HMMA":
+            now = tensor_core = max(now, tensor_core + mma)
+        if i.base == "BAR":
+            now += LATENCY["BAR"]
+        for register in writes:
+            ready[register] = now + LATENCY.get(i.base, 5)
+    return now
 
 
 @dataclass
@@ -112,27 +263,25 @@ class Bound:
     kernel: str
     machine: Machine
     tile: Tile
-    cycles: dict[str, float]  # of a tile of keys, by resource
+    cycles: dict[str, float]  # of a tile, by resource
 
     @property
     def binding(self) -> str:
         return max(self.cycles, key=self.cycles.__getitem__)
 
-    @property
-    def microseconds(self) -> float:
-        tiles = -(-ANCHORS // self.tile.rows) * (KEYS / self.tile.keys)
-        return tiles * self.cycles[self.binding] / self.machine.multiprocessors / self.machine.ghz / 1e3
+    def microseconds(self, resource: str | None = None) -> float:
+        cycles = self.cycles[resource or self.binding]
+        return self.tile.visits * cycles / self.machine.multiprocessors / self.machine.ghz / 1e3
 
     @property
     def floor_share(self) -> float:
-        """Of the two products at the peak, each counted once, whatever the planes."""
-        return 4 * ANCHORS * KEYS * self.tile.channels / self.machine.peak / 1e6 / self.microseconds
+        return self.tile.floor_flops / self.machine.peak / 1e6 / self.microseconds()
 
     def line(self) -> str:
         cycles = "  ".join(f"{name} {count:6,.0f}" for name, count in self.cycles.items())
         return (
             f"predicted  {self.machine.name}  {self.kernel:<75} {cycles}  bound by {self.binding}, "
-            f"at least {self.microseconds:5.0f} us, {self.floor_share:.0%} of the floor"
+            f"at least {self.microseconds():5.0f} us, {self.floor_share:.0%} of the floor"
         )
 
 
@@ -140,33 +289,67 @@ def bounds(module: Path, arch: str) -> Iterator[Bound]:
     machine = MACHINES[arch]
     for name, code in instructions(module, arch):
         tile = Tile.of(name)
-        if tile is None or "negatives" not in name or (walk := walk_of(code)) is None:
+        if tile is None:
             continue
-        assert walk.count("HMMA") * tile.warps == tile.products, name
-        shared = sum(
-            WAVEFRONTS.get(kind, 1.0) for kind in walk if kind.startswith(("LDS", "STS", "LDGSTS", "SHFL"))
-        )
+        walk = walk_of(code, tile) if tile.whole else None
         cycles = {
-            "tensor cores": walk.count("HMMA") * machine.mma * tile.warps / QUARTERS,
-            "shared memory": shared * tile.warps,
-            "issue slots": len(walk) * tile.warps / QUARTERS,
+            "tensor cores": (tile.score_products + tile.output_products)
+            * machine.mma
+            * tile.warps
+            / QUARTERS,
+            "shared memory": float(tile.wavefronts),
         }
+        if walk is not None:
+            shared = sum(
+                WAVEFRONTS.get(i.kind, 1.0)
+                for i in walk
+                if i.base.startswith(("LDS", "STS", "LDGSTS", "SHFL", "LDL", "STL"))
+            )
+            cycles["shared memory"] = shared * tile.warps
+            cycles["issue slots"] = len(walk) * tile.warps / QUARTERS
+            cycles["latency"] = latency(walk, machine.mma) / tile.resident
+        columns = ANCHORS if tile.of_pass == "keys" else KEYS
+        bytes_of_columns = 2 * tile.planes * tile.channels * columns
+        if tile.of_pass == "keys":  # rows come from there, and their gradient goes there
+            bytes_of_columns = (2 * tile.planes + 4) * tile.channels * KEYS
+        seconds = bytes_of_columns / machine.bandwidth / 1e9
+        cycles["device memory"] = seconds * 1e9 * machine.ghz * machine.multiprocessors / tile.visits
         yield Bound(name, machine, tile, cycles)
 
 
-def main() -> int:
+# Of Cityscapes' size: B 8, D 256, H 128, W 256, fp32; labels, predictions and priorities of the pixels.
+MAP, PIXELS, ROWS = 8 * 256 * 128 * 256, 8 * 128 * 256, 1024
+MEMORY = {
+    "sampling": 20 * PIXELS + 2 * 8 * PIXELS,  # and the sorted keys, written and read
+    "gather": 2 * 32 * 256 * ROWS,  # sectors of 32 bytes, of which 4 are wanted; twice
+    "gather, backward": 4 * MAP + 32 * 256 * ROWS,
+    "enqueue": 4 * MAP + 12 * PIXELS + 2 * 8 * PIXELS,
+}
+
+
+def main(names: list[str]) -> int:
     from pixcontrast_ext.backends import native
 
     if native._C is None or not native._C.cuda_archs or compiled_code.cuobjdump() is None:
         print("machine_model: it needs a module with CUDA kernels, and cuobjdump")
         return 2
-    print(f"pass 1 at A {ANCHORS:,}, K {KEYS:,}; cycles of a multiprocessor for each tile of keys")
+    print(
+        f"A {ANCHORS:,}, K {KEYS:,}, {CLASSES} classes; cycles of a multiprocessor for each tile of columns"
+    )
     for arch in native._C.cuda_archs.split():
-        if arch in MACHINES:
-            for bound in bounds(Path(native._C.__file__), arch):
+        if arch not in MACHINES:
+            continue
+        machine = MACHINES[arch]
+        for bound in bounds(Path(native._C.__file__), arch):
+            if any(name in bound.kernel for name in names or [">, 256, "]):
                 print(bound.line())
+        for op, moved in MEMORY.items() if not names else ():
+            print(
+                f"predicted  {machine.name}  {op:<17} {moved / 1e6:6.1f} MB  bound by device memory, at least "
+                f"{moved / machine.bandwidth / 1e3:5.1f} us"
+            )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -33,15 +33,17 @@ def test_every_kernel_is_compiled_for_every_architecture(resources):
 
 
 def test_nothing_spills_and_nothing_lies_in_local_memory(resources):
-    """Nothing but what pass 2 looks at once a tile, and six registers of fp32 rows of more than 256 channels, whose
-    sums take 128. Rows of unusual lengths have fewer registers to spare; wide tiles have no room on some devices.
+    """Nothing but what is looked at once a tile: the sums of wide tiles of the negatives, and a few registers of fp32
+    rows of more than 256 channels, whose sums take 128. Wide tiles have no room on some devices.
     """
     for name, by_arch in resources.items():
         for arch, used in by_arch.items():
             if name.endswith("true, 4, true>>") and arch in ("sm_86", "sm_89", "sm_120"):
                 continue
-            of_pass_2 = 80 if ", false, 1, false>" in name else 8
-            most = 24 if "Math<Half, 2>, 512" in name else of_pass_2 if "positives" in name else 0
+            wide = (
+                "negatives" in name and name.endswith("256, true, 4, true>>") and "Math<Half, 2>" not in name
+            )
+            most = 64 if wide else 24 if "Math<Half, 2>, 512" in name else 8 if "positives" in name else 0
             assert used.stack <= most, f"{name} uses {used.stack} bytes of local memory a thread on {arch}"
 
 
@@ -73,9 +75,15 @@ def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):
 def test_the_model_of_the_machine_bounds_what_was_measured():
     """On an H100 bf16 rows of 256 channels took 609 us, and 734,000 cycles of shared memory by its counters."""
     bounds = {bound.kernel: bound for bound in machine_model.bounds(MODULE, "sm_90")}
-    assert len(bounds) >= 11 and all("predicted" in bound.line() for bound in bounds.values())
+    assert len(bounds) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
+    for bound in bounds.values():
+        assert bound.line().startswith("predicted") and bound.binding in bound.line()
+        if bound.tile.whole and bound.tile.channels == 256:
+            # Of their code: the tile's products, and what its fragments, copies and weights take, and little more.
+            assert bound.cycles["latency"] > 0 and bound.cycles["issue slots"] > 0, bound.kernel
+            assert 1 < bound.cycles["shared memory"] / bound.tile.wavefronts < 1.25, bound.kernel
     bound = bounds["infonce_fwd_negatives_kernel<Tile<Math<BFloat16, 1>, 256, true, 2, false>>"]
-    assert bound.binding == "shared memory" and 0.5 * 609 < bound.microseconds < 609
+    assert bound.binding == "shared memory" and 0.5 * 609 < bound.microseconds() < 609
     tiles = 16 * 190_000 / 64 / 132
     assert bound.cycles["shared memory"] * tiles == pytest.approx(734_000, rel=0.1)
 

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_bwd_rows_kernel(GatherB
 
 // Sorts the rows by (pixel, row), those without a pixel first: all of them if they make one tile, else by
 // tiles.
-__global__ void __launch_bounds__(kSortThreads) gather_bwd_sort_kernel(GatherBackwardParams p) {
+__global__ void __launch_bounds__(kSortThreads, 1) gather_bwd_sort_kernel(GatherBackwardParams p) {
   SharedMemory shared;
   uint64_t* keys = shared.take<uint64_t>(kTileKeys);
   const int64_t first = int64_t(blockIdx.x) * kTileKeys;

@@ -466,13 +466,36 @@ struct Engine {
       }
     };
     constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32;  // steps of the longest row
-    if constexpr (Tile::kFull && kPairs && Tile::kFragments > 2) {
-      // A step has products enough to hide its fetches: the compiler finds an order that registers allow.
+    if constexpr (Tile::kFull && kPairs && kPlanes == 1 && Tile::kFragments > 2) {
+      // With so many rows the registers hold no second step: of the columns the next one is on the way, of
+      // the rows the next two fragments.
+      constexpr int kFragments = Tile::kFragments, kAhead = 2;
+      uint32_t of_rows[kAhead + 1][4], of_columns[2][Tile::kScoreCols / 2][4];
+      const auto fetch_rows = [&](int number) {
+        const int step = number / kFragments, f = number % kFragments;
+        ldmatrix_x4(of_rows[number % (kAhead + 1)], row_tile + step / 4 * 128 + f * 16 * row_stride() +
+                                                        offset_further(row_offset, step % 4 * 2));
+      };
+      const auto fetch_columns = [&](int step) {
 #pragma unroll
-      for (int step = 0; step < kAll; ++step) {
-        Fragments<kSteps> fragments;
-        fetch(fragments, step / 4 * 128, step % 4 * 2);
-        multiply(fragments);
+        for (int n = 0; n < Tile::kScoreCols; n += 2) {
+          ldmatrix_x4(of_columns[step % 2][n / 2], own_columns + step / 4 * 128 + n * 8 * row_stride() +
+                                                       offset_further(column_offset, step % 4 * 2));
+        }
+      };
+      fetch_columns(0);
+#pragma unroll
+      for (int number = 0; number < kAhead; ++number) fetch_rows(number);
+#pragma unroll
+      for (int number = 0; number < kAll * kFragments; ++number) {
+        const int step = number / kFragments, f = number % kFragments;
+        if (f == 0 && step + 1 < kAll) fetch_columns(step + 1);
+        if (number + kAhead < kAll * kFragments) fetch_rows(number + kAhead);
+#pragma unroll
+        for (int n = 0; n < Tile::kScoreCols; ++n) {
+          const uint32_t (&b)[4] = of_columns[step % 2][n / 2];
+          mma<T>(scores[f][n], of_rows[number % (kAhead + 1)], b[n % 2 * 2], b[n % 2 * 2 + 1]);
+        }
       }
     } else if constexpr (Tile::kFull && kPairs) {
       // The fragments of the next step are on the way while this one's are multiplied. Of two planes, more
@@ -859,7 +882,7 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
 // Sorts the anchors by (label, index), those without a label last: all of them if they make one tile, else by
 // tiles. The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
 template <class Params, int kPiece>
-__global__ void __launch_bounds__(kOrderThreads) infonce_order_kernel(Params p) {
+__global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params p) {
   SharedMemory memory;
   uint64_t* keys = memory.take<uint64_t>(kTileKeys);
   const int64_t tiles = (p.num_anchors + kTileKeys - 1) / kTileKeys;

@@ -68,7 +68,7 @@ __device__ __forceinline__ uint64_t sort_key(const Pools& p, int64_t image, int6
 }
 
 // Sorts a chunk.
-__global__ void __launch_bounds__(kSortThreads) pool_sort_kernel(Pools p) {
+__global__ void __launch_bounds__(kSortThreads, 1) pool_sort_kernel(Pools p) {
   SharedMemory shared;
   uint64_t* keys = shared.take<uint64_t>(kChunk);
   const int thread = int(threadIdx.x);
