@@ -282,7 +282,7 @@ __device__ __forceinline__ bool store_row(Out* row, int64_t channels, const Valu
 // What an image offers of one class, a block for each: first all threads sum the chunks and select the
 // pixels, then a warp makes a row.
 template <class In, class Out>
-__global__ void __launch_bounds__(kSelectThreads) collect_rows_kernel(CollectParams p, Pools pools) {
+__global__ void __launch_bounds__(kSelectThreads, 4) collect_rows_kernel(CollectParams p, Pools pools) {
   SharedMemory shared;
   const PixelMemory memory(shared);
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
