@@ -19,6 +19,7 @@ SHARE         ?= 8
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
+REST          := tests --ignore tests/trainer $(APART:%=--ignore %)
 OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
@@ -41,7 +42,7 @@ test-apart:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(APART)
 
 test-rest:
-	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests --ignore tests/trainer $(APART:%=--ignore %)
+	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(REST)
 
 test-training:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer
@@ -51,10 +52,10 @@ test-triton test-oldest-triton: export PIXCONTRAST_TEST_BACKENDS = triton
 test-triton test-oldest-triton: export PIXCONTRAST_TEST_SHARE = $(SHARE)
 
 test-triton:
-	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest tests -k triton
+	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest $(REST) -k triton
 
 test-oldest-triton:
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests -k "triton and ($(OLDEST_SUBSET))$(if $(WIDTHS), and not triton_code)"
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest $(REST) -k "triton and ($(OLDEST_SUBSET))$(if $(WIDTHS), and not triton_code)"
 
 # An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no
 # part in it.
