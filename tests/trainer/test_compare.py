@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy.stats import ttest_rel
 
+import forked
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.compare import (
@@ -175,14 +174,10 @@ def test_without_a_known_peak_the_table_leaves_memory_out(comparison):
     assert "memory" not in table(replace(comparison, results=results))
 
 
-def test_two_ranks_compare(environment, tmp_path):
-    command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m pixcontrast_ext.trainer compare"
-    options = f"--seeds 0 --methods off bank --out {tmp_path / 'out'}"
-    done = subprocess.run(
-        [sys.executable, *command.split(), *options.split(), *FLAGS.split()],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mIoU on val") == 1
-    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+def test_two_ranks_compare(tmp_path):
+    out = tmp_path / "out"
+    options = ["--seeds", 0, "--methods", "off", "bank", "--out", out]
+    told = forked.ranks(tmp_path, 2, "compare", *options, *FLAGS.split())
+    assert told.count("mIoU on val") == 1
+    written = json.loads((out / "compare.json").read_text())
     assert all(0 <= found["miou"][0] <= 1 for found in written["methods"].values())

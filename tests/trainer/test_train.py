@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import forked
 from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer import train as training
 from pixcontrast_ext.trainer.__main__ import main
@@ -115,36 +116,24 @@ def test_resuming_a_finished_run_changes_nothing(tiny):
     assert_same_state(before, final(config))
 
 
-def test_kill_9_then_resume_is_the_unbroken_run(tiny, environment):
+def test_kill_9_then_resume_is_the_unbroken_run(tiny, tmp_path):
     """A real process, killed at whatever it is doing, three times over."""
     config = tiny("unbroken", steps=24, checkpoint_every=3, log_every=1)
     train(config)
     killed = replace(config, out=config.out.with_name("killed"))
-    save_config(killed, killed.out.parent / "killed.json")
-    command = [
-        sys.executable,
-        "-m",
-        "pixcontrast_ext.trainer",
-        "train",
-        "--config",
-        str(killed.out.parent / "killed.json"),
-    ]
+    save_config(killed, tmp_path / "killed.json")
+    command, output = ["train", "--config", tmp_path / "killed.json"], tmp_path / "output.txt"
     rows, kills = 0, 0
     for target in (4, 11, 17):
-        process = subprocess.Popen(
-            [*command, *(["--resume"] if kills else [])],
-            env=environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
+        process = forked.start(output, *command, *(["--resume"] if kills else []))
         deadline = time.monotonic() + 120
-        while rows < target and process.poll() is None and time.monotonic() < deadline:
+        while rows < target and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
             rows = len(read_rows(killed.out / "train.csv"))
-        assert rows >= target, process.stderr.read() if process.poll() is not None else "too slow"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
+        assert rows >= target, forked.errors_of(output).read_text() or "too slow"
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
         saved = final(killed)["step"]
         assert saved >= rows - 3 - 1  # at most the steps since the last checkpoint (and one on its way)
         rows = saved
@@ -238,7 +227,7 @@ def torchrun(environment, world, *args):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
+def test_two_ranks_train_resume_and_evaluate(tiny, environment, tmp_path, capsys):
     config = tiny("two", steps=6, keep_checkpoints=9)
     path = config.out.parent / "two.json"
     save_config(config, path)
@@ -249,8 +238,7 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
     resumed = replace(config, out=config.out.with_name("resumed"))
     shutil.copytree(config.out, resumed.out)
     keep_until(resumed, 4)
-    done = torchrun(environment, 2, "train", "--out", resumed.out, "--resume")
-    assert done.returncode == 0, done.stderr
+    forked.ranks(tmp_path, 2, "train", "--out", resumed.out, "--resume")
     assert_same_state(final(config), final(resumed))
     assert_same_record(config.out, resumed.out)
 
@@ -260,10 +248,10 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, capsys):
     scores = evaluate(model, loader, spec.classes, Ranks(0, 1, torch.device("cpu")))
     assert scores.miou == read_rows(config.out / "val.csv")[-1]["miou"]  # of the weights that were saved
 
-    scores = [torchrun(environment, 2, "eval", "--checkpoint", config.out).stdout]
+    told = forked.ranks(tmp_path, 2, "eval", "--checkpoint", config.out)
+    capsys.readouterr()
     assert main(["eval", "--checkpoint", str(config.out)]) == 0
-    scores.append(capsys.readouterr().out)
-    assert scores[0] == scores[1] and f"{read_rows(config.out / 'val.csv')[-1]['miou']:.4f}" in scores[0]
+    assert told == capsys.readouterr().out and f"{read_rows(config.out / 'val.csv')[-1]['miou']:.4f}" in told
 
     alone = replace(config, out=config.out.with_name("alone"))
     train(alone)

@@ -1,0 +1,63 @@
+"""Commands of the trainer in processes of their own, forked from one that has imported it: the imports take longer than
+the runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import torch
+
+from pixcontrast_ext.trainer.__main__ import main
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pixcontrast_ext.trainer.__main__", "torch._dynamo"])
+
+
+def start(output: Path, *args: object, **environment: str) -> ForkServerProcess:
+    """Begins what `python -m pixcontrast_ext.trainer ARGS` does, on one thread, into `output` and `output`.errors."""
+    process = _CONTEXT.Process(target=_run, args=(output, [*map(str, args)], environment))
+    process.start()
+    return process
+
+
+def errors_of(output: Path) -> Path:
+    return output.with_name(output.name + ".errors")
+
+
+def _run(output: Path, args: list[str], environment: dict[str, str]) -> None:
+    for stream, path in ((1, output), (2, errors_of(output))):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), stream)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.exit(main(args))
+
+
+def ranks(folder: Path, world: int, *args: object, timeout: float = 300) -> str:
+    """What all of them print, started as by torchrun.
+
+    Raises:
+        AssertionError: with what they complain of, unless all succeed in time.
+    """
+    with socket.create_server(("localhost", 0)) as free:
+        address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
+    outputs = [folder / f"rank{rank}.txt" for rank in range(world)]
+    processes = [
+        start(output, *args, RANK=str(rank), LOCAL_RANK=str(rank), **address)
+        for rank, output in enumerate(outputs)
+    ]
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    read = [path.read_text() for output in outputs for path in (output, errors_of(output)) if path.exists()]
+    assert codes == [0] * world, f"exit codes {codes}\n{''.join(read)}"
+    return "".join(output.read_text() for output in outputs)
