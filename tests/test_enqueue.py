@@ -312,10 +312,10 @@ def test_seed_governs_the_choice(backend):
 
 def test_pixels_are_drawn_from_the_whole_class(backend):
     """Over many draws every pixel of a class gets its turn, and none of another class does."""
-    embeddings = torch.eye(16).view(1, 16, 4, 4)
-    labels = (torch.arange(16) % 2).view(1, 4, 4)
+    embeddings = torch.eye(16).view(1, 16, 4, 4).expand(10, 16, 4, 4)
+    labels = (torch.arange(16) % 2).view(1, 4, 4).expand(10, 4, 4)
     bank, _ = make(2, 16, 0, 200, 2)
-    for _ in range(100):
+    for _ in range(10):
         bank.enqueue(embeddings, labels, backend=backend)
     for c in range(2):
         turns = bank.keys[c].sum(0)
