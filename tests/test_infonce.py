@@ -289,7 +289,7 @@ def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order)
     """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may
     show, and where half-precision products are made that of the weights of its sum.
     """
-    inputs = draw(300, 1999, 65, 7, order=order, dtype=dtype)
+    inputs = draw(300, 999, 65, 7, order=order, dtype=dtype)
     found, expected = run(inputs, backend), exact(inputs)
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
     assert error(found[0], expected[0]) <= 1e-6
@@ -476,8 +476,8 @@ def test_extreme_logits(backend, temperature, scale):
 
 def test_in_batch_uses_symmetry(backend):
     for exclude_self in (True, False):
-        anchors, anchor_labels, _, _ = draw(777, 1, 40, 6)
-        weights = torch.randn(777)
+        anchors, anchor_labels, _, _ = draw(397, 1, 40, 6)
+        weights = torch.randn(397)
         shared = anchors.clone().requires_grad_()
         loss = infonce(
             shared, anchor_labels, shared, anchor_labels,
