@@ -32,8 +32,9 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
-# is run, and the newest compiles the kernels for one width; the emulated kernels meet the sanitizers under one schedule.
-# SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
+# is run, and the newest compiles the kernels for one width and one architecture; the emulated kernels meet the sanitizers
+# under one schedule. SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting threads give their core away
+# (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
 	    test-rest test-triton test-training test-apart test-oldest-triton
@@ -50,6 +51,7 @@ test-training:
 
 test-triton test-oldest-triton: export PIXCONTRAST_TEST_BACKENDS = triton
 test-triton test-oldest-triton: export PIXCONTRAST_TEST_SHARE = $(SHARE)
+test-triton test-oldest-triton: export PIXCONTRAST_TEST_ARCHS = $(filter 80 90,$(ARCHS))
 
 test-triton:
 	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest $(REST) -k triton

@@ -282,10 +282,11 @@ def main() -> None:
     )
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--widths", type=int, nargs="*", default=list(WIDTHS))
+    parser.add_argument("--archs", type=int, nargs="*", default=list(ARCHS))
     parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
-    jobs = [job for arch in ARCHS for job in all_jobs(arch, tuple(arguments.widths))]
-    jobs = list(dict.fromkeys(jobs + smallest_jobs(ARCHS[-1])))
+    jobs = [job for arch in arguments.archs for job in all_jobs(arch, tuple(arguments.widths))]
+    jobs = list(dict.fromkeys(jobs + smallest_jobs(arguments.archs[-1])))
     codes = compile_all(jobs)
     text = table(codes)
     if arguments.update:
