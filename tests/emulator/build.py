@@ -18,9 +18,16 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# AddressSanitizer sees what goes through a null pointer or behind an object; checking that twice takes
+# a tenth of the compiler's time.
 SANITIZERS = {
     "plain": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,object-size",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ],
     "thread": ["-fsanitize=thread"],
 }
 VARIANTS = tuple(SANITIZERS)
