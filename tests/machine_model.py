@@ -9,12 +9,14 @@ times the bound (benchmarks/results/2026-11-26-first-gpus).
 - tensor cores: products of the tile times the cycles of one;
 - shared memory: what fragments, copies, weights, maxima, labels and spilled registers move, 128 bytes a cycle;
 - issue slots: instructions, four of which a multiprocessor issues in a cycle;
-- latency: how long one warp takes when every result arrives as soon as it can, shared by the blocks that are resident,
-  in a tile that is masked and moves the maxima;
 - device memory: columns that come from there, once for each pass.
 
+Beside these stands an estimate of latency: how long one warp takes alone, by the usual cycles until a result is there,
+shared by the blocks that are resident. Where it is near what binds, there is nothing that could hide it.
+
 Instructions are read from the machine code, where the walk over the tiles is a loop whose trips are known, as it is for
-whole rows. For others there are tensor cores, shared memory and device memory only.
+whole rows; without what only a tile with masks or with new maxima runs through. For other rows there are tensor cores,
+shared memory and device memory only.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ LATENCY = {
 }
 # Registers of an instruction's result and of what it reads, if they are more than one.
 REGISTERS = {"HMMA": (4, 4, 2, 4), "LDSM": (4, 1), "LDS.128": (4, 1), "LDS.64": (2, 1)}
+# What every tile runs through, whatever branches there are.
+NEVER_PASSED = {"HMMA", "LDSM", "BAR", "LDGSTS", "MUFU", "STS", "SHFL"}
 
 
 @dataclass
@@ -109,8 +113,16 @@ class Tile:
         return self.row_warps * self.column_warps
 
     @property
-    def resident(self) -> int:
-        return 1 if self.wide else 2
+    def shared(self) -> int:
+        """Bytes of a block, and those that the device takes for itself."""
+        row_bytes = 2 * self.planes * self.channels
+        beside = 8 * self.columns if self.of_pass == "negatives" else 16 * (2 * self.columns + self.rows)
+        tiles = (self.rows + 2 * self.columns) * row_bytes + 2 * self.parts * self.rows * self.columns
+        return tiles + 4 * self.column_warps * self.rows + beside + 1024
+
+    def resident(self, machine: Machine) -> int:
+        """Blocks of a multiprocessor."""
+        return min(1 if self.wide else 2, machine.shared * 1024 // self.shared)
 
     @property
     def parts(self) -> int:
@@ -225,7 +237,13 @@ def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
     if left or len(of_products) > 2:
         return None
     executed: list[Instruction] = []
+    beyond = 0  # where a branch leads, over what few tiles run through
     for i in inside(walk):
+        if i.address < beyond:
+            continue
+        if i.target is not None and i.address < i.target <= walk[1]:
+            passed = [other.base for other in code if i.address < other.address < i.target]
+            beyond = 0 if NEVER_PASSED.intersection(passed) else i.target
         around = [loop for loop in inner if loop[0] <= i.address <= loop[1]]
         if not around:
             executed.append(i)
@@ -264,24 +282,28 @@ class Bound:
     machine: Machine
     tile: Tile
     cycles: dict[str, float]  # of a tile, by resource
+    latency: float | None  # likewise, an estimate
 
     @property
     def binding(self) -> str:
         return max(self.cycles, key=self.cycles.__getitem__)
 
-    def microseconds(self, resource: str | None = None) -> float:
-        cycles = self.cycles[resource or self.binding]
+    @property
+    def microseconds(self) -> float:
+        cycles = self.cycles[self.binding]
         return self.tile.visits * cycles / self.machine.multiprocessors / self.machine.ghz / 1e3
 
     @property
     def floor_share(self) -> float:
-        return self.tile.floor_flops / self.machine.peak / 1e6 / self.microseconds()
+        return self.tile.floor_flops / self.machine.peak / 1e6 / self.microseconds
 
     def line(self) -> str:
         cycles = "  ".join(f"{name} {count:6,.0f}" for name, count in self.cycles.items())
+        if self.latency is not None:
+            cycles += f"  (latency {self.latency:6,.0f})"
         return (
             f"predicted  {self.machine.name}  {self.kernel:<75} {cycles}  bound by {self.binding}, "
-            f"at least {self.microseconds():5.0f} us, {self.floor_share:.0%} of the floor"
+            f"at least {self.microseconds:5.0f} us, {self.floor_share:.0%} of the floor"
         )
 
 
@@ -289,7 +311,7 @@ def bounds(module: Path, arch: str) -> Iterator[Bound]:
     machine = MACHINES[arch]
     for name, code in instructions(module, arch):
         tile = Tile.of(name)
-        if tile is None:
+        if tile is None or tile.resident(machine) == 0:
             continue
         walk = walk_of(code, tile) if tile.whole else None
         cycles = {
@@ -307,14 +329,14 @@ def bounds(module: Path, arch: str) -> Iterator[Bound]:
             )
             cycles["shared memory"] = shared * tile.warps
             cycles["issue slots"] = len(walk) * tile.warps / QUARTERS
-            cycles["latency"] = latency(walk, machine.mma) / tile.resident
         columns = ANCHORS if tile.of_pass == "keys" else KEYS
         bytes_of_columns = 2 * tile.planes * tile.channels * columns
         if tile.of_pass == "keys":  # rows come from there, and their gradient goes there
             bytes_of_columns = (2 * tile.planes + 4) * tile.channels * KEYS
         seconds = bytes_of_columns / machine.bandwidth / 1e9
         cycles["device memory"] = seconds * 1e9 * machine.ghz * machine.multiprocessors / tile.visits
-        yield Bound(name, machine, tile, cycles)
+        alone = None if walk is None else latency(walk, machine.mma) / tile.resident(machine)
+        yield Bound(name, machine, tile, cycles, alone)
 
 
 # Of Cityscapes' size: B 8, D 256, H 128, W 256, fp32; labels, predictions and priorities of the pixels.

@@ -33,7 +33,7 @@ def test_every_kernel_is_compiled_for_every_architecture(resources):
 
 
 def test_nothing_spills_and_nothing_lies_in_local_memory(resources):
-    """Nothing but what is looked at once a tile: the sums of wide tiles of the negatives, and a few registers of fp32
+    """Nothing but what is looked at once a tile: a few registers of wide tiles of the negatives, and of fp32
     rows of more than 256 channels, whose sums take 128. Wide tiles have no room on some devices.
     """
     for name, by_arch in resources.items():
@@ -43,7 +43,7 @@ def test_nothing_spills_and_nothing_lies_in_local_memory(resources):
             wide = (
                 "negatives" in name and name.endswith("256, true, 4, true>>") and "Math<Half, 2>" not in name
             )
-            most = 64 if wide else 24 if "Math<Half, 2>, 512" in name else 8 if "positives" in name else 0
+            most = 48 if wide else 24 if "Math<Half, 2>, 512" in name else 8 if "positives" in name else 0
             assert used.stack <= most, f"{name} uses {used.stack} bytes of local memory a thread on {arch}"
 
 
@@ -66,9 +66,14 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
 def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):
     monkeypatch.setenv("PXC_EMULATOR_SHARED", "100")
     kernels = native.cuda_kernels
-    for of in (kernels.infonce_negatives_tile, kernels.infonce_positives_tile, kernels.infonce_backward_tile):
-        for full_float32 in (False, True):
-            assert 0 < of(0, dtype, full_float32, channels, 1024, 190_000).shared <= SMALLEST_SHARED
+    for full_float32 in (False, True):
+        how = 0, dtype, full_float32, channels
+        for tile in (
+            kernels.infonce_negatives_tile(*how, 1024, 190_000),
+            kernels.infonce_positives_tile(*how, 1024, 190_000),
+            kernels.infonce_backward_tile(*how),
+        ):
+            assert 0 < tile.shared <= SMALLEST_SHARED
 
 
 @pytest.mark.skipif("sm_90" not in ARCHS, reason="the module has no code for sm_90")
@@ -77,13 +82,14 @@ def test_the_model_of_the_machine_bounds_what_was_measured():
     bounds = {bound.kernel: bound for bound in machine_model.bounds(MODULE, "sm_90")}
     assert len(bounds) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
     for bound in bounds.values():
-        assert bound.line().startswith("predicted") and bound.binding in bound.line()
+        assert bound.line().startswith("predicted") and f"bound by {bound.binding}," in bound.line()
+        assert bound.cycles[bound.binding] == max(bound.cycles.values())
         if bound.tile.whole and bound.tile.channels == 256:
             # Of their code: the tile's products, and what its fragments, copies and weights take, and little more.
-            assert bound.cycles["latency"] > 0 and bound.cycles["issue slots"] > 0, bound.kernel
+            assert bound.latency is not None and bound.cycles["issue slots"] > 0, bound.kernel
             assert 1 < bound.cycles["shared memory"] / bound.tile.wavefronts < 1.25, bound.kernel
     bound = bounds["infonce_fwd_negatives_kernel<Tile<Math<BFloat16, 1>, 256, true, 2, false>>"]
-    assert bound.binding == "shared memory" and 0.5 * 609 < bound.microseconds() < 609
+    assert bound.binding == "shared memory" and 0.5 * 609 < bound.microseconds < 609
     tiles = 16 * 190_000 / 64 / 132
     assert bound.cycles["shared memory"] * tiles == pytest.approx(734_000, rel=0.1)
 

@@ -31,7 +31,6 @@ InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32,
                                    int64_t num_anchors, int64_t num_keys);
 InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
                                    int64_t num_anchors, int64_t num_keys);
-InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
-                                  int64_t num_anchors, int64_t num_keys);
+InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
 
 }  // namespace pxc::cuda

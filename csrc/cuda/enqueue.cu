@@ -18,7 +18,7 @@ size_t shared_bytes_of(const CollectParams& p, const RegionTile& tile) {
          (tile.sums_in_shared ? shared_bytes<float>(size_t(p.num_classes) * p.channels) : 0);
 }
 
-// Strips as long as there is room for: pieces of 512 bytes are read fastest.
+// Strips as long as there is room for: the longer a piece of a channel, the fewer pages of memory are open.
 template <class In, bool kChannelsLast>
 RegionTile region_tile_of(const CollectParams& p) {
   const size_t most = shared_of_block(p.device);

@@ -2,8 +2,9 @@
 // region) and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the
 // candidates that are labelled go into the rings, in image order.
 //
-// The map is read once, a chunk of an image by each block, and leaves a sum per chunk and class behind. The
-// order of every sum is fixed: within a chunk by pixel, in fp32, then by chunk, in fp64.
+// The map is read once, a chunk of an image by each block, and leaves a sum per chunk and class behind;
+// chunks without any class are not read. The order of every sum is fixed on a device: pixels of one class
+// that follow each other in a strip, then the strips of a chunk, in fp32, then the chunks, in fp64.
 #pragma once
 
 #include "pixels.cuh"
@@ -13,7 +14,6 @@ namespace pxc::cuda {
 namespace {
 
 constexpr int kRegionThreads = 256;
-constexpr int kRegionWarps = kRegionThreads / kWarp;
 constexpr int kMaxSlice = 1024;  // channels
 constexpr int kWriteThreads = 256;
 
@@ -45,6 +45,15 @@ struct Stage {
         slice(slice),
         pitch(((kChannelsLast ? slice : strip) + kVector - 1) / kVector * kVector + kVector) {}
   __host__ __device__ __forceinline__ int numbers() const { return (kChannelsLast ? strip : slice) * pitch; }
+  // The share of a thread that takes `each` neighbouring pixels, and of their channels every parts-th.
+  struct Share {
+    int pixel, part, parts;
+  };
+  __device__ __forceinline__ Share share(int each) const {
+    const int thread = int(threadIdx.x), groups = strip / each, parts = kRegionThreads / groups;
+    if (kChannelsLast) return {thread / parts * each, thread % parts, parts};
+    return {thread % groups * each, thread / groups, parts};
+  }
   __device__ __forceinline__ int place(int channel, int pixel) const {
     return kChannelsLast ? pixel * pitch + channel : channel * pitch + pixel;
   }
@@ -75,15 +84,14 @@ __device__ __forceinline__ void load_stage(const CollectParams& p, const RegionT
                                            const RegionChunk<In>& chunk, int first_pixel,
                                            int64_t first_channel, In* staged) {
   const Stage<In, kChannelsLast> stage(tile.strip, tile.slice);
-  const int thread = int(threadIdx.x), channels = int(min(int64_t(tile.slice), p.channels - first_channel));
+  const int channels = int(min(int64_t(tile.slice), p.channels - first_channel));
   const In* from = chunk.map + first_channel * p.stride_channel;
+  const int of_unit = max(tile.unit / int(sizeof(In)), 1);  // numbers
+  const auto [pixel, part, parts] = stage.share(kChannelsLast ? 1 : of_unit);
+  const bool inside = first_pixel + pixel < chunk.size;
+  if (inside) from += chunk.address_of(p, first_pixel + pixel) - chunk.map;
   if (tile.unit == 0) {
     constexpr int kInFlight = 16;  // loads of a thread, or memory would wait for it
-    const int parts = kRegionThreads / tile.strip;
-    const int pixel = kChannelsLast ? thread / parts : thread % tile.strip;
-    const int part = kChannelsLast ? thread % parts : thread / tile.strip;
-    const bool inside = first_pixel + pixel < chunk.size;
-    if (inside) from += chunk.address_of(p, first_pixel + pixel) - chunk.map;
     const int present = inside ? channels : 0;
     for (int first = part; first < channels; first += parts * kInFlight) {
       In values[kInFlight];
@@ -98,27 +106,14 @@ __device__ __forceinline__ void load_stage(const CollectParams& p, const RegionT
     }
     return;
   }
-  const int of_unit = tile.unit / int(sizeof(In));  // numbers
-  const auto copy = [&](int place, const In* source, bool inside) {
+  const int each = kChannelsLast ? of_unit : 1;  // channels of a unit
+  for (int channel = part * each; channel < channels; channel += parts * each) {
+    In* to = staged + stage.place(channel, pixel);
+    const In* source = inside ? from + channel * p.stride_channel : chunk.map;
     if (tile.unit == 16) {
-      cp_async_16(staged + place, inside ? source : chunk.map, inside ? 16 : 0);
+      cp_async_16(to, source, inside ? 16 : 0);
     } else {
-      cp_async_4(staged + place, inside ? source : chunk.map, inside ? 4 : 0);
-    }
-  };
-  if constexpr (kChannelsLast) {
-    const int parts = kRegionThreads / tile.strip, pixel = thread / parts;
-    const bool inside = first_pixel + pixel < chunk.size;
-    if (inside) from += chunk.address_of(p, first_pixel + pixel) - chunk.map;
-    for (int channel = thread % parts * of_unit; channel < channels; channel += parts * of_unit) {
-      copy(stage.place(channel, pixel), from + channel, inside);
-    }
-  } else {
-    const int units = tile.strip / of_unit, pixel = thread % units * of_unit, step = kRegionThreads / units;
-    const bool inside = first_pixel + pixel < chunk.size;
-    from += chunk.first + first_pixel + pixel;
-    for (int channel = thread / units; channel < channels; channel += step) {
-      copy(stage.place(channel, pixel), from + channel * p.stride_channel, inside);
+      cp_async_4(to, source, inside ? 4 : 0);
     }
   }
 }
@@ -129,9 +124,8 @@ __device__ __forceinline__ void add_squares(const Stage<In, kChannelsLast>& stag
                                             int channels,
                                             float (&squares)[Stage<In, kChannelsLast>::kSquares]) {
   constexpr int kSquares = Stage<In, kChannelsLast>::kSquares;
-  const int thread = int(threadIdx.x), groups = stage.strip / kSquares, parts = kRegionThreads / groups;
-  const int pixel = (kChannelsLast ? thread / parts : thread % groups) * kSquares;
-  for (int channel = kChannelsLast ? thread % parts : thread / groups; channel < channels; channel += parts) {
+  const auto [pixel, part, parts] = stage.share(kSquares);
+  for (int channel = part; channel < channels; channel += parts) {
     const Vector<In, kSquares> values =
         *reinterpret_cast<const Vector<In, kSquares>*>(staged + stage.place(channel, pixel));
 #pragma unroll
@@ -176,9 +170,9 @@ __device__ __forceinline__ void add_strip(const Stage<In, kChannelsLast>& stage,
   }
 }
 
-// Sums of the normalised pixels of each class, a block per chunk. The next stage is on the way while one is
-// summed, and is asked for as soon as there is room. Norms take all channels: a map with more of them than
-// fit comes twice, strip by strip, the second time out of a cache.
+// Sums of the normalised pixels of each class, a block per chunk. If it is copied asynchronously, the next
+// stage is on the way while one is summed. Norms take all channels: a map with more of them than fit comes
+// twice, strip by strip, the second time out of a cache.
 template <class In, bool kChannelsLast>
 __global__ void __launch_bounds__(kRegionThreads, 2)
     collect_regions_kernel(CollectParams p, Pools pools, RegionTile tile) {
@@ -207,7 +201,9 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   };
 
   const int slices = int((p.channels + tile.slice - 1) / tile.slice);
-  const int stages_of_strip = slices == 1 ? 1 : 2 * slices;
+  // The first stages of a strip are of norms, the last of sums; weights stand before the first sums.
+  const int stages_of_strip = slices == 1 || !p.normalize ? slices : 2 * slices;
+  const int weighing_stage = p.normalize ? slices - 1 : 0;
   const int strips = (chunk.size + tile.strip - 1) / tile.strip, stages = strips * stages_of_strip;
   const auto load = [&](int i) {
     if (i < stages) {
@@ -224,31 +220,28 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   for (int i = 0; i < stages; ++i) {
     const int strip = i / stages_of_strip * tile.strip, slice = i % stages_of_strip % slices;
     const int channels = int(min(int64_t(tile.slice), p.channels - int64_t(slice) * tile.slice));
-    const bool of_norms = i % stages_of_strip < slices,
-               of_sums = i % stages_of_strip >= stages_of_strip - slices;
-    const bool last_of_norms = i % stages_of_strip == slices - 1;
+    const int of_strip = i % stages_of_strip;
+    const bool of_norms = p.normalize && of_strip < slices, of_sums = of_strip >= stages_of_strip - slices;
+    const bool weighs = of_strip == weighing_stage;
     int label = -1;  // asked for ahead
-    if (last_of_norms && thread < tile.strip && strip + thread < chunk.size) {
+    if (weighs && thread < tile.strip && strip + thread < chunk.size) {
       label =
           class_of(p.labels[image * pools.pixels + first + strip + thread], p.num_classes, p.ignore_index);
     }
     cp_async_wait<1>();
     sync_block();  // this stage is there, and the first time, all sums are zero
     if (of_norms) add_squares(stage, staged(i), channels, squares);
-    if (last_of_norms) {
-      constexpr int kSquares = Stage::kSquares;
-      const int groups = tile.strip / kSquares, parts = kRegionThreads / groups;
+    if (weighs) {
+      const auto [pixel, part, parts] = stage.share(Stage::kSquares);
 #pragma unroll
-      for (int j = 0; j < kSquares; ++j) {
-        const int part = kChannelsLast ? thread % parts : thread / groups;
-        const int pixel = (kChannelsLast ? thread / parts : thread % groups) * kSquares + j;
-        all_squares[part * tile.strip + pixel] = squares[j];
+      for (int j = 0; j < Stage::kSquares; ++j) {
+        all_squares[part * tile.strip + pixel + j] = squares[j];
         squares[j] = 0.f;
       }
       sync_block();  // all squares are there
       if (thread < tile.strip) {
         float sum = 0.f;
-        for (int part = 0; part < parts; ++part) sum += all_squares[part * tile.strip + thread];
+        for (int i = 0; i < parts; ++i) sum += all_squares[i * tile.strip + thread];
         weights[thread] = {label, p.normalize ? inverse_norm(sum) : 1.f};
       }
       sync_block();  // and all weights

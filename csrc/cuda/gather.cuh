@@ -101,19 +101,6 @@ __global__ void __launch_bounds__(kRowThreads) gather_bwd_rank_kernel(GatherBack
   p.sorted_rows[rank] = place / kTileKeys * kTileKeys + int64_t(p.sort_keys[place] % kTileKeys);
 }
 
-__device__ __forceinline__ int64_t lower_bound(const int64_t* sorted, int64_t low, int64_t high,
-                                               int64_t value) {
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (sorted[middle] < value) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // A tile of kWarp pixels and some channels per warp. Each lane looks up one pixel; then lanes are neighbours
 // in memory, be that pixels or channels.
 template <class In>
@@ -134,7 +121,7 @@ __global__ void __launch_bounds__(kSpreadThreads)
   In* map = static_cast<In*>(p.grad_map);
   const bool inside = pixel < num_pixels(p);
   const int64_t offset = inside ? pixel_offset(target, pixel) : 0;
-  int64_t first = lower_bound(p.sorted_pixels, 0, p.num_rows, pixel), last = first;
+  int64_t first = lower_bound(p.sorted_pixels, int64_t(0), p.num_rows, pixel), last = first;
   if (inside && first < p.num_rows && p.sorted_pixels[first] == pixel) {
     last = lower_bound(p.sorted_pixels, first, p.num_rows, pixel + 1);
   }

@@ -141,8 +141,7 @@ InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32,
   });
 }
 
-InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels, int64_t,
-                                  int64_t) {
+InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
   return with_math(dtype, full_float32, [&](auto math) {
     return with_channels<typename decltype(math)::type>(channels, [&](auto use) {
       using Tile = typename decltype(use)::type;

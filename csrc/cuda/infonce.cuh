@@ -102,7 +102,7 @@ struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels, kWide> {
   static constexpr int kOutputCols = kMaxChannels / S::kColWarps / 8;  // likewise of the output
 
   // Of a block's shared memory. The pass over the negatives, which has the largest tiles, keeps labels of the
-  // columns alone beside them.
+  // columns alone beside them: 128 x 128 tiles of 512 bytes a row take all that an H100 has, to the byte.
   static size_t bytes(int64_t row_stride, Pass pass) {
     const bool of_negatives = pass == Pass::kNegatives;
     const int parts = of_negatives ? Math_::kNegativeParts : Math_::kWeightParts;
@@ -395,11 +395,60 @@ struct Engine {
   };
 
   // S of the warp: its rows times its columns, over all channels. A step of the tensor cores takes 16
-  // channels, which are two chunks. Tensor cores cut off what does not fit their sum, fp32 additions round:
-  // of two planes, the products of the high ones are added up outside of them, and the small ones by
-  // themselves.
+  // channels, which are two chunks.
   template <int kUnroll>
   __device__ __forceinline__ void multiply_rows(Scores& scores, int stage) const {
+    if constexpr (Tile::kFull && Tile::kPlanes == 1 && Tile::kFragments > 2) {
+      multiply_many_rows(scores, stage);
+    } else {
+      multiply_some_rows<kUnroll>(scores, stage);
+    }
+  }
+
+  // Of whole rows, more of them than the registers can hold for two steps: of the columns the next step is on
+  // the way, of the rows the next two fragments.
+  __device__ __forceinline__ void multiply_many_rows(Scores& scores, int stage) const {
+    constexpr int kFragments = Tile::kFragments, kAll = Tile::kMaxRowBytes / 32, kAhead = 2;
+    static_assert(Tile::kScoreCols % 2 == 0, "four matrices at a time are two pieces of the columns");
+    const unsigned char* own_rows = row_tile + row_warp * kFragments * 16 * row_stride();
+    const unsigned char* own_columns = column_tile(stage) + col_warp * Tile::kScoreCols * 8 * row_stride();
+    const int row_offset = tile_offset(lane % 16, lane / 16, row_stride());
+    const int column_offset = tile_offset(lane % 8 + lane / 16 * 8, lane / 8 % 2, row_stride());
+    uint32_t of_rows[kAhead + 1][4], of_columns[2][Tile::kScoreCols / 2][4];
+    const auto fetch_rows = [&](int number) {
+      const int step = number / kFragments, f = number % kFragments;
+      ldmatrix_x4(of_rows[number % (kAhead + 1)],
+                  own_rows + f * 16 * row_stride() + offset_further(row_offset, 2 * step));
+    };
+    const auto fetch_columns = [&](int step) {
+#pragma unroll
+      for (int n = 0; n < Tile::kScoreCols; n += 2) {
+        ldmatrix_x4(of_columns[step % 2][n / 2],
+                    own_columns + n * 8 * row_stride() + offset_further(column_offset, 2 * step));
+      }
+    };
+    each_row<Tile>(
+        [&](int f, int half) { each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; }); });
+    fetch_columns(0);
+#pragma unroll
+    for (int number = 0; number < kAhead; ++number) fetch_rows(number);
+#pragma unroll
+    for (int number = 0; number < kAll * kFragments; ++number) {
+      const int step = number / kFragments, f = number % kFragments;
+      if (f == 0 && step + 1 < kAll) fetch_columns(step + 1);
+      if (number + kAhead < kAll * kFragments) fetch_rows(number + kAhead);
+#pragma unroll
+      for (int n = 0; n < Tile::kScoreCols; ++n) {
+        const uint32_t (&b)[4] = of_columns[step % 2][n / 2];
+        mma<T>(scores[f][n], of_rows[number % (kAhead + 1)], b[n % 2 * 2], b[n % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Tensor cores cut off what does not fit their sum, fp32 additions round: of two planes, the products of
+  // the high ones are added up outside of them, and the small ones by themselves.
+  template <int kUnroll>
+  __device__ __forceinline__ void multiply_some_rows(Scores& scores, int stage) const {
     // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
     constexpr bool kPairs = Tile::kScoreCols % 2 == 0;
     constexpr int kSteps = kPairs ? 1 : 2;
@@ -465,42 +514,10 @@ struct Engine {
         }
       }
     };
-    constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32;  // steps of the longest row
-    if constexpr (Tile::kFull && kPairs && kPlanes == 1 && Tile::kFragments > 2) {
-      // With so many rows the registers hold no second step: of the columns the next one is on the way, of
-      // the rows the next two fragments.
-      constexpr int kFragments = Tile::kFragments, kAhead = 2;
-      uint32_t of_rows[kAhead + 1][4], of_columns[2][Tile::kScoreCols / 2][4];
-      const auto fetch_rows = [&](int number) {
-        const int step = number / kFragments, f = number % kFragments;
-        ldmatrix_x4(of_rows[number % (kAhead + 1)], row_tile + step / 4 * 128 + f * 16 * row_stride() +
-                                                        offset_further(row_offset, step % 4 * 2));
-      };
-      const auto fetch_columns = [&](int step) {
-#pragma unroll
-        for (int n = 0; n < Tile::kScoreCols; n += 2) {
-          ldmatrix_x4(of_columns[step % 2][n / 2], own_columns + step / 4 * 128 + n * 8 * row_stride() +
-                                                       offset_further(column_offset, step % 4 * 2));
-        }
-      };
-      fetch_columns(0);
-#pragma unroll
-      for (int number = 0; number < kAhead; ++number) fetch_rows(number);
-#pragma unroll
-      for (int number = 0; number < kAll * kFragments; ++number) {
-        const int step = number / kFragments, f = number % kFragments;
-        if (f == 0 && step + 1 < kAll) fetch_columns(step + 1);
-        if (number + kAhead < kAll * kFragments) fetch_rows(number + kAhead);
-#pragma unroll
-        for (int n = 0; n < Tile::kScoreCols; ++n) {
-          const uint32_t (&b)[4] = of_columns[step % 2][n / 2];
-          mma<T>(scores[f][n], of_rows[number % (kAhead + 1)], b[n % 2 * 2], b[n % 2 * 2 + 1]);
-        }
-      }
-    } else if constexpr (Tile::kFull && kPairs) {
+    if constexpr (Tile::kFull && kPairs) {
       // The fragments of the next step are on the way while this one's are multiplied. Of two planes, more
       // would be on the way at once than there are registers, if the whole loop were unrolled.
-      constexpr int kUnrolled = kPlanes == 2 ? 4 : kAll;
+      constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32, kUnrolled = kPlanes == 2 ? 4 : kAll;
       Fragments<kSteps> fragments[2];
       fetch(fragments[0], 0, 0);
 #pragma unroll kUnrolled
@@ -884,7 +901,7 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
 template <class Params, int kPiece>
 __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params p) {
   SharedMemory memory;
-  uint64_t* keys = memory.take<uint64_t>(kTileKeys);
+  uint64_t* ranks = memory.take<uint64_t>(kTileKeys);  // with the anchors' places
   const int64_t tiles = (p.num_anchors + kTileKeys - 1) / kTileKeys;
   if (blockIdx.x >= tiles) {
     return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - tiles);
@@ -897,16 +914,16 @@ __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params 
   const int size = p.sort_keys == nullptr ? keys_to_sort(p.num_anchors) : kTileKeys;
   const auto rank_of = [](int label) { return label < 0 ? 0x80000000u : unsigned(label); };
   for (int i = int(threadIdx.x); i < size; i += kOrderThreads) {
-    keys[i] = first + i < p.num_anchors
-                  ? uint64_t(rank_of(p.anchor_labels[first + i])) << kTileBits | uint64_t(i)
-                  : ~uint64_t(0);
+    ranks[i] = first + i < p.num_anchors
+                   ? uint64_t(rank_of(p.anchor_labels[first + i])) << kTileBits | uint64_t(i)
+                   : ~uint64_t(0);
   }
-  sort_tile(keys, size);
+  sort_tile(ranks, size);
   for (int i = int(threadIdx.x); i < size; i += kOrderThreads) {
     if (p.sort_keys != nullptr) {
-      p.sort_keys[first + i] = keys[i];
+      p.sort_keys[first + i] = ranks[i];
     } else if (i < p.num_anchors) {
-      visit_anchor(p, i, int64_t(keys[i] % kTileKeys));
+      visit_anchor(p, i, int64_t(ranks[i] % kTileKeys));
     }
   }
 }

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) pool_sort_kernel(Pools p) {
   }
   int32_t* starts = p.starts + int64_t(blockIdx.x) * (p.pools + 1);
   for (int64_t pool = thread; pool <= p.pools; pool += kSortThreads) {
-    starts[pool] = lower_bound(keys, kChunk, uint64_t(pool) << kPoolShift);
+    starts[pool] = lower_bound(keys, 0, kChunk, uint64_t(pool) << kPoolShift);
   }
 }
 
@@ -205,7 +205,7 @@ __device__ __forceinline__ void select_pixels(const Pool& pool, int keep, const 
     if (mine < pool.chunks) {
       count = min(pool.size(mine), keep);
       // ~0 has no successor, and is no bound either.
-      if (threshold != ~uint64_t(0)) count = lower_bound(pool.segment(mine), count, threshold + 1);
+      if (threshold != ~uint64_t(0)) count = lower_bound(pool.segment(mine), 0, count, threshold + 1);
     }
     const int up_to = block_scan(count, memory.select.sums, total);
     memory.counts[thread] = count;

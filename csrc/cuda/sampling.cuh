@@ -27,7 +27,7 @@ struct Team {
   }
 };
 
-// Pixels of one class in one image; a whole warp calls it.
+// Pixels of one class in one image. A whole warp calls it, as its teams exchange what they found at once.
 __device__ __forceinline__ Sizes sizes_of(const Pool& hard, const Team& team) {
   Sizes sizes = {0, 0};
 #pragma unroll 8
@@ -43,7 +43,7 @@ __device__ __forceinline__ Sizes sizes_of(const Pool& hard, const Team& team) {
   return sizes;
 }
 
-// The first pixel in raster order of a class that has some in the image; a whole warp calls it.
+// The first pixel in raster order of a class that has some in the image; a whole warp calls it, likewise.
 __device__ __forceinline__ int64_t first_pixel(const Pool& hard, const Team& team) {
   const auto size_of = [&](int64_t chunk) {  // of both kinds
     return hard.starts[chunk * hard.stride + kKinds] - hard.first(chunk);

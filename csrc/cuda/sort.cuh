@@ -44,15 +44,15 @@ __device__ __forceinline__ int keys_to_sort(int64_t count) {
   return size;
 }
 
-// The first place in sorted keys where `key` could stand.
-__device__ __forceinline__ int lower_bound(const uint64_t* keys, int size, uint64_t key) {
-  int low = 0;
-  while (low < size) {
-    const int middle = (low + size) / 2;
-    if (keys[middle] < key) {
+// The first place from `low` on where `value` could stand in a sorted array that ends at `high`.
+template <class T, class Index>
+__device__ __forceinline__ Index lower_bound(const T* sorted, Index low, Index high, T value) {
+  while (low < high) {
+    const Index middle = (low + high) / 2;
+    if (sorted[middle] < value) {
       low = middle + 1;
     } else {
-      size = middle;
+      high = middle;
     }
   }
   return low;
@@ -66,7 +66,7 @@ __device__ __forceinline__ int64_t rank_in_tiles(const uint64_t* keys, int64_t t
   int64_t before = 0;
   for (int64_t tile = int(threadIdx.x) % kWarp; tile < tiles; tile += kWarp) {
     const uint64_t limit = (what + (tile < own)) << kTileBits;
-    before += tile == own ? place % kTileKeys : lower_bound(keys + tile * kTileKeys, kTileKeys, limit);
+    before += tile == own ? place % kTileKeys : lower_bound(keys + tile * kTileKeys, 0, kTileKeys, limit);
   }
   return warp_sum(before);
 }

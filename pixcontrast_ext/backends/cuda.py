@@ -250,22 +250,16 @@ def enqueue_write(
 
 @functools.lru_cache(maxsize=4096)
 def _cut(
-    device: torch.device,
-    of: str,
-    dtype: int,
-    full_float32: bool,
-    channels: int,
-    num_anchors: int,
-    num_keys: int,
+    device: torch.device, of: str, dtype: int, full_float32: bool, channels: int, *counts: int
 ) -> tuple[Any, int]:
-    """The tile of an InfoNCE pass on a device, of the "negatives", the "positives" or the "backward", and how many
-    blocks run at a time.
+    """The tile of an InfoNCE pass on a device, and how many blocks run at a time: of the "negatives" or the
+    "positives", where it depends on how many anchors and keys there are, or of the "backward".
     """
     tile_of = getattr(native.cuda_kernels, f"infonce_{of}_tile")
     if device.type == "cpu":  # emulated: enough for several splits of small problems
-        return tile_of(0, dtype, full_float32, channels, num_anchors, num_keys), 8
+        return tile_of(0, dtype, full_float32, channels, *counts), 8
     with torch.cuda.device(device):  # the module's runtime makes it the current one
-        tile = tile_of(device.index, dtype, full_float32, channels, num_anchors, num_keys)
+        tile = tile_of(device.index, dtype, full_float32, channels, *counts)
     # None at a time is for the launch to refuse, which says why.
     return tile, torch.cuda.get_device_properties(device).multi_processor_count * max(1, tile.resident)
 
@@ -341,7 +335,8 @@ def infonce_forward(
     tile, slots = _cut(anchors.device, "negatives", *how)
     row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
     splits = schedule.splits(row_tiles, key_tiles, slots, tile.columns)
-    _, positive_blocks = _cut(anchors.device, "positives", *how)
+    positives_tile, positive_blocks = _cut(anchors.device, "positives", *how)
+    assert positives_tile.piece == tile.piece, "both passes know labels by the same pieces"
     part_channels = -(-rows["channels"] // PLANE_CHANNELS) * PLANE_CHANNELS
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -398,8 +393,7 @@ def _infonce_backward(
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     full_float32 = schedule.full_float32(anchors.dtype)
     rows = _rows(anchors, None if keys is None else keys if num_rows else anchors[:1], full_float32)
-    how = (rows["rows_dtype"], full_float32, rows["channels"], num_anchors, num_rows)
-    tile, slots = _cut(anchors.device, "backward", *how)
+    tile, slots = _cut(anchors.device, "backward", rows["rows_dtype"], full_float32, rows["channels"])
     anchor_tiles = -(-num_anchors // tile.columns)
     splits = schedule.splits(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
     peak = None

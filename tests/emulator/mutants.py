@@ -216,6 +216,12 @@ MUTANTS = [
         "* 16 + half * 8 + group;",
         "* 16 + half + 2 * group;",
     ),
+    Mutant(
+        "wide tile reads the first stage only",
+        "infonce.cuh",
+        "const unsigned char* own_columns = column_tile(stage) + col_warp",
+        "const unsigned char* own_columns = column_tile(0) + col_warp",
+    ),
     Mutant("columns not transposed", "infonce.cuh", "ldmatrix_x4_trans(b,", "ldmatrix_x4(b,"),
     Mutant(
         "weights read where they would lie unswizzled",
