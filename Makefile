@@ -62,12 +62,12 @@ test-oldest-triton:
 # An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no
 # part in it.
 test-trainers: $(TRAINERS)/.installed  ## the loss inside of Lightning and transformers
-	$(TRAINERS)/bin/python setup.py --quiet build_ext --inplace
+	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(TRAINERS)/bin/python setup.py --quiet build_ext --inplace
 	PYTHONPATH=. PIXCONTRAST_TEST_BACKENDS=reference,cpu $(TRAINERS)/bin/python -m pytest tests/trainers
 
 # Without numpy, which only the trainer needs.
 test-oldest: $(OLDEST)/.installed  ## the loss with the oldest torch that is supported (5 GB)
-	$(OLDEST)/bin/python setup.py --quiet build_ext --inplace
+	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(OLDEST)/bin/python setup.py --quiet build_ext --inplace
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
