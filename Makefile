@@ -19,11 +19,11 @@ SHARE         ?= 8
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
-REST          := tests --ignore tests/trainer $(APART:%=--ignore %)
+REST          := tests --ignore tests/trainer --ignore tests/test_emulator.py $(APART:%=--ignore %)
 OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
+.PHONY: help demo test test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -37,13 +37,16 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 # (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
-	    test-rest test-triton test-training test-apart test-oldest-triton
+	    test-rest test-triton test-apart test-training test-emulator test-oldest-triton
 
 test-apart:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(APART)
 
 test-rest:
-	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(REST)
+	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(REST)
+
+test-emulator:
+	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests/test_emulator.py
 
 test-training:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer
