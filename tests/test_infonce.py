@@ -361,9 +361,9 @@ def test_tiles_of_every_width_and_device(
     monkeypatch.setattr(cuda, "_cut", lambda *how, cut=cuda._cut.__wrapped__: (cut(*how)[0], 1))
     code = native.DTYPE_CODES[dtype]
     if not ON_DEVICE:
-        tile = native.cuda_kernels.infonce_negatives_tile(0, code, True, channels, num_anchors, 333)
+        tile = native.cuda_kernels.infonce_negatives_tile(0, code, True, channels, num_anchors, 999)
         assert (tile.rows, tile.columns) == tile_of_negatives
-    anchors, anchor_labels, keys, key_labels = draw(num_anchors, 333, channels, 5, order=order, dtype=dtype)
+    anchors, anchor_labels, keys, key_labels = draw(num_anchors, 999, channels, 5, order=order, dtype=dtype)
     key_labels[64:96] = key_labels[160:224] = -1
     keys[key_labels < 0] = math.nan
     anchors[anchor_labels < 0] = math.nan
@@ -379,8 +379,7 @@ def test_tiles_of_every_width_and_device(
             terms, _ = reference.infonce_per_anchor(leaf, clean[1], clean[2].double(), clean[3], 0.1, True)
             (expected_grad,) = torch.autograd.grad(terms.sum(), leaf)
         assert error(loss, expected) <= 1e-6
-        # Of so few keys, roundings of bf16 weights average out less.
-        assert error(grad, expected_grad) <= 1.2 * weight_rounding("cuda", dtype)
+        assert error(grad, expected_grad) <= weight_rounding("cuda", dtype)
 
 
 # Blocks of the fused kernels hold 12 anchors, panels 32 keys or channels, words 2 channels of bf16.

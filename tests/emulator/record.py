@@ -230,9 +230,8 @@ def record(path: Path) -> int:
                 torch.set_float32_matmul_precision(precision)
                 _infonce(precision)
             _infonce_of_more_anchors_than_one_block_sorts()
-            cut = (
-                cuda._cut.__wrapped__
-            )  # not cached, as the device changes; one block walks over several tiles
+            # Not cached, as the device changes; and one block at a time walks over several tiles.
+            cut = cuda._cut.__wrapped__
             patch.setattr(cuda, "_cut", lambda *how: (cut(*how)[0], 1))
             _infonce_of_usual_widths()
     finally:
