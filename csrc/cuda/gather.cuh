@@ -69,36 +69,26 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_bwd_rows_kernel(GatherB
   if (lane == 0) p.row_pixels[row] = some ? index : -1;
 }
 
+// Writes a row and its pixel, -1 for none, to their place.
+__device__ __forceinline__ auto put_in_order(const GatherBackwardParams& p) {
+  return [&p](int64_t place, uint64_t pixel, int64_t row) {
+    p.sorted_pixels[place] = int64_t(pixel) - 1;
+    p.sorted_rows[place] = row;
+  };
+}
+
 // Sorts the rows by (pixel, row), those without a pixel first: all of them if they make one tile, else by
 // tiles.
 __global__ void __launch_bounds__(kSortThreads, 1) gather_bwd_sort_kernel(GatherBackwardParams p) {
   SharedMemory shared;
-  uint64_t* keys = shared.take<uint64_t>(kTileKeys);
-  const int64_t first = int64_t(blockIdx.x) * kTileKeys;
-  const int size = p.sort_keys == nullptr ? keys_to_sort(p.num_rows) : kTileKeys;
-  for (int i = int(threadIdx.x); i < size; i += kSortThreads) {
-    keys[i] = first + i < p.num_rows ? uint64_t(p.row_pixels[first + i] + 1) << kTileBits | uint64_t(i)
-                                     : ~uint64_t(0);
-  }
-  sort_tile(keys, size);
-  for (int i = int(threadIdx.x); i < size; i += kSortThreads) {
-    if (p.sort_keys != nullptr) {
-      p.sort_keys[first + i] = keys[i];
-    } else if (i < p.num_rows) {
-      p.sorted_pixels[i] = int64_t(keys[i] >> kTileBits) - 1;
-      p.sorted_rows[i] = int64_t(keys[i] % kTileKeys);
-    }
-  }
+  const auto key_of = [&p](int64_t row) { return p.row_pixels[row] + 1; };
+  sort_numbers(shared, blockIdx.x, p.num_rows, p.sort_keys, key_of, put_in_order(p));
 }
 
 // Puts the rows of several tiles where they belong, a warp per row.
 __global__ void __launch_bounds__(kRowThreads) gather_bwd_rank_kernel(GatherBackwardParams p, int64_t tiles) {
   const int64_t place = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
-  if (place >= p.num_rows) return;  // what fills up the last tile comes last in it
-  const int64_t rank = rank_in_tiles(p.sort_keys, tiles, place);
-  if (threadIdx.x % kWarp != 0) return;
-  p.sorted_pixels[rank] = int64_t(p.sort_keys[place] >> kTileBits) - 1;
-  p.sorted_rows[rank] = place / kTileKeys * kTileKeys + int64_t(p.sort_keys[place] % kTileKeys);
+  if (place < p.num_rows) emit_ranked(p.sort_keys, tiles, place, put_in_order(p));
 }
 
 // A tile of kWarp pixels and some channels per warp. Each lane looks up one pixel; then lanes are neighbours

@@ -900,8 +900,6 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
 // tiles. The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
 template <class Params, int kPiece>
 __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params p) {
-  SharedMemory memory;
-  uint64_t* ranks = memory.take<uint64_t>(kTileKeys);  // with the anchors' places
   const int64_t tiles = (p.num_anchors + kTileKeys - 1) / kTileKeys;
   if (blockIdx.x >= tiles) {
     return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - tiles);
@@ -910,32 +908,22 @@ __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params 
     const float scale = kLog2E / p.temperature;
     *p.score_scale = p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
   }
-  const int64_t first = int64_t(blockIdx.x) * kTileKeys;
-  const int size = p.sort_keys == nullptr ? keys_to_sort(p.num_anchors) : kTileKeys;
-  const auto rank_of = [](int label) { return label < 0 ? 0x80000000u : unsigned(label); };
-  for (int i = int(threadIdx.x); i < size; i += kOrderThreads) {
-    ranks[i] = first + i < p.num_anchors
-                   ? uint64_t(rank_of(p.anchor_labels[first + i])) << kTileBits | uint64_t(i)
-                   : ~uint64_t(0);
-  }
-  sort_tile(ranks, size);
-  for (int i = int(threadIdx.x); i < size; i += kOrderThreads) {
-    if (p.sort_keys != nullptr) {
-      p.sort_keys[first + i] = ranks[i];
-    } else if (i < p.num_anchors) {
-      visit_anchor(p, i, int64_t(ranks[i] % kTileKeys));
-    }
-  }
+  SharedMemory memory;
+  const auto rank_of_label = [&p](int64_t anchor) {
+    const int label = p.anchor_labels[anchor];
+    return label < 0 ? 0x80000000u : unsigned(label);
+  };
+  sort_numbers(memory, blockIdx.x, p.num_anchors, p.sort_keys, rank_of_label,
+               [&p](int64_t place, uint64_t, int64_t anchor) { visit_anchor(p, place, anchor); });
 }
 
 // Puts the anchors of several tiles where they belong, a warp per anchor.
 template <class Params>
 __global__ void __launch_bounds__(kOrderThreads) infonce_rank_kernel(Params p, int64_t tiles) {
   const int64_t place = (int64_t(blockIdx.x) * kOrderThreads + threadIdx.x) / kWarp;
-  if (place >= p.num_anchors) return;  // what fills up the last tile comes last in it
-  const int64_t rank = rank_in_tiles(p.sort_keys, tiles, place);
-  if (threadIdx.x % kWarp != 0) return;
-  visit_anchor(p, rank, place / kTileKeys * kTileKeys + int64_t(p.sort_keys[place] % kTileKeys));
+  if (place >= p.num_anchors) return;
+  emit_ranked(p.sort_keys, tiles, place,
+              [&p](int64_t rank, uint64_t, int64_t anchor) { visit_anchor(p, rank, anchor); });
 }
 
 // Of shared memory, in numbers; 128 bytes, as what follows is aligned to. What the warps leave there of one

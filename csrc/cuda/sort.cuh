@@ -71,4 +71,38 @@ __device__ __forceinline__ int64_t rank_in_tiles(const uint64_t* keys, int64_t t
   return warp_sum(before);
 }
 
+// Sorts 0 to count by key_of(i), of 54 bits, equals in their order; a block of kSortThreads for each tile. Of
+// one tile, where `tiles_of_keys` is null, it calls emit(place in the order, key, i); of several it leaves
+// the sorted keys there, [tiles, kTileKeys], for emit_ranked.
+template <class KeyOf, class Emit>
+__device__ __forceinline__ void sort_numbers(SharedMemory& memory, int64_t tile, int64_t count,
+                                             uint64_t* tiles_of_keys, KeyOf key_of, Emit emit) {
+  uint64_t* keys = memory.take<uint64_t>(kTileKeys);
+  const int64_t first = tile * kTileKeys;
+  const int size = tiles_of_keys == nullptr ? keys_to_sort(count) : kTileKeys;
+  for (int i = int(threadIdx.x); i < size; i += kSortThreads) {
+    keys[i] = first + i < count ? uint64_t(key_of(first + i)) << kTileBits | uint64_t(i) : ~uint64_t(0);
+  }
+  sort_tile(keys, size);
+  for (int i = int(threadIdx.x); i < size; i += kSortThreads) {
+    if (tiles_of_keys != nullptr) {
+      tiles_of_keys[first + i] = keys[i];
+    } else if (i < count) {
+      emit(int64_t(i), keys[i] >> kTileBits, int64_t(keys[i] % kTileKeys));
+    }
+  }
+}
+
+// Calls emit(place in the order, key, i) for what lies at `place` of the tiles that sort_numbers left, in the
+// first lane of the warp that calls it. What fills up the last tile comes last in it: places below `count`
+// do.
+template <class Emit>
+__device__ __forceinline__ void emit_ranked(const uint64_t* tiles_of_keys, int64_t tiles, int64_t place,
+                                            Emit emit) {
+  const int64_t rank = rank_in_tiles(tiles_of_keys, tiles, place);
+  if (threadIdx.x % kWarp != 0) return;
+  const uint64_t key = tiles_of_keys[place];
+  emit(rank, key >> kTileBits, place / kTileKeys * kTileKeys + int64_t(key % kTileKeys));
+}
+
 }  // namespace pxc::cuda
