@@ -120,10 +120,10 @@ MUTANTS = [
         "towards_factors[split] = 1.f;",
     ),
     Mutant(
-        "all tiles of pass 2 in one split",
+        "every split of pass 2 walks the first",
         "infonce.cuh",
-        "item.split = item.number / max(tiles, 1);",
-        "item.split = 0;",
+        "own, item.split, item.splits, engine.lane",
+        "own, 0, item.splits, engine.lane",
     ),
     Mutant(
         "a tile of two classes",
