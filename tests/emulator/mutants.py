@@ -145,9 +145,9 @@ MUTANTS = [
     ),
     Mutant(
         "return before a barrier",
-        "infonce.cuh",
-        "  const auto rank_of = [](int label)",
-        "  if (first + threadIdx.x >= p.num_anchors) return;\n  const auto rank_of = [](int label)",
+        "sort.cuh",
+        "  sort_tile(keys, size);\n",
+        "  if (first + threadIdx.x >= count) return;\n  sort_tile(keys, size);\n",
     ),
     Mutant(
         "shuffle under a condition",
