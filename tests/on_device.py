@@ -24,6 +24,8 @@ def _with_copies(start: Callable[[torch.device, Callable[[Any], Any]], None]) ->
     storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def moved(value: Any) -> Any:
+        if isinstance(value, tuple):  # a record
+            return type(value)(*map(moved, value))
         if not isinstance(value, Tensor):
             return value
         storage = value.untyped_storage()
@@ -55,7 +57,7 @@ def launch_cuda(kernel: str, device: torch.device, **fields: Any) -> None:
 
 def launch_triton(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """As `triton.launch.launch`, for tensors on the CPU or on the device."""
-    if any(isinstance(argument, Tensor) and argument.device.type == "cuda" for argument in arguments):
+    if any(tensor.device.type == "cuda" for tensor in launch.tensors_of(arguments)):
         return _launch_triton(kernel, grid, *arguments, **options)
     _with_copies(lambda _, moved: _launch_triton(kernel, grid, *map(moved, arguments), **options))
 

@@ -30,9 +30,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import compiled_code
-from pixcontrast_ext.backends import schedule
 from pixcontrast_ext.backends import triton as backend
-from pixcontrast_ext.backends.triton import infonce, launch
+from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.triton.infonce.operands import Sides
 
 ARCHS = (80, 90)
 WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
@@ -57,19 +57,41 @@ class Job:
     module: str
     kernel: str
     arch: int
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, Any], ...]  # a type, or a record of types
     constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]  # arguments that are multiples of 16
+    divisible: tuple[tuple[int, ...], ...]  # places of arguments that are multiples of 16
     num_warps: int
     num_stages: int
 
     @property
     def name(self) -> str:
         blocks = [f"{key}={value}" for key, value in self.constants if key.isupper()]
-        dtypes = [
-            kind for name, kind in self.signature if name in ("keys", "anchors", "rows", "embeddings", "map")
+        kinds = [
+            kind[0] if isinstance(kind, tuple) else kind for _, kind in self.signature if "*" in str(kind)
         ]
-        return " ".join([self.kernel, *dtypes[:1], *blocks, f"w{self.num_warps} s{self.num_stages}"])
+        odd = ["odd"] if self.odd else []
+        return " ".join([self.kernel, *kinds[:1], *odd, *blocks, f"w{self.num_warps} s{self.num_stages}"])
+
+    @property
+    def odd(self) -> bool:
+        """Whether InfoNCE's keys begin, or lie apart, by no multiple of 16 bytes."""
+        walk = dict(self.constants).get("WALK")
+        keys = (0, Sides._fields.index("keys"))
+        return walk is not None and (walk.channels.value % 8 != 0 or keys not in self.divisible)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop with products of tiles, as the machine code has it."""
+
+    instructions: int
+    products: int  # HGMMA or HMMA
+    begun: int  # groups of HGMMA: WARPGROUP.ARRIVE
+    copies: int  # LDGSTS of 16 bytes a thread
+    narrow: int  # LDGSTS of fewer
+    local: int  # loads from local memory
+    ahead: bool  # a copy is issued while products are in flight
+    overwritten: bool  # a register that a product in flight reads is written
 
 
 @dataclass(frozen=True)
@@ -77,10 +99,101 @@ class Code:
     registers: int
     stack: int
     shared: int
-    wgmma: int
-    mma: int
-    cp_async: int
-    cvt_rna: int
+    buffers: int  # of a tile of columns in shared memory, the fewest; 0: it is not copied asynchronously
+    replicated: bool  # several warps multiply the same
+    loops: tuple[Loop, ...]
+
+
+def _written(instruction: str) -> set[int]:
+    """Registers that a machine instruction writes, about: its first operand, by the width in its name."""
+    found = re.match(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+) (?:P\d+, )?R(\d+)\b", instruction)
+    if found is None or found[1].startswith(("ST", "RED", "LDGSTS", "BRA", "BAR", "DEPBAR")):
+        return set()
+    name, first = found[1], int(found[2])
+    width = (
+        4
+        if ".128" in name or ".x4" in name or ".M88.4" in name
+        else 2
+        if ".64" in name or "WIDE" in name
+        else 1
+    )
+    return set(range(first, first + width))
+
+
+def _overwritten(body: list[str]) -> bool:
+    """Whether a register that an HGMMA reads is written before the wait for it; a loop is walked twice."""
+    reads: set[int] = set()
+    for instruction in body + body:
+        found = re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", instruction)
+        if "WARPGROUP.DEPBAR" in instruction:
+            reads.clear()
+        elif found:
+            reads |= set(range(int(found[1]), int(found[1]) + 4))
+        elif "HGMMA" not in instruction and _written(instruction) & reads:
+            return True
+    return False
+
+
+def _ahead(body: list[str]) -> bool:
+    """Whether a copy stands between the last product of a loop and the wait for it, which may be in the next round."""
+    last = max(i for i, instruction in enumerate(body) if "MMA" in instruction)
+    for instruction in body[last:] + body:
+        if "LDGSTS" in instruction and ".128" in instruction:
+            return True
+        if "WARPGROUP.DEPBAR" in instruction:
+            return False
+    return False
+
+
+def loops_of(sass: str) -> tuple[Loop, ...]:
+    """The innermost loops with products."""
+    places: dict[int, int] = {}
+    program: list[str] = []
+    for address, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*?)\s*;", sass):
+        places[int(address, 16)] = len(program)
+        program.append(instruction)
+    spans = []
+    for end, instruction in enumerate(program):
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", instruction)
+        if target and places.get(int(target[1], 16), end + 1) < end:
+            spans.append((places[int(target[1], 16)], end + 1))
+    loops = []
+    for start, end in spans:
+        body = program[start:end]
+        inner = any(start <= a and b <= end and (a, b) != (start, end) for a, b in spans)
+        if inner or not any("MMA" in instruction for instruction in body):
+            continue
+        count = lambda text, body=body: sum(text in instruction for instruction in body)  # noqa: E731
+        wide = sum("LDGSTS" in x and ".128" in x for x in body)
+        loops.append(
+            Loop(
+                len(body),
+                count("MMA"),
+                count("WARPGROUP.ARRIVE"),
+                wide,
+                count("LDGSTS") - wide,
+                count("LDL"),
+                _ahead(body),
+                _overwritten(body),
+            )  # fmt: skip
+        )
+    return tuple(loops)
+
+
+def replicated(ttgir: str) -> bool:
+    """Whether the warps of a product cover more than its tile."""
+    layouts = {
+        name: (int(rows), int(columns))
+        for name, rows, columns in re.findall(
+            r"(#\w+) = #ttg.nvidia_mma<.*?warpsPerCTA = \[(\d+), (\d+)\]", ttgir
+        )
+    }
+    products = re.findall(r"(?:tt\.dot|warp_group_dot) .*?-> tensor<(\d+)x(\d+)xf32, (#\w+)>", ttgir)
+    return any(
+        16 * layouts[name][0] > int(rows) or 8 * layouts[name][1] > int(columns)
+        for rows, columns, name in products
+        if name in layouts
+    )
 
 
 def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Job:
@@ -89,19 +202,27 @@ def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str
     values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
     assert set(values) == set(names), f"{kernel.__name__}: {set(names) ^ set(values)}"
     signature, constants, divisible = {}, {}, []
-    for parameter in kernel.params:
+
+    def type_of(value: Any, path: tuple[int, ...], specialized: bool) -> Any:
+        if isinstance(value, tuple):  # a record
+            return type(value)(*(type_of(v, (*path, i), specialized) for i, v in enumerate(value)))
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16 == 0:
+                divisible.append(path)
+            return "*" + _TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and specialized:
+            divisible.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for place, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or (type(value) is int and value == 1 and specialized):
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            divisible.append(name)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                divisible.append(name)
+            signature[name] = type_of(value, (place,), specialized)
     return Job(
         kernel.fn.__module__,
         kernel.fn.__name__,
@@ -118,7 +239,7 @@ def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str
 def recording(arch: int) -> Iterator[dict[Job, None]]:
     """Within it, launches are written down instead of made, and devices are of `arch`."""
     jobs: dict[Job, None] = {}
-    before = launch.launch, launch.capability, launch.multiprocessors, infonce._splits
+    before = launch.launch, launch.capability, launch.multiprocessors
 
     def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         if 0 not in grid:
@@ -127,17 +248,15 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
     launch.launch = record
     launch.capability = lambda device: divmod(arch, 10)
     launch.multiprocessors = lambda device: MULTIPROCESSORS[arch]
-    infonce._splits = lambda device, rows, columns, resident, of_tile: schedule.splits(
-        rows, columns, MULTIPROCESSORS[arch] * resident, of_tile
-    )
     try:
         yield jobs
     finally:
-        launch.launch, launch.capability, launch.multiprocessors, infonce._splits = before
+        launch.launch, launch.capability, launch.multiprocessors = before
 
 
-def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008) -> None:
-    anchors, keys = torch.empty(a, channels, dtype=dtype), torch.empty(k, channels, dtype=dtype)
+def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, begin: int = 0) -> None:
+    """The passes over rows that begin so many numbers behind an aligned address."""
+    anchors, keys = (torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k))
     anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
     rows = [torch.ones(a) for _ in range(3)]
     count = torch.empty(a, dtype=torch.int32)
@@ -201,6 +320,10 @@ def smallest_jobs(arch: int) -> list[Job]:
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
     """Every configuration that ships for a device, for rows of these widths."""
     with recording(arch) as jobs:
+        if len(widths) > 1:
+            launch_infonce(torch.bfloat16, 65)
+            launch_infonce(torch.bfloat16, 256, begin=1)
+            launch_infonce(torch.float16, 64, a=4096)  # sorted in tiles
         for channels in widths:
             for dtype in (torch.bfloat16, torch.float16):
                 launch_infonce(dtype, channels)
@@ -224,7 +347,7 @@ def compile_job(job: Job) -> Code:
         kernel,
         signature=dict(job.signature),
         constexprs={(names.index(name),): value for name, value in job.constants},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in job.divisible},
+        attrs={place: [["tt.divisibility", 16]] for place in job.divisible},
     )
     options = dict(num_warps=job.num_warps, num_stages=job.num_stages, enable_fp_fusion=True)
     with warnings.catch_warnings():
@@ -234,16 +357,21 @@ def compile_job(job: Job) -> Code:
         file.write(compiled.asm["cubin"])
         file.flush()
         (used,) = compiled_code.resources(Path(file.name)).values()
+        sass = compiled_code.disassembly(Path(file.name), f"sm_{job.arch}{'a' if job.arch == 90 else ''}")
     (resources,) = used.values()
-    ptx = compiled.asm["ptx"]
+    buffers = [
+        int(count)
+        for count, rows, chunk in re.findall(
+            r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x(\d+)x(\d+)xb?f16", compiled.asm["ttgir"]
+        )
+    ]
     return Code(
         resources.registers,
         resources.stack,
         compiled.metadata.shared,
-        ptx.count("wgmma.mma_async"),
-        ptx.count("mma.sync"),
-        len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        ptx.count("cvt.rna.tf32"),
+        min(buffers, default=0),
+        replicated(compiled.asm["ttgir"]),
+        loops_of(sass),
     )
 
 
@@ -293,7 +421,7 @@ def main() -> None:
         table_path().write_text(text)
     if arguments.json:
         found = [
-            dict(arch=job.arch, name=job.name, kernel=job.kernel, **dataclasses.asdict(code))
+            dict(arch=job.arch, name=job.name, kernel=job.kernel, odd=job.odd, **dataclasses.asdict(code))
             for job, code in codes.items()
         ]
         arguments.json.write_text(json.dumps(dict(table=text, kernels=found)))

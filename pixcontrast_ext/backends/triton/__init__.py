@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import re
 
 import torch
 
 OLDEST = (3, 6)  # versions of Triton that are tested
+# Assemblers before this one let other values into registers that a wgmma, which sm_90 alone has, still reads
+# (triton-lang/triton#11781).
+SAFE_ASSEMBLER = (13, 3)
+ANY_ASSEMBLER = "PIXCONTRAST_TRITON_ANY_ASSEMBLER"
 MAX_CHANNELS = 512  # of an InfoNCE row
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = False  # set by tests: the kernels take CPU tensors
@@ -26,10 +31,28 @@ def _unavailable() -> str | None:
     return None
 
 
+def assembler(arch: int) -> str:
+    """The version of the ptxas that Triton calls for an architecture; TRITON_PTXAS_PATH and its like count."""
+    from triton.backends.nvidia import compiler
+
+    return str(compiler.get_ptxas(arch).version)
+
+
 @functools.cache
 def _unsupported_device(index: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
-    return None if major >= 8 else f"it needs a device of sm_80 or later, and this is sm_{major}{minor}"
+    if major < 8:
+        return f"it needs a device of sm_80 or later, and this is sm_{major}{minor}"
+    if major == 9 and os.environ.get(ANY_ASSEMBLER, "0") == "0":
+        version = assembler(90)
+        if tuple(map(int, version.split(".")[:2])) < SAFE_ASSEMBLER:
+            return (
+                f"on sm_90 it needs the ptxas of CUDA {'.'.join(map(str, SAFE_ASSEMBLER))} or later, and Triton"
+                f" {importlib.metadata.version('triton')} calls that of {version}, which overwrites what a product in"
+                " flight still reads; install triton 3.9 or later, or have TRITON_PTXAS_PATH name a newer ptxas"
+                f" ({ANY_ASSEMBLER}=1 takes any)"
+            )
+    return None
 
 
 def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -17,7 +20,36 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """Of the device; the interpreter does as if it had few, so that small problems have several splits."""
+    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def tensors_of(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors among arguments, and in records of them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors_of(argument)
+
+
+def _not_within_a_capture(*_: Any, fn: Any, **__: Any) -> None:
+    raise RuntimeError(
+        f"the Triton kernel {fn.name.rsplit('.', 1)[-1]} is not compiled yet, and a CUDA graph is being captured,"
+        " within which nothing can be; run the step once before the capture, at a step behind the warm-up and with"
+        " the dtypes, widths and options of the capture"
+    )
+
+
+@contextlib.contextmanager
+def _refusing_to_compile() -> Iterator[None]:
+    """Within a capture, loading a kernel fails with an error that names neither it nor the remedy."""
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = _not_within_a_capture
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -27,9 +59,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """
     if 0 in grid:
         return
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    device = next(tensors_of(arguments)).device
     if device.type != "cuda":  # interpreted
         kernel[grid](*arguments, **options)
         return
     with torch.cuda.device(device):
-        kernel[grid](*arguments, enable_fp_fusion=True, **options)
+        captures = torch.cuda.is_current_stream_capturing()
+        with _refusing_to_compile() if captures else contextlib.nullcontext():
+            kernel[grid](*arguments, enable_fp_fusion=True, **options)

@@ -1,0 +1,253 @@
+"""The backward: the gradient of the keys, and of anchors that are the keys both halves at once.
+
+Rows are keys, and columns are anchors, in their order: those that may be of the rows' classes lie side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.triton.infonce.operands import (
+    NO_LABEL,
+    add_weighted,
+    load_rows,
+    multiply_rows,
+    power_of_two,
+    prepare,
+    store_rows,
+    zeros,
+)
+from pixcontrast_ext.backends.triton.infonce.order import Terms, order_of
+from pixcontrast_ext.backends.triton.infonce.tiles import arithmetic, passes, scale_of
+from pixcontrast_ext.backends.triton.numerics import reciprocal
+
+_FINISH = dict(BLOCK=1024, num_warps=4)
+
+
+@triton.jit
+def load_terms(terms, place, inside):
+    lse = tl.load(terms.lse + place, mask=inside, other=float("inf"))
+    push = tl.load(terms.push + place, mask=inside, other=0.0)
+    pull = tl.load(terms.pull + place, mask=inside, other=0.0)
+    return Terms(lse, push, pull)
+
+
+@triton.jit
+def score_gradient(scores, lse, push, pull, positive, MASKED: tl.constexpr):
+    """ds of eq. (5), of a positive and of a negative."""
+    odds = tl.exp2(scores - lse)
+    gradient = push * odds
+    if MASKED:
+        gradient = tl.where(positive, -pull * reciprocal(1.0 + odds), gradient)
+    return gradient
+
+
+@triton.jit
+def labels_below(sorted_labels, count, label, BLOCK: tl.constexpr):
+    """How many of the sorted labels are below this one."""
+    below = 0
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        other = tl.load(sorted_labels + i, mask=i < count, other=-1)
+        below += tl.sum(((other >= 0) & (other < label)).to(tl.int32), 0)
+    return below
+
+
+class Rows(NamedTuple):
+    """A program's keys."""
+
+    row: Any  # Operand
+    label: Any
+    excluded: Any  # the anchor that is a row itself, or -1
+    terms: Any  # Terms; only if SYMMETRIC
+    first: Any  # chunk of the output
+
+
+@triton.jit
+def fold_gradient(
+    outputs, rows, sides, terms, tile, num_anchors, scale, weight_scale, MASKED: tl.constexpr,
+    SYMMETRIC: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of anchors to the output."""
+    place = tile * WALK.columns + tl.arange(0, WALK.columns)
+    inside = place < num_anchors
+    anchor = load_rows(sides.anchors, place, inside, rows.first, WALK, False)
+    others = load_terms(terms, place, inside)
+    scores = multiply_rows(rows.row, anchor, WALK) * scale
+    positive = inside[None, :]
+    if MASKED:
+        label = tl.load(sides.anchor_labels + place, mask=inside, other=-1)
+        positive = label[None, :] == rows.label[:, None]
+    weights = score_gradient(
+        scores, others.lse[None, :], others.push[None, :], others.pull[None, :], positive, MASKED
+    )
+    if SYMMETRIC:
+        own = rows.terms
+        weights += score_gradient(
+            scores, own.lse[:, None], own.push[:, None], own.pull[:, None], positive, MASKED
+        )
+    if MASKED:
+        index = place
+        if not SYMMETRIC:
+            index = tl.load(sides.order + place, mask=inside, other=0)
+        # An anchor that takes no part has factors of 0, its mirror may be anything.
+        itself = positive & (rows.excluded[:, None] == index[None, :])
+        weights = tl.where((label >= 0)[None, :] & (itself == 0), weights, 0.0)
+    return add_weighted(outputs, weights * weight_scale, anchor, sides.anchors.dtype.element_ty, WALK)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "exclude_self"])
+def infonce_bwd_keys_kernel(
+    sides,  # Sides; keys are the anchors, in their order, if SYMMETRIC
+    terms,  # Terms, in order
+    peak,  # [] largest weight, of which fp16 needs to know
+    grad_parts,  # [splits, K, channels] out
+    num_anchors,
+    num_keys,
+    exclude_self,
+    scale,
+    SYMMETRIC: tl.constexpr,
+    GUARDED: tl.constexpr,
+    WALK: tl.constexpr,
+):
+    place = tl.program_id(0) * WALK.rows + tl.arange(0, WALK.rows)
+    inside = place < num_keys
+    label = tl.load(sides.key_labels + place, mask=inside, other=-1)
+    first = tl.program_id(2) * WALK.out
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    own_terms = terms
+    index = place
+    if SYMMETRIC:
+        index = tl.load(sides.order + place, mask=inside, other=0)
+        own_terms = load_terms(terms, place, inside)
+    factor = 1.0
+    if WALK.in_planes:
+        factor = tl.load(sides.unscale)
+        scale *= factor * tl.load(sides.unscale + 1)
+    weight_scale = 1.0
+    if (
+        WALK.half
+    ):  # a power of two that takes the largest weight to 2^14 and below, near the top of fp16's range
+        exponent = tl.maximum(tl.load(peak).to(tl.int32, bitcast=True) >> 23, 17) - 127 - 13
+        weight_scale = power_of_two(-exponent)
+        factor *= power_of_two(exponent)
+    row = load_rows(sides.keys, place, label >= 0, first, WALK, GUARDED)
+    rows = Rows(row, label, tl.where(exclude_self != 0, place, -1), own_terms, first)
+
+    # Tiles of the rows' classes lie between begin and end; of all others, only the last may lack labels.
+    labelled = labels_below(sides.anchor_labels, num_anchors, NO_LABEL, 1024)
+    low = tl.min(tl.where(label < 0, NO_LABEL, label), 0)
+    high = tl.max(label, 0)
+    begin = labels_below(sides.anchor_labels, num_anchors, low, 1024) // WALK.columns
+    end = tl.cdiv(labels_below(sides.anchor_labels, num_anchors, high + 1, 1024), WALK.columns)
+    own = tl.maximum(end - begin, 0)
+    whole = labelled // WALK.columns
+    pure = whole - tl.minimum(own, tl.maximum(whole - begin, 0))
+    mixed = own + tl.where((labelled % WALK.columns != 0) & (end <= whole), 1, 0)
+    # A tile of rows without a label takes no part.
+    pure = tl.where(high < 0, 0, pure)
+    mixed = tl.where(high < 0, 0, mixed)
+    outputs = zeros(WALK)
+    for i in tl.range(split, pure, splits, disable_licm=not WALK.hoist):
+        tile = tl.where(i < begin, i, i + own)
+        outputs = fold_gradient(
+            outputs, rows, sides, terms, tile, num_anchors, scale, weight_scale, False, SYMMETRIC, WALK
+        )
+    for i in tl.range(split, mixed, splits, disable_licm=not WALK.hoist):
+        tile = tl.where(i < own, begin + i, whole)
+        outputs = fold_gradient(
+            outputs, rows, sides, terms, tile, num_anchors, scale, weight_scale, True, SYMMETRIC, WALK
+        )
+    # A row without a label takes no part, whatever the anchors hold.
+    shown = ()
+    for j in tl.static_range(WALK.out):
+        shown = shown + (tl.where((label >= 0)[:, None], outputs[j] * factor, 0.0),)
+    parts = split.to(tl.int64) * num_keys + index
+    store_rows(grad_parts, parts, inside, shown, first, WALK)
+
+
+@triton.jit(do_not_specialize=["splits", "size"])
+def infonce_bwd_finish_kernel(grad_parts, splits, size, grad, BLOCK: tl.constexpr):
+    """The second stage: adds the splits, in order."""
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part = grad_parts + elements
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, splits):
+        total += tl.load(part, mask=elements < size, other=0.0)
+        part += size
+    tl.store(grad + elements, total, mask=elements < size)
+
+
+def _backward(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor | None,  # None: the anchors themselves
+    key_labels: Tensor | None,
+    terms: Terms,
+    temperature: float,
+    exclude_self: bool,
+    grad: Tensor,
+) -> None:
+    num_anchors, num_rows = anchors.shape[0], grad.shape[0]
+    if num_rows == 0:
+        return
+    how = arithmetic(anchors.dtype)
+    *_, of = passes(anchors.device, how, anchors.shape[1])
+    row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
+    splits = schedule.splits(row_tiles, column_tiles, of.slots, of.columns)
+    peak = terms.lse.new_ones(())
+    if how.half and num_anchors:
+        peak = (terms.pull.abs() * terms.push.clamp(min=1)).amax() / temperature
+    order, sorted_labels, sorted_terms = order_of(anchor_labels, terms, temperature)
+    row_labels = sorted_labels if key_labels is None else key_labels
+    sides, guarded = prepare(anchors, order, sorted_labels, keys, row_labels, of)
+    grad_parts = grad if splits == 1 else grad.new_empty(splits, *grad.shape)
+    launch.launch(
+        infonce_bwd_keys_kernel,
+        (row_tiles, splits, of.beside),
+        *(sides, sorted_terms, peak, grad_parts),
+        *(num_anchors, num_rows, int(exclude_self), scale_of(temperature)),
+        SYMMETRIC=keys is None,
+        GUARDED=guarded,
+        WALK=of.walk,
+        **of.options,
+    )
+    if splits > 1:
+        grid = (triton.cdiv(grad.numel(), _FINISH["BLOCK"]),)
+        launch.launch(infonce_bwd_finish_kernel, grid, grad_parts, splits, grad.numel(), grad, **_FINISH)
+
+
+def infonce_backward_keys(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int32
+    neg_lse: Tensor,  # [A] float32
+    pos_weight: Tensor,  # [A] float32
+    grad_scale: Tensor,  # [A] float32, g / |P|
+    temperature: float,
+    exclude_self: bool,
+    key_grad: Tensor,  # [K, D] float32, out
+) -> None:
+    terms = Terms(neg_lse, pos_weight, grad_scale)
+    _backward(anchors, anchor_labels, keys, key_labels, terms, temperature, exclude_self, key_grad)
+
+
+def infonce_backward_symmetric(
+    anchors: Tensor,  # [A, D], the keys as well
+    anchor_labels: Tensor,  # [A] int32
+    neg_lse: Tensor,  # [A] float32
+    pos_weight: Tensor,  # [A] float32
+    grad_scale: Tensor,  # [A] float32, g / |P|
+    temperature: float,
+    exclude_self: bool,
+    anchor_grad: Tensor,  # [A, D] float32, out
+) -> None:
+    terms = Terms(neg_lse, pos_weight, grad_scale)
+    _backward(anchors, anchor_labels, None, None, terms, temperature, exclude_self, anchor_grad)

@@ -1,0 +1,445 @@
+"""The forward: the negatives of all anchors, then the positives of one class at a time, then both as one.
+
+A shift that is known before the walk needs neither a maximum nor a rescaling at every tile. It is the largest score of
+a few tiles of the walk. Whether it served shows in the sum that comes of it; where it did not, a second launch repeats
+the walk with a running maximum.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.triton.infonce.operands import (
+    NO_LABEL,
+    add_weighted,
+    load_rows,
+    multiply_rows,
+    prepare,
+    scaled,
+    store_rows,
+    zeros,
+)
+from pixcontrast_ext.backends.triton.infonce.order import order_of, plan_of
+from pixcontrast_ext.backends.triton.infonce.tiles import arithmetic, passes, scale_of
+from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LN2, log1p, reciprocal
+
+SAMPLED: tl.constexpr = tl.constexpr(
+    8
+)  # tiles of a walk, about, that its shift comes from; a quarter at most
+_FINISH = dict(ROWS=64 if INTERPRETED else 2, SPLITS=4, num_warps=4)
+
+
+class Parts(NamedTuple):
+    """What programs leave that share a walk, in the order of visits."""
+
+    shift: Any  # [splits, A] of the negatives, in log2 units
+    total: Any  # [splits, A] sums of exp2(score - shift)
+    away: Any  # [splits, A, channels] sums of exp2(score - shift) key
+    loss: Any  # [programs of the plan, A] of the positives, and so the rest
+    pos_weight: Any
+    pos_count: Any  # int32
+    towards: Any  # [*, A, channels] sums of sigma key times sigma_scale; not written without a positive
+
+
+class Outputs(NamedTuple):
+    """As the caller has them, in his order."""
+
+    loss: Any  # [A] eq. (3)
+    neg_lse: Any  # [A] eq. (1), natural units
+    pos_weight: Any  # [A] eq. (4)
+    pos_count: Any  # [A] int32
+    anchor_grad: Any  # [A, channels] eq. (6) for g = 1; only WITH_GRAD
+
+
+@triton.jit
+def scale_of_scores(sides, scale, WALK: tl.constexpr):
+    """From a product of operands to log2 units."""
+    if WALK.in_planes:
+        scale *= tl.load(sides.unscale) * tl.load(sides.unscale + 1)
+    return scale
+
+
+@triton.jit
+def sigma_scale(WALK: tl.constexpr):
+    """Times which weights of up to 1 are multiplied."""
+    return 16384.0 if WALK.half else 1.0
+
+
+@triton.jit
+def differ(column_labels, row_labels):
+    """Whether two labels differ and the columns' is one, [rows, columns]; the rows' must be."""
+    return (column_labels[None, :] ^ row_labels[:, None]) > 0
+
+
+@triton.jit
+def sampled_shift(
+    sides, plan, row, own, num_keys, listed, first, scale, WALK: tl.constexpr, GUARDED: tl.constexpr
+):
+    """The largest scores in a part of a walk, in log2 units; 0 where it has no negative."""
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    step = splits * tl.maximum(tl.cdiv(listed, SAMPLED * splits), 4)
+    largest = tl.full([WALK.rows], float("-inf"), tl.float32)
+    for i in tl.range(split, listed, step, num_stages=1):
+        column = tl.load(plan.columns + i) * WALK.columns + tl.arange(0, WALK.columns)
+        label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+        key = load_rows(sides.keys, column, label >= 0, first, WALK, GUARDED)
+        scores = tl.where(differ(label, own), multiply_rows(row, key, WALK), float("-inf"))
+        largest = tl.maximum(largest, tl.max(scores, 1))
+    return tl.where(largest == float("-inf"), 0.0, largest * scale)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "num_tiles"])
+def infonce_fwd_negatives_kernel(
+    sides,  # Sides
+    plan,  # Plan
+    parts,  # Parts, out
+    num_anchors,
+    num_keys,
+    num_tiles,
+    scale,
+    ONLINE: tl.constexpr,  # with a running maximum, where a shift did not serve
+    GUARDED: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    WALK: tl.constexpr,
+):
+    place = tl.program_id(0) * WALK.rows + tl.arange(0, WALK.rows)
+    inside = place < num_anchors
+    own = tl.load(sides.anchor_labels + place, mask=inside, other=-1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    part = split.to(tl.int64) * num_anchors + place
+    first = tl.program_id(2) * WALK.out
+    listed = tl.load(plan.counts + 2)
+    scale = scale_of_scores(sides, scale, WALK)
+    end = num_anchors
+    if ONLINE:
+        # Of weights of up to 1, or a little more: nothing overflowed, and nothing that matters vanished. All of fp16's
+        # lie below 2^16 together.
+        sums = tl.load(parts.total + part, mask=inside, other=0.0)
+        served = (sums >= 0.125) & (sums <= 60000.0) if WALK.half else (sums >= 2.0**-60) & (sums <= 2.0**100)
+        again = tl.max(((own >= 0) & (served == 0)).to(tl.int32), 0) > 0
+        listed = tl.where(again, listed, 0)
+        end = tl.where(again, num_anchors, 0)
+    row = load_rows(sides.anchors, place, inside, first, WALK, False)
+    shift = tl.full([WALK.rows], float("-inf"), tl.float32)
+    if not ONLINE:
+        shift = sampled_shift(sides, plan, row, own, num_keys, listed, first, scale, WALK, GUARDED)
+        shift += 2.0 if WALK.half else 0.0
+    total = tl.zeros([WALK.rows], tl.float32)
+    outputs = zeros(WALK)
+    own_low = tl.min(tl.where(own < 0, NO_LABEL, own), 0)
+    own_high = tl.max(own, 0)
+    # The index of a tile is loaded two visits ahead, and its labels one: the copy of its keys waits for neither.
+    tile = tl.load(plan.columns + split, mask=split < listed, other=0)
+    column = tile * WALK.columns + tl.arange(0, WALK.columns)
+    label = column
+    if GUARDED:
+        label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+    tile = tl.load(plan.columns + split + splits, mask=split + splits < listed, other=0)
+    for i in tl.range(split, listed, splits, disable_licm=not WALK.hoist):
+        key = load_rows(sides.keys, column, label >= 0, first, WALK, GUARDED)
+        here = column
+        column = tile * WALK.columns + tl.arange(0, WALK.columns)
+        if GUARDED:
+            label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+        tile = tl.load(plan.columns + i + 2 * splits, mask=i + 2 * splits < listed, other=0)
+        scores = multiply_rows(row, key, WALK)
+        low = tl.load(plan.columns + num_tiles + i)
+        high = tl.load(plan.columns + 2 * num_tiles + i)
+        if (low <= own_high) & (high >= own_low):
+            here_label = tl.load(sides.key_labels + here, mask=here < num_keys, other=-1)
+            scores = tl.where(differ(here_label, own), scores, float("-inf"))
+        if ONLINE:
+            largest = tl.maximum(shift, tl.max(scores, 1) * scale - (7.0 if WALK.half else 0.0))
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            rescale = tl.exp2(shift - base)
+            total *= rescale
+            if WITH_GRAD:
+                outputs = scaled(outputs, rescale, WALK)
+            shift = largest
+        else:
+            base = shift
+        weights = tl.exp2(scores * scale - base[:, None])
+        total += tl.sum(weights, 1)
+        if WITH_GRAD:
+            outputs = add_weighted(outputs, weights, key, sides.anchors.dtype.element_ty, WALK)
+    if WITH_GRAD:
+        store_rows(parts.away, part, place < end, outputs, first, WALK)
+    end = tl.where(first == 0, end, 0)
+    tl.store(parts.shift + part, shift, mask=place < end)
+    tl.store(parts.total + part, total, mask=place < end)
+
+
+@triton.jit
+def load_negatives(parts, part, present):
+    """The sums of splits and their shifts: -inf for one that has met no negative."""
+    total = tl.load(parts.total + part, mask=present, other=0.0)
+    shift = tl.load(parts.shift + part, mask=present & (total != 0.0), other=float("-inf"))
+    return total, shift
+
+
+@triton.jit
+def factor_of(part_shift, shift):
+    """What a split is multiplied by. One without a shift has met no negative, or NaN only, which a maximum passes
+    over.
+    """
+    return tl.where(part_shift == float("-inf"), 1.0, tl.exp2(part_shift - shift))
+
+
+@triton.jit
+def combine(parts, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
+    """The splits of anchors' negatives as one: the shift, and the sum of exp2(score - shift)."""
+    shift = tl.full(place.shape, float("-inf"), tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)[:, None]
+        part = split.to(tl.int64) * num_anchors + place[None, :]
+        _, part_shift = load_negatives(parts, part, (split < splits) & inside[None, :])
+        shift = tl.maximum(shift, tl.max(part_shift, 0))
+    total = tl.zeros(place.shape, tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)[:, None]
+        part = split.to(tl.int64) * num_anchors + place[None, :]
+        part_total, part_shift = load_negatives(parts, part, (split < splits) & inside[None, :])
+        total += tl.sum(part_total * factor_of(part_shift, shift[None, :]), 0)
+    return shift, total
+
+
+@triton.jit
+def tiles_of_class(ranges, num_tiles, label, BLOCK: tl.constexpr):
+    """The tiles of columns between which all keys of a class lie: its own, where keys are grouped by class."""
+    begin = num_tiles
+    end = 0
+    for first in range(0, num_tiles, BLOCK):
+        tile = first + tl.arange(0, BLOCK)
+        low = tl.load(ranges + tile, mask=tile < num_tiles, other=NO_LABEL)
+        high = tl.load(ranges + num_tiles + tile, mask=tile < num_tiles, other=-1)
+        met = (low <= label) & (high >= label)
+        begin = tl.minimum(begin, tl.min(tl.where(met, tile, num_tiles), 0))
+        end = tl.maximum(end, tl.max(tl.where(met, tile + 1, 0), 0))
+    return begin, end
+
+
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "num_tiles", "splits", "exclude_self"])
+def infonce_fwd_positives_kernel(
+    sides,  # Sides
+    plan,  # Plan
+    parts,  # Parts; out, but those of the negatives
+    num_anchors,
+    num_keys,
+    num_tiles,
+    splits,  # of the negatives
+    exclude_self,
+    scale,
+    IN_ORDER: tl.constexpr,  # keys are the anchors, in their order
+    PIECES: tl.constexpr,  # tiles of these columns in one of the plan's
+    GUARDED: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    WALK: tl.constexpr,
+):
+    """Tiles of anchors of one class, with what may be keys of it. A program does one after the other."""
+    first = tl.program_id(1) * WALK.out
+    scale = scale_of_scores(sides, scale, WALK)
+    class_tiles = tl.load(plan.counts)
+    sharing = tl.load(plan.counts + 1)
+    for item in tl.range(tl.program_id(0), class_tiles * sharing, tl.num_programs(0), num_stages=1):
+        split = item // class_tiles
+        begin = tl.load(plan.class_tiles + item % class_tiles)
+        own = tl.load(sides.anchor_labels + begin)
+        place = begin + tl.arange(0, WALK.rows)
+        inside = tl.load(sides.anchor_labels + place, mask=place < num_anchors, other=-1) == own
+        excluded = tl.where(exclude_self != 0, place, -1)
+        if not IN_ORDER:
+            end = tl.where(exclude_self != 0, num_anchors, 0)
+            excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
+        shift, total = combine(parts, splits, num_anchors, place, inside, 16)
+        neg_lse = shift + tl.log2(total)
+        # Rows behind the last may be another tile's, or none.
+        row = load_rows(sides.anchors, tl.where(inside, place, begin), inside, first, WALK, False)
+        loss = tl.zeros([WALK.rows], tl.float32)
+        pos_weight = tl.zeros([WALK.rows], tl.float32)
+        of_class = tl.zeros([WALK.columns], tl.int32)
+        outputs = zeros(WALK)
+        low, high = tiles_of_class(plan.ranges, num_tiles, own, 512)
+        # All rows have as many positives, but for those that meet themselves.
+        since = excluded // WALK.columns - low * PIECES
+        met = (excluded >= 0) & (excluded < num_keys) & (since % sharing == split)
+        met = met & (since >= 0) & (since < (high - low) * PIECES)
+        met = met & (tl.load(sides.key_labels + excluded, mask=met, other=-1) == own)
+        column = (low * PIECES + split) * WALK.columns + tl.arange(0, WALK.columns)
+        label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+        for _ in tl.range(low * PIECES + split, high * PIECES, sharing, disable_licm=not WALK.hoist):
+            key = load_rows(sides.keys, column, label >= 0, first, WALK, GUARDED)
+            here, here_label = column, label
+            column += sharing * WALK.columns
+            label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+            scores = multiply_rows(row, key, WALK)
+            positive = (here_label == own)[None, :] & (here[None, :] != excluded[:, None])
+            margin = neg_lse[:, None] - scores * scale
+            odds = tl.exp2(-tl.abs(margin))
+            sigma = tl.where(margin >= 0, 1.0, odds) * reciprocal(1.0 + odds)
+            sigma = tl.where(positive, sigma, 0.0)
+            pair_loss = LN2 * tl.maximum(margin, 0.0) + log1p(odds)
+            loss += tl.sum(tl.where(positive, pair_loss, 0.0), 1)
+            pos_weight += tl.sum(sigma, 1)
+            of_class += (here_label == own).to(tl.int32)
+            if WITH_GRAD:
+                weights = sigma * sigma_scale(WALK)
+                outputs = add_weighted(outputs, weights, key, sides.anchors.dtype.element_ty, WALK)
+        pos_count = tl.sum(of_class, 0) - met.to(tl.int32)
+        part = split.to(tl.int64) * num_anchors + place
+        written = inside & (place < tl.where(first == 0, num_anchors, 0))
+        tl.store(parts.loss + part, loss, mask=written)
+        tl.store(parts.pos_weight + part, pos_weight, mask=written)
+        tl.store(parts.pos_count + part, pos_count, mask=written)
+        if WITH_GRAD:
+            store_rows(parts.towards, part, inside & (pos_count > 0), outputs, first, WALK)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "splits"])
+def infonce_fwd_finish_kernel(
+    sides,  # Sides
+    plan,  # Plan
+    parts,  # Parts
+    outs,  # Outputs, out
+    num_anchors,
+    splits,
+    inv_temperature,
+    WITH_GRAD: tl.constexpr,
+    WALK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The second stage: adds up what was left of anchors, in order, and puts it where the caller has them."""
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < num_anchors
+    labelled = tl.load(sides.anchor_labels + place, mask=inside, other=-1) >= 0
+    index = tl.load(sides.order + place, mask=inside, other=0)
+    shift, total = combine(parts, splits, num_anchors, place, inside, SPLITS)
+    sharing = tl.load(plan.counts + 1)
+    loss = tl.zeros([ROWS], tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    pos_count = tl.zeros([ROWS], tl.int32)
+    for first in range(0, sharing, SPLITS):
+        split = first + tl.arange(0, SPLITS)[None, :]
+        part = split.to(tl.int64) * num_anchors + place[:, None]
+        present = labelled[:, None] & (split < sharing)
+        loss += tl.sum(tl.load(parts.loss + part, mask=present, other=0.0), 1)
+        weight += tl.sum(tl.load(parts.pos_weight + part, mask=present, other=0.0), 1)
+        pos_count += tl.sum(tl.load(parts.pos_count + part, mask=present, other=0), 1)
+    contrasts = labelled & (pos_count > 0)
+    count = tl.maximum(pos_count, 1).to(tl.float32)
+    lse = tl.where(labelled, (shift + tl.log2(total)) * LN2, float("-inf"))
+    tl.store(outs.loss + index, tl.where(contrasts, loss / count, 0.0), mask=inside)
+    tl.store(outs.neg_lse + index, lse, mask=inside)
+    tl.store(outs.pos_weight + index, tl.where(contrasts, weight, 0.0), mask=inside)
+    tl.store(outs.pos_count + index, tl.where(contrasts, pos_count, 0), mask=inside)
+    if WITH_GRAD:
+        push = tl.where(total == 0.0, 0.0, weight / total)
+        factor = inv_temperature / count
+        if WALK.in_planes:
+            factor *= tl.load(sides.unscale + 1)
+        for start in tl.range(0, WALK.channels, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            row = (d < WALK.channels)[None, None, :]
+            away = tl.zeros([ROWS, BLOCK], tl.float32)
+            towards = tl.zeros([ROWS, BLOCK], tl.float32)
+            for first in range(0, splits, SPLITS):
+                split = first + tl.arange(0, SPLITS)[None, :]
+                part = split.to(tl.int64) * num_anchors + place[:, None]
+                part_total, part_shift = load_negatives(parts, part, contrasts[:, None] & (split < splits))
+                lines = parts.away + part[:, :, None] * WALK.channels + d[None, None, :]
+                share = tl.load(lines, mask=(part_total != 0.0)[:, :, None] & row, other=0.0)
+                away += tl.sum(share * factor_of(part_shift, shift[:, None])[:, :, None], 1)
+            for first in range(0, sharing, SPLITS):
+                split = first + tl.arange(0, SPLITS)[None, :]
+                part = split.to(tl.int64) * num_anchors + place[:, None]
+                present = contrasts[:, None] & (split < sharing)
+                present = tl.load(parts.pos_count + part, mask=present, other=0) > 0
+                lines = parts.towards + part[:, :, None] * WALK.channels + d[None, None, :]
+                towards += tl.sum(tl.load(lines, mask=present[:, :, None] & row, other=0.0), 1)
+            grad = (push[:, None] * away - towards / sigma_scale(WALK)) * factor[:, None]
+            lines = outs.anchor_grad + index.to(tl.int64)[:, None] * WALK.channels + d[None, :]
+            written = inside[:, None] & (d < WALK.channels)[None, :]
+            tl.store(lines, tl.where(contrasts[:, None], grad, 0.0), mask=written)
+
+
+def infonce_forward(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    keys: Tensor,  # [K, D]
+    key_labels: Tensor,  # [K] int32
+    temperature: float,
+    exclude_self: bool,
+    loss: Tensor,  # [A] float32, out
+    neg_lse: Tensor,  # [A] float32, out
+    pos_weight: Tensor,  # [A] float32, out
+    pos_count: Tensor,  # [A] int32, out
+    anchor_grad: Tensor | None,  # [A, D] float32, out
+) -> None:
+    (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
+    if num_anchors == 0:
+        return
+    in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
+        key_labels.data_ptr() == anchor_labels.data_ptr()
+    )
+    negatives, positives, _ = passes(anchors.device, arithmetic(anchors.dtype), channels)
+    row_tiles, num_tiles = triton.cdiv(num_anchors, negatives.rows), triton.cdiv(num_keys, negatives.columns)
+    splits = schedule.splits(row_tiles, num_tiles, negatives.slots, negatives.columns)
+    fewest = schedule.fewest_splits(num_tiles, negatives.columns)
+    pieces = negatives.columns // positives.columns
+    most = max(fewest, min(positives.slots // triton.cdiv(num_anchors, positives.rows), num_tiles * pieces))
+
+    order, sorted_labels, _ = order_of(anchor_labels)
+    if in_batch:
+        key_labels = sorted_labels
+    ranges = sorted_labels.new_empty(3, num_tiles)
+    sides, guarded = prepare(
+        anchors, order, sorted_labels, None if in_batch else keys, key_labels, negatives, ranges
+    )
+    plan = plan_of(sorted_labels, ranges, positives.rows, positives.slots, fewest, most)
+    with_grad = anchor_grad is not None
+    shift, total = loss.new_empty(2, splits, num_anchors)
+    part_loss, part_weight, part_count = loss.new_empty(3, most, num_anchors)
+    away = loss.new_empty(splits, num_anchors, channels) if with_grad else loss
+    towards = loss.new_empty(most, num_anchors, channels) if with_grad else loss
+    parts = Parts(shift, total, away, part_loss, part_weight, part_count.view(torch.int32), towards)
+    outs = Outputs(loss, neg_lse, pos_weight, pos_count, loss if anchor_grad is None else anchor_grad)
+    sizes, scale = (num_anchors, num_keys, num_tiles), scale_of(temperature)
+    for online in (False, True):
+        launch.launch(
+            infonce_fwd_negatives_kernel,
+            (row_tiles, splits, negatives.beside if with_grad else 1),
+            *(sides, plan, parts, *sizes, scale),
+            ONLINE=online,
+            GUARDED=guarded,
+            WITH_GRAD=with_grad,
+            WALK=negatives.walk,
+            **negatives.options,
+        )
+    launch.launch(
+        infonce_fwd_positives_kernel,
+        (min(positives.slots, num_anchors * most), positives.beside if with_grad else 1),
+        *(sides, plan, parts, *sizes, splits, int(exclude_self), scale),
+        IN_ORDER=in_batch,
+        PIECES=pieces,
+        GUARDED=guarded,
+        WITH_GRAD=with_grad,
+        WALK=positives.walk,
+        **positives.options,
+    )
+    launch.launch(
+        infonce_fwd_finish_kernel,
+        (triton.cdiv(num_anchors, _FINISH["ROWS"]),),
+        *(sides, plan, parts, outs, num_anchors, splits, 1.0 / temperature),
+        WITH_GRAD=with_grad,
+        WALK=positives.walk,
+        BLOCK=max(16, triton.next_power_of_2(min(channels, 256))),
+        **_FINISH,
+    )
