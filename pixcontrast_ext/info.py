@@ -9,14 +9,19 @@ import torch
 
 import pixcontrast_ext
 from pixcontrast_ext import backends
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import native, triton
 
 
-def triton_version() -> str | None:
+def triton_version() -> str:
+    """With that of the assembler which it calls for Hopper."""
     try:
-        return importlib.metadata.version("triton")
+        version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "not installed"
+    try:
+        return f"{version}, with ptxas {triton.assembler(90)}"
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return f"{version}, without an assembler: {error}"
 
 
 def report() -> str:
@@ -27,7 +32,7 @@ def report() -> str:
         ("pixcontrast_ext", pixcontrast_ext.__version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("triton", triton_version() or "not installed"),
+        ("triton", triton_version()),
     ]
     if native.unavailable:
         lines.append(("native module", native.unavailable))

@@ -224,6 +224,37 @@ class PixelContrastLoss(nn.Module):
         )
         return (loss, self._parts(contrast, anchor_labels)) if return_parts else loss
 
+    def warm_up(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> None:
+        """Compile and load all kernels that a training step on such tensors takes, InfoNCE and its gradient included.
+
+        For those who cannot wait later, as within the capture of a CUDA graph. A step is taken on a copy of the
+        embeddings; bank, warm-up and random numbers are as before. In a distributed job every rank has to call it.
+
+        Args:
+            embeddings, labels, predictions: see `forward`.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        modes = [(module, module.training) for module in self.modules()]
+        watch, self._watch = self._watch, ClassWatch(self.num_classes, self.ignore_index, 0)
+        drawn = None if self._stream is None else self._stream.generator.get_state()
+        devices = [embeddings.device] if embeddings.is_cuda else []
+        try:
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                self.train()
+                self(embeddings.detach().clone().requires_grad_(), labels, predictions).backward()
+        finally:
+            self._watch = watch
+            for module, training in modes:
+                module.training = training
+            if self._stream is not None and drawn is not None:
+                self._stream.generator.set_state(drawn)
+            with torch.no_grad():
+                for name, buffer in self.named_buffers():
+                    buffer.copy_(before[name])
+
     def _step(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A whole call, with labels at the size of the embeddings: the loss, the same without its weight, and the
         labels of the anchors.
@@ -516,6 +547,10 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         if not return_parts:
             return loss
         return loss, {"cross_entropy": cross_entropy.detach(), **contrast._parts(unweighted, anchor_labels)}
+
+    def warm_up(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> None:
+        """As `PixelContrastLoss.warm_up`."""
+        self.contrast.warm_up(embeddings, labels, logits)
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the pixels that count; 0 if there are none."""

@@ -362,6 +362,35 @@ def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(backend):
     assert criterion.step == 2
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_warming_up_leaves_no_trace(quick_backend, training):
+    """It takes a step; bank, warm-up, modes, random numbers and the caller's tensors do not show it."""
+    bank = MemoryBank(3, 5, region_slots=4, pixel_slots=9, process_group=None)
+    generator = torch.Generator().manual_seed(3)
+    settings = dict(warmup_steps=2, bank=bank, generator=generator, backend=quick_backend)
+    criterion = PixelContrastLoss(3, max_samples=30, max_views=9, min_pixels=1, **settings)
+    embeddings = torch.randn(2, 5, 8, 9, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 8, 9))
+    criterion(embeddings, labels, labels)
+    criterion.train(training)
+    before = copy.deepcopy(criterion.state_dict())
+    states = generator.get_state(), torch.get_rng_state(), criterion._watch.batches
+    with torch.no_grad():
+        criterion.warm_up(embeddings, labels, labels)
+    assert embeddings.grad is None
+    assert (criterion.training, bank.training) == (training, training)
+    assert torch.equal(generator.get_state(), states[0]) and torch.equal(torch.get_rng_state(), states[1])
+    assert criterion._watch.batches == states[2]
+    for name, buffer in criterion.state_dict().items():
+        assert torch.equal(buffer, before[name]), name
+    summed = PixelContrastCrossEntropyLoss(3, bank=bank, backend=quick_backend)
+    summed.warm_up(torch.randn(2, 3, 4, 5), embeddings, labels)
+    with pytest.raises(ValueError, match="do not fit"):
+        criterion.warm_up(embeddings, labels[:1], labels)
+    for name, buffer in criterion.state_dict().items():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(quick_backend):
     embeddings, labels, logits = batch()
     entropy = F.cross_entropy(logits, labels, ignore_index=255)

@@ -19,8 +19,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from conftest import BACKENDS, ON_DEVICE
-from pixcontrast_ext import MemoryBank, backends, gather_embeddings, hard_anchor_sampling, infonce
+from conftest import BACKENDS, ON_DEVICE, SHARE
+from pixcontrast_ext import (
+    MemoryBank,
+    PixelContrastLoss,
+    backends,
+    gather_embeddings,
+    hard_anchor_sampling,
+    infonce,
+)
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch, numerics
 from pixcontrast_ext.backends.triton.infonce import operands, order, tiles
@@ -195,6 +202,29 @@ def test_launches_do_not_depend_on_the_data(monkeypatch, batch):
     loss = counted("infonce", lambda: infonce(anchors, sample.labels, *bank.flat(), **contrast))
     counted("backward", loss.backward)
     assert counts == {"sampling": 5, "gather": 1, "enqueue": 6, "infonce": 8, "backward": 3}
+
+
+def test_warming_up_launches_what_a_step_behind_the_warm_up_does(monkeypatch):
+    """With the same constants, so that nothing is left to compile."""
+    bank = MemoryBank(3, 5, region_slots=2, pixel_slots=9, process_group=None)
+    settings = dict(max_samples=30, max_views=9, min_pixels=1, backend="triton")
+    criterion = PixelContrastLoss(3, bank=bank, warmup_steps=1, **settings)
+    embeddings, labels = torch.randn(2, 5, 9, 8), torch.randint(0, 3, (2, 9, 8))
+    launched: list[Any] = []
+    make = launch.launch
+
+    def noted(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        types = [getattr(value, "dtype", type(value)) for value in arguments]
+        launched.append((kernel.fn.__name__, str(types), str(options)))
+        make(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(launch, "launch", noted)
+    criterion.warm_up(embeddings, labels, labels)
+    compiled = set(launched)
+    launched.clear()
+    for _ in range(2):
+        criterion(embeddings.clone().requires_grad_(), labels, labels).backward()
+    assert launched and set(launched) <= compiled
 
 
 @pytest.mark.parametrize("kind", sorted(tiles.TILES))
@@ -382,17 +412,29 @@ def rows_of(kind: str, count: int, channels: int) -> Tensor:
 @pytest.mark.skipif(ON_DEVICE, reason="it replaces the interpreter's products")
 @pytest.mark.parametrize(
     ("kind", "keys"),
-    [("random", 20_000), ("near-identical", 20_000), ("badly scaled", 20_000), ("clustered", 190_000)],
+    [
+        ("random", 20_000),
+        ("near-identical", 20_000),
+        ("badly scaled", 20_000),
+        ("clustered", 190_000 if SHARE == 1 else 20_000),
+    ],
 )
 def test_fp32_keeps_its_accuracy_where_sums_are_cut_off(monkeypatch, kind, keys):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", truncating_dot)
     scale = 3e4**2 if kind == "badly scaled" else 1.0
     anchors, bank = rows_of(kind, 48, 64), rows_of(kind, keys, 64)
     labels, key_labels = torch.arange(48) * 7 // 48, torch.arange(keys) * 7 // keys
-    found, expected = [], []
-    for backend, into, dtype in (("triton", found, torch.float32), ("reference", expected, torch.float64)):
+
+    def solved(backend: str, dtype: torch.dtype) -> list[Tensor]:
         a = anchors.to(dtype).requires_grad_()
         loss = infonce(a, labels, bank.to(dtype), key_labels, temperature=0.1 * scale, backend=backend)
-        into += [loss.detach(), *torch.autograd.grad(loss, a)]
-    for ours, exact, bar in zip(found, expected, (1e-6, 2e-6), strict=True):
-        assert (ours.double() - exact).norm() <= bar * exact.norm()
+        return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, a))]
+
+    exact = solved("reference", torch.float64)
+    # The gradient of rows that are nearly alike is a difference of sums that nearly cancel, of which plain fp32 knows
+    # less.
+    plain = solved("reference", torch.float32)
+    for ours, fp32, right, bar in zip(
+        solved("triton", torch.float32), plain, exact, (1e-6, 2e-6), strict=True
+    ):
+        assert (ours - right).norm() <= max(bar * right.norm(), (fp32 - right).norm())

@@ -289,6 +289,15 @@ class _Run:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed")
+        if (
+            step == self.start
+            and images.is_cuda
+            and isinstance(self.criterion, PixelContrastCrossEntropyLoss)
+        ):
+            self.criterion.warm_up(
+                logits, embeddings, labels
+            )  # else kernels are compiled within measured steps
+            self.memory.restart()
         loss, parts = self.criterion(logits, embeddings, labels, return_parts=True)
         total, auxiliary = loss, None
         if "aux" in outputs:
