@@ -336,18 +336,21 @@ def test_positives_visit_their_own_class_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("above", [3.0, 12.0, 20.0, 90.0, 130.0, 1000.0])
-def test_a_shift_that_did_not_serve_is_mended(dtype, above):
-    """One key, which no sample sees, scores so many powers of two above all others."""
-    anchors = torch.zeros(40, 64)
+@pytest.mark.parametrize("above", [3.0, 20.0, 130.0, 1000.0])
+@pytest.mark.parametrize("channels", [64, 300])
+def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
+    """One key, which no sample sees, scores so many powers of two above all others. Of 300 channels several programs
+    add up their own, and none may take what another has mended for what served.
+    """
+    anchors = torch.zeros(40, channels)
     anchors[:, 0] = 1
-    keys = torch.zeros(5000, 64)
-    keys[:, 0], keys[:, 1:] = 1.0, torch.randn(5000, 63) * 0.1
-    keys[1234, 0] = 2.0
+    keys = torch.zeros(800, channels)
+    keys[:, 0], keys[:, 1:] = 1.0, torch.randn(800, channels - 1) * 0.1
+    keys[700, 0] = 2.0
     temperature = 1.4427 / above
     anchor_labels, key_labels = (
         torch.arange(40, dtype=torch.int32) % 3,
-        torch.arange(5000, dtype=torch.int32) % 4,
+        torch.arange(800, dtype=torch.int32) % 4,
     )
     found, expected = [], []
     for backend, into, rows in (("triton", found, dtype), ("reference", expected, torch.float64)):
@@ -357,6 +360,64 @@ def test_a_shift_that_did_not_serve_is_mended(dtype, above):
     bar = 1e-5 if dtype == torch.float32 else 1e-2  # all weights of 16 bits are off alike
     for ours, exact in zip(found, expected, strict=True):
         assert (ours.double() - exact).norm() <= bar * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_shift_far_above_the_rest_loses_nothing(dtype):
+    """One key that the sample sees scores 23 powers of two above all others, which make half of the sum."""
+    keys = torch.nn.functional.normalize(torch.cat([torch.ones(8192, 1), torch.randn(8192, 31)], 1), dim=1)
+    anchors = torch.zeros(2, 32)
+    anchors[:, 0] = 1
+    keys[0] = anchors[0]
+    keys[1:, 0] = 0.2
+    labels, key_labels = torch.tensor([0, 0]), torch.ones(8192, dtype=torch.int64)
+    key_labels[-5:] = 0
+
+    def gradient(backend: str, kind: torch.dtype) -> Tensor:
+        a = anchors.to(dtype).to(kind).requires_grad_()
+        loss = infonce(a, labels, keys.to(dtype).to(kind), key_labels, temperature=0.05, backend=backend)
+        return torch.autograd.grad(loss, a)[0].double()
+
+    exact = gradient("reference", torch.float64)
+    bar = 2e-6 if dtype == torch.float32 else 1e-3
+    assert (gradient("triton", dtype) - exact).norm() <= bar * exact.norm()
+
+
+def test_the_largest_label_is_one():
+    labels = torch.tensor([2**31 - 1, -1, 3, 2**31 - 1, -1, 3] * 4, dtype=torch.int32)
+    rows = torch.nn.functional.normalize(torch.randn(24, 8), dim=1)
+    found, expected = [], []
+    for backend, into, dtype in (("triton", found, torch.float32), ("reference", expected, torch.float64)):
+        for in_batch in (False, True):
+            a = rows.to(dtype, copy=True).requires_grad_()
+            k = a if in_batch else rows.to(dtype, copy=True).requires_grad_()
+            loss = infonce(a, labels, k, labels, exclude_self=True, temperature=0.1, backend=backend)
+            into += [loss.detach(), *torch.autograd.grad(loss, (a,) if in_batch else (a, k))]
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e15])
+def test_tiny_and_huge_rows(size):
+    rows, labels = torch.nn.functional.normalize(torch.randn(20, 8), dim=1), torch.arange(20) % 3
+    loss, expected = (
+        infonce(rows.to(dtype) * size, labels, rows.to(dtype) * size, labels, temperature=0.1, backend=name)
+        for name, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_anchors_give_keys_no_gradient(poison):
+    keys = torch.randn(9, 8, requires_grad=True)
+    loss = infonce(
+        torch.randn(0, 8),
+        torch.zeros(0).long(),
+        keys,
+        torch.zeros(9).long(),
+        temperature=0.1,
+        backend="triton",
+    )
+    assert torch.autograd.grad(loss, keys)[0].abs().max() == 0
 
 
 def test_sums_tell_whether_a_shift_served(monkeypatch):

@@ -32,6 +32,7 @@ _FINISH = dict(BLOCK=1024, num_warps=4)
 
 @triton.jit
 def load_terms(terms, place, inside):
+    """Those of the anchors at places; others have no part in anything."""
     lse = tl.load(terms.lse + place, mask=inside, other=float("inf"))
     push = tl.load(terms.push + place, mask=inside, other=0.0)
     pull = tl.load(terms.pull + place, mask=inside, other=0.0)
@@ -49,14 +50,14 @@ def score_gradient(scores, lse, push, pull, positive, MASKED: tl.constexpr):
 
 
 @triton.jit
-def labels_below(sorted_labels, count, label, BLOCK: tl.constexpr):
-    """How many of the sorted labels are below this one."""
-    below = 0
+def labels_up_to(sorted_labels, count, label, BLOCK: tl.constexpr):
+    """How many anchors have a label up to this one."""
+    found = 0
     for first in range(0, count, BLOCK):
         i = first + tl.arange(0, BLOCK)
         other = tl.load(sorted_labels + i, mask=i < count, other=-1)
-        below += tl.sum(((other >= 0) & (other < label)).to(tl.int32), 0)
-    return below
+        found += tl.sum(((other >= 0) & (other <= label)).to(tl.int32), 0)
+    return found
 
 
 class Rows(NamedTuple):
@@ -131,9 +132,8 @@ def infonce_bwd_keys_kernel(
         factor = tl.load(sides.unscale)
         scale *= factor * tl.load(sides.unscale + 1)
     weight_scale = 1.0
-    if (
-        WALK.half
-    ):  # a power of two that takes the largest weight to 2^14 and below, near the top of fp16's range
+    if WALK.half:
+        # A power of two that takes the largest weight to 2^14 and below, near the top of fp16's range.
         exponent = tl.maximum(tl.load(peak).to(tl.int32, bitcast=True) >> 23, 17) - 127 - 13
         weight_scale = power_of_two(-exponent)
         factor *= power_of_two(exponent)
@@ -141,11 +141,11 @@ def infonce_bwd_keys_kernel(
     rows = Rows(row, label, tl.where(exclude_self != 0, place, -1), own_terms, first)
 
     # Tiles of the rows' classes lie between begin and end; of all others, only the last may lack labels.
-    labelled = labels_below(sides.anchor_labels, num_anchors, NO_LABEL, 1024)
+    labelled = labels_up_to(sides.anchor_labels, num_anchors, NO_LABEL, 1024)
     low = tl.min(tl.where(label < 0, NO_LABEL, label), 0)
     high = tl.max(label, 0)
-    begin = labels_below(sides.anchor_labels, num_anchors, low, 1024) // WALK.columns
-    end = tl.cdiv(labels_below(sides.anchor_labels, num_anchors, high + 1, 1024), WALK.columns)
+    begin = labels_up_to(sides.anchor_labels, num_anchors, low - 1, 1024) // WALK.columns
+    end = tl.cdiv(labels_up_to(sides.anchor_labels, num_anchors, high, 1024), WALK.columns)
     own = tl.maximum(end - begin, 0)
     whole = labelled // WALK.columns
     pure = whole - tl.minimum(own, tl.maximum(whole - begin, 0))
@@ -197,12 +197,15 @@ def _backward(
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     if num_rows == 0:
         return
+    if num_anchors == 0:
+        grad.zero_()
+        return
     how = arithmetic(anchors.dtype)
     *_, of = passes(anchors.device, how, anchors.shape[1])
     row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
     splits = schedule.splits(row_tiles, column_tiles, of.slots, of.columns)
     peak = terms.lse.new_ones(())
-    if how.half and num_anchors:
+    if how.half:
         peak = (terms.pull.abs() * terms.push.clamp(min=1)).amax() / temperature
     order, sorted_labels, sorted_terms = order_of(anchor_labels, terms, temperature)
     row_labels = sorted_labels if key_labels is None else key_labels

@@ -30,9 +30,12 @@ from pixcontrast_ext.backends.triton.infonce.order import order_of, plan_of
 from pixcontrast_ext.backends.triton.infonce.tiles import arithmetic, passes, scale_of
 from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LN2, log1p, reciprocal
 
-SAMPLED: tl.constexpr = tl.constexpr(
-    8
-)  # tiles of a walk, about, that its shift comes from; a quarter at most
+# Tiles of a walk, about, that its shift comes from; a quarter at most.
+SAMPLED: tl.constexpr = tl.constexpr(8)
+# Exponents of two that fp16 weights reach, of at most 15: that of the largest score of the sample, which leaves room
+# for larger ones, and that of the running maximum.
+SAMPLE_EXPONENT: tl.constexpr = tl.constexpr(5.0)
+TOP_EXPONENT: tl.constexpr = tl.constexpr(15.0)
 _FINISH = dict(ROWS=64 if INTERPRETED else 2, SPLITS=4, num_warps=4)
 
 
@@ -41,6 +44,7 @@ class Parts(NamedTuple):
 
     shift: Any  # [splits, A] of the negatives, in log2 units
     total: Any  # [splits, A] sums of exp2(score - shift)
+    again: Any  # [splits, tiles of rows] int32: the shift did not serve
     away: Any  # [splits, A, channels] sums of exp2(score - shift) key
     loss: Any  # [programs of the plan, A] of the positives, and so the rest
     pos_weight: Any
@@ -63,6 +67,7 @@ def scale_of_scores(sides, scale, WALK: tl.constexpr):
     """From a product of operands to log2 units."""
     if WALK.in_planes:
         scale *= tl.load(sides.unscale) * tl.load(sides.unscale + 1)
+        scale = tl.maximum(scale, 1e-37)  # -inf times 0 would be NaN
     return scale
 
 
@@ -118,20 +123,18 @@ def infonce_fwd_negatives_kernel(
     listed = tl.load(plan.counts + 2)
     scale = scale_of_scores(sides, scale, WALK)
     end = num_anchors
+    flag = parts.again + split * tl.num_programs(0) + tl.program_id(0)
     if ONLINE:
-        # Of weights of up to 1, or a little more: nothing overflowed, and nothing that matters vanished. All of fp16's
-        # lie below 2^16 together.
-        sums = tl.load(parts.total + part, mask=inside, other=0.0)
-        served = (sums >= 0.125) & (sums <= 60000.0) if WALK.half else (sums >= 2.0**-60) & (sums <= 2.0**100)
-        again = tl.max(((own >= 0) & (served == 0)).to(tl.int32), 0) > 0
+        again = tl.load(flag) > 0
         listed = tl.where(again, listed, 0)
         end = tl.where(again, num_anchors, 0)
     row = load_rows(sides.anchors, place, inside, first, WALK, False)
     shift = tl.full([WALK.rows], float("-inf"), tl.float32)
     if not ONLINE:
         shift = sampled_shift(sides, plan, row, own, num_keys, listed, first, scale, WALK, GUARDED)
-        shift += 2.0 if WALK.half else 0.0
+        shift -= SAMPLE_EXPONENT if WALK.half else 0.0
     total = tl.zeros([WALK.rows], tl.float32)
+    largest = tl.zeros([WALK.rows], tl.float32)
     outputs = zeros(WALK)
     own_low = tl.min(tl.where(own < 0, NO_LABEL, own), 0)
     own_high = tl.max(own, 0)
@@ -156,22 +159,34 @@ def infonce_fwd_negatives_kernel(
             here_label = tl.load(sides.key_labels + here, mask=here < num_keys, other=-1)
             scores = tl.where(differ(here_label, own), scores, float("-inf"))
         if ONLINE:
-            largest = tl.maximum(shift, tl.max(scores, 1) * scale - (7.0 if WALK.half else 0.0))
-            base = tl.where(largest == float("-inf"), 0.0, largest)
+            highest = tl.maximum(shift, tl.max(scores, 1) * scale - (TOP_EXPONENT if WALK.half else 0.0))
+            base = tl.where(highest == float("-inf"), 0.0, highest)
             rescale = tl.exp2(shift - base)
             total *= rescale
             if WITH_GRAD:
                 outputs = scaled(outputs, rescale, WALK)
-            shift = largest
+            shift = highest
         else:
             base = shift
         weights = tl.exp2(scores * scale - base[:, None])
         total += tl.sum(weights, 1)
+        if WALK.half and not ONLINE:
+            largest = tl.maximum(largest, tl.max(weights, 1))
         if WITH_GRAD:
             outputs = add_weighted(outputs, weights, key, sides.anchors.dtype.element_ty, WALK)
     if WITH_GRAD:
         store_rows(parts.away, part, place < end, outputs, first, WALK)
     end = tl.where(first == 0, end, 0)
+    if not ONLINE:
+        # Nothing has overflowed, and nothing that matters vanished: an fp16 weight is off by up to 2^-25, or two parts
+        # of one together, and no sum of them by more than 2^-11, or 2^-19, of itself.
+        if WALK.half:
+            walked = tl.cdiv(listed, splits) * WALK.columns
+            served = (largest <= 60000.0) & (total >= walked * (2.0**-6 if WALK.parts == 2 else 2.0**-14))
+        else:
+            served = (total >= 2.0**-60) & (total <= 2.0**100)
+        again = ((own >= 0) & (served == 0)).to(tl.int32)
+        tl.store(flag, tl.max(again, 0), mask=first == 0)
     tl.store(parts.shift + part, shift, mask=place < end)
     tl.store(parts.total + part, total, mask=place < end)
 
@@ -406,10 +421,11 @@ def infonce_forward(
     plan = plan_of(sorted_labels, ranges, positives.rows, positives.slots, fewest, most)
     with_grad = anchor_grad is not None
     shift, total = loss.new_empty(2, splits, num_anchors)
+    again = order.new_empty(splits, row_tiles)
     part_loss, part_weight, part_count = loss.new_empty(3, most, num_anchors)
     away = loss.new_empty(splits, num_anchors, channels) if with_grad else loss
     towards = loss.new_empty(most, num_anchors, channels) if with_grad else loss
-    parts = Parts(shift, total, away, part_loss, part_weight, part_count.view(torch.int32), towards)
+    parts = Parts(shift, total, again, away, part_loss, part_weight, part_count.view(torch.int32), towards)
     outs = Outputs(loss, neg_lse, pos_weight, pos_count, loss if anchor_grad is None else anchor_grad)
     sizes, scale = (num_anchors, num_keys, num_tiles), scale_of(temperature)
     for online in (False, True):

@@ -175,6 +175,7 @@ class Source(NamedTuple):
 
 @triton.jit
 def power_of_two(exponent):
+    """Of an exponent from -126 to 127."""
     return ((tl.cast(exponent, tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -277,8 +278,8 @@ def prepare(
     of: Pass,
     ranges: Tensor | None = None,
 ) -> tuple[Sides, bool]:
-    """The rows of both sides as operands of a pass, and whether keys are GUARDED; the ranges of the keys' labels in
-    tiles of its columns.
+    """The rows of both sides as operands of a pass, and whether keys are GUARDED. Fills `ranges` with those of the keys'
+    labels, in tiles of its columns.
     """
     width, in_planes = of.walk.chunks.value * of.walk.chunk.value, of.walk.in_planes.value
     planes = of.walk.planes.value if in_planes else 0

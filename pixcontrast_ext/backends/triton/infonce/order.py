@@ -26,9 +26,11 @@ _PLAN = dict(BLOCK=1024, num_warps=8)
 
 @triton.jit
 def rank_of(labels, index, count):
-    """What anchors are sorted by: (label, index), those without a label last and what is no anchor behind them."""
+    """What anchors are sorted by, (label, index), and their labels; those without one come last, and what is no anchor
+    behind them.
+    """
     label = tl.load(labels + index, mask=index < count, other=-1)
-    rank = (tl.where(label < 0, NO_LABEL, label).to(tl.int64) << 32) + index
+    rank = (tl.where(label < 0, 2**31, label.to(tl.int64)) << 31) + index
     return tl.where(index < count, rank, 2**63 - 1), label
 
 
@@ -102,8 +104,8 @@ def infonce_order_kernel(
     """Puts anchors in the order of their ranks: a place is the number of those before it."""
     if TILED:
         ranks = tl.load(sorted_ranks + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-        index = (ranks & 0xFFFFFFFF).to(tl.int32)
-        inside = (index >= 0) & (index < count)
+        index = (ranks & 0x7FFFFFFF).to(tl.int32)
+        inside = index < count
         label = tl.load(labels + index, mask=inside, other=-1)
         place = places_in_tiles(ranks, sorted_ranks, tiles, 16)
     else:
@@ -130,7 +132,7 @@ def first_of_class(sorted_labels, count, label):
     """Where the first of these labels, or the first above it, stands."""
     low = tl.zeros(label.shape, tl.int32)
     high = low + count
-    step = count
+    step = count  # halves as often as the distance does
     while step > 0:
         middle = (low + high) // 2
         other = tl.load(sorted_labels + middle, mask=low < high, other=0)
@@ -170,6 +172,7 @@ def infonce_plan_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One program finds the tiles of anchors, another those of columns."""
     found = 0
     if tl.program_id(0) == 0:
         for first in range(0, num_anchors, BLOCK):

@@ -20,9 +20,8 @@ class Tile(NamedTuple):
     rows: int  # of 16 a warp
     columns: int
     chunk: int  # channels of an operand; a row is whole chunks
-    out: int = (
-        0  # chunks that a program adds up; 0: all. Others are for programs beside it, with the same scores
-    )
+    # Chunks that a program adds up; 0: all. Others are for programs beside it, which know the same scores.
+    out: int = 0
     resident: int = 1  # programs that a multiprocessor holds at a time
     num_stages: int = 3
 
@@ -125,9 +124,9 @@ class Pass(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _passes(major: int, multiprocessors: int, how: Arithmetic, channels: int) -> tuple[Pass, Pass, Pass]:
     planes = max(how.planes, 1)
-    tiles = next(of for most, of in TILES[major, planes].items() if channels <= most)
+    tiles = next(found for most, found in TILES[major, planes].items() if channels <= most)
 
-    def of(tile: Tile, parts: int) -> Pass:
+    def pass_of(tile: Tile, parts: int) -> Pass:
         chunks = -(-channels // tile.chunk)
         out = tile.out or chunks
         sizes = tile.rows, tile.columns, channels, tile.chunk, chunks, out, planes, parts
@@ -138,9 +137,9 @@ def _passes(major: int, multiprocessors: int, how: Arithmetic, channels: int) ->
         return Pass(walk, tile.rows, tile.columns, beside, slots, options)
 
     return (
-        of(tiles.negatives, how.negative_parts),
-        of(tiles.positives, how.weight_parts),
-        of(tiles.backward, how.weight_parts),
+        pass_of(tiles.negatives, how.negative_parts),
+        pass_of(tiles.positives, how.weight_parts),
+        pass_of(tiles.backward, how.weight_parts),
     )
 
 
