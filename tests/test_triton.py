@@ -336,21 +336,22 @@ def test_positives_visit_their_own_class_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("above", [3.0, 20.0, 130.0, 1000.0])
+@pytest.mark.parametrize("above", [20.0, 130.0, 1000.0])
 @pytest.mark.parametrize("channels", [64, 300])
 def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
     """One key, which no sample sees, scores so many powers of two above all others. Of 300 channels several programs
     add up their own, and none may take what another has mended for what served.
     """
+    count, one = (800, 700) if channels == 64 else (450, 330)
     anchors = torch.zeros(40, channels)
     anchors[:, 0] = 1
-    keys = torch.zeros(800, channels)
-    keys[:, 0], keys[:, 1:] = 1.0, torch.randn(800, channels - 1) * 0.1
-    keys[700, 0] = 2.0
+    keys = torch.zeros(count, channels)
+    keys[:, 0], keys[:, 1:] = 1.0, torch.randn(count, channels - 1) * 0.1
+    keys[one, 0] = 2.0
     temperature = 1.4427 / above
     anchor_labels, key_labels = (
         torch.arange(40, dtype=torch.int32) % 3,
-        torch.arange(800, dtype=torch.int32) % 4,
+        torch.arange(count, dtype=torch.int32) % 4,
     )
     found, expected = [], []
     for backend, into, rows in (("triton", found, dtype), ("reference", expected, torch.float64)):

@@ -278,8 +278,8 @@ def prepare(
     of: Pass,
     ranges: Tensor | None = None,
 ) -> tuple[Sides, bool]:
-    """The rows of both sides as operands of a pass, and whether keys are GUARDED. Fills `ranges` with those of the keys'
-    labels, in tiles of its columns.
+    """The rows of both sides as operands of a pass, and whether keys are GUARDED. Fills `ranges` with those of the
+    keys' labels, in tiles of its columns.
     """
     width, in_planes = of.walk.chunks.value * of.walk.chunk.value, of.walk.in_planes.value
     planes = of.walk.planes.value if in_planes else 0
