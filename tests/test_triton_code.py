@@ -108,6 +108,8 @@ def test_registers_are_those_of_the_table(found):
     path = ROOT / "tests" / f"triton-{version}.txt"
     if not path.exists():
         pytest.skip(f"there is no table for triton {version}")
-    recorded = set(path.read_text().splitlines()[1:])
-    new = [line for line in found["table"].splitlines()[1:] if line not in recorded]
-    assert not new, "registers have changed; see what it means, then run tests/triton_code.py --update"
+    (header, *recorded), (ours, *lines) = (text.splitlines() for text in (path.read_text(), found["table"]))
+    if header.split("--update")[1] != ours.split("--update")[1]:
+        pytest.skip(f"the table is that of{header.split('--update')[1]}")
+    new = [line for line in lines if line not in recorded]
+    assert not new, "registers have changed; see what it means, then write the table anew"

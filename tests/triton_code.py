@@ -389,9 +389,9 @@ def compile_all(jobs: list[Job], workers: int = 2) -> dict[Job, Code]:
             )
 
 
-def table(codes: dict[Job, Code]) -> str:
+def table(codes: dict[Job, Code], what: str) -> str:
     lines = [
-        f"# What triton {triton.__version__} makes of the kernels; written by tests/triton_code.py --update"
+        f"# What triton {triton.__version__} makes of the kernels; written by tests/triton_code.py --update {what}"
     ]
     lines += sorted(
         f"sm_{job.arch} {job.name}: {code.registers} registers, {code.shared} bytes"
@@ -416,7 +416,8 @@ def main() -> None:
     jobs = [job for arch in arguments.archs for job in all_jobs(arch, tuple(arguments.widths))]
     jobs = list(dict.fromkeys(jobs + smallest_jobs(arguments.archs[-1])))
     codes = compile_all(jobs)
-    text = table(codes)
+    selection = (("--widths", arguments.widths), ("--archs", arguments.archs))
+    text = table(codes, " ".join(f"{name} {' '.join(map(str, chosen))}" for name, chosen in selection))
     if arguments.update:
         table_path().write_text(text)
     if arguments.json:
