@@ -323,7 +323,6 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
         if len(widths) > 1:
             launch_infonce(torch.bfloat16, 65)
             launch_infonce(torch.bfloat16, 256, begin=1)
-            launch_infonce(torch.float16, 64, a=4096)  # sorted in tiles
         for channels in widths:
             for dtype in (torch.bfloat16, torch.float16):
                 launch_infonce(dtype, channels)

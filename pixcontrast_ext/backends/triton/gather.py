@@ -12,9 +12,9 @@ from torch import Tensor
 from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
+from pixcontrast_ext.backends.triton.sort import first_not_below, sort
 
 _ELEMENTS = 1024  # of a program's rows
-_SORT = dict(BLOCK=32, OTHERS=256, num_warps=4)
 _MAP = dict(BLOCK_PIXELS=128, BLOCK_D=64, num_warps=4)
 
 
@@ -107,46 +107,10 @@ def gather_bwd_rows_kernel(
 
 
 @triton.jit
-def gather_bwd_sort_kernel(
-    row_pixels,  # [A] int64
-    num_rows,
-    sorted_pixels,  # [A] int64 out
-    sorted_rows,  # [A] int64 out
-    BLOCK: tl.constexpr,
-    OTHERS: tl.constexpr,
-):
-    """Sorts the rows by (pixel, row): the place of each is how many come before it. Rows without a pixel come first."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pixel = tl.load(row_pixels + row, mask=row < num_rows, other=-1)
-    place = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, num_rows, OTHERS):
-        other = first + tl.arange(0, OTHERS)
-        theirs = tl.load(row_pixels + other, mask=other < num_rows, other=2**63 - 1)
-        before = (theirs[None, :] < pixel[:, None]) | (
-            (theirs[None, :] == pixel[:, None]) & (other[None, :] < row[:, None])
-        )
-        place += tl.sum(before.to(tl.int32), 1)
-    tl.store(sorted_pixels + place, pixel, mask=row < num_rows)
-    tl.store(sorted_rows + place, row.to(tl.int64), mask=row < num_rows)
-
-
-@triton.jit
-def first_not_below(ordered, count, value):
-    """The first place in ordered numbers of one that is not below the value."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(ordered + middle) < value
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
 def gather_bwd_map_kernel(
     wide,  # [A, D] float32
     sorted_pixels,  # [A] int64
-    sorted_rows,  # [A] int64
+    sorted_rows,  # [A] int32
     num_rows,
     num_pixels,
     channels,
@@ -169,7 +133,7 @@ def gather_bwd_map_kernel(
     begin = first_not_below(sorted_pixels, num_rows, first)
     end = first_not_below(sorted_pixels, num_rows, first + BLOCK_PIXELS)
     for i in range(begin, end):
-        row = tl.load(sorted_rows + i)
+        row = tl.load(sorted_rows + i).to(tl.int64)
         grad = tl.load(wide + row * channels + d, mask=d < channels, other=0.0)
         total += tl.where((pixel == tl.load(sorted_pixels + i))[None, :], grad[:, None], 0.0)
     offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column, WIDE)
@@ -228,7 +192,7 @@ def gather_backward(
     (num_rows, channels), num_pixels = grad_rows.shape, _num_pixels(embeddings)
     tile = _rows_of(channels)
     wide = torch.empty_like(grad_rows, dtype=torch.float32)
-    row_pixels, sorted_pixels, sorted_rows = (torch.empty_like(indices) for _ in range(3))
+    row_pixels = torch.empty_like(indices)
     launch.launch(
         gather_bwd_rows_kernel,
         (triton.cdiv(num_rows, tile["ROWS"]),),
@@ -245,15 +209,7 @@ def gather_backward(
         WIDE=_wide(embeddings),
         **tile,
     )
-    launch.launch(
-        gather_bwd_sort_kernel,
-        (triton.cdiv(num_rows, _SORT["BLOCK"]),),
-        row_pixels,
-        num_rows,
-        sorted_pixels,
-        sorted_rows,
-        **_SORT,
-    )
+    sorted_rows, sorted_pixels = sort(row_pixels)
     launch.launch(
         gather_bwd_map_kernel,
         (triton.cdiv(num_pixels, _MAP["BLOCK_PIXELS"]), triton.cdiv(channels, _MAP["BLOCK_D"])),

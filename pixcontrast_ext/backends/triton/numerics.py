@@ -37,6 +37,12 @@ def reciprocal(value):
 
 
 @triton.jit
+def power_of_two(exponent):
+    """Of an exponent from -126 to 127."""
+    return ((tl.cast(exponent, tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def log1p(value):
     """log(1 + value) for 0 <= value <= 1, as 2 artanh(value / (2 + value)): to fp32's accuracy, without a branch."""
     z = value * reciprocal(value + 2.0)

@@ -13,8 +13,9 @@ Several programs share a walk; each leaves a partial result, and a second stage 
 atomic. Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 sum.
 
     tiles.py      how a pass cuts the matrix, by device, width and dtype
-    operands.py   rows in chunks of channels, fp32 ones as planes of fp16; their products
-    order.py      the order of anchors, and which columns are visited
+    operands.py   rows in chunks of channels, and their products
+    prepare.py    both sides as operands, anchors in order, and what is to be known of labels
+    plan.py       which tiles are visited
     forward.py    negatives, positives, and what becomes of them
     backward.py   the gradient of the keys
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,19 +16,17 @@ from pixcontrast_ext.backends import schedule
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     NO_LABEL,
+    Terms,
     add_weighted,
     load_rows,
     multiply_rows,
-    power_of_two,
-    prepare,
     store_rows,
     zeros,
 )
-from pixcontrast_ext.backends.triton.infonce.order import Terms, order_of
-from pixcontrast_ext.backends.triton.infonce.tiles import arithmetic, passes, scale_of
-from pixcontrast_ext.backends.triton.numerics import reciprocal
-
-_FINISH = dict(BLOCK=1024, num_warps=4)
+from pixcontrast_ext.backends.triton.infonce.prepare import prepare
+from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
+from pixcontrast_ext.backends.triton.numerics import power_of_two, reciprocal
+from pixcontrast_ext.backends.triton.sort import first_not_below
 
 
 @triton.jit
@@ -47,17 +46,6 @@ def score_gradient(scores, lse, push, pull, positive, MASKED: tl.constexpr):
     if MASKED:
         gradient = tl.where(positive, -pull * reciprocal(1.0 + odds), gradient)
     return gradient
-
-
-@triton.jit
-def labels_up_to(sorted_labels, count, label, BLOCK: tl.constexpr):
-    """How many anchors have a label up to this one."""
-    found = 0
-    for first in range(0, count, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        other = tl.load(sorted_labels + i, mask=i < count, other=-1)
-        found += tl.sum(((other >= 0) & (other <= label)).to(tl.int32), 0)
-    return found
 
 
 class Rows(NamedTuple):
@@ -141,11 +129,12 @@ def infonce_bwd_keys_kernel(
     rows = Rows(row, label, tl.where(exclude_self != 0, place, -1), own_terms, first)
 
     # Tiles of the rows' classes lie between begin and end; of all others, only the last may lack labels.
-    labelled = labels_up_to(sides.anchor_labels, num_anchors, NO_LABEL, 1024)
     low = tl.min(tl.where(label < 0, NO_LABEL, label), 0)
     high = tl.max(label, 0)
-    begin = labels_up_to(sides.anchor_labels, num_anchors, low - 1, 1024) // WALK.columns
-    end = tl.cdiv(labels_up_to(sides.anchor_labels, num_anchors, high, 1024), WALK.columns)
+    behind = high.to(tl.int64) + 1
+    labelled = first_not_below(sides.anchor_labels, num_anchors, tl.full([], 2**31, tl.int64))
+    begin = first_not_below(sides.anchor_labels, num_anchors, low) // WALK.columns
+    end = tl.cdiv(first_not_below(sides.anchor_labels, num_anchors, behind), WALK.columns)
     own = tl.maximum(end - begin, 0)
     whole = labelled // WALK.columns
     pure = whole - tl.minimum(own, tl.maximum(whole - begin, 0))
@@ -172,18 +161,6 @@ def infonce_bwd_keys_kernel(
     store_rows(grad_parts, parts, inside, shown, first, WALK)
 
 
-@triton.jit(do_not_specialize=["splits", "size"])
-def infonce_bwd_finish_kernel(grad_parts, splits, size, grad, BLOCK: tl.constexpr):
-    """The second stage: adds the splits, in order."""
-    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    part = grad_parts + elements
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, splits):
-        total += tl.load(part, mask=elements < size, other=0.0)
-        part += size
-    tl.store(grad + elements, total, mask=elements < size)
-
-
 def _backward(
     anchors: Tensor,
     anchor_labels: Tensor,
@@ -200,21 +177,20 @@ def _backward(
     if num_anchors == 0:
         grad.zero_()
         return
-    how = arithmetic(anchors.dtype)
-    *_, of = passes(anchors.device, how, anchors.shape[1])
+    *_, of = passes(anchors)
     row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
     splits = schedule.splits(row_tiles, column_tiles, of.slots, of.columns)
     peak = terms.lse.new_ones(())
-    if how.half:
+    if of.walk.half.value:
         peak = (terms.pull.abs() * terms.push.clamp(min=1)).amax() / temperature
-    order, sorted_labels, sorted_terms = order_of(anchor_labels, terms, temperature)
-    row_labels = sorted_labels if key_labels is None else key_labels
-    sides, guarded = prepare(anchors, order, sorted_labels, keys, row_labels, of)
+    sides, factors, guarded = prepare(
+        anchors, anchor_labels, keys, key_labels, of, terms=terms, temperature=temperature
+    )
     grad_parts = grad if splits == 1 else grad.new_empty(splits, *grad.shape)
     launch.launch(
         infonce_bwd_keys_kernel,
         (row_tiles, splits, of.beside),
-        *(sides, sorted_terms, peak, grad_parts),
+        *(sides, factors, peak, grad_parts),
         *(num_anchors, num_rows, int(exclude_self), scale_of(temperature)),
         SYMMETRIC=keys is None,
         GUARDED=guarded,
@@ -222,8 +198,7 @@ def _backward(
         **of.options,
     )
     if splits > 1:
-        grid = (triton.cdiv(grad.numel(), _FINISH["BLOCK"]),)
-        launch.launch(infonce_bwd_finish_kernel, grid, grad_parts, splits, grad.numel(), grad, **_FINISH)
+        torch.sum(grad_parts, 0, out=grad)
 
 
 def infonce_backward_keys(

@@ -1,8 +1,8 @@
 """The forward: the negatives of all anchors, then the positives of one class at a time, then both as one.
 
-A shift that is known before the walk needs neither a maximum nor a rescaling at every tile. It is the largest score of
-a few tiles of the walk. Whether it served shows in the sum that comes of it; where it did not, a second launch repeats
-the walk with a running maximum.
+A shift that is known before the walk over the negatives needs neither a maximum nor a rescaling at every tile. It is
+the largest score of a few tiles, and whether it served shows in the sum that comes of it. Where it did not, the largest
+score of all tiles is found, and the walk is repeated.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from pixcontrast_ext.backends.triton.infonce.operands import (
     add_weighted,
     load_rows,
     multiply_rows,
-    prepare,
-    scaled,
     store_rows,
     zeros,
 )
-from pixcontrast_ext.backends.triton.infonce.order import order_of, plan_of
-from pixcontrast_ext.backends.triton.infonce.tiles import arithmetic, passes, scale_of
+from pixcontrast_ext.backends.triton.infonce.plan import plan_of
+from pixcontrast_ext.backends.triton.infonce.prepare import prepare
+from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
 from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LN2, log1p, reciprocal
 
-# Tiles of a walk, about, that its shift comes from; a quarter at most.
+# Tiles, about, in which a program looks for its share of a shift; a quarter of its own at most.
 SAMPLED: tl.constexpr = tl.constexpr(8)
 # Exponents of two that fp16 weights reach, of at most 15: that of the largest score of the sample, which leaves room
-# for larger ones, and that of the running maximum.
+# for larger ones, and that of the largest of all.
 SAMPLE_EXPONENT: tl.constexpr = tl.constexpr(5.0)
 TOP_EXPONENT: tl.constexpr = tl.constexpr(15.0)
 _FINISH = dict(ROWS=64 if INTERPRETED else 2, SPLITS=4, num_warps=4)
@@ -42,9 +41,10 @@ _FINISH = dict(ROWS=64 if INTERPRETED else 2, SPLITS=4, num_warps=4)
 class Parts(NamedTuple):
     """What programs leave that share a walk, in the order of visits."""
 
-    shift: Any  # [splits, A] of the negatives, in log2 units
-    total: Any  # [splits, A] sums of exp2(score - shift)
-    again: Any  # [splits, tiles of rows] int32: the shift did not serve
+    largest: Any  # [splits, A] of the negatives' scores
+    again: Any  # [tiles of rows] int32: the shift did not serve
+    shift: Any  # [A] in log2 units
+    total: Any  # [splits, A] sums of exp2(score - shift); inf where a weight is beyond its dtype
     away: Any  # [splits, A, channels] sums of exp2(score - shift) key
     loss: Any  # [programs of the plan, A] of the positives, and so the rest
     pos_weight: Any
@@ -84,12 +84,55 @@ def differ(column_labels, row_labels):
 
 
 @triton.jit
-def sampled_shift(
-    sides, plan, row, own, num_keys, listed, first, scale, WALK: tl.constexpr, GUARDED: tl.constexpr
+def total_of(parts, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
+    """The sum of the splits of anchors' negatives."""
+    total = tl.zeros(place.shape, tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)[:, None]
+        part = split.to(tl.int64) * num_anchors + place[None, :]
+        total += tl.sum(tl.load(parts.total + part, mask=(split < splits) & inside[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def shift_served(total, listed, WALK: tl.constexpr):
+    """Whether nothing has overflowed, and nothing that matters vanished: an fp16 weight is off by up to 2^-25, or two
+    parts of one together, and no sum of them by more than 2^-11, or 2^-19, of itself.
+    """
+    if WALK.half:
+        least = listed * WALK.columns * (2.0**-6 if WALK.parts == 2 else 2.0**-14)
+    else:
+        least = 2.0**-60
+    return (total >= least) & (total <= 2.0**100)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "num_keys"])
+def infonce_fwd_shift_kernel(
+    sides,  # Sides
+    plan,  # Plan
+    parts,  # Parts; the largest and whether again, out
+    num_anchors,
+    num_keys,
+    AGAIN: tl.constexpr,  # all tiles, of rows whose shift did not serve
+    GUARDED: tl.constexpr,
+    WALK: tl.constexpr,
 ):
-    """The largest scores in a part of a walk, in log2 units; 0 where it has no negative."""
+    place = tl.program_id(0) * WALK.rows + tl.arange(0, WALK.rows)
+    inside = place < num_anchors
+    own = tl.load(sides.anchor_labels + place, mask=inside, other=-1)
     split, splits = tl.program_id(1), tl.num_programs(1)
+    listed = tl.load(plan.counts + 2)
     step = splits * tl.maximum(tl.cdiv(listed, SAMPLED * splits), 4)
+    end = num_anchors
+    if AGAIN:
+        step = splits
+        served = shift_served(total_of(parts, splits, num_anchors, place, inside, 16), listed, WALK)
+        again = tl.max(((own >= 0) & (served == 0)).to(tl.int32), 0)
+        tl.store(parts.again + tl.program_id(0), again, mask=split == 0)
+        listed = tl.where(again > 0, listed, 0)
+        end = tl.where(again > 0, num_anchors, 0)
+    first = tl.program_id(2)  # there is one: 0
+    row = load_rows(sides.anchors, place, inside, first, WALK, False)
     largest = tl.full([WALK.rows], float("-inf"), tl.float32)
     for i in tl.range(split, listed, step, num_stages=1):
         column = tl.load(plan.columns + i) * WALK.columns + tl.arange(0, WALK.columns)
@@ -97,19 +140,19 @@ def sampled_shift(
         key = load_rows(sides.keys, column, label >= 0, first, WALK, GUARDED)
         scores = tl.where(differ(label, own), multiply_rows(row, key, WALK), float("-inf"))
         largest = tl.maximum(largest, tl.max(scores, 1))
-    return tl.where(largest == float("-inf"), 0.0, largest * scale)
+    tl.store(parts.largest + split.to(tl.int64) * num_anchors + place, largest, mask=place < end)
 
 
-@triton.jit(do_not_specialize=["num_anchors", "num_keys", "num_tiles"])
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "num_tiles", "again"])
 def infonce_fwd_negatives_kernel(
     sides,  # Sides
     plan,  # Plan
-    parts,  # Parts, out
+    parts,  # Parts; the shift and sums out
     num_anchors,
     num_keys,
     num_tiles,
+    again,  # only rows whose shift did not serve
     scale,
-    ONLINE: tl.constexpr,  # with a running maximum, where a shift did not serve
     GUARDED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WALK: tl.constexpr,
@@ -120,19 +163,20 @@ def infonce_fwd_negatives_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
     part = split.to(tl.int64) * num_anchors + place
     first = tl.program_id(2) * WALK.out
-    listed = tl.load(plan.counts + 2)
+    walks = (again == 0) | (tl.load(parts.again + tl.program_id(0), mask=again != 0, other=0) > 0)
+    listed = tl.where(walks, tl.load(plan.counts + 2), 0)
+    end = tl.where(walks, num_anchors, 0)
     scale = scale_of_scores(sides, scale, WALK)
-    end = num_anchors
-    flag = parts.again + split * tl.num_programs(0) + tl.program_id(0)
-    if ONLINE:
-        again = tl.load(flag) > 0
-        listed = tl.where(again, listed, 0)
-        end = tl.where(again, num_anchors, 0)
     row = load_rows(sides.anchors, place, inside, first, WALK, False)
     shift = tl.full([WALK.rows], float("-inf"), tl.float32)
-    if not ONLINE:
-        shift = sampled_shift(sides, plan, row, own, num_keys, listed, first, scale, WALK, GUARDED)
-        shift -= SAMPLE_EXPONENT if WALK.half else 0.0
+    for other in range(0, splits):
+        highest = tl.load(
+            parts.largest + tl.cast(other, tl.int64) * num_anchors + place, mask=inside, other=0.0
+        )
+        shift = tl.maximum(shift, highest)
+    shift = tl.where(shift == float("-inf"), 0.0, shift * scale)
+    if WALK.half:
+        shift -= tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
     total = tl.zeros([WALK.rows], tl.float32)
     largest = tl.zeros([WALK.rows], tl.float32)
     outputs = zeros(WALK)
@@ -158,71 +202,17 @@ def infonce_fwd_negatives_kernel(
         if (low <= own_high) & (high >= own_low):
             here_label = tl.load(sides.key_labels + here, mask=here < num_keys, other=-1)
             scores = tl.where(differ(here_label, own), scores, float("-inf"))
-        if ONLINE:
-            highest = tl.maximum(shift, tl.max(scores, 1) * scale - (TOP_EXPONENT if WALK.half else 0.0))
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            rescale = tl.exp2(shift - base)
-            total *= rescale
-            if WITH_GRAD:
-                outputs = scaled(outputs, rescale, WALK)
-            shift = highest
-        else:
-            base = shift
-        weights = tl.exp2(scores * scale - base[:, None])
+        weights = tl.exp2(scores * scale - shift[:, None])
         total += tl.sum(weights, 1)
-        if WALK.half and not ONLINE:
+        if WALK.half:
             largest = tl.maximum(largest, tl.max(weights, 1))
         if WITH_GRAD:
             outputs = add_weighted(outputs, weights, key, sides.anchors.dtype.element_ty, WALK)
     if WITH_GRAD:
         store_rows(parts.away, part, place < end, outputs, first, WALK)
     end = tl.where(first == 0, end, 0)
-    if not ONLINE:
-        # Nothing has overflowed, and nothing that matters vanished: an fp16 weight is off by up to 2^-25, or two parts
-        # of one together, and no sum of them by more than 2^-11, or 2^-19, of itself.
-        if WALK.half:
-            walked = tl.cdiv(listed, splits) * WALK.columns
-            served = (largest <= 60000.0) & (total >= walked * (2.0**-6 if WALK.parts == 2 else 2.0**-14))
-        else:
-            served = (total >= 2.0**-60) & (total <= 2.0**100)
-        again = ((own >= 0) & (served == 0)).to(tl.int32)
-        tl.store(flag, tl.max(again, 0), mask=first == 0)
-    tl.store(parts.shift + part, shift, mask=place < end)
-    tl.store(parts.total + part, total, mask=place < end)
-
-
-@triton.jit
-def load_negatives(parts, part, present):
-    """The sums of splits and their shifts: -inf for one that has met no negative."""
-    total = tl.load(parts.total + part, mask=present, other=0.0)
-    shift = tl.load(parts.shift + part, mask=present & (total != 0.0), other=float("-inf"))
-    return total, shift
-
-
-@triton.jit
-def factor_of(part_shift, shift):
-    """What a split is multiplied by. One without a shift has met no negative, or NaN only, which a maximum passes
-    over.
-    """
-    return tl.where(part_shift == float("-inf"), 1.0, tl.exp2(part_shift - shift))
-
-
-@triton.jit
-def combine(parts, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
-    """The splits of anchors' negatives as one: the shift, and the sum of exp2(score - shift)."""
-    shift = tl.full(place.shape, float("-inf"), tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)[:, None]
-        part = split.to(tl.int64) * num_anchors + place[None, :]
-        _, part_shift = load_negatives(parts, part, (split < splits) & inside[None, :])
-        shift = tl.maximum(shift, tl.max(part_shift, 0))
-    total = tl.zeros(place.shape, tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)[:, None]
-        part = split.to(tl.int64) * num_anchors + place[None, :]
-        part_total, part_shift = load_negatives(parts, part, (split < splits) & inside[None, :])
-        total += tl.sum(part_total * factor_of(part_shift, shift[None, :]), 0)
-    return shift, total
+    tl.store(parts.shift + place, shift, mask=place < tl.where(split == 0, end, 0))
+    tl.store(parts.total + part, tl.where(largest <= 60000.0, total, float("inf")), mask=place < end)
 
 
 @triton.jit
@@ -272,8 +262,8 @@ def infonce_fwd_positives_kernel(
         if not IN_ORDER:
             end = tl.where(exclude_self != 0, num_anchors, 0)
             excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
-        shift, total = combine(parts, splits, num_anchors, place, inside, 16)
-        neg_lse = shift + tl.log2(total)
+        total = total_of(parts, splits, num_anchors, place, inside, 16)
+        neg_lse = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(total)
         # Rows behind the last may be another tile's, or none.
         row = load_rows(sides.anchors, tl.where(inside, place, begin), inside, first, WALK, False)
         loss = tl.zeros([WALK.rows], tl.float32)
@@ -336,7 +326,8 @@ def infonce_fwd_finish_kernel(
     inside = place < num_anchors
     labelled = tl.load(sides.anchor_labels + place, mask=inside, other=-1) >= 0
     index = tl.load(sides.order + place, mask=inside, other=0)
-    shift, total = combine(parts, splits, num_anchors, place, inside, SPLITS)
+    total = total_of(parts, splits, num_anchors, place, inside, SPLITS)
+    shift = tl.load(parts.shift + place, mask=inside, other=0.0)
     sharing = tl.load(plan.counts + 1)
     loss = tl.zeros([ROWS], tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
@@ -368,10 +359,9 @@ def infonce_fwd_finish_kernel(
             for first in range(0, splits, SPLITS):
                 split = first + tl.arange(0, SPLITS)[None, :]
                 part = split.to(tl.int64) * num_anchors + place[:, None]
-                part_total, part_shift = load_negatives(parts, part, contrasts[:, None] & (split < splits))
+                present = contrasts[:, None] & (split < splits)
                 lines = parts.away + part[:, :, None] * WALK.channels + d[None, None, :]
-                share = tl.load(lines, mask=(part_total != 0.0)[:, :, None] & row, other=0.0)
-                away += tl.sum(share * factor_of(part_shift, shift[:, None])[:, :, None], 1)
+                away += tl.sum(tl.load(lines, mask=present[:, :, None] & row, other=0.0), 1)
             for first in range(0, sharing, SPLITS):
                 split = first + tl.arange(0, SPLITS)[None, :]
                 part = split.to(tl.int64) * num_anchors + place[:, None]
@@ -404,36 +394,47 @@ def infonce_forward(
     in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
         key_labels.data_ptr() == anchor_labels.data_ptr()
     )
-    negatives, positives, _ = passes(anchors.device, arithmetic(anchors.dtype), channels)
+    negatives, positives, _ = passes(anchors)
     row_tiles, num_tiles = triton.cdiv(num_anchors, negatives.rows), triton.cdiv(num_keys, negatives.columns)
     splits = schedule.splits(row_tiles, num_tiles, negatives.slots, negatives.columns)
     fewest = schedule.fewest_splits(num_tiles, negatives.columns)
     pieces = negatives.columns // positives.columns
     most = max(fewest, min(positives.slots // triton.cdiv(num_anchors, positives.rows), num_tiles * pieces))
 
-    order, sorted_labels, _ = order_of(anchor_labels)
-    if in_batch:
-        key_labels = sorted_labels
-    ranges = sorted_labels.new_empty(3, num_tiles)
-    sides, guarded = prepare(
-        anchors, order, sorted_labels, None if in_batch else keys, key_labels, negatives, ranges
-    )
-    plan = plan_of(sorted_labels, ranges, positives.rows, positives.slots, fewest, most)
+    ranges = anchor_labels.new_empty(3, num_tiles)
+    side = (None, None) if in_batch else (keys, key_labels)
+    sides, _, guarded = prepare(anchors, anchor_labels, *side, negatives, ranges)
+    plan = plan_of(sides.anchor_labels, ranges, positives.rows, positives.slots, fewest, most)
     with_grad = anchor_grad is not None
-    shift, total = loss.new_empty(2, splits, num_anchors)
-    again = order.new_empty(splits, row_tiles)
+    largest, total = loss.new_empty(2, splits, num_anchors)
     part_loss, part_weight, part_count = loss.new_empty(3, most, num_anchors)
-    away = loss.new_empty(splits, num_anchors, channels) if with_grad else loss
-    towards = loss.new_empty(most, num_anchors, channels) if with_grad else loss
-    parts = Parts(shift, total, again, away, part_loss, part_weight, part_count.view(torch.int32), towards)
+    parts = Parts(
+        largest,
+        again=anchor_labels.new_empty(row_tiles),
+        shift=torch.empty_like(loss),
+        total=total,
+        away=loss.new_empty(splits, num_anchors, channels) if with_grad else loss,
+        loss=part_loss,
+        pos_weight=part_weight,
+        pos_count=part_count.view(torch.int32),
+        towards=loss.new_empty(most, num_anchors, channels) if with_grad else loss,
+    )
     outs = Outputs(loss, neg_lse, pos_weight, pos_count, loss if anchor_grad is None else anchor_grad)
-    sizes, scale = (num_anchors, num_keys, num_tiles), scale_of(temperature)
-    for online in (False, True):
+    counts, scale = (num_anchors, num_keys), scale_of(temperature)
+    for again in (False, True):
+        launch.launch(
+            infonce_fwd_shift_kernel,
+            (row_tiles, splits),
+            *(sides, plan, parts, *counts),
+            AGAIN=again,
+            GUARDED=guarded,
+            WALK=negatives.walk,
+            **negatives.options,
+        )
         launch.launch(
             infonce_fwd_negatives_kernel,
             (row_tiles, splits, negatives.beside if with_grad else 1),
-            *(sides, plan, parts, *sizes, scale),
-            ONLINE=online,
+            *(sides, plan, parts, *counts, num_tiles, int(again), scale),
             GUARDED=guarded,
             WITH_GRAD=with_grad,
             WALK=negatives.walk,
@@ -442,7 +443,7 @@ def infonce_forward(
     launch.launch(
         infonce_fwd_positives_kernel,
         (min(positives.slots, num_anchors * most), positives.beside if with_grad else 1),
-        *(sides, plan, parts, *sizes, splits, int(exclude_self), scale),
+        *(sides, plan, parts, *counts, num_tiles, splits, int(exclude_self), scale),
         IN_ORDER=in_batch,
         PIECES=pieces,
         GUARDED=guarded,

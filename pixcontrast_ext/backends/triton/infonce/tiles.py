@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
+from torch import Tensor
 
 from pixcontrast_ext.backends import schedule
 from pixcontrast_ext.backends.triton import launch
@@ -82,19 +82,8 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
     return Arithmetic(planes, planes, planes, True)
 
 
-class Constants:
-    """A frozen record whose fields a kernel takes for constants."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, tl.constexpr(value))
-
-    def __repr__(self) -> str:
-        return " ".join(f"{name}={value.value}" for name, value in vars(self).items())
-
-
 @dataclass(frozen=True, repr=False)
-class Walk(Constants):
+class Walk(launch.Constants):
     """What a kernel knows of its pass."""
 
     rows: Any
@@ -143,10 +132,10 @@ def _passes(major: int, multiprocessors: int, how: Arithmetic, channels: int) ->
     )
 
 
-def passes(device: torch.device, how: Arithmetic, channels: int) -> tuple[Pass, Pass, Pass]:
-    """Of the negatives, of the positives and of the backward."""
-    major = 9 if launch.capability(device)[0] == 9 else 8  # what fits an A100 runs on those after Hopper
-    return _passes(major, launch.multiprocessors(device), how, channels)
+def passes(rows: Tensor) -> tuple[Pass, Pass, Pass]:
+    """Of the negatives, of the positives and of the backward, for rows like these."""
+    major = 9 if launch.capability(rows.device)[0] == 9 else 8  # what fits an A100 runs on those after Hopper
+    return _passes(major, launch.multiprocessors(rows.device), arithmetic(rows.dtype), rows.shape[1])
 
 
 def scale_of(temperature: float) -> float:

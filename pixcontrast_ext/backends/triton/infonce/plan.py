@@ -1,0 +1,83 @@
+"""What a forward visits: tiles of anchors of one class, and the columns that are worth a visit. Lists are as long as
+the anchors or the columns, whatever the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.triton.infonce.operands import NO_LABEL
+from pixcontrast_ext.backends.triton.sort import first_not_below
+
+_PLAN = dict(BLOCK=1024, num_warps=8)
+
+
+class Plan(NamedTuple):
+    ranges: Any  # [3, tiles] int32: smallest and largest label of each tile of columns, and whether some have none
+    class_tiles: Any  # [A] int32: the first place of each tile of anchors of one class
+    columns: (
+        Any  # [3, tiles] int32: tiles with labels; the smallest and largest, around all if some have none
+    )
+    counts: Any  # [3] int32: tiles of one class, how many programs share the walk of one, tiles of columns
+
+
+@triton.jit
+def append(listed, found, values, wanted):
+    """Adds the wanted values to a list of `found`, in order."""
+    tl.store(listed + found + tl.cumsum(wanted.to(tl.int32), 0) - 1, values, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "num_tiles", "blocks", "fewest", "most"])
+def infonce_plan_kernel(
+    sorted_labels,  # [A] int32
+    plan,  # Plan; all but its ranges out
+    num_anchors,
+    num_tiles,
+    blocks,  # of the positives that the device works on at a time
+    fewest,  # programs that share a walk
+    most,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program finds the tiles of anchors, another those of columns."""
+    found = 0
+    if tl.program_id(0) == 0:
+        for first in range(0, num_anchors, BLOCK):
+            place = first + tl.arange(0, BLOCK)
+            label = tl.load(sorted_labels + place, mask=place < num_anchors, other=-1)
+            since = place - first_not_below(sorted_labels, num_anchors, label)
+            begins = (label >= 0) & (since % ROWS == 0)
+            append(plan.class_tiles, found, place, begins)
+            found += tl.sum(begins.to(tl.int32), 0)
+        tl.store(plan.counts, found)
+        sharing = tl.minimum(tl.maximum(blocks // tl.maximum(found, 1), fewest), most)
+        tl.store(plan.counts + 1, sharing)
+    else:
+        for first in range(0, num_tiles, BLOCK):
+            tile = first + tl.arange(0, BLOCK)
+            low = tl.load(plan.ranges + tile, mask=tile < num_tiles, other=0)
+            high = tl.load(plan.ranges + num_tiles + tile, mask=tile < num_tiles, other=-1)
+            ragged = tl.load(plan.ranges + 2 * num_tiles + tile, mask=tile < num_tiles, other=0) > 0
+            append(plan.columns, found, tile, high >= 0)
+            append(plan.columns + num_tiles, found, tl.where(ragged, 0, low), high >= 0)
+            append(plan.columns + 2 * num_tiles, found, tl.where(ragged, NO_LABEL, high), high >= 0)
+            found += tl.sum((high >= 0).to(tl.int32), 0)
+        tl.store(plan.counts + 2, found)
+
+
+def plan_of(sorted_labels: Tensor, ranges: Tensor, rows: int, blocks: int, fewest: int, most: int) -> Plan:
+    """What the passes visit, of tiles of so many anchors."""
+    plan = Plan(
+        ranges,
+        sorted_labels.new_empty(len(sorted_labels)),
+        ranges.new_empty(ranges.shape),
+        ranges.new_empty(3),
+    )
+    sizes = sorted_labels.shape[0], ranges.shape[1], blocks, fewest, most
+    launch.launch(infonce_plan_kernel, (2,), sorted_labels, plan, *sizes, ROWS=rows, **_PLAN)
+    return plan

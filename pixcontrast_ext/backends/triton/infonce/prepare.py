@@ -1,0 +1,205 @@
+"""Both sides as operands: anchors in order, fp32 rows as planes of fp16, and what is to be known of labels.
+
+A plane is rows times a power of two that all rows of a side share; the second plane holds what the first leaves. The
+power is 2^8 for a side whose largest number is in [2^-8, 2^7), as that of rows of length 1 is, and takes the largest to
+[2^14, 2^15) otherwise. Of what is below 2^-25 in these units nothing is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.triton.infonce.operands import NO_LABEL, Sides, Terms
+from pixcontrast_ext.backends.triton.infonce.tiles import PADDING, Pass
+from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LOG2E, power_of_two
+from pixcontrast_ext.backends.triton.sort import sort
+
+USUAL_EXPONENT: tl.constexpr = tl.constexpr(8)
+SMALLEST_USUAL: tl.constexpr = tl.constexpr(-8)
+MOST_BLOCKS: tl.constexpr = tl.constexpr(1024)  # that prepare one side
+# The interpreter takes as long for a large tile as for a small one.
+ROWS: tl.constexpr = tl.constexpr(256 if INTERPRETED else 32)
+BLOCK: tl.constexpr = tl.constexpr(512 if INTERPRETED else 64)
+TILES: tl.constexpr = tl.constexpr(256 if INTERPRETED else 16)
+
+
+class Source(NamedTuple):
+    """A side as the caller has it, and where it goes."""
+
+    rows: Any  # [*, channels]
+    order: Any  # [count] int32, the row of each place; of anchors
+    labels: Any  # [count] int32, of the places
+    target: Any  # [padded count, planes, width] out
+    peaks: Any  # [blocks], the largest number that each block has met
+
+
+@triton.jit
+def plane_exponent(peaks, count):
+    """Times which power of two numbers of up to the largest of `peaks` become fp16 ones."""
+    i = tl.arange(0, MOST_BLOCKS)
+    peak = tl.max(tl.load(peaks + i, mask=i < count, other=0.0), 0)
+    exponent = (peak.to(tl.int32, bitcast=True) >> 23) - 127
+    usual = (peak == 0.0) | ((exponent >= SMALLEST_USUAL) & (exponent < 15 - USUAL_EXPONENT))
+    return tl.where(usual, USUAL_EXPONENT, tl.minimum(14 - exponent, 126))
+
+
+@triton.jit
+def prepare_rows(
+    source, padded, count, block, blocks, ORDERED: tl.constexpr, AGAIN: tl.constexpr, WALK: tl.constexpr
+):
+    """A share of a side; zeros where there is no label, whatever stands there. Planes are written with the usual power
+    of two, and AGAIN where the numbers met need another. Returns the exponent.
+    """
+    WIDTH: tl.constexpr = WALK.chunks * WALK.chunk
+    exponent = USUAL_EXPONENT
+    end = padded
+    if AGAIN:
+        exponent = plane_exponent(source.peaks, blocks)
+        end = tl.where(exponent == USUAL_EXPONENT, 0, padded)
+    largest = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(block * ROWS, end, blocks * ROWS):
+        place = start + tl.arange(0, ROWS)
+        label = tl.load(source.labels + place, mask=place < count, other=-1)
+        row = place
+        if ORDERED:
+            row = tl.load(source.order + place, mask=label >= 0, other=0)
+        lines = source.rows + row.to(tl.int64)[:, None] * WALK.channels
+        to = source.target + place.to(tl.int64)[:, None] * (WALK.planes * WIDTH)
+        for first in tl.range(0, WIDTH, BLOCK):
+            d = first + tl.arange(0, BLOCK)[None, :]
+            value = tl.load(lines + d, mask=(label >= 0)[:, None] & (d < WALK.channels), other=0.0)
+            written = (place < padded)[:, None] & (d < WIDTH)
+            if WALK.in_planes:
+                size = tl.abs(value)
+                largest = tl.maximum(largest, tl.where(size < float("inf"), size, 0.0))
+                value *= power_of_two(exponent)
+                whole = value.to(tl.float16)
+                tl.store(to + d, whole, mask=written)
+                if WALK.planes == 2:
+                    tl.store(to + WIDTH + d, (value - whole.to(tl.float32)).to(tl.float16), mask=written)
+            else:
+                tl.store(to + d, value, mask=written)
+    if WALK.in_planes and not AGAIN:
+        tl.store(source.peaks + block, tl.max(tl.max(largest, 1), 0))
+    return exponent
+
+
+@triton.jit
+def prepare_terms(source, terms, sorted_terms, count, block, blocks, inv_temperature):
+    """Factors of eq. (5), of anchors in order."""
+    for start in range(block * ROWS, count, blocks * ROWS):
+        place = start + tl.arange(0, ROWS)
+        label = tl.load(source.labels + place, mask=place < count, other=-1)
+        index = tl.load(source.order + place, mask=label >= 0, other=0)
+        lse = tl.load(terms.lse + index) * LOG2E
+        # Without negatives exp2(score - lse) has to be 0, and sigma as well.
+        alone = (lse == float("-inf")) | (label < 0)
+        pull = tl.where(alone, 0.0, tl.load(terms.pull + index) * inv_temperature)
+        push = tl.where(alone, 0.0, tl.load(terms.push + index) * pull)
+        tl.store(sorted_terms.lse + place, tl.where(alone, float("inf"), lse), mask=place < count)
+        tl.store(sorted_terms.push + place, push, mask=place < count)
+        tl.store(sorted_terms.pull + place, pull, mask=place < count)
+
+
+@triton.jit(do_not_specialize=["num_anchors", "anchor_blocks", "num_keys", "key_blocks", "num_tiles"])
+def infonce_prepare_kernel(
+    anchors,  # Source
+    keys,  # Source
+    terms,  # Terms; only WITH_TERMS, as the sorted ones
+    sorted_terms,  # Terms out
+    unscale,  # [2] out
+    ranges,  # [3, tiles] int32 out: smallest and largest label, whether some have none; largest -1 without any
+    num_anchors,
+    anchor_blocks,
+    num_keys,
+    key_blocks,
+    num_tiles,
+    inv_temperature,
+    WITH_TERMS: tl.constexpr,
+    AGAIN: tl.constexpr,
+    PADDED: tl.constexpr,  # rows are a multiple of it
+    WALK: tl.constexpr,
+):
+    """Each side, and the ranges of the keys' labels, by blocks of their own."""
+    block = tl.program_id(0)
+    if block < anchor_blocks:
+        padded = tl.cdiv(num_anchors, PADDED) * PADDED
+        exponent = prepare_rows(anchors, padded, num_anchors, block, anchor_blocks, True, AGAIN, WALK)
+        if AGAIN:
+            tl.store(unscale, power_of_two(-exponent), mask=block == 0)
+            tl.store(unscale + 1, power_of_two(-exponent), mask=(block == 0) & (key_blocks == 0))
+        if WITH_TERMS:
+            prepare_terms(anchors, terms, sorted_terms, num_anchors, block, anchor_blocks, inv_temperature)
+    elif block < anchor_blocks + key_blocks:
+        block -= anchor_blocks
+        padded = tl.cdiv(num_keys, PADDED) * PADDED
+        exponent = prepare_rows(keys, padded, num_keys, block, key_blocks, False, AGAIN, WALK)
+        if AGAIN:
+            tl.store(unscale + 1, power_of_two(-exponent), mask=block == 0)
+    else:
+        tile = (block - anchor_blocks - key_blocks) * TILES + tl.arange(0, TILES)
+        places = tile[:, None] * WALK.columns + tl.arange(0, WALK.columns)[None, :]
+        label = tl.load(keys.labels + places, mask=places < num_keys, other=-1)
+        tl.store(ranges + tile, tl.min(tl.where(label < 0, NO_LABEL, label), 1), mask=tile < num_tiles)
+        tl.store(ranges + num_tiles + tile, tl.max(tl.maximum(label, -1), 1), mask=tile < num_tiles)
+        tl.store(ranges + 2 * num_tiles + tile, (tl.min(label, 1) < 0).to(tl.int32), mask=tile < num_tiles)
+
+
+def prepare(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    keys: Tensor | None,  # None: the anchors, in their order
+    key_labels: Tensor | None,
+    of: Pass,
+    ranges: Tensor | None = None,
+    terms: Terms | None = None,
+    temperature: float = 1.0,
+) -> tuple[Sides, Terms | None, bool]:
+    """Both sides as operands of a pass, `terms` in the order of anchors and as factors, and whether keys are GUARDED.
+    Fills `ranges` with those of the keys' labels, in tiles of the pass's columns.
+    """
+    walk, in_planes = of.walk, of.walk.in_planes.value
+    dtype = torch.float16 if in_planes else anchors.dtype
+
+    def room(rows: Tensor) -> tuple[Tensor, int]:
+        padded = triton.cdiv(rows.shape[0], PADDING) * PADDING
+        width = walk.planes.value * walk.chunks.value * walk.chunk.value
+        return rows.new_empty(padded, width, dtype=dtype), min(
+            MOST_BLOCKS.value, triton.cdiv(padded, ROWS.value)
+        )
+
+    order, sorted_labels = sort(anchor_labels)
+    sorted_anchors, anchor_blocks = room(anchors)
+    prepared_keys, key_blocks = sorted_anchors, 0
+    if keys is not None:
+        prepared_keys, key_blocks = room(keys) if in_planes else (keys, 0)
+    key_labels = sorted_labels if key_labels is None else key_labels
+    peaks = anchors.new_empty(2, MOST_BLOCKS.value, dtype=torch.float32)
+    unscale = anchors.new_empty(2, dtype=torch.float32)
+    sorted_terms = (
+        Terms(*(torch.empty_like(term) for term in terms)) if terms else Terms(unscale, unscale, unscale)
+    )
+    num_tiles = 0 if ranges is None else ranges.shape[1]
+    for again in (False, True) if in_planes else (False,):
+        range_blocks = 0 if again else triton.cdiv(num_tiles, TILES.value)
+        launch.launch(
+            infonce_prepare_kernel,
+            (anchor_blocks + key_blocks + range_blocks,),
+            Source(anchors, order, sorted_labels, sorted_anchors, peaks[0]),
+            Source(anchors if keys is None else keys, order, key_labels, prepared_keys, peaks[1]),
+            *(terms or sorted_terms, sorted_terms, unscale, order if ranges is None else ranges),
+            *(anchors.shape[0], anchor_blocks, key_labels.shape[0], key_blocks, num_tiles, 1.0 / temperature),
+            WITH_TERMS=terms is not None and not again,
+            AGAIN=again,
+            PADDED=PADDING,
+            WALK=walk,
+            num_warps=4,
+        )
+    sides = Sides(sorted_anchors, order, sorted_labels, prepared_keys, key_labels, unscale)
+    return sides, sorted_terms, keys is not None and not in_planes
