@@ -75,6 +75,15 @@ REGISTERS = {"HMMA": (4, 4, 2, 4), "LDSM": (4, 1), "LDS.128": (4, 1), "LDS.64": 
 NEVER_PASSED = {"HMMA", "LDSM", "BAR", "LDGSTS", "MUFU", "STS", "SHFL"}
 
 
+def visits(of_pass: str, rows: int, columns: int) -> float:
+    """Tiles of a whole pass at the benchmark's shape."""
+    if of_pass == "keys":
+        return KEYS / rows * -(-ANCHORS // columns)
+    if of_pass == "negatives":
+        return -(-ANCHORS // rows) * KEYS / columns
+    return CLASSES * -(-(ANCHORS // CLASSES) // rows) * (KEYS / CLASSES / columns)
+
+
 @dataclass
 class Tile:
     """Of a kernel's name: Tile<Math<type, planes>, channels, whole, pieces, wide>."""
@@ -154,12 +163,7 @@ class Tile:
 
     @property
     def visits(self) -> float:
-        """Tiles of the whole pass at the benchmark's shape."""
-        if self.of_pass == "keys":
-            return KEYS / self.rows * -(-ANCHORS // self.columns)
-        if self.of_pass == "negatives":
-            return -(-ANCHORS // self.rows) * KEYS / self.columns
-        return CLASSES * -(-(ANCHORS // CLASSES) // self.rows) * (KEYS / CLASSES / self.columns)
+        return visits(self.of_pass, self.rows, self.columns)
 
     @property
     def floor_flops(self) -> float:

@@ -127,8 +127,8 @@ def test_the_reference_serves_for_want_of_the_module_with_one_warning(unbuilt, r
         served_by()
     with pytest.raises(ValueError, match="backend 'cpu' cannot serve .*: it was never built"):
         served_by(backend="cpu")
-    assert backends.resolve(None, "infonce", "cpu", torch.float64) == "reference"
-    assert backends.resolve(None, "infonce", "meta", torch.float32) == "reference"
+    assert backends.resolve(None, "infonce", torch.device("cpu"), torch.float64) == "reference"
+    assert backends.resolve(None, "infonce", torch.device("meta"), torch.float32) == "reference"
     assert not recwarn.list  # named, or what only the reference serves anyway
 
     assert served_by() == "reference"
@@ -143,7 +143,7 @@ def test_the_warning_is_for_cuda_tensors_as_well(unbuilt, triton, recwarn, monke
     for name in ("cuda", "triton"):
         monkeypatch.setitem(backends.DEVICES, name, ("cuda",))
     monkeypatch.setattr(backends.get("triton"), "unsupported", lambda *_: triton)
-    name = backends.resolve(None, "infonce", "cuda", torch.float32, 64)
+    name = backends.resolve(None, "infonce", torch.device("cuda"), torch.float32, 64)
     assert (name, len(recwarn)) == (("triton", 0) if triton is None else ("reference", 1))
 
 

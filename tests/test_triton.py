@@ -131,6 +131,24 @@ def test_an_old_device_is_named(monkeypatch):
         triton_backend._unsupported_device.cache_clear()
 
 
+def test_the_device_asked_is_the_one_of_the_tensors(monkeypatch):
+    """The current one is too old, the other is not."""
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0) if index else (7, 5))
+    monkeypatch.setitem(backends.DEVICES, "triton", ("cuda",))
+    triton_backend._unsupported_device.cache_clear()
+    try:
+        old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+        assert backends.resolve("triton", "gather_embeddings", new, torch.float32) == "triton"
+        with pytest.raises(ValueError, match="needs a device of sm_80 or later, and this is sm_75"):
+            backends.resolve("triton", "gather_embeddings", old, torch.float32)
+    finally:
+        triton_backend._unsupported_device.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("version", "anyway", "serves"),
     [("12.8", "", False), ("13.2", "", False), ("13.3", "", True), ("12.8", "1", True)],
@@ -310,7 +328,7 @@ def visits(anchors: int, keys: int, classes: int) -> tuple[float, int]:
     anchor_labels = torch.randint(0, classes, (anchors,), dtype=torch.int32)
     key_labels = torch.arange(classes, dtype=torch.int32).repeat_interleave(keys // classes)
     ranges = key_labels.new_empty(3, -(-len(key_labels) // negatives.columns))
-    sides, _, _ = prepare.prepare(rows, anchor_labels, rows, key_labels, negatives, ranges)
+    sides, _, _ = prepare.prepare(rows, anchor_labels, (rows, key_labels), negatives, ranges)
     found = plan.plan_of(sides.anchor_labels, ranges, positives.rows, 264, 1, 132)
     count = int(found.counts[0])
     labels = sides.anchor_labels[found.class_tiles[:count].long()]

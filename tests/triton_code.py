@@ -1,4 +1,5 @@
-"""Compiles the Triton kernels for devices that are not there, and reads what comes out: registers, spills, memory.
+"""Compiles the Triton kernels for devices that are not there, and reads what comes out: registers, spills, memory, the
+loops in machine code, and how long it took.
 
     python tests/triton_code.py            compile every shipped configuration and print the table
     python tests/triton_code.py --update   write it to tests/triton-<version>.txt
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import compiled_code
+import machine_model
 from pixcontrast_ext.backends import triton as backend
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import Sides
@@ -37,6 +40,7 @@ from pixcontrast_ext.backends.triton.infonce.operands import Sides
 ARCHS = (80, 90)
 WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
 MULTIPROCESSORS = {80: 108, 90: 132}
+FLOPS = {80: 2048, 90: 4096}  # of 16-bit products in a cycle of a multiprocessor
 MAP_WIDTHS = (64, 256)  # those of maps
 _TYPES = {
     torch.float32: "fp32",
@@ -66,11 +70,14 @@ class Job:
     @property
     def name(self) -> str:
         blocks = [f"{key}={value}" for key, value in self.constants if key.isupper()]
-        kinds = [
-            kind[0] if isinstance(kind, tuple) else kind for _, kind in self.signature if "*" in str(kind)
-        ]
         odd = ["odd"] if self.odd else []
-        return " ".join([self.kernel, *kinds[:1], *odd, *blocks, f"w{self.num_warps} s{self.num_stages}"])
+        return " ".join([self.kernel, self.types, *odd, *blocks, f"w{self.num_warps} s{self.num_stages}"])
+
+    @property
+    def types(self) -> str:
+        """That of the first tensor."""
+        kinds = (kind[0] if isinstance(kind, tuple) else kind for _, kind in self.signature)
+        return next(kind for kind in kinds if "*" in kind)
 
     @property
     def odd(self) -> bool:
@@ -102,6 +109,7 @@ class Code:
     buffers: int  # of a tile of columns in shared memory, the fewest; 0: it is not copied asynchronously
     replicated: bool  # several warps multiply the same
     loops: tuple[Loop, ...]
+    seconds: float  # that compiling it took, what Triton keeps for all included
 
 
 def _written(instruction: str) -> set[int]:
@@ -136,7 +144,7 @@ def _overwritten(body: list[str]) -> bool:
 
 def _ahead(body: list[str]) -> bool:
     """Whether a copy stands between the last product of a loop and the wait for it, which may be in the next round."""
-    last = max(i for i, instruction in enumerate(body) if "MMA" in instruction)
+    last = max(i for i, instruction in enumerate(body) if re.search(r"\bHG?MMA\b", instruction))
     for instruction in body[last:] + body:
         if "LDGSTS" in instruction and ".128" in instruction:
             return True
@@ -161,14 +169,15 @@ def loops_of(sass: str) -> tuple[Loop, ...]:
     for start, end in spans:
         body = program[start:end]
         inner = any(start <= a and b <= end and (a, b) != (start, end) for a, b in spans)
-        if inner or not any("MMA" in instruction for instruction in body):
+        products = sum(re.search(r"\bHG?MMA\b", instruction) is not None for instruction in body)
+        if inner or products == 0:
             continue
         count = lambda text, body=body: sum(text in instruction for instruction in body)  # noqa: E731
         wide = sum("LDGSTS" in x and ".128" in x for x in body)
         loops.append(
             Loop(
                 len(body),
-                count("MMA"),
+                products,
                 count("WARPGROUP.ARRIVE"),
                 wide,
                 count("LDGSTS") - wide,
@@ -349,9 +358,11 @@ def compile_job(job: Job) -> Code:
         attrs={place: [["tt.divisibility", 16]] for place in job.divisible},
     )
     options = dict(num_warps=job.num_warps, num_stages=job.num_stages, enable_fp_fusion=True)
+    begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    seconds = time.perf_counter() - begin
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -371,6 +382,7 @@ def compile_job(job: Job) -> Code:
         min(buffers, default=0),
         replicated(compiled.asm["ttgir"]),
         loops_of(sass),
+        seconds,
     )
 
 
@@ -397,6 +409,47 @@ def table(codes: dict[Job, Code], what: str) -> str:
         for job, code in codes.items()
     )
     return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def costs(codes: dict[Job, Code]) -> str:
+    """What a first call waits for: seconds of one core, by architecture and kernel."""
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for job, code in codes.items():
+        seconds.setdefault((job.arch, job.kernel), []).append(code.seconds)
+    lines = [
+        f"sm_{arch} {kernel}: {sum(found) / len(found):.1f} s to compile, {max(found):.1f} s at most"
+        for (arch, kernel), found in sorted(seconds.items())
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def predicted(codes: dict[Job, Code]) -> str:
+    """Times of the walks at the benchmark's shape, from below and from above: tensor cores and issue slots of a
+    multiprocessor at the same time, or one after the other. What branches pass over counts as issued.
+    """
+    lines = []
+    for job, code in codes.items():
+        constants = dict(job.constants)
+        of_pass = re.search("negatives|positives|keys", job.kernel)
+        wanted = constants.get("WITH_GRAD", not constants.get("SYMMETRIC", True))
+        if of_pass is None or not wanted or not code.loops:
+            continue
+        walk = {name: value.value for name, value in vars(constants["WALK"]).items()}
+        machine = machine_model.MACHINES[f"sm_{job.arch}"]
+        products = walk["chunks"] * (3 if walk["planes"] == 2 else 1)
+        products += walk["out"] * (3 if walk["planes"] == 2 else walk["parts"])
+        tensor_cores = 2 * walk["rows"] * walk["columns"] * walk["chunk"] * products / FLOPS[job.arch]
+        issued = min(loop.instructions for loop in code.loops) * job.num_warps / machine_model.QUARTERS
+        tile = dict(rows=walk["rows"], columns=walk["columns"])
+        visits = machine_model.visits(of_pass[0], **tile) * -(-walk["chunks"] // walk["out"])
+        scale = visits / machine.multiprocessors / machine.ghz / 1e3
+        lines.append(
+            f"predicted  {machine.name}  {of_pass[0]:<9} {job.types:<5} {walk['channels']} channels, {walk['planes']} "
+            f"planes, {tile['rows']} x {tile['columns']}: {tensor_cores:5.0f} cycles of tensor cores, {issued:5.0f} of "
+            f"issue slots, {code.buffers} buffers; {max(tensor_cores, issued) * scale:5.0f} to "
+            f"{(tensor_cores + issued) * scale:5.0f} us"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def table_path() -> Path:
@@ -426,7 +479,7 @@ def main() -> None:
         ]
         arguments.json.write_text(json.dumps(dict(table=text, kernels=found)))
     else:
-        print(text, end="")
+        print(text, costs(codes), predicted(codes), sep="\n", end="")
 
 
 if __name__ == "__main__":

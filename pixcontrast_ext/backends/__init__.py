@@ -1,8 +1,8 @@
 """The registry: which backend serves a call.
 
 A backend is a module of this package with one function per op, all of the same signature (`reference.py`
-shows them), and `unsupported(op, dtype, channels)`, which tells why a call cannot be served. Precedence: the argument,
-then `use_backend`, then the environment, then the first of the tensor's device that supports the call. A
+shows them), and `unsupported(op, dtype, channels, device)`, which tells why a call cannot be served. Precedence: the
+argument, then `use_backend`, then the environment, then the first of the tensor's device that supports the call. A
 backend asked for by name never falls back to another; that the reference serves for want of the compiled module
 is said once.
 """
@@ -57,11 +57,15 @@ def _exists(name: str) -> bool:
 
 
 def _reason_off(
-    name: str, op: str = "", dtype: torch.dtype | None = None, channels: int | None = None
+    name: str,
+    op: str = "",
+    dtype: torch.dtype | None = None,
+    channels: int | None = None,
+    device: torch.device | None = None,
 ) -> str | None:
     if not _exists(name):
         return "this version has no kernels for it"
-    reason: str | None = get(name).unsupported(op, dtype, channels)
+    reason: str | None = get(name).unsupported(op, dtype, channels, device)
     return reason
 
 
@@ -88,32 +92,41 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _reason_against(
-    name: str, op: str, device: str, dtype: torch.dtype | None, channels: int | None
+    name: str, op: str, device: torch.device, dtype: torch.dtype | None, channels: int | None
 ) -> str | None:
     devices = DEVICES[name]
-    if devices is not None and device not in devices:
-        return f"it takes tensors on {' or '.join(devices)}, got {device}"
-    return _reason_off(name, op, dtype, channels)
+    if devices is not None and device.type not in devices:
+        return f"it takes tensors on {' or '.join(devices)}, got {device.type}"
+    return _reason_off(name, op, dtype, channels, device)
 
 
 def serving(
-    name: str, op: str, device: str, dtype: torch.dtype | None, channels: int | None, source: str = "backend="
+    name: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    channels: int | None,
+    source: str = "backend=",
 ) -> ModuleType:
-    """The module of a backend that serves `op` on tensors of this device type, dtype and width.
+    """The module of a backend that serves `op` on tensors of this device, dtype and width.
 
     Raises:
         ValueError: if there is no such backend, or it cannot serve the call, with the reason.
     """
     reason = _reason_against(_check_name(name, source), op, device, dtype, channels)
     if reason is not None:
-        raise ValueError(f"backend {name!r} cannot serve {op} on {device} tensors of {dtype}: {reason}")
+        raise ValueError(f"backend {name!r} cannot serve {op} on {device.type} tensors of {dtype}: {reason}")
     return get(name)
 
 
 def resolve(
-    requested: str | None, op: str, device: str, dtype: torch.dtype | None, channels: int | None = None
+    requested: str | None,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    channels: int | None = None,
 ) -> str:
-    """The name of the backend that serves `op` on tensors of this device type, dtype and width.
+    """The name of the backend that serves `op` on tensors of this device, dtype and width.
 
     Raises:
         ValueError: if one is asked for by name and cannot serve the call, with the reason; if the environment
@@ -128,7 +141,7 @@ def resolve(
         serving(named, op, device, dtype, channels, source)
         return named
     passed_over: list[str] = []
-    for name in _BY_DEVICE.get(device, ("reference",)):
+    for name in _BY_DEVICE.get(device.type, ("reference",)):
         reason = _reason_against(name, op, device, dtype, channels)
         if reason is None:
             if name == "reference" and native.unavailable in passed_over:
@@ -137,7 +150,7 @@ def resolve(
         if reason == native.wrong_instruction_set:
             raise ValueError(reason)
         passed_over.append(reason)
-    raise ValueError(f"no backend serves {op} on {device} tensors of {dtype}")
+    raise ValueError(f"no backend serves {op} on {device.type} tensors of {dtype}")
 
 
 @functools.cache  # once per process

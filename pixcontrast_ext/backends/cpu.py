@@ -24,7 +24,9 @@ BLOCK_K = 1024
 LOG2_E = math.log2(math.e)
 
 
-def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
+def unsupported(
+    op: str, dtype: torch.dtype | None, channels: int | None = None, device: torch.device | None = None
+) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     if dtype is not None and dtype not in native.DTYPE_CODES:
         return f"{dtype} is not one of float32, float16, bfloat16"

@@ -51,7 +51,9 @@ def _unsupported_device(index: int) -> str | None:
     return f"it was compiled for {' '.join(built)}, and the device is sm_{major}{minor}"
 
 
-def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
+def unsupported(
+    op: str, dtype: torch.dtype | None, channels: int | None = None, device: torch.device | None = None
+) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     if dtype is not None and dtype not in native.DTYPE_CODES:
         return f"{dtype} is not one of float32, float16, bfloat16"
@@ -65,7 +67,7 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         # A call with CUDA tensors has started CUDA. Asking before would, and later forks could not use it.
-        reason = _unsupported_device(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+        reason = _unsupported_device(schedule.device_index(device)) if torch.cuda.is_initialized() else None
         if reason is not None:
             return reason
     return None

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
+def unsupported(
+    op: str, dtype: torch.dtype | None, channels: int | None = None, device: torch.device | None = None
+) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     if dtype is not None and not dtype.is_floating_point:
         return f"{dtype} is not a floating-point dtype"

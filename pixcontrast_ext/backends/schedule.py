@@ -36,6 +36,12 @@ def splits(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) 
     return next(count for count in range(fewest, most + 1) if cost(count) <= 1.05 * least)
 
 
+def device_index(device: torch.device | None) -> int:
+    """The number of a CUDA device; of the current one where none is named."""
+    named = None if device is None else device.index
+    return torch.cuda.current_device() if named is None else named
+
+
 def full_float32(dtype: torch.dtype) -> bool:
     """Whether fp32 rows are to keep fp32's accuracy. Both of torch's ways to allow TF32 end in this setting."""
     setting = torch.backends.cuda.matmul

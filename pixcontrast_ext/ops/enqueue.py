@@ -168,9 +168,7 @@ def collect(
         ignore_index,
         normalize,
         dtype,
-        backends.resolve(
-            backend, "enqueue_collect", embeddings.device.type, ops.widest(embeddings.dtype, dtype)
-        ),
+        backends.resolve(backend, "enqueue_collect", embeddings.device, ops.widest(embeddings.dtype, dtype)),
     )
     return rows
 
@@ -203,5 +201,5 @@ def write(
         pixel_fill,
         region_slots,
         exchange.number,
-        backends.resolve(backend, "enqueue_write", keys.device.type, keys.dtype),
+        backends.resolve(backend, "enqueue_write", keys.device, keys.dtype),
     )

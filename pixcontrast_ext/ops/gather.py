@@ -142,6 +142,6 @@ def gather_embeddings(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
     widest = ops.widest(embeddings.dtype, dtype)
-    name = backends.resolve(backend, "gather_embeddings", embeddings.device.type, widest)
+    name = backends.resolve(backend, "gather_embeddings", embeddings.device, widest)
     rows: Tensor = GatherEmbeddings.apply(embeddings, indices, normalize, dtype, name)
     return rows

@@ -279,7 +279,7 @@ def infonce(
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
     name = backends.resolve(
-        backend, "infonce", anchors.device.type, anchors.dtype, operator.index(anchors.shape[1])
+        backend, "infonce", anchors.device, anchors.dtype, operator.index(anchors.shape[1])
     )
     in_batch = keys is anchors and key_labels is anchor_labels
     loss, pos_count = BlockwiseInfoNCE.apply(

@@ -147,6 +147,6 @@ def hard_anchor_sampling(
         max_views,
         min_pixels,
         ignore_index,
-        backends.resolve(backend, "hard_anchor_sampling", labels.device.type, None),
+        backends.resolve(backend, "hard_anchor_sampling", labels.device, None),
     )
     return AnchorSample(*chosen)

@@ -25,7 +25,7 @@ Limits = tuple[int, int | str | None]
 class Call(NamedTuple):
     """What decides whether a backend can serve a call."""
 
-    device: str  # its type
+    device: torch.device
     dtype: torch.dtype | None  # of what is floating point; fp64 if any of it is, which few backends know
     channels: int | None  # the size D
 
@@ -116,7 +116,7 @@ class Signature:
                 self._refuse(text, f"be at most {most}", number)
         some_dtype = next(iter(dtypes.values()), None)
         widest = torch.float64 if torch.float64 in dtypes.values() else some_dtype
-        return Call(device.type, widest, numbers.get("D"))
+        return Call(device, widest, numbers.get("D"))
 
     def _check_dtype(
         self, name: str, expected: torch.dtype | str, dtype: torch.dtype, dtypes: dict[str, torch.dtype]

@@ -289,14 +289,16 @@ class _Run:
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed")
+        # Else kernels are compiled within measured steps.
         if (
             step == self.start
             and images.is_cuda
             and isinstance(self.criterion, PixelContrastCrossEntropyLoss)
         ):
-            self.criterion.warm_up(
-                logits, embeddings, labels
-            )  # else kernels are compiled within measured steps
+            begin = time.perf_counter()
+            self.criterion.warm_up(logits, embeddings, labels)
+            torch.cuda.synchronize()
+            log.info("the kernels of the loss are ready after %.1f s", time.perf_counter() - begin)
             self.memory.restart()
         loss, parts = self.criterion(logits, embeddings, labels, return_parts=True)
         total, auxiliary = loss, None

@@ -9,6 +9,8 @@ import re
 
 import torch
 
+from pixcontrast_ext.backends import schedule
+
 OLDEST = (3, 6)  # versions of Triton that are tested
 # Assemblers before this one let other values into registers that a wgmma, which sm_90 alone has, still reads
 # (triton-lang/triton#11781).
@@ -55,7 +57,9 @@ def _unsupported_device(index: int) -> str | None:
     return None
 
 
-def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None) -> str | None:
+def unsupported(
+    op: str, dtype: torch.dtype | None, channels: int | None = None, device: torch.device | None = None
+) -> str | None:
     """Why this backend cannot serve a call, or None if it can."""
     reason = _unavailable()
     if reason is not None:
@@ -64,7 +68,7 @@ def unsupported(op: str, dtype: torch.dtype | None, channels: int | None = None)
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         # A call with CUDA tensors has started CUDA. Asking before would, and later forks could not use it.
-        reason = _unsupported_device(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+        reason = _unsupported_device(schedule.device_index(device)) if torch.cuda.is_initialized() else None
         if reason is not None:
             return reason
     if dtype is not None and dtype not in DTYPES:

@@ -164,8 +164,7 @@ def infonce_bwd_keys_kernel(
 def _backward(
     anchors: Tensor,
     anchor_labels: Tensor,
-    keys: Tensor | None,  # None: the anchors themselves
-    key_labels: Tensor | None,
+    others: tuple[Tensor, Tensor] | None,  # keys and their labels; None: the anchors themselves
     terms: Terms,
     temperature: float,
     exclude_self: bool,
@@ -184,7 +183,7 @@ def _backward(
     if of.walk.half.value:
         peak = (terms.pull.abs() * terms.push.clamp(min=1)).amax() / temperature
     sides, factors, guarded = prepare(
-        anchors, anchor_labels, keys, key_labels, of, terms=terms, temperature=temperature
+        anchors, anchor_labels, others, of, terms=terms, temperature=temperature
     )
     grad_parts = grad if splits == 1 else grad.new_empty(splits, *grad.shape)
     launch.launch(
@@ -192,7 +191,7 @@ def _backward(
         (row_tiles, splits, of.beside),
         *(sides, factors, peak, grad_parts),
         *(num_anchors, num_rows, int(exclude_self), scale_of(temperature)),
-        SYMMETRIC=keys is None,
+        SYMMETRIC=others is None,
         GUARDED=guarded,
         WALK=of.walk,
         **of.options,
@@ -214,7 +213,7 @@ def infonce_backward_keys(
     key_grad: Tensor,  # [K, D] float32, out
 ) -> None:
     terms = Terms(neg_lse, pos_weight, grad_scale)
-    _backward(anchors, anchor_labels, keys, key_labels, terms, temperature, exclude_self, key_grad)
+    _backward(anchors, anchor_labels, (keys, key_labels), terms, temperature, exclude_self, key_grad)
 
 
 def infonce_backward_symmetric(
@@ -228,4 +227,4 @@ def infonce_backward_symmetric(
     anchor_grad: Tensor,  # [A, D] float32, out
 ) -> None:
     terms = Terms(neg_lse, pos_weight, grad_scale)
-    _backward(anchors, anchor_labels, None, None, terms, temperature, exclude_self, anchor_grad)
+    _backward(anchors, anchor_labels, None, terms, temperature, exclude_self, anchor_grad)

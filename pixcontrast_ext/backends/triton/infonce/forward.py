@@ -19,6 +19,7 @@ from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     NO_LABEL,
     add_weighted,
+    beside_scores,
     load_rows,
     multiply_rows,
     store_rows,
@@ -134,11 +135,17 @@ def infonce_fwd_shift_kernel(
     first = tl.program_id(2)  # there is one: 0
     row = load_rows(sides.anchors, place, inside, first, WALK, False)
     largest = tl.full([WALK.rows], float("-inf"), tl.float32)
-    for i in tl.range(split, listed, step, num_stages=1):
-        column = tl.load(plan.columns + i) * WALK.columns + tl.arange(0, WALK.columns)
-        label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+    tile = tl.load(plan.columns + split, mask=split < listed, other=0)
+    column = tile * WALK.columns + tl.arange(0, WALK.columns)
+    label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+    tile = tl.load(plan.columns + split + step, mask=split + step < listed, other=0)
+    for i in tl.range(split, listed, step, disable_licm=not WALK.hoist):
         key = load_rows(sides.keys, column, label >= 0, first, WALK, GUARDED)
-        scores = tl.where(differ(label, own), multiply_rows(row, key, WALK), float("-inf"))
+        here_label = label
+        column = tile * WALK.columns + tl.arange(0, WALK.columns)
+        label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
+        tile = tl.load(plan.columns + i + 2 * step, mask=i + 2 * step < listed, other=0)
+        scores = tl.where(differ(here_label, own), multiply_rows(row, key, WALK), float("-inf"))
         largest = tl.maximum(largest, tl.max(scores, 1))
     tl.store(parts.largest + split.to(tl.int64) * num_anchors + place, largest, mask=place < end)
 
@@ -177,6 +184,7 @@ def infonce_fwd_negatives_kernel(
     shift = tl.where(shift == float("-inf"), 0.0, shift * scale)
     if WALK.half:
         shift -= tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
+    shift = beside_scores(shift, WALK)
     total = tl.zeros([WALK.rows], tl.float32)
     largest = tl.zeros([WALK.rows], tl.float32)
     outputs = zeros(WALK)
@@ -264,6 +272,7 @@ def infonce_fwd_positives_kernel(
             excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
         total = total_of(parts, splits, num_anchors, place, inside, 16)
         neg_lse = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(total)
+        neg_lse = beside_scores(neg_lse, WALK)
         # Rows behind the last may be another tile's, or none.
         row = load_rows(sides.anchors, tl.where(inside, place, begin), inside, first, WALK, False)
         loss = tl.zeros([WALK.rows], tl.float32)
@@ -402,8 +411,8 @@ def infonce_forward(
     most = max(fewest, min(positives.slots // triton.cdiv(num_anchors, positives.rows), num_tiles * pieces))
 
     ranges = anchor_labels.new_empty(3, num_tiles)
-    side = (None, None) if in_batch else (keys, key_labels)
-    sides, _, guarded = prepare(anchors, anchor_labels, *side, negatives, ranges)
+    others = None if in_batch else (keys, key_labels)
+    sides, _, guarded = prepare(anchors, anchor_labels, others, negatives, ranges)
     plan = plan_of(sides.anchor_labels, ranges, positives.rows, positives.slots, fewest, most)
     with_grad = anchor_grad is not None
     largest, total = loss.new_empty(2, splits, num_anchors)

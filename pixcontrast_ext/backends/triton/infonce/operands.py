@@ -86,6 +86,14 @@ def multiply_rows(left, right, WALK: tl.constexpr):
 
 
 @triton.jit
+def beside_scores(values, WALK: tl.constexpr):
+    """Values of rows, in the threads that get the rows' scores: others would hand them over at every tile."""
+    nothing = tl.zeros([WALK.rows, 16], tl.float16)
+    scores = tl.dot(nothing, tl.zeros([16, WALK.columns], tl.float16))
+    return tl.max(scores + values[:, None], 1)
+
+
+@triton.jit
 def add_weighted(outputs, weights, columns, dtype: tl.constexpr, WALK: tl.constexpr):
     """outputs + weights . columns, of fp32 weights: a tuple of the first chunks [rows, chunk]. Of two planes, the share
     of a tile is summed apart.

@@ -154,13 +154,12 @@ def infonce_prepare_kernel(
 def prepare(
     anchors: Tensor,
     anchor_labels: Tensor,
-    keys: Tensor | None,  # None: the anchors, in their order
-    key_labels: Tensor | None,
+    others: tuple[Tensor, Tensor] | None,  # keys and their labels; None: the anchors, in their order
     of: Pass,
     ranges: Tensor | None = None,
     terms: Terms | None = None,
     temperature: float = 1.0,
-) -> tuple[Sides, Terms | None, bool]:
+) -> tuple[Sides, Terms, bool]:
     """Both sides as operands of a pass, `terms` in the order of anchors and as factors, and whether keys are GUARDED.
     Fills `ranges` with those of the keys' labels, in tiles of the pass's columns.
     """
@@ -176,10 +175,10 @@ def prepare(
 
     order, sorted_labels = sort(anchor_labels)
     sorted_anchors, anchor_blocks = room(anchors)
+    keys, key_labels = others or (anchors, sorted_labels)
     prepared_keys, key_blocks = sorted_anchors, 0
-    if keys is not None:
+    if others is not None:
         prepared_keys, key_blocks = room(keys) if in_planes else (keys, 0)
-    key_labels = sorted_labels if key_labels is None else key_labels
     peaks = anchors.new_empty(2, MOST_BLOCKS.value, dtype=torch.float32)
     unscale = anchors.new_empty(2, dtype=torch.float32)
     sorted_terms = (
@@ -192,7 +191,7 @@ def prepare(
             infonce_prepare_kernel,
             (anchor_blocks + key_blocks + range_blocks,),
             Source(anchors, order, sorted_labels, sorted_anchors, peaks[0]),
-            Source(anchors if keys is None else keys, order, key_labels, prepared_keys, peaks[1]),
+            Source(keys, order, key_labels, prepared_keys, peaks[1]),
             *(terms or sorted_terms, sorted_terms, unscale, order if ranges is None else ranges),
             *(anchors.shape[0], anchor_blocks, key_labels.shape[0], key_blocks, num_tiles, 1.0 / temperature),
             WITH_TERMS=terms is not None and not again,
@@ -202,4 +201,4 @@ def prepare(
             num_warps=4,
         )
     sides = Sides(sorted_anchors, order, sorted_labels, prepared_keys, key_labels, unscale)
-    return sides, sorted_terms, keys is not None and not in_planes
+    return sides, sorted_terms, others is not None and not in_planes
