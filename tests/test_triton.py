@@ -247,15 +247,16 @@ def test_warming_up_launches_what_a_step_behind_the_warm_up_does(monkeypatch):
 
 @pytest.mark.parametrize("kind", sorted(tiles.TILES))
 def test_tiles_fit_each_other(kind):
-    """The positives share the negatives' ranges of labels, and prepared rows are whole tiles."""
+    """The positives share the negatives' ranges of labels and prepared rows, and these are whole tiles."""
     assert max(tiles.TILES[kind]) == triton_backend.MAX_CHANNELS
     for passes in tiles.TILES[kind].values():
         assert passes.negatives.columns % passes.positives.columns == 0
+        assert passes.negatives.chunk % passes.positives.chunk == 0
         for tile in passes:
             assert tiles.PADDING % tile.rows == tiles.PADDING % tile.columns == 0
 
 
-@pytest.mark.parametrize("channels", [50, 128, 200, 512])
+@pytest.mark.parametrize("channels", [50, 128, 200, 384, 512])  # 384: three chunks of 128 in a row of four
 @pytest.mark.parametrize("arithmetic", ["bf16", "fp16", "high", "highest"])
 @pytest.mark.parametrize("major", [8, 9])
 def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, channels):

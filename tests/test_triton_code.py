@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,14 @@ def test_everything_that_multiplies_was_compiled(found):
     assert len(walks(found["kernels"])) >= 4 * 8 * len(archs)
 
 
-def test_nothing_spills_in_a_walk(found):
-    """What lies around it may: it is done once."""
+def test_walks_spill_where_it_was_chosen(found):
+    """What lies around a walk may: it is done once. Within one, only outputs of two planes on sm_90 that do not fit
+    registers, where the scores would be multiplied again otherwise.
+    """
     for kernel in walks(found["kernels"]):
-        assert kernel["odd"] or not any(loop["local"] for loop in kernel["loops"]), kernel
+        wide = re.search("channels=(256|512)", kernel["name"])
+        most = 70 if kernel["arch"] == 90 and wide and "planes=2" in kernel["name"] else 0
+        assert kernel["odd"] or all(loop["local"] <= most for loop in kernel["loops"]), kernel
     for kernel in found["kernels"]:
         assert kernel["stack"] == 0 or kernel["loops"] or kernel["stack"] <= 16, kernel
 

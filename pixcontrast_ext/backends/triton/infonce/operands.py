@@ -39,12 +39,12 @@ class Operand(NamedTuple):
 
 
 @triton.jit
-def load_chunk(lines, d, guard, CHANNELS: tl.constexpr, GUARDED: tl.constexpr):
+def load_chunk(lines, d, guard, WALK: tl.constexpr, GUARDED: tl.constexpr):
     """Channels d of rows; zeros for those that are not the caller's, if they are GUARDED."""
     if GUARDED:
         inside = guard[:, None]
-        if CHANNELS % d.shape[0] != 0:
-            inside = inside & (d < CHANNELS)[None, :]
+        if WALK.chunks * WALK.chunk != WALK.channels:
+            inside = inside & (d < WALK.channels)[None, :]
         chunk = tl.load(lines + d[None, :], mask=inside, other=0.0)
     else:
         chunk = tl.load(lines + d[None, :])
@@ -63,9 +63,9 @@ def load_rows(rows, place, guard, first, WALK: tl.constexpr, GUARDED: tl.constex
     rest = ()
     for j in tl.static_range(WALK.chunks):
         d = (first + j) % WALK.chunks * WALK.chunk + tl.arange(0, WALK.chunk)
-        whole = whole + (load_chunk(lines, d, guard, WALK.channels, GUARDED),)
+        whole = whole + (load_chunk(lines, d, guard, WALK, GUARDED),)
         if WALK.planes == 2:
-            rest = rest + (load_chunk(lines + WIDTH, d, guard, WALK.channels, GUARDED),)
+            rest = rest + (load_chunk(lines + WIDTH, d, guard, WALK, GUARDED),)
     return Operand(whole, rest)
 
 

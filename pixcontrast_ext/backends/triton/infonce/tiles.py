@@ -28,13 +28,14 @@ class Tile(NamedTuple):
 
 class Tiles(NamedTuple):
     negatives: Tile
-    positives: Tile  # rows of one class; its columns divide those of the negatives
+    positives: Tile  # rows of one class; its columns and chunks divide those of the negatives
     backward: Tile
 
 
 # By (major number of the compute capability, planes of an operand): tiles for rows of up to so many channels. Those of
 # (8, ...) fit the 99 KB of shared memory that the smallest device after an A100 has. What becomes of them in machine
-# code is read by tests/triton_code.py.
+# code is read by tests/triton_code.py, which predicts times too: where the output does not fit registers, to spill some
+# of it (9, 2) costs less than programs beside each other, which multiply the scores again.
 TILES: dict[tuple[int, int], dict[int, Tiles]] = {
     (9, 1): {
         64: Tiles(Tile(128, 128, 64), Tile(64, 64, 64, resident=2), Tile(128, 64, 64)),
@@ -45,8 +46,8 @@ TILES: dict[tuple[int, int], dict[int, Tiles]] = {
     (9, 2): {
         64: Tiles(Tile(128, 64, 64), Tile(64, 32, 64, resident=2), Tile(128, 32, 64)),
         128: Tiles(Tile(128, 32, 128), Tile(64, 32, 128), Tile(128, 32, 128)),
-        256: Tiles(Tile(128, 32, 128, 1), Tile(64, 32, 128, 1), Tile(128, 32, 128, 1)),
-        512: Tiles(Tile(64, 16, 128, 1), Tile(64, 16, 128, 1), Tile(64, 16, 128, 1)),
+        256: Tiles(Tile(128, 32, 128), Tile(64, 32, 128, 1), Tile(128, 32, 128)),
+        512: Tiles(Tile(64, 16, 128, 2), Tile(64, 16, 128, 1), Tile(64, 16, 128, 2)),
     },
     (8, 1): {
         64: Tiles(Tile(64, 64, 64, resident=2), Tile(64, 32, 64, resident=2), Tile(64, 64, 64, resident=2)),
@@ -56,9 +57,9 @@ TILES: dict[tuple[int, int], dict[int, Tiles]] = {
     },
     (8, 2): {
         64: Tiles(Tile(64, 32, 64, resident=2), Tile(64, 32, 64, resident=2), Tile(64, 32, 64, resident=2)),
-        128: Tiles(Tile(64, 32, 64, 1, 2), Tile(64, 32, 64, 1, 2), Tile(64, 32, 64, 1, 2)),
-        256: Tiles(Tile(32, 16, 128, 1, 2), Tile(32, 16, 128, 1, 2), Tile(32, 16, 128, 1, 2)),
-        512: Tiles(Tile(32, 16, 128, 1, 1, 2), Tile(32, 16, 128, 1, 1, 2), Tile(32, 16, 128, 1, 1, 2)),
+        128: Tiles(Tile(64, 16, 128, resident=2), Tile(64, 16, 64, 1, 2), Tile(32, 32, 128, resident=2)),
+        256: Tiles(Tile(32, 16, 128, resident=2), Tile(32, 16, 128, 1, 2), Tile(32, 16, 128, resident=2)),
+        512: Tiles(Tile(32, 16, 128, 2, 1, 2), Tile(32, 16, 128, 1, 1, 2), Tile(32, 16, 128, 2, 1, 2)),
     },
 }
 PADDING = 128  # prepared rows are a multiple of it, so that no tile of theirs needs a mask
@@ -115,8 +116,8 @@ def _passes(major: int, multiprocessors: int, how: Arithmetic, channels: int) ->
     planes = max(how.planes, 1)
     tiles = next(found for most, found in TILES[major, planes].items() if channels <= most)
 
-    def pass_of(tile: Tile, parts: int) -> Pass:
-        chunks = -(-channels // tile.chunk)
+    def pass_of(tile: Tile, parts: int, prepared_for: Tile) -> Pass:
+        chunks = -(-channels // prepared_for.chunk) * prepared_for.chunk // tile.chunk
         out = tile.out or chunks
         sizes = tile.rows, tile.columns, channels, tile.chunk, chunks, out, planes, parts
         walk = Walk(*sizes, in_planes=how.planes > 0, half=how.half, hoist=major == 8)
@@ -126,9 +127,9 @@ def _passes(major: int, multiprocessors: int, how: Arithmetic, channels: int) ->
         return Pass(walk, tile.rows, tile.columns, beside, slots, options)
 
     return (
-        pass_of(tiles.negatives, how.negative_parts),
-        pass_of(tiles.positives, how.weight_parts),
-        pass_of(tiles.backward, how.weight_parts),
+        pass_of(tiles.negatives, how.negative_parts, tiles.negatives),
+        pass_of(tiles.positives, how.weight_parts, tiles.negatives),
+        pass_of(tiles.backward, how.weight_parts, tiles.backward),
     )
 
 
