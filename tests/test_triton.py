@@ -457,6 +457,10 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         infonce(rows[:64].to(dtype), labels[:64], rows.to(dtype), labels, temperature=0.1, backend="triton")
     assert changed == [0, 0, 0]
+    # Programs that meet no negative, beside others that do.
+    halves = (torch.arange(512) >= 256).int()
+    infonce(rows[:64], labels[:64] * 0, rows[:512], halves, temperature=0.1, backend="triton")
+    assert changed.pop() == 0
     far = rows.clone()
     far[1500] *= 40
     infonce(rows[:64].half(), labels[:64], far.half(), labels, temperature=0.1, backend="triton")

@@ -53,7 +53,7 @@ TILES: dict[tuple[int, int], dict[int, Tiles]] = {
         64: Tiles(Tile(64, 64, 64, resident=2), Tile(64, 32, 64, resident=2), Tile(64, 64, 64, resident=2)),
         128: Tiles(Tile(64, 64, 128), Tile(64, 32, 128), Tile(64, 32, 128)),
         256: Tiles(Tile(64, 32, 256, resident=2), Tile(64, 32, 128, 1, 2), Tile(64, 32, 256, resident=2)),
-        512: Tiles(Tile(64, 16, 256, 1), Tile(32, 16, 128, 1), Tile(32, 32, 128, 1, 1, 2)),
+        512: Tiles(Tile(64, 16, 256, 1), Tile(32, 16, 128, 1), Tile(32, 16, 128, 2)),
     },
     (8, 2): {
         64: Tiles(Tile(64, 32, 64, resident=2), Tile(64, 32, 64, resident=2), Tile(64, 32, 64, resident=2)),
