@@ -39,9 +39,8 @@ def define(
         signature.check_memory(args)
         module = backends.serving(args[-1], signature.op, *call)
         outputs = allocate(*args)
-        with torch.amp.autocast(
-            call.device.type, enabled=False
-        ):  # the reference and the CPU backend call matmul
+        # The reference and the CPU backend call matmul.
+        with torch.amp.autocast(call.device.type, enabled=False):
             fill(module, *args[:-1], outputs)
         return outputs
 

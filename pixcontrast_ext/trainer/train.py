@@ -297,7 +297,7 @@ class _Run:
         ):
             begin = time.perf_counter()
             self.criterion.warm_up(logits, embeddings, labels)
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(images.device)
             log.info("the kernels of the loss are ready after %.1f s", time.perf_counter() - begin)
             self.memory.restart()
         loss, parts = self.criterion(logits, embeddings, labels, return_parts=True)

@@ -24,17 +24,6 @@ def multiprocessors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class Constants:
-    """A frozen dataclass whose fields a kernel takes for constants."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, triton.language.constexpr(value))
-
-    def __repr__(self) -> str:
-        return " ".join(f"{name}={value.value}" for name, value in vars(self).items())
-
-
 def tensors_of(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
     """The tensors among arguments, and in records of them."""
     for argument in arguments:

@@ -57,8 +57,7 @@ def sort(values: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of integers [count] by (value, index), int32, and the integers in that order; negative ones last."""
     count = values.shape[0]
     if count > _FEW:
-        ranks = torch.where(values < 0, torch.iinfo(values.dtype).max, values)
-        order = ranks.sort(stable=True).indices
+        order = torch.where(values < 0, 2**63 - 1, values.long()).sort(stable=True).indices
         return order.int(), values[order]
     order, ordered = torch.empty_like(values, dtype=torch.int32), torch.empty_like(values)
     launch.launch(sort_kernel, (triton.cdiv(count, _SORT["BLOCK"]),), values, order, ordered, count, **_SORT)

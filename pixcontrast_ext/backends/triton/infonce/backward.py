@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +14,9 @@ from torch import Tensor
 from pixcontrast_ext.backends import schedule
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
+    MOST_BLOCKS,
     NO_LABEL,
+    Factors,
     Terms,
     add_weighted,
     load_rows,
@@ -28,14 +29,16 @@ from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
 from pixcontrast_ext.backends.triton.numerics import power_of_two, reciprocal
 from pixcontrast_ext.backends.triton.sort import first_not_below
 
+_FINISH = dict(BLOCK=1024, num_warps=4)
+
 
 @triton.jit
-def load_terms(terms, place, inside):
+def load_factors(factors, place, inside):
     """Those of the anchors at places; others have no part in anything."""
-    lse = tl.load(terms.lse + place, mask=inside, other=float("inf"))
-    push = tl.load(terms.push + place, mask=inside, other=0.0)
-    pull = tl.load(terms.pull + place, mask=inside, other=0.0)
-    return Terms(lse, push, pull)
+    lse = tl.load(factors.lse + place, mask=inside, other=float("inf"))
+    push = tl.load(factors.push + place, mask=inside, other=0.0)
+    pull = tl.load(factors.pull + place, mask=inside, other=0.0)
+    return Factors(lse, push, pull, factors.peaks)
 
 
 @triton.jit
@@ -54,20 +57,20 @@ class Rows(NamedTuple):
     row: Any  # Operand
     label: Any
     excluded: Any  # the anchor that is a row itself, or -1
-    terms: Any  # Terms; only if SYMMETRIC
+    factors: Any  # Factors; only if SYMMETRIC
     first: Any  # chunk of the output
 
 
 @triton.jit
 def fold_gradient(
-    outputs, rows, sides, terms, tile, num_anchors, scale, weight_scale, MASKED: tl.constexpr,
+    outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, MASKED: tl.constexpr,
     SYMMETRIC: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of anchors to the output."""
     place = tile * WALK.columns + tl.arange(0, WALK.columns)
     inside = place < num_anchors
     anchor = load_rows(sides.anchors, place, inside, rows.first, WALK, False)
-    others = load_terms(terms, place, inside)
+    others = load_factors(factors, place, inside)
     scores = multiply_rows(rows.row, anchor, WALK) * scale
     positive = inside[None, :]
     if MASKED:
@@ -77,7 +80,7 @@ def fold_gradient(
         scores, others.lse[None, :], others.push[None, :], others.pull[None, :], positive, MASKED
     )
     if SYMMETRIC:
-        own = rows.terms
+        own = rows.factors
         weights += score_gradient(
             scores, own.lse[:, None], own.push[:, None], own.pull[:, None], positive, MASKED
         )
@@ -94,8 +97,7 @@ def fold_gradient(
 @triton.jit(do_not_specialize=["num_anchors", "num_keys", "exclude_self"])
 def infonce_bwd_keys_kernel(
     sides,  # Sides; keys are the anchors, in their order, if SYMMETRIC
-    terms,  # Terms, in order
-    peak,  # [] largest weight, of which fp16 needs to know
+    factors,  # Factors
     grad_parts,  # [splits, K, channels] out
     num_anchors,
     num_keys,
@@ -110,11 +112,11 @@ def infonce_bwd_keys_kernel(
     label = tl.load(sides.key_labels + place, mask=inside, other=-1)
     first = tl.program_id(2) * WALK.out
     split, splits = tl.program_id(1), tl.num_programs(1)
-    own_terms = terms
+    own_factors = factors
     index = place
     if SYMMETRIC:
         index = tl.load(sides.order + place, mask=inside, other=0)
-        own_terms = load_terms(terms, place, inside)
+        own_factors = load_factors(factors, place, inside)
     factor = 1.0
     if WALK.in_planes:
         factor = tl.load(sides.unscale)
@@ -122,11 +124,12 @@ def infonce_bwd_keys_kernel(
     weight_scale = 1.0
     if WALK.half:
         # A power of two that takes the largest weight to 2^14 and below, near the top of fp16's range.
-        exponent = tl.maximum(tl.load(peak).to(tl.int32, bitcast=True) >> 23, 17) - 127 - 13
+        peak = tl.max(tl.load(factors.peaks + tl.arange(0, MOST_BLOCKS)), 0)
+        exponent = tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 17) - 127 - 13
         weight_scale = power_of_two(-exponent)
         factor *= power_of_two(exponent)
     row = load_rows(sides.keys, place, label >= 0, first, WALK, GUARDED)
-    rows = Rows(row, label, tl.where(exclude_self != 0, place, -1), own_terms, first)
+    rows = Rows(row, label, tl.where(exclude_self != 0, place, -1), own_factors, first)
 
     # Tiles of the rows' classes lie between begin and end; of all others, only the last may lack labels.
     low = tl.min(tl.where(label < 0, NO_LABEL, label), 0)
@@ -146,12 +149,12 @@ def infonce_bwd_keys_kernel(
     for i in tl.range(split, pure, splits, disable_licm=not WALK.hoist):
         tile = tl.where(i < begin, i, i + own)
         outputs = fold_gradient(
-            outputs, rows, sides, terms, tile, num_anchors, scale, weight_scale, False, SYMMETRIC, WALK
+            outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, False, SYMMETRIC, WALK
         )
     for i in tl.range(split, mixed, splits, disable_licm=not WALK.hoist):
         tile = tl.where(i < own, begin + i, whole)
         outputs = fold_gradient(
-            outputs, rows, sides, terms, tile, num_anchors, scale, weight_scale, True, SYMMETRIC, WALK
+            outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, True, SYMMETRIC, WALK
         )
     # A row without a label takes no part, whatever the anchors hold.
     shown = ()
@@ -159,6 +162,17 @@ def infonce_bwd_keys_kernel(
         shown = shown + (tl.where((label >= 0)[:, None], outputs[j] * factor, 0.0),)
     parts = split.to(tl.int64) * num_keys + index
     store_rows(grad_parts, parts, inside, shown, first, WALK)
+
+
+@triton.jit(do_not_specialize=["splits", "size"])
+def infonce_bwd_finish_kernel(grad_parts, splits, size, grad, BLOCK: tl.constexpr):
+    """The second stage: adds the splits, in order."""
+    elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(0, splits):
+        part = grad_parts + tl.cast(split, tl.int64) * size + elements
+        total += tl.load(part, mask=elements < size, other=0.0)
+    tl.store(grad + elements, total, mask=elements < size)
 
 
 def _backward(
@@ -179,9 +193,6 @@ def _backward(
     *_, of = passes(anchors)
     row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
     splits = schedule.splits(row_tiles, column_tiles, of.slots, of.columns)
-    peak = terms.lse.new_ones(())
-    if of.walk.half.value:
-        peak = (terms.pull.abs() * terms.push.clamp(min=1)).amax() / temperature
     sides, factors, guarded = prepare(
         anchors, anchor_labels, others, of, terms=terms, temperature=temperature
     )
@@ -189,7 +200,7 @@ def _backward(
     launch.launch(
         infonce_bwd_keys_kernel,
         (row_tiles, splits, of.beside),
-        *(sides, factors, peak, grad_parts),
+        *(sides, factors, grad_parts),
         *(num_anchors, num_rows, int(exclude_self), scale_of(temperature)),
         SYMMETRIC=others is None,
         GUARDED=guarded,
@@ -197,7 +208,8 @@ def _backward(
         **of.options,
     )
     if splits > 1:
-        torch.sum(grad_parts, 0, out=grad)
+        grid = (triton.cdiv(grad.numel(), _FINISH["BLOCK"]),)
+        launch.launch(infonce_bwd_finish_kernel, grid, grad_parts, splits, grad.numel(), grad, **_FINISH)
 
 
 def infonce_backward_keys(

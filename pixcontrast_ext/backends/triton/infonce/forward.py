@@ -45,7 +45,8 @@ class Parts(NamedTuple):
     largest: Any  # [splits, A] of the negatives' scores
     again: Any  # [tiles of rows] int32: the shift did not serve
     shift: Any  # [A] in log2 units
-    total: Any  # [splits, A] sums of exp2(score - shift); inf where a weight is beyond its dtype
+    # [programs beside each other, splits, A] sums of exp2(score - shift); inf where a weight is beyond its dtype.
+    total: Any
     away: Any  # [splits, A, channels] sums of exp2(score - shift) key
     loss: Any  # [programs of the plan, A] of the positives, and so the rest
     pos_weight: Any
@@ -85,35 +86,38 @@ def differ(column_labels, row_labels):
 
 
 @triton.jit
-def total_of(parts, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
-    """The sum of the splits of anchors' negatives."""
+def total_of(parts, beside, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
+    """The sum of the splits of anchors' negatives, as the programs numbered `beside` have it: each adds the chunks of
+    scores in another order, and its weights belong to its own sum.
+    """
     total = tl.zeros(place.shape, tl.float32)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)[:, None]
-        part = split.to(tl.int64) * num_anchors + place[None, :]
+        part = (beside * splits + split).to(tl.int64) * num_anchors + place[None, :]
         total += tl.sum(tl.load(parts.total + part, mask=(split < splits) & inside[None, :], other=0.0), 0)
     return total
 
 
 @triton.jit
-def shift_served(total, listed, WALK: tl.constexpr):
+def shift_served(total, listed, with_grad, WALK: tl.constexpr):
     """Whether nothing has overflowed, and nothing that matters vanished: an fp16 weight is off by up to 2^-25, or two
     parts of one together, and no sum of them by more than 2^-11, or 2^-19, of itself.
     """
+    least = 2.0**-60
     if WALK.half:
-        least = listed * WALK.columns * (2.0**-6 if WALK.parts == 2 else 2.0**-14)
-    else:
-        least = 2.0**-60
+        of_weights = listed * WALK.columns * (2.0**-6 if WALK.parts == 2 else 2.0**-14)
+        least = tl.where(with_grad != 0, of_weights, least)
     return (total >= least) & (total <= 2.0**100)
 
 
-@triton.jit(do_not_specialize=["num_anchors", "num_keys"])
+@triton.jit(do_not_specialize=["num_anchors", "num_keys", "with_grad"])
 def infonce_fwd_shift_kernel(
     sides,  # Sides
     plan,  # Plan
     parts,  # Parts; the largest and whether again, out
     num_anchors,
     num_keys,
+    with_grad,  # weights were multiplied
     AGAIN: tl.constexpr,  # all tiles, of rows whose shift did not serve
     GUARDED: tl.constexpr,
     WALK: tl.constexpr,
@@ -127,8 +131,13 @@ def infonce_fwd_shift_kernel(
     end = num_anchors
     if AGAIN:
         step = splits
-        served = shift_served(total_of(parts, splits, num_anchors, place, inside, 16), listed, WALK)
-        again = tl.max(((own >= 0) & (served == 0)).to(tl.int32), 0)
+        has_negative = (own >= 0) & ((tl.load(plan.counts + 3) < own) | (tl.load(plan.counts + 4) > own))
+        beside = tl.where(with_grad != 0, tl.cdiv(WALK.chunks, WALK.out), 1)
+        again = 0
+        for i in range(0, beside):
+            total = total_of(parts, i, splits, num_anchors, place, inside, 16)
+            served = shift_served(total, listed, with_grad, WALK)
+            again = tl.maximum(again, tl.max((has_negative & (served == 0)).to(tl.int32), 0))
         tl.store(parts.again + tl.program_id(0), again, mask=split == 0)
         listed = tl.where(again > 0, listed, 0)
         end = tl.where(again > 0, num_anchors, 0)
@@ -182,8 +191,10 @@ def infonce_fwd_negatives_kernel(
         )
         shift = tl.maximum(shift, highest)
     shift = tl.where(shift == float("-inf"), 0.0, shift * scale)
-    if WALK.half:
-        shift -= tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
+    if WALK.half and WITH_GRAD:
+        # Where numbers lie so far apart that it would be rounded, there is no room to be made.
+        room = tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
+        shift -= tl.where(tl.abs(shift) < 2.0**20, room, 0.0)
     shift = beside_scores(shift, WALK)
     total = tl.zeros([WALK.rows], tl.float32)
     largest = tl.zeros([WALK.rows], tl.float32)
@@ -212,14 +223,14 @@ def infonce_fwd_negatives_kernel(
             scores = tl.where(differ(here_label, own), scores, float("-inf"))
         weights = tl.exp2(scores * scale - shift[:, None])
         total += tl.sum(weights, 1)
-        if WALK.half:
-            largest = tl.maximum(largest, tl.max(weights, 1))
         if WITH_GRAD:
+            if WALK.half:
+                largest = tl.maximum(largest, tl.max(weights, 1))
             outputs = add_weighted(outputs, weights, key, sides.anchors.dtype.element_ty, WALK)
     if WITH_GRAD:
         store_rows(parts.away, part, place < end, outputs, first, WALK)
-    end = tl.where(first == 0, end, 0)
-    tl.store(parts.shift + place, shift, mask=place < tl.where(split == 0, end, 0))
+    tl.store(parts.shift + place, shift, mask=place < tl.where((split == 0) & (first == 0), end, 0))
+    part += (tl.program_id(2) * splits).to(tl.int64) * num_anchors
     tl.store(parts.total + part, tl.where(largest <= 60000.0, total, float("inf")), mask=place < end)
 
 
@@ -270,7 +281,7 @@ def infonce_fwd_positives_kernel(
         if not IN_ORDER:
             end = tl.where(exclude_self != 0, num_anchors, 0)
             excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
-        total = total_of(parts, splits, num_anchors, place, inside, 16)
+        total = total_of(parts, 0, splits, num_anchors, place, inside, 16)
         neg_lse = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(total)
         neg_lse = beside_scores(neg_lse, WALK)
         # Rows behind the last may be another tile's, or none.
@@ -335,7 +346,7 @@ def infonce_fwd_finish_kernel(
     inside = place < num_anchors
     labelled = tl.load(sides.anchor_labels + place, mask=inside, other=-1) >= 0
     index = tl.load(sides.order + place, mask=inside, other=0)
-    total = total_of(parts, splits, num_anchors, place, inside, SPLITS)
+    total = total_of(parts, 0, splits, num_anchors, place, inside, SPLITS)
     shift = tl.load(parts.shift + place, mask=inside, other=0.0)
     sharing = tl.load(plan.counts + 1)
     loss = tl.zeros([ROWS], tl.float32)
@@ -356,12 +367,14 @@ def infonce_fwd_finish_kernel(
     tl.store(outs.pos_weight + index, tl.where(contrasts, weight, 0.0), mask=inside)
     tl.store(outs.pos_count + index, tl.where(contrasts, pos_count, 0), mask=inside)
     if WITH_GRAD:
-        push = tl.where(total == 0.0, 0.0, weight / total)
         factor = inv_temperature / count
         if WALK.in_planes:
             factor *= tl.load(sides.unscale + 1)
         for start in tl.range(0, WALK.channels, BLOCK):
             d = start + tl.arange(0, BLOCK)
+            beside = start // (WALK.out * WALK.chunk)
+            total = total_of(parts, beside, splits, num_anchors, place, inside, SPLITS)
+            push = tl.where(total == 0.0, 0.0, weight / total)
             row = (d < WALK.channels)[None, None, :]
             away = tl.zeros([ROWS, BLOCK], tl.float32)
             towards = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -415,13 +428,14 @@ def infonce_forward(
     sides, _, guarded = prepare(anchors, anchor_labels, others, negatives, ranges)
     plan = plan_of(sides.anchor_labels, ranges, positives.rows, positives.slots, fewest, most)
     with_grad = anchor_grad is not None
-    largest, total = loss.new_empty(2, splits, num_anchors)
+    beside = negatives.beside if with_grad else 1
+    sums = loss.new_empty(1 + beside, splits, num_anchors)
     part_loss, part_weight, part_count = loss.new_empty(3, most, num_anchors)
     parts = Parts(
-        largest,
+        largest=sums[0],
         again=anchor_labels.new_empty(row_tiles),
         shift=torch.empty_like(loss),
-        total=total,
+        total=sums[1:],
         away=loss.new_empty(splits, num_anchors, channels) if with_grad else loss,
         loss=part_loss,
         pos_weight=part_weight,
@@ -434,7 +448,7 @@ def infonce_forward(
         launch.launch(
             infonce_fwd_shift_kernel,
             (row_tiles, splits),
-            *(sides, plan, parts, *counts),
+            *(sides, plan, parts, *counts, int(with_grad)),
             AGAIN=again,
             GUARDED=guarded,
             WALK=negatives.walk,
@@ -442,7 +456,7 @@ def infonce_forward(
         )
         launch.launch(
             infonce_fwd_negatives_kernel,
-            (row_tiles, splits, negatives.beside if with_grad else 1),
+            (row_tiles, splits, beside),
             *(sides, plan, parts, *counts, num_tiles, int(again), scale),
             GUARDED=guarded,
             WITH_GRAD=with_grad,
@@ -465,7 +479,7 @@ def infonce_forward(
         (triton.cdiv(num_anchors, _FINISH["ROWS"]),),
         *(sides, plan, parts, outs, num_anchors, splits, 1.0 / temperature),
         WITH_GRAD=with_grad,
-        WALK=positives.walk,
-        BLOCK=max(16, triton.next_power_of_2(min(channels, 256))),
+        WALK=negatives.walk,
+        BLOCK=negatives.walk.chunk.value,
         **_FINISH,
     )

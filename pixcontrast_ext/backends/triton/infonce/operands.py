@@ -10,6 +10,7 @@ import triton.language as tl
 from pixcontrast_ext.backends.triton.numerics import INTERPRETED, rounded_to
 
 NO_LABEL: tl.constexpr = tl.constexpr(2**31 - 1)  # none is above it
+MOST_BLOCKS: tl.constexpr = tl.constexpr(1024)  # that prepare one side
 
 
 class Sides(NamedTuple):
@@ -24,11 +25,20 @@ class Sides(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the backward knows of anchors: of the caller's or, in their order, what it multiplies."""
+    """What the backward is told of anchors, in the caller's order."""
 
-    lse: Any  # [A] of eq. (1); then in log2 units, and inf for one without negatives
-    push: Any  # [A] pos_weight; then factors of the negatives of eq. (5)
-    pull: Any  # [A] grad_scale; then factors of the positives
+    neg_lse: Any  # [A]
+    pos_weight: Any  # [A]
+    grad_scale: Any  # [A]
+
+
+class Factors(NamedTuple):
+    """What it multiplies, in the anchors' order."""
+
+    lse: Any  # [A] in log2 units, and inf for one without negatives
+    push: Any  # [A] of the negatives of eq. (5)
+    pull: Any  # [A] of the positives
+    peaks: Any  # [MOST_BLOCKS] the largest weights, 0 where there is none
 
 
 class Operand(NamedTuple):

@@ -18,12 +18,15 @@ _PLAN = dict(BLOCK=1024, num_warps=8)
 
 
 class Plan(NamedTuple):
-    ranges: Any  # [3, tiles] int32: smallest and largest label of each tile of columns, and whether some have none
-    class_tiles: Any  # [A] int32: the first place of each tile of anchors of one class
-    columns: (
-        Any  # [3, tiles] int32: tiles with labels; the smallest and largest, around all if some have none
-    )
-    counts: Any  # [3] int32: tiles of one class, how many programs share the walk of one, tiles of columns
+    # [3, tiles] int32: smallest and largest label of each tile of columns, and whether some have none
+    ranges: Any
+    # [A] int32: the first place of each tile of anchors of one class
+    class_tiles: Any
+    # [3, tiles] int32: tiles with labels; the smallest and largest, around all if some have none
+    columns: Any
+    # [5] int32: tiles of one class, how many programs share the walk of one, tiles of columns, and the smallest and
+    # largest label of these
+    counts: Any
 
 
 @triton.jit
@@ -46,6 +49,8 @@ def infonce_plan_kernel(
 ):
     """One program finds the tiles of anchors, another those of columns."""
     found = 0
+    lowest = NO_LABEL
+    highest = -1
     if tl.program_id(0) == 0:
         for first in range(0, num_anchors, BLOCK):
             place = first + tl.arange(0, BLOCK)
@@ -67,7 +72,11 @@ def infonce_plan_kernel(
             append(plan.columns + num_tiles, found, tl.where(ragged, 0, low), high >= 0)
             append(plan.columns + 2 * num_tiles, found, tl.where(ragged, NO_LABEL, high), high >= 0)
             found += tl.sum((high >= 0).to(tl.int32), 0)
+            lowest = tl.minimum(lowest, tl.min(tl.where(high >= 0, low, NO_LABEL), 0))
+            highest = tl.maximum(highest, tl.max(high, 0))
         tl.store(plan.counts + 2, found)
+        tl.store(plan.counts + 3, lowest)
+        tl.store(plan.counts + 4, highest)
 
 
 def plan_of(sorted_labels: Tensor, ranges: Tensor, rows: int, blocks: int, fewest: int, most: int) -> Plan:
@@ -76,7 +85,7 @@ def plan_of(sorted_labels: Tensor, ranges: Tensor, rows: int, blocks: int, fewes
         ranges,
         sorted_labels.new_empty(len(sorted_labels)),
         ranges.new_empty(ranges.shape),
-        ranges.new_empty(3),
+        ranges.new_empty(5),
     )
     sizes = sorted_labels.shape[0], ranges.shape[1], blocks, fewest, most
     launch.launch(infonce_plan_kernel, (2,), sorted_labels, plan, *sizes, ROWS=rows, **_PLAN)

@@ -15,18 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends.triton import launch
-from pixcontrast_ext.backends.triton.infonce.operands import NO_LABEL, Sides, Terms
+from pixcontrast_ext.backends.triton.infonce.operands import MOST_BLOCKS, NO_LABEL, Factors, Sides, Terms
 from pixcontrast_ext.backends.triton.infonce.tiles import PADDING, Pass
 from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LOG2E, power_of_two
 from pixcontrast_ext.backends.triton.sort import sort
 
 USUAL_EXPONENT: tl.constexpr = tl.constexpr(8)
 SMALLEST_USUAL: tl.constexpr = tl.constexpr(-8)
-MOST_BLOCKS: tl.constexpr = tl.constexpr(1024)  # that prepare one side
-# The interpreter takes as long for a large tile as for a small one.
-ROWS: tl.constexpr = tl.constexpr(256 if INTERPRETED else 32)
-BLOCK: tl.constexpr = tl.constexpr(512 if INTERPRETED else 64)
-TILES: tl.constexpr = tl.constexpr(256 if INTERPRETED else 16)
+# Rows and channels that a block copies at a time, and tiles of whose labels it finds the ranges. The interpreter takes
+# as long for a large tile as for a small one.
+LINES: tl.constexpr = tl.constexpr(256 if INTERPRETED else 32)
+STRIP: tl.constexpr = tl.constexpr(512 if INTERPRETED else 64)
+RANGES: tl.constexpr = tl.constexpr(256 if INTERPRETED else 16)
 
 
 class Source(NamedTuple):
@@ -62,17 +62,17 @@ def prepare_rows(
     if AGAIN:
         exponent = plane_exponent(source.peaks, blocks)
         end = tl.where(exponent == USUAL_EXPONENT, 0, padded)
-    largest = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(block * ROWS, end, blocks * ROWS):
-        place = start + tl.arange(0, ROWS)
+    largest = tl.zeros([LINES, STRIP], tl.float32)
+    for start in range(block * LINES, end, blocks * LINES):
+        place = start + tl.arange(0, LINES)
         label = tl.load(source.labels + place, mask=place < count, other=-1)
         row = place
         if ORDERED:
             row = tl.load(source.order + place, mask=label >= 0, other=0)
         lines = source.rows + row.to(tl.int64)[:, None] * WALK.channels
         to = source.target + place.to(tl.int64)[:, None] * (WALK.planes * WIDTH)
-        for first in tl.range(0, WIDTH, BLOCK):
-            d = first + tl.arange(0, BLOCK)[None, :]
+        for first in tl.range(0, WIDTH, STRIP):
+            d = first + tl.arange(0, STRIP)[None, :]
             value = tl.load(lines + d, mask=(label >= 0)[:, None] & (d < WALK.channels), other=0.0)
             written = (place < padded)[:, None] & (d < WIDTH)
             if WALK.in_planes:
@@ -91,28 +91,31 @@ def prepare_rows(
 
 
 @triton.jit
-def prepare_terms(source, terms, sorted_terms, count, block, blocks, inv_temperature):
-    """Factors of eq. (5), of anchors in order."""
-    for start in range(block * ROWS, count, blocks * ROWS):
-        place = start + tl.arange(0, ROWS)
+def prepare_factors(source, terms, factors, count, block, blocks, inv_temperature):
+    """Those of eq. (5), of anchors in order."""
+    peak = 0.0
+    for start in range(block * LINES, count, blocks * LINES):
+        place = start + tl.arange(0, LINES)
         label = tl.load(source.labels + place, mask=place < count, other=-1)
         index = tl.load(source.order + place, mask=label >= 0, other=0)
-        lse = tl.load(terms.lse + index) * LOG2E
+        lse = tl.load(terms.neg_lse + index) * LOG2E
         # Without negatives exp2(score - lse) has to be 0, and sigma as well.
         alone = (lse == float("-inf")) | (label < 0)
-        pull = tl.where(alone, 0.0, tl.load(terms.pull + index) * inv_temperature)
-        push = tl.where(alone, 0.0, tl.load(terms.push + index) * pull)
-        tl.store(sorted_terms.lse + place, tl.where(alone, float("inf"), lse), mask=place < count)
-        tl.store(sorted_terms.push + place, push, mask=place < count)
-        tl.store(sorted_terms.pull + place, pull, mask=place < count)
+        pull = tl.where(alone, 0.0, tl.load(terms.grad_scale + index) * inv_temperature)
+        push = tl.where(alone, 0.0, tl.load(terms.pos_weight + index) * pull)
+        peak = tl.maximum(peak, tl.max(tl.maximum(tl.abs(pull), tl.abs(push)), 0))
+        tl.store(factors.lse + place, tl.where(alone, float("inf"), lse), mask=place < count)
+        tl.store(factors.push + place, push, mask=place < count)
+        tl.store(factors.pull + place, pull, mask=place < count)
+    tl.store(factors.peaks + block, peak)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "anchor_blocks", "num_keys", "key_blocks", "num_tiles"])
 def infonce_prepare_kernel(
     anchors,  # Source
     keys,  # Source
-    terms,  # Terms; only WITH_TERMS, as the sorted ones
-    sorted_terms,  # Terms out
+    terms,  # Terms; only WITH_TERMS
+    factors,  # Factors, out; likewise
     unscale,  # [2] out
     ranges,  # [3, tiles] int32 out: smallest and largest label, whether some have none; largest -1 without any
     num_anchors,
@@ -135,7 +138,7 @@ def infonce_prepare_kernel(
             tl.store(unscale, power_of_two(-exponent), mask=block == 0)
             tl.store(unscale + 1, power_of_two(-exponent), mask=(block == 0) & (key_blocks == 0))
         if WITH_TERMS:
-            prepare_terms(anchors, terms, sorted_terms, num_anchors, block, anchor_blocks, inv_temperature)
+            prepare_factors(anchors, terms, factors, num_anchors, block, anchor_blocks, inv_temperature)
     elif block < anchor_blocks + key_blocks:
         block -= anchor_blocks
         padded = tl.cdiv(num_keys, PADDED) * PADDED
@@ -143,7 +146,7 @@ def infonce_prepare_kernel(
         if AGAIN:
             tl.store(unscale + 1, power_of_two(-exponent), mask=block == 0)
     else:
-        tile = (block - anchor_blocks - key_blocks) * TILES + tl.arange(0, TILES)
+        tile = (block - anchor_blocks - key_blocks) * RANGES + tl.arange(0, RANGES)
         places = tile[:, None] * WALK.columns + tl.arange(0, WALK.columns)[None, :]
         label = tl.load(keys.labels + places, mask=places < num_keys, other=-1)
         tl.store(ranges + tile, tl.min(tl.where(label < 0, NO_LABEL, label), 1), mask=tile < num_tiles)
@@ -159,19 +162,18 @@ def prepare(
     ranges: Tensor | None = None,
     terms: Terms | None = None,
     temperature: float = 1.0,
-) -> tuple[Sides, Terms, bool]:
-    """Both sides as operands of a pass, `terms` in the order of anchors and as factors, and whether keys are GUARDED.
-    Fills `ranges` with those of the keys' labels, in tiles of the pass's columns.
+) -> tuple[Sides, Factors, bool]:
+    """Both sides as operands of a pass, what becomes of `terms`, and whether keys are GUARDED. Fills `ranges` with
+    those of the keys' labels, in tiles of the pass's columns.
     """
     walk, in_planes = of.walk, of.walk.in_planes.value
     dtype = torch.float16 if in_planes else anchors.dtype
+    width = walk.planes.value * walk.chunks.value * walk.chunk.value
 
     def room(rows: Tensor) -> tuple[Tensor, int]:
         padded = triton.cdiv(rows.shape[0], PADDING) * PADDING
-        width = walk.planes.value * walk.chunks.value * walk.chunk.value
-        return rows.new_empty(padded, width, dtype=dtype), min(
-            MOST_BLOCKS.value, triton.cdiv(padded, ROWS.value)
-        )
+        blocks = min(MOST_BLOCKS.value, triton.cdiv(padded, LINES.value))
+        return rows.new_empty(padded, width, dtype=dtype), blocks
 
     order, sorted_labels = sort(anchor_labels)
     sorted_anchors, anchor_blocks = room(anchors)
@@ -181,18 +183,20 @@ def prepare(
         prepared_keys, key_blocks = room(keys) if in_planes else (keys, 0)
     peaks = anchors.new_empty(2, MOST_BLOCKS.value, dtype=torch.float32)
     unscale = anchors.new_empty(2, dtype=torch.float32)
-    sorted_terms = (
-        Terms(*(torch.empty_like(term) for term in terms)) if terms else Terms(unscale, unscale, unscale)
-    )
+    factors = Factors(unscale, unscale, unscale, unscale)
+    if terms is not None:
+        lse, push, pull = (torch.empty_like(term) for term in terms)
+        factors = Factors(lse, push, pull, unscale.new_zeros(MOST_BLOCKS.value))
     num_tiles = 0 if ranges is None else ranges.shape[1]
     for again in (False, True) if in_planes else (False,):
-        range_blocks = 0 if again else triton.cdiv(num_tiles, TILES.value)
+        range_blocks = 0 if again else triton.cdiv(num_tiles, RANGES.value)
         launch.launch(
             infonce_prepare_kernel,
             (anchor_blocks + key_blocks + range_blocks,),
             Source(anchors, order, sorted_labels, sorted_anchors, peaks[0]),
             Source(keys, order, key_labels, prepared_keys, peaks[1]),
-            *(terms or sorted_terms, sorted_terms, unscale, order if ranges is None else ranges),
+            *(terms or Terms(unscale, unscale, unscale), factors),
+            *(unscale, order if ranges is None else ranges),
             *(anchors.shape[0], anchor_blocks, key_labels.shape[0], key_blocks, num_tiles, 1.0 / temperature),
             WITH_TERMS=terms is not None and not again,
             AGAIN=again,
@@ -201,4 +205,4 @@ def prepare(
             num_warps=4,
         )
     sides = Sides(sorted_anchors, order, sorted_labels, prepared_keys, key_labels, unscale)
-    return sides, sorted_terms, others is not None and not in_planes
+    return sides, factors, others is not None and not in_planes

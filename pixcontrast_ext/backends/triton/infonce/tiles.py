@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends import schedule
@@ -83,8 +84,19 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
     return Arithmetic(planes, planes, planes, True)
 
 
+class Constants:
+    """Of a frozen dataclass whose fields a kernel takes for constants."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, tl.constexpr(value))
+
+    def __repr__(self) -> str:
+        return " ".join(f"{name}={value.value}" for name, value in vars(self).items())
+
+
 @dataclass(frozen=True, repr=False)
-class Walk(launch.Constants):
+class Walk(Constants):
     """What a kernel knows of its pass."""
 
     rows: Any
