@@ -15,7 +15,8 @@ TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce bank loss regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
-SHARE         ?= 12
+SHARE         ?= 16
+NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,2)
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
@@ -32,18 +33,18 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
-# is run, and the newest compiles the kernels for one width and one architecture; the emulated kernels meet the sanitizers
-# under one schedule. SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting threads give their core away
-# (OMP_WAIT_POLICY).
+# is run, of the other backends one in two, and the newest Triton compiles the kernels for one width and one architecture; the
+# emulated kernels meet the sanitizers under one schedule. SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting
+# threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
-	    test-rest test-triton test-apart test-training test-emulator test-oldest-triton
+	    test-apart test-rest test-triton test-training test-emulator test-oldest-triton
 
 test-apart:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(APART)
 
 test-rest:
-	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(REST)
+	PIXCONTRAST_TEST_SHARE=$(NATIVE_SHARE) PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(REST)
 
 test-emulator:
 	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests/test_emulator.py

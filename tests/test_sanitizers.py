@@ -49,11 +49,11 @@ def check(backend: str, *arguments: str, share: int = 1) -> None:
 
 @pytest.mark.parametrize("backend", SANITIZED)
 def test_any_arguments(backend):
-    """One in four, but what never gets to a kernel."""
+    """One in eight, but what never gets to a kernel."""
     wanted = "(test_ops or opcheck) and not strangers"
     if backend == "cuda":
         wanted += " and not instruction_set"
-    check(backend, "tests/test_ops.py", "tests/test_compile.py", "-k", wanted, share=4)
+    check(backend, "tests/test_ops.py", "tests/test_compile.py", "-k", wanted, share=8)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cpu out")

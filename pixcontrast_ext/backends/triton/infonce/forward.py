@@ -185,11 +185,11 @@ def infonce_fwd_negatives_kernel(
     scale = scale_of_scores(sides, scale, WALK)
     row = load_rows(sides.anchors, place, inside, first, WALK, False)
     shift = tl.full([WALK.rows], float("-inf"), tl.float32)
-    for other in range(0, splits):
-        highest = tl.load(
-            parts.largest + tl.cast(other, tl.int64) * num_anchors + place, mask=inside, other=0.0
-        )
-        shift = tl.maximum(shift, highest)
+    for start in range(0, tl.where(walks, splits, 0), 16):
+        other = start + tl.arange(0, 16)[:, None]
+        found = parts.largest + other.to(tl.int64) * num_anchors + place[None, :]
+        found = tl.load(found, mask=(other < splits) & inside[None, :], other=float("-inf"))
+        shift = tl.maximum(shift, tl.max(found, 0))
     shift = tl.where(shift == float("-inf"), 0.0, shift * scale)
     if WALK.half and WITH_GRAD:
         # Where numbers lie so far apart that it would be rounded, there is no room to be made.
