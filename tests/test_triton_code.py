@@ -19,6 +19,7 @@ from conftest import BACKENDS
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may use
 SMALLEST_SHARED = 101_376  # on sm_86, sm_89 and sm_120, which run what is compiled like sm_80
 ROOT = Path(__file__).parents[1]
+NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 if "triton" not in BACKENDS:
     pytest.skip("PIXCONTRAST_TEST_BACKENDS leaves triton out", allow_module_level=True)
@@ -98,7 +99,7 @@ def test_tensor_cores_work_while_tiles_are_copied(found):
             # Scores alone, and the share of two planes, are waited for at once; of three buffers two are on their way.
             waits = any(x in kernel["name"] for x in ("planes=2", "WITH_GRAD=False", "shift"))
             assert loop["ahead"] or waits, kernel
-            assert loop["narrow"] <= 6, kernel  # labels and the like
+            assert loop["narrow"] <= (6 if NEWEST else 12), kernel  # labels and the like
 
 
 def test_no_product_in_flight_loses_its_input(found):
