@@ -68,7 +68,7 @@ def test_walks_spill_where_it_was_chosen(found):
     for kernel in walks(found["kernels"]):
         wide = re.search("channels=(256|512)", kernel["name"])
         chosen = wide and "planes=2" in kernel["name"] and re.search("negatives|keys", kernel["kernel"])
-        most = 70 if chosen else 0
+        most = {80: 10, 90: 70}[kernel["arch"]] if chosen else 0
         assert kernel["odd"] or all(loop["local"] <= most for loop in kernel["loops"]), kernel
     for kernel in found["kernels"]:
         assert kernel["stack"] == 0 or kernel["loops"] or kernel["stack"] <= 16, kernel
@@ -95,7 +95,9 @@ def test_tensor_cores_work_while_tiles_are_copied(found):
         assert not kernel["replicated"], kernel
         for loop in kernel["loops"]:
             if hopper:
-                assert 0 < 2 * loop["begun"] <= loop["products"], kernel  # one by one: as many
+                # One by one it would be as many; a chunk of 64 channels, or 32 columns, has no more than two to four.
+                least = 3 if "channels=64" in kernel["name"] and "planes=2" in kernel["name"] else 4
+                assert 0 < least * loop["begun"] <= loop["products"], kernel
             # Scores alone, and the share of two planes, are waited for at once; of three buffers two are on their way.
             waits = any(x in kernel["name"] for x in ("planes=2", "WITH_GRAD=False", "shift"))
             assert loop["ahead"] or waits, kernel
