@@ -136,6 +136,24 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
     assert error(grad, exact_anchors.grad) <= bar
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
+    """One that is 3.9 lower makes weights of the keys' gradient 49 times as large: fp16 ones overflowed."""
+    anchors, anchor_labels, keys, key_labels = inputs = draw(70, 150, 33, 3, dtype=dtype)
+    labels = anchor_labels.int(), key_labels.int()
+    _, lse, weight, count, _ = torch.ops.pixcontrast.infonce_forward(
+        anchors, labels[0], keys, labels[1], 0.1, False, False, "reference"
+    )
+    terms = lse - 3.9, weight, 1.0 / count.clamp(min=1)
+    of = {
+        name: torch.ops.pixcontrast.infonce_backward_keys(
+            rows[0], labels[0], rows[1], labels[1], *terms, 0.1, False, name
+        )
+        for name, rows in ((backend, (anchors, keys)), ("reference", (anchors.float(), keys.float())))
+    }
+    assert error(of[backend], of["reference"].double()) <= (4e-6 if dtype == torch.float32 else 1e-3)
+
+
 # Ragged on purpose: no dimension is a multiple of a tile or of a vector.
 SHAPES = [
     (1, 1, 1, 1),

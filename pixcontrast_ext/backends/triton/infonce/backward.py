@@ -123,9 +123,10 @@ def infonce_bwd_keys_kernel(
         scale *= factor * tl.load(sides.unscale + 1)
     weight_scale = 1.0
     if WALK.half:
-        # A power of two that takes the largest weight to 2^14 and below, near the top of fp16's range.
+        # A power of two that takes the largest weight to 2^10 and below. That leaves fp16 room above, for a log-sum-exp
+        # that is not that of these rows may make weights larger, and digits below, for those of a thousandth.
         peak = tl.max(tl.load(factors.peaks + tl.arange(0, MOST_BLOCKS)), 0)
-        exponent = tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 17) - 127 - 13
+        exponent = tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 17) - 127 - 9
         weight_scale = power_of_two(-exponent)
         factor *= power_of_two(exponent)
     row = load_rows(sides.keys, place, label >= 0, first, WALK, GUARDED)
