@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -175,6 +174,60 @@ def test_the_assembler_is_the_one_that_triton_calls():
     assert ((major, minor) >= triton_backend.SAFE_ASSEMBLER) == newest
 
 
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
+    """Under all that Triton tells kernels apart by: dtypes, addresses and numbers that are multiples of 16, ones,
+    numbers beyond int32, and constants. The compiled one gets the same arguments, and the constants in its order.
+    """
+    asked: list[Any] = []
+    launched: list[Any] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: launched.append((grid, *arguments))
+
+    class Kernel:
+        arg_names = ("rows", "count", "WIDTH", "AGAIN")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+            return lambda *arguments, **options: asked.append((grid, *arguments, options)) or Compiled()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launch, "_compiled", {})
+    kernel, rows = Kernel(), torch.zeros(64).as_subclass(OnGpu)
+
+    def asks(first: Any, count: int, **options: Any) -> bool:
+        before = len(asked), len(launched)
+        launch.launch(kernel, (3,), first, count, **options)
+        return (len(asked), len(launched)) == (before[0] + 1, before[1])
+
+    assert asks(rows, 7, AGAIN=False, WIDTH=4, num_warps=8)
+    assert not asks(rows, 9, AGAIN=False, WIDTH=4, num_warps=8)
+    (again,) = launched
+    assert again[0] == (3, 1, 1) and again[1] is rows and again[2:] == (9, 4, False)
+    assert not asks(rows[4:], 9, AGAIN=False, WIDTH=4, num_warps=8)
+    for first, count, options in (
+        (rows[1:], 7, {}),
+        (rows.half(), 7, {}),
+        ((rows, rows), 7, {}),
+        ((rows, rows[1:]), 7, {}),
+        (rows, 1, {}),
+        (rows, 32, {}),
+        (rows, 2**31 + 1, {}),
+        (rows, 7, dict(AGAIN=True)),
+        (rows, 7, dict(num_warps=4)),
+    ):
+        options = dict(AGAIN=False, WIDTH=4, num_warps=8) | options
+        assert asks(first, count, **options), (first, count, options)
+        assert not asks(first, count, **options)
+
+
 def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
     """Triton asks a hook before it compiles or loads; a kernel that is there does not get so far."""
 
@@ -184,14 +237,11 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *_, **__: triton.knobs.runtime.jit_cache_hook(key="", repr="", fn=self)
 
-    class Rows(torch.Tensor):
-        device = torch.device("cuda", 0)
-
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="gather_kernel is not compiled yet.* run the step once before"):
         before = triton.knobs.runtime.jit_cache_hook
-        launch.launch(Kernel(), (1,), torch.zeros(1).as_subclass(Rows))
+        launch.launch(Kernel(), (1,), torch.zeros(1).as_subclass(OnGpu))
     assert triton.knobs.runtime.jit_cache_hook is before
 
 

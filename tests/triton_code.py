@@ -434,7 +434,10 @@ def predicted(codes: dict[Job, Code]) -> str:
         wanted = constants.get("WITH_GRAD", not constants.get("SYMMETRIC", True))
         if of_pass is None or not wanted or not code.loops:
             continue
-        walk = {name: value.value for name, value in vars(constants["WALK"]).items()}
+        walk = {
+            field.name: getattr(constants["WALK"], field.name).value
+            for field in dataclasses.fields(constants["WALK"])
+        }
         machine = machine_model.MACHINES[f"sm_{job.arch}"]
         products = walk["chunks"] * (3 if walk["planes"] == 2 else 1)
         products += walk["out"] * (3 if walk["planes"] == 2 else walk["parts"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -52,10 +52,29 @@ def _refusing_to_compile() -> Iterator[None]:
         triton.knobs.runtime.jit_cache_hook = before
 
 
+def _kind(argument: Any) -> Any:
+    """What Triton compiles a kernel anew for: dtypes, whether addresses and numbers are multiples of 16, ones, and
+    numbers beyond int32.
+    """
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, tuple):
+        return tuple([_kind(value) for value in argument])
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return type(argument)
+
+
+# What was compiled, by kernel, device, kinds of arguments, and options. Triton itself takes some 40 us to find a kernel
+# again, as long as a short one runs.
+_compiled: dict[Hashable, Any] = {}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Enqueue a kernel on the current stream of the device of its tensors; an empty grid enqueues nothing.
 
-    Products and sums are fused as the compiler sees fit, whatever its default.
+    `options` are its constants, by name, and those of Triton. Products and sums are fused as the compiler sees fit,
+    whatever its default.
     """
     if 0 in grid:
         return
@@ -63,7 +82,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if device.type != "cuda":  # interpreted
         kernel[grid](*arguments, **options)
         return
-    with torch.cuda.device(device):
+    key = id(kernel), device, tuple(map(_kind, arguments)), tuple(options.items())
+    here = torch.cuda.current_device() == device.index
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        compiled = _compiled.get(key)
+        if compiled is not None:
+            constants = map(options.__getitem__, kernel.arg_names[len(arguments) :])
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+            return
         captures = torch.cuda.is_current_stream_capturing()
         with _refusing_to_compile() if captures else contextlib.nullcontext():
-            kernel[grid](*arguments, enable_fp_fusion=True, **options)
+            _compiled[key] = kernel[grid](*arguments, enable_fp_fusion=True, **options)

@@ -45,10 +45,12 @@ TILES: dict[tuple[int, int], dict[int, Tiles]] = {
         512: Tiles(Tile(128, 32, 256, 1), Tile(64, 32, 256, 1), Tile(128, 32, 256, 1)),
     },
     (9, 2): {
-        64: Tiles(Tile(128, 64, 64), Tile(64, 32, 64, resident=2), Tile(128, 32, 64)),
-        128: Tiles(Tile(128, 32, 128), Tile(64, 32, 128), Tile(128, 32, 128)),
-        256: Tiles(Tile(128, 32, 128), Tile(64, 32, 128, 1), Tile(128, 32, 128)),
-        512: Tiles(Tile(64, 16, 128, 2), Tile(64, 16, 128, 1), Tile(64, 16, 128, 2)),
+        64: Tiles(Tile(128, 128, 64), Tile(64, 32, 64, resident=2), Tile(128, 32, 64)),
+        128: Tiles(Tile(64, 64, 128, resident=2, num_stages=2), Tile(64, 64, 128), Tile(128, 32, 128)),
+        256: Tiles(
+            Tile(128, 64, 128, num_stages=1), Tile(64, 64, 64, num_stages=2), Tile(128, 64, 128, num_stages=1)
+        ),
+        512: Tiles(Tile(64, 32, 128, num_stages=1), Tile(64, 16, 128, 1), Tile(64, 16, 128, 2)),
     },
     (8, 1): {
         64: Tiles(Tile(64, 64, 64, resident=2), Tile(64, 32, 64, resident=2), Tile(64, 64, 64, resident=2)),
@@ -85,17 +87,26 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 
 class Constants:
-    """Of a frozen dataclass whose fields a kernel takes for constants."""
+    """Of a dataclass whose fields a kernel takes for constants. Its name is known once: every launch asks for it."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, tl.constexpr(value))
+        fields = dict(vars(self))
+        for name, value in fields.items():
+            setattr(self, name, tl.constexpr(value))
+        self._name = " ".join(f"{name}={value}" for name, value in fields.items())
+        self._hash = hash(self._name)
 
     def __repr__(self) -> str:
-        return " ".join(f"{name}={value.value}" for name, value in vars(self).items())
+        return self._name
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (type(self) is type(other) and repr(self) == repr(other))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(eq=False, repr=False)
 class Walk(Constants):
     """What a kernel knows of its pass."""
 
