@@ -1,4 +1,5 @@
 // Launchers of the InfoNCE kernels: which tile serves which rows, and the order of the launches.
+#include <algorithm>
 #include <string>
 
 #include "cuda.h"
@@ -171,8 +172,11 @@ void infonce_forward(const InfonceForwardParams& given) {
              dim3(unsigned(p.positive_blocks)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels, Pass::kPositives), p);
     });
-    launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)),
-           kFinishThreads, 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias, Math::kSigmaBias);
+    const unsigned threads =
+        kFinishTeam * unsigned(std::clamp<int64_t>(p.splits / kSplitsOfTeam, 1, kMostFinishTeams));
+    launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)), threads,
+           shared_bytes<float4>(threads) + 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias,
+           Math::kSigmaBias);
   });
 }
 
@@ -191,7 +195,7 @@ void infonce_backward(const InfonceBackwardParams& given) {
   });
   if (given.grad_parts == nullptr) return;
   launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,
-         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kFinishThreads))), kFinishThreads, 0, given);
+         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kFinishTeam))), kFinishTeam, 0, given);
 }
 
 }  // namespace pxc::cuda

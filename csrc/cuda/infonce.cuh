@@ -1288,15 +1288,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   }
 }
 
-constexpr int kFinishThreads = 64;
+// Of the second stage: a team of threads goes through all channels, four of them a thread, and teams share
+// the splits: about so many each.
+constexpr int kFinishTeam = 64, kMostFinishTeams = 8, kSplitsOfTeam = 16;
+constexpr int kFinishThreads = kFinishTeam * kMostFinishTeams;
 
-// Adds up four channels of the splits of a row, as far as their factors are 0 or more: the others were not
-// written. Many loads of a thread are on the way at a time.
+// Adds up four channels of every n-th split of a row, as far as their factors are 0 or more: the others were
+// not written.
 __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t stride, const float* factors,
-                                               int splits) {
+                                               int first, int splits, int step) {
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
-  for (int split = 0; split < splits; ++split) {
+  for (int split = first; split < splits; split += step) {
     const float factor = factors[split];
     if (factor < 0.f) continue;
     const float4 part = *reinterpret_cast<const float4*>(parts + split * stride);
@@ -1310,6 +1313,7 @@ __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t strid
 __global__ void __launch_bounds__(kFinishThreads)
     infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias, float sigma_bias) {
   SharedMemory memory;
+  float4* shares = memory.take<float4>(blockDim.x);            // of the teams, of four channels each
   float* away_factors = memory.take<float>(size_t(p.splits));  // of a split's O; below 0: it was not written
   float* towards_factors = memory.take<float>(size_t(p.splits));  // and of its G
   const int64_t row = blockIdx.x, anchor = p.order[row];
@@ -1321,7 +1325,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       p.pos_count[anchor] = 0;
     }
     if (p.anchor_grad == nullptr) return;
-    for (int64_t d = threadIdx.x; d < p.grad_channels; d += kFinishThreads) {
+    for (int64_t d = threadIdx.x; d < p.grad_channels; d += blockDim.x) {
       p.anchor_grad[anchor * p.grad_channels + d] = 0.f;
     }
     return;
@@ -1346,7 +1350,7 @@ __global__ void __launch_bounds__(kFinishThreads)
     p.pos_count[anchor] = contrasts ? pos_count : 0;
   }
   if (p.anchor_grad == nullptr) return;
-  for (int64_t split = threadIdx.x; split < p.splits; split += kFinishThreads) {
+  for (int64_t split = threadIdx.x; split < p.splits; split += blockDim.x) {
     const int64_t part = split * p.num_anchors + row;
     const float shift = p.shift_parts[part];
     away_factors[split] = shift == -INFINITY ? -1.f : exp2_approx(shift - negatives.shift);
@@ -1357,17 +1361,33 @@ __global__ void __launch_bounds__(kFinishThreads)
               pull = exp2f(-sigma_bias);
   const float scale = contrasts ? unscale_of_keys(p) / (p.temperature * float(pos_count)) : 0.f;
   const int64_t stride = p.num_anchors * p.part_channels;
-  for (int64_t d = 4 * int64_t(threadIdx.x); d < p.grad_channels; d += 4 * kFinishThreads) {
-    const int64_t place = row * p.part_channels + d;
-    const float4 away = sum_of_parts(p.negative_parts + place, stride, away_factors, int(p.splits)),
-                 towards = sum_of_parts(p.positive_parts + place, stride, towards_factors, positive_splits);
-    const float grad[4] = {push * away.x - pull * towards.x, push * away.y - pull * towards.y,
-                           push * away.z - pull * towards.z, push * away.w - pull * towards.w};
-    float* to = p.anchor_grad + anchor * p.grad_channels + d;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (d + i < p.grad_channels) to[i] = contrasts ? scale * grad[i] : 0.f;
+  const int team = int(threadIdx.x) / kFinishTeam, member = int(threadIdx.x) % kFinishTeam,
+            teams = int(blockDim.x) / kFinishTeam;
+  for (int64_t first = 0; first < p.grad_channels; first += 4 * kFinishTeam) {
+    const int64_t d = first + 4 * member, place = row * p.part_channels + d;
+    const bool inside = d < p.grad_channels;
+    if (inside) {
+      const float4 away = sum_of_parts(p.negative_parts + place, stride, away_factors, team, int(p.splits),
+                                       teams),
+                   towards = sum_of_parts(p.positive_parts + place, stride, towards_factors, team,
+                                          positive_splits, teams);
+      shares[threadIdx.x] = make_float4(push * away.x - pull * towards.x, push * away.y - pull * towards.y,
+                                        push * away.z - pull * towards.z, push * away.w - pull * towards.w);
     }
+    sync_block();  // the shares are there
+    if (inside && team == 0) {
+      float grad[4] = {0.f, 0.f, 0.f, 0.f};
+      for (int other = 0; other < teams; ++other) {
+        const float4 share = shares[other * kFinishTeam + member];
+        grad[0] += share.x, grad[1] += share.y, grad[2] += share.z, grad[3] += share.w;
+      }
+      float* to = p.anchor_grad + anchor * p.grad_channels + d;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (d + i < p.grad_channels) to[i] = contrasts ? scale * grad[i] : 0.f;
+      }
+    }
+    sync_block();  // they are read
   }
 }
 
@@ -1469,9 +1489,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 }
 
 // The second stage of the backward, a thread for each element: adds the splits in order.
-__global__ void __launch_bounds__(kFinishThreads) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
+__global__ void __launch_bounds__(kFinishTeam) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
   const int64_t count = (p.keys == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
-  const int64_t element = int64_t(blockIdx.x) * kFinishThreads + threadIdx.x;
+  const int64_t element = int64_t(blockIdx.x) * kFinishTeam + threadIdx.x;
   if (element >= count) return;
   float sum = 0.f;
   for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts[split * count + element];
