@@ -139,7 +139,7 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
     """One that is 3.9 lower makes weights of the keys' gradient 49 times as large: fp16 ones overflowed."""
-    anchors, anchor_labels, keys, key_labels = inputs = draw(70, 150, 33, 3, dtype=dtype)
+    anchors, anchor_labels, keys, key_labels = draw(70, 150, 33, 3, dtype=dtype)
     labels = anchor_labels.int(), key_labels.int()
     _, lse, weight, count, _ = torch.ops.pixcontrast.infonce_forward(
         anchors, labels[0], keys, labels[1], 0.1, False, False, "reference"

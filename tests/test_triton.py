@@ -432,7 +432,9 @@ def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_shift_far_above_the_rest_loses_nothing(dtype):
-    """One key that the sample sees scores 23 powers of two above all others, which make half of the sum."""
+    """One key that the sample sees scores 23 powers of two above all others, which make half of the sum. Their weights
+    are alike, and both parts of one together off by up to 2^-25 of 2^-8.
+    """
     keys = torch.nn.functional.normalize(torch.cat([torch.ones(8192, 1), torch.randn(8192, 31)], 1), dim=1)
     anchors = torch.zeros(2, 32)
     anchors[:, 0] = 1
@@ -447,7 +449,7 @@ def test_a_shift_far_above_the_rest_loses_nothing(dtype):
         return torch.autograd.grad(loss, a)[0].double()
 
     exact = gradient("reference", torch.float64)
-    bar = 2e-6 if dtype == torch.float32 else 1e-3
+    bar = 2**-17 if dtype == torch.float32 else 1e-3
     assert (gradient("triton", dtype) - exact).norm() <= bar * exact.norm()
 
 

@@ -37,6 +37,20 @@ def reciprocal(value):
 
 
 @triton.jit
+def product(left, right):
+    """left * right, rounded even where something is added to it: one beyond 2^24 that is not rounded is far from the
+    same one that is, which a shift or a log-sum-exp was made of.
+    """
+    if INTERPRETED:
+        found = left * right
+    else:
+        found = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [left, right], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return found
+
+
+@triton.jit
 def power_of_two(exponent):
     """Of an exponent from -126 to 127."""
     return ((tl.cast(exponent, tl.int32) + 127) << 23).to(tl.float32, bitcast=True)

@@ -26,7 +26,7 @@ from pixcontrast_ext.backends.triton.infonce.operands import (
 )
 from pixcontrast_ext.backends.triton.infonce.prepare import prepare
 from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
-from pixcontrast_ext.backends.triton.numerics import power_of_two, reciprocal
+from pixcontrast_ext.backends.triton.numerics import power_of_two, product, reciprocal
 from pixcontrast_ext.backends.triton.sort import first_not_below
 
 _FINISH = dict(BLOCK=1024, num_warps=4)
@@ -71,7 +71,7 @@ def fold_gradient(
     inside = place < num_anchors
     anchor = load_rows(sides.anchors, place, inside, rows.first, WALK, False)
     others = load_factors(factors, place, inside)
-    scores = multiply_rows(rows.row, anchor, WALK) * scale
+    scores = product(multiply_rows(rows.row, anchor, WALK), scale)
     positive = inside[None, :]
     if MASKED:
         label = tl.load(sides.anchor_labels + place, mask=inside, other=-1)

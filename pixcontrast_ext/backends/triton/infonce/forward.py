@@ -28,15 +28,15 @@ from pixcontrast_ext.backends.triton.infonce.operands import (
 from pixcontrast_ext.backends.triton.infonce.plan import plan_of
 from pixcontrast_ext.backends.triton.infonce.prepare import prepare
 from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
-from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LN2, log1p, reciprocal
+from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LN2, log1p, product, reciprocal
 
 # Tiles, about, in which a program looks for its share of a shift; a quarter of its own at most.
-SAMPLED: tl.constexpr = tl.constexpr(8)
+SAMPLED: tl.constexpr = tl.constexpr(2)
 # Exponents of two that fp16 weights reach, of at most 15: that of the largest score of the sample, which leaves room
 # for larger ones, and that of the largest of all.
 SAMPLE_EXPONENT: tl.constexpr = tl.constexpr(5.0)
 TOP_EXPONENT: tl.constexpr = tl.constexpr(15.0)
-_FINISH = dict(ROWS=64 if INTERPRETED else 2, SPLITS=4, num_warps=4)
+_FINISH = dict(ROWS=64 if INTERPRETED else 1, SPLITS=4 if INTERPRETED else 16, num_warps=4)
 
 
 class Parts(NamedTuple):
@@ -190,7 +190,7 @@ def infonce_fwd_negatives_kernel(
         found = parts.largest + other.to(tl.int64) * num_anchors + place[None, :]
         found = tl.load(found, mask=(other < splits) & inside[None, :], other=float("-inf"))
         shift = tl.maximum(shift, tl.max(found, 0))
-    shift = tl.where(shift == float("-inf"), 0.0, shift * scale)
+    shift = tl.where(shift == float("-inf"), 0.0, product(shift, scale))
     if WALK.half and WITH_GRAD:
         # Where numbers lie so far apart that it would be rounded, there is no room to be made.
         room = tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
@@ -221,7 +221,7 @@ def infonce_fwd_negatives_kernel(
         if (low <= own_high) & (high >= own_low):
             here_label = tl.load(sides.key_labels + here, mask=here < num_keys, other=-1)
             scores = tl.where(differ(here_label, own), scores, float("-inf"))
-        weights = tl.exp2(scores * scale - shift[:, None])
+        weights = tl.exp2(product(scores, scale) - shift[:, None])
         total += tl.sum(weights, 1)
         if WITH_GRAD:
             if WALK.half:
@@ -281,7 +281,7 @@ def infonce_fwd_positives_kernel(
         if not IN_ORDER:
             end = tl.where(exclude_self != 0, num_anchors, 0)
             excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
-        total = total_of(parts, 0, splits, num_anchors, place, inside, 16)
+        total = total_of(parts, 0, splits, num_anchors, place, inside, 64)
         neg_lse = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(total)
         neg_lse = beside_scores(neg_lse, WALK)
         # Rows behind the last may be another tile's, or none.
@@ -290,7 +290,7 @@ def infonce_fwd_positives_kernel(
         pos_weight = tl.zeros([WALK.rows], tl.float32)
         of_class = tl.zeros([WALK.columns], tl.int32)
         outputs = zeros(WALK)
-        low, high = tiles_of_class(plan.ranges, num_tiles, own, 512)
+        low, high = tiles_of_class(plan.ranges, num_tiles, own, 4096)
         # All rows have as many positives, but for those that meet themselves.
         since = excluded // WALK.columns - low * PIECES
         met = (excluded >= 0) & (excluded < num_keys) & (since % sharing == split)

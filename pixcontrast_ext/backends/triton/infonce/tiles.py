@@ -34,23 +34,33 @@ class Tiles(NamedTuple):
 
 
 # By (major number of the compute capability, planes of an operand): tiles for rows of up to so many channels. Those of
-# (8, ...) fit the 99 KB of shared memory that the smallest device after an A100 has. What becomes of them in machine
-# code is read by tests/triton_code.py, which predicts times too: where the output does not fit registers, to spill some
-# of it (9, 2) costs less than programs beside each other, which multiply the scores again.
+# (8, ...) fit the 99 KB of shared memory that the smallest device after an A100 has, and were chosen by their machine
+# code, which tests/triton_code.py reads. Those of (9, ...) were chosen by their times on an H100: where outputs do not
+# fit registers, to spill some costs less than programs beside each other, which multiply the scores again; of two
+# planes, more columns are worth more than a buffer that is filled meanwhile; and several small programs on a
+# multiprocessor more than a large one.
 TILES: dict[tuple[int, int], dict[int, Tiles]] = {
     (9, 1): {
         64: Tiles(Tile(128, 128, 64), Tile(64, 64, 64, resident=2), Tile(128, 64, 64)),
-        128: Tiles(Tile(128, 64, 128), Tile(64, 32, 128, resident=2), Tile(128, 64, 128)),
-        256: Tiles(Tile(128, 64, 256), Tile(64, 32, 256, resident=2), Tile(128, 32, 256)),
+        128: Tiles(Tile(128, 64, 128), Tile(64, 32, 128, resident=2), Tile(64, 64, 128, resident=3)),
+        256: Tiles(Tile(128, 64, 256), Tile(64, 32, 256, resident=2), Tile(64, 32, 256, resident=2)),
         512: Tiles(Tile(128, 32, 256, 1), Tile(64, 32, 256, 1), Tile(128, 32, 256, 1)),
     },
     (9, 2): {
-        64: Tiles(Tile(128, 128, 64), Tile(64, 32, 64, resident=2), Tile(128, 32, 64)),
-        128: Tiles(Tile(64, 64, 128, resident=2, num_stages=2), Tile(64, 64, 128), Tile(128, 32, 128)),
+        64: Tiles(Tile(64, 64, 64, resident=3), Tile(64, 32, 64, resident=2), Tile(128, 32, 64)),
+        128: Tiles(
+            Tile(64, 64, 128, resident=2, num_stages=2),
+            Tile(64, 64, 128),
+            Tile(64, 64, 128, resident=2, num_stages=2),
+        ),
         256: Tiles(
             Tile(128, 64, 128, num_stages=1), Tile(64, 64, 64, num_stages=2), Tile(128, 64, 128, num_stages=1)
         ),
-        512: Tiles(Tile(64, 32, 128, num_stages=1), Tile(64, 16, 128, 1), Tile(64, 16, 128, 2)),
+        512: Tiles(
+            Tile(64, 32, 128, num_stages=1),
+            Tile(64, 32, 128, 1, num_stages=1),
+            Tile(64, 32, 128, num_stages=1),
+        ),
     },
     (8, 1): {
         64: Tiles(Tile(64, 64, 64, resident=2), Tile(64, 32, 64, resident=2), Tile(64, 64, 64, resident=2)),
