@@ -4,7 +4,7 @@ A line for each InfoNCE kernel of 256 channels (or those that are named): cycles
 what they are spent on, which of it binds, what time that makes at the benchmark's shape, and what share of the floor.
 And a line for each of the other ops, which are bound by device memory. All of it is predicted, and a bound: nothing
 waits for anything else in it. With bf16 rows of 256 channels an H100 took 609 us for pass 1 in tiles of 64 x 64, 1.46
-times the bound (benchmarks/results/2026-11-26-first-gpus).
+times the bound, and 544 us in tiles of 128 x 128, 1.69 times the bound (benchmarks/results/2026-11-26-*).
 
 - tensor cores: products of the tile times the cycles of one;
 - shared memory: what fragments, copies, weights, maxima, labels and spilled registers move, 128 bytes a cycle;

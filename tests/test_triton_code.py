@@ -15,6 +15,7 @@ import triton
 import compiled_code
 import triton_code
 from conftest import BACKENDS
+from pixcontrast_ext.backends.triton.infonce import tiles
 
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may use
 SMALLEST_SHARED = 101_376  # on sm_86, sm_89 and sm_120, which run what is compiled like sm_80
@@ -91,6 +92,21 @@ def test_shared_memory_fits(found):
         assert kernel["shared"] <= SHARED[kernel["arch"]], kernel
         if kernel["arch"] == 80:
             assert kernel["shared"] <= SMALLEST_SHARED, kernel
+
+
+def test_a_multiprocessor_holds_as_many_programs_as_the_tiles_say(found):
+    """65,536 registers, which a warp takes by 256, and 1 KB of shared memory for each block besides its own."""
+    for kernel in walks(found["kernels"]):
+        if kernel["odd"]:
+            continue
+        planes = int(re.search(r"planes=(\d)", kernel["name"])[1])
+        of_width = tiles.TILES[kernel["arch"] // 10, planes][channels_of(kernel)]
+        named = dict(shift="negatives", negatives="negatives", positives="positives", keys="backward")
+        tile = getattr(of_width, next(tile for name, tile in named.items() if name in kernel["kernel"]))
+        threads = 32 * int(re.search(r" w(\d+) ", kernel["name"])[1])
+        assert -(-kernel["registers"] // 8) * 8 * threads * tile.resident <= 65_536, kernel
+        room = {80: 167_936, 90: 233_472}[kernel["arch"]]
+        assert (kernel["shared"] + 1024) * tile.resident <= room, kernel
 
 
 def test_tensor_cores_work_while_tiles_are_copied(found):

@@ -425,7 +425,8 @@ def costs(codes: dict[Job, Code]) -> str:
 
 def predicted(codes: dict[Job, Code]) -> str:
     """Times of the walks at the benchmark's shape, from below and from above: tensor cores and issue slots of a
-    multiprocessor at the same time, or one after the other. What branches pass over counts as issued.
+    multiprocessor at the same time, or one after the other. What branches pass over counts as issued, and nothing
+    waits: on an H100 the negatives of 256 channels took 1.1 (bf16) and 1.4 times ("highest") the upper one.
     """
     lines = []
     for job, code in codes.items():

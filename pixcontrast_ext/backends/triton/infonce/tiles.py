@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 TILES: dict[tuple[int, int], dict[int, Tiles]] = {
     (9, 1): {
         64: Tiles(Tile(128, 128, 64), Tile(64, 64, 64, resident=2), Tile(128, 64, 64)),
-        128: Tiles(Tile(128, 64, 128), Tile(64, 32, 128, resident=2), Tile(64, 64, 128, resident=3)),
+        128: Tiles(Tile(128, 64, 128), Tile(64, 32, 128, resident=2), Tile(64, 64, 128, resident=2)),
         256: Tiles(Tile(128, 64, 256), Tile(64, 32, 256, resident=2), Tile(64, 32, 256, resident=2)),
         512: Tiles(Tile(128, 32, 256, 1), Tile(64, 32, 256, 1), Tile(128, 32, 256, 1)),
     },
