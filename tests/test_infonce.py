@@ -154,6 +154,29 @@ def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
     assert error(of[backend], of["reference"].double()) <= (4e-6 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
+@pytest.mark.parametrize("splits", [31, 32, 47, 128])
+def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, splits):
+    """The finish has a team of threads for 16 splits each, 8 at most; 257 channels are more than a team's at a time."""
+    monkeypatch.setattr(schedule, "splits", lambda rows, columns, *_: min(splits, columns))
+    inputs = draw(3, 9000, 257, 2, unlabelled=0)
+    inputs[1][-1] = -1
+    labels = [inputs[i].int() for i in (1, 3)]
+    found = [
+        torch.ops.pixcontrast.infonce_forward(
+            inputs[0], labels[0], inputs[2], labels[1], 0.1, False, True, "cuda"
+        )[-1]
+        for _ in range(2)
+    ]
+    assert torch.equal(*found) and not found[0][-1].any()
+    exact_anchors = inputs[0].double().requires_grad_()
+    expected, _ = reference.infonce_per_anchor(
+        exact_anchors, inputs[1], inputs[2].double(), inputs[3], 0.1, False
+    )
+    expected.sum().backward()
+    assert error(found[0], exact_anchors.grad) <= 1e-6
+
+
 # Ragged on purpose: no dimension is a multiple of a tile or of a vector.
 SHAPES = [
     (1, 1, 1, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -200,7 +201,16 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "CompiledKernel", Compiled)
     kernel, rows = Kernel(), torch.zeros(64).as_subclass(OnGpu)
+
+    class OnAnother(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    made_current: list[torch.device] = []
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: made_current.append(device) or contextlib.nullcontext()
+    )
 
     def asks(first: Any, count: int, **options: Any) -> bool:
         before = len(asked), len(launched)
@@ -222,10 +232,12 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
         (rows, 2**31 + 1, {}),
         (rows, 7, dict(AGAIN=True)),
         (rows, 7, dict(num_warps=4)),
+        (rows.as_subclass(OnAnother), 7, {}),
     ):
         options = dict(AGAIN=False, WIDTH=4, num_warps=8) | options
         assert asks(first, count, **options), (first, count, options)
         assert not asks(first, count, **options)
+    assert made_current == 2 * [OnAnother.device]
 
 
 def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
@@ -433,7 +445,7 @@ def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_shift_far_above_the_rest_loses_nothing(dtype):
     """One key that the sample sees scores 23 powers of two above all others, which make half of the sum. Their weights
-    are alike, and both parts of one together off by up to 2^-25 of 2^-8.
+    are alike, near 2^-8, and the two parts of one are off by up to 2^-25 together: 2^-17 of it.
     """
     keys = torch.nn.functional.normalize(torch.cat([torch.ones(8192, 1), torch.randn(8192, 31)], 1), dim=1)
     anchors = torch.zeros(2, 32)

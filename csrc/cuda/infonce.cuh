@@ -1288,9 +1288,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   }
 }
 
-// Of the second stage: a team of threads goes through all channels, four of them a thread, and teams share
-// the splits: about so many each.
-constexpr int kFinishTeam = 64, kMostFinishTeams = 8, kSplitsOfTeam = 16;
+// Of the second stage: a team of threads goes through all channels, four of them a thread. There is a team
+// for every so many splits, up to a number of teams, which share them.
+constexpr int kFinishTeam = 64, kSplitsOfTeam = 16, kMostFinishTeams = 8;
 constexpr int kFinishThreads = kFinishTeam * kMostFinishTeams;
 
 // Adds up four channels of every n-th split of a row, as far as their factors are 0 or more: the others were
@@ -1394,8 +1394,8 @@ __global__ void __launch_bounds__(kFinishThreads)
 // --- backward ---
 
 // A power of two that takes weights of at most `peak` to 2^10 and below. That leaves fp16 room above, for a
-// log-sum-exp that is not that of these rows may make them larger, and digits below, for weights of a
-// thousandth.
+// log-sum-exp that is not that of these rows may make them larger, and digits below, for weights a thousandth
+// as large.
 __device__ __forceinline__ float weight_scale(const float* peak) {
   if (peak == nullptr) return 1.f;
   const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, -110);

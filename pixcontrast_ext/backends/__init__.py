@@ -26,8 +26,8 @@ from pixcontrast_ext.backends import native
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
-# Tried in this order when none is named. On an H100 the CUDA kernels took 1.2 to 1.4 times as long as the Triton kernels
-# in InfoNCE with 1,024 anchors and 0.55 to 0.9 with 100, half in sampling, 0.8 to 1.7 in enqueue
+# Tried in this order when none is named. On an H100 the CUDA kernels took 1.2 to 1.4 times as long as the Triton
+# kernels in InfoNCE with 1,024 anchors and 0.55 to 0.9 with 100, half in sampling, 0.8 to 1.7 in enqueue
 # (benchmarks/results/2026-11-26-h100-triton-3.9); they need no compiler where they run.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Devices whose tensors a backend takes; None: any. The tests, which emulate CUDA on a CPU, add to it.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 
 @functools.cache
@@ -53,21 +54,22 @@ def _refusing_to_compile() -> Iterator[None]:
 
 
 def _kind(argument: Any) -> Any:
-    """What Triton compiles a kernel anew for: dtypes, whether addresses and numbers are multiples of 16, ones, and
-    numbers beyond int32.
+    """What Triton compiles a kernel anew for: types, whether addresses and numbers are multiples of 16, ones, and
+    numbers beyond int32; those beyond int64 are not told from these.
     """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):
-        return tuple([_kind(value) for value in argument])
+        return type(argument), *[_kind(value) for value in argument]
     if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+        return type(argument), argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return type(argument)
 
 
-# What was compiled, by kernel, device, kinds of arguments, and options. Triton itself takes some 40 us to find a kernel
-# again, as long as a short one runs.
-_compiled: dict[Hashable, Any] = {}
+# Kernels and what they were compiled to, by kernel, device, kinds of arguments, and options. Triton itself takes some
+# 40 us to find one again, as long as a short one runs; what it would do besides, such as to look whether a global or a
+# knob has changed, is not done again.
+_compiled: dict[Hashable, tuple[Any, CompiledKernel]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -85,11 +87,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     key = id(kernel), device, tuple(map(_kind, arguments)), tuple(options.items())
     here = torch.cuda.current_device() == device.index
     with contextlib.nullcontext() if here else torch.cuda.device(device):
-        compiled = _compiled.get(key)
-        if compiled is not None:
+        found = _compiled.get(key)
+        if found is not None:
+            _, compiled = found
             constants = map(options.__getitem__, kernel.arg_names[len(arguments) :])
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
             return
         captures = torch.cuda.is_current_stream_capturing()
         with _refusing_to_compile() if captures else contextlib.nullcontext():
-            _compiled[key] = kernel[grid](*arguments, enable_fp_fusion=True, **options)
+            compiled = kernel[grid](*arguments, enable_fp_fusion=True, **options)
+        if isinstance(compiled, CompiledKernel):  # not one that is still being compiled
+            _compiled[key] = kernel, compiled

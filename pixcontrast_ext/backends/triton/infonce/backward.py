@@ -124,7 +124,7 @@ def infonce_bwd_keys_kernel(
     weight_scale = 1.0
     if WALK.half:
         # A power of two that takes the largest weight to 2^10 and below. That leaves fp16 room above, for a log-sum-exp
-        # that is not that of these rows may make weights larger, and digits below, for those of a thousandth.
+        # that is not that of these rows may make weights larger, and digits below, for weights a thousandth as large.
         peak = tl.max(tl.load(factors.peaks + tl.arange(0, MOST_BLOCKS)), 0)
         exponent = tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 17) - 127 - 9
         weight_scale = power_of_two(-exponent)

@@ -305,7 +305,7 @@ def infonce_fwd_positives_kernel(
             label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
             scores = multiply_rows(row, key, WALK)
             positive = (here_label == own)[None, :] & (here[None, :] != excluded[:, None])
-            margin = neg_lse[:, None] - scores * scale
+            margin = neg_lse[:, None] - product(scores, scale)
             odds = tl.exp2(-tl.abs(margin))
             sigma = tl.where(margin >= 0, 1.0, odds) * reciprocal(1.0 + odds)
             sigma = tl.where(positive, sigma, 0.0)
