@@ -1387,7 +1387,7 @@ __global__ void __launch_bounds__(kFinishThreads)
         if (d + i < p.grad_channels) to[i] = contrasts ? scale * grad[i] : 0.f;
       }
     }
-    sync_block();  // they are read
+    sync_block();  // nobody reads these shares any more
   }
 }
 

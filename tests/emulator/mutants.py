@@ -52,6 +52,18 @@ MUTANTS = [
     ),
     Mutant("wait for all groups but one", "infonce.cuh", "cp_async_wait<0>();", "cp_async_wait<1>();"),
     Mutant(
+        "shares of a team read before they are written",
+        "infonce.cuh",
+        "sync_block();  // the shares are there",
+        "",
+    ),
+    Mutant(
+        "shares of the next channels over those that are read",
+        "infonce.cuh",
+        "sync_block();  // nobody reads these shares any more",
+        "",
+    ),
+    Mutant(
         "weights read before they are written",
         "infonce.cuh",
         "sync_row_warps();  // the weights of all columns are there",

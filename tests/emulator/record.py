@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
-from pixcontrast_ext.backends import cuda, native
+from pixcontrast_ext.backends import cuda, native, schedule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -192,6 +192,15 @@ def _infonce_of_more_anchors_than_one_block_sorts() -> None:
     infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda").backward()
 
 
+def _infonce_of_many_splits() -> None:
+    """So many that teams of threads share them in the finish, and more channels than a team adds up at a time."""
+    anchor_rows, anchor_labels = _rows(3, 260, 2, torch.float16)
+    key_rows, key_labels = _rows(2100, 260, 2, torch.float16)
+    anchor_labels[:2] = torch.arange(2)
+    anchor_rows = anchor_rows.nan_to_num().requires_grad_()
+    infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda")
+
+
 def _infonce_of_usual_widths() -> None:
     """Those that have tiles of their own, on a large and a small device, for few anchors and more. Tiles of keys are
     of one class, of two, lack labels, or end behind the last; fp32 rows of 128 channels are too long for the usual
@@ -236,6 +245,9 @@ def record(path: Path) -> int:
                 torch.set_float32_matmul_precision(precision)
                 _infonce(precision)
             _infonce_of_more_anchors_than_one_block_sorts()
+            with pytest.MonkeyPatch.context() as of_splits:
+                of_splits.setattr(schedule, "splits", lambda rows, columns, *_: columns)
+                _infonce_of_many_splits()
             # Not cached, as the device changes; and one block at a time walks over several tiles.
             cut = cuda._cut.__wrapped__
             patch.setattr(cuda, "_cut", lambda *how: (cut(*how)[0], 1))
