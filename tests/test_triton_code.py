@@ -76,7 +76,7 @@ def tile_of(kernel):
 # Loads from local memory, at most, in a walk of two planes, by architecture, kernel, and the widest rows: outputs that
 # do not fit registers. On an H100 it takes longer to multiply the scores again.
 SPILLED = {
-    80: dict(negatives={128: 0, 512: 10}, keys={128: 0, 256: 2, 512: 12}),
+    80: dict(negatives={128: 0, 512: 10}, keys={128: 0, 256: 2 if NEWEST else 8, 512: 12}),
     90: dict(
         negatives={128: 0, 256: 30, 512: 170}, keys={128: 0, 256: 60, 512: 200}, positives={128: 0, 256: 140}
     ),
@@ -134,7 +134,8 @@ def test_tensor_cores_work_while_tiles_are_copied(found):
             # Scores alone, and the share of two planes, are waited for at once; of three buffers two are on their way.
             waits = any(x in kernel["name"] for x in ("planes=2", "WITH_GRAD=False", "shift"))
             assert loop["ahead"] or waits, kernel
-            assert loop["narrow"] <= (6 if NEWEST else 12), kernel  # labels and the like
+            # Labels and the like; Triton 3.6 copies those of a column for each thread that uses them.
+            assert loop["narrow"] <= (6 if NEWEST else 5 * tile_of(kernel).columns // 4), kernel
 
 
 def test_no_product_in_flight_loses_its_input(found):
