@@ -35,9 +35,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("device", "timings", "sanitize", "suite")
-SUITE = (
-    "ops infonce triton enqueue gather loss regressions properties sampling bank".split()
-)  # the longest first
+# The longest first.
+SUITE = "ops infonce triton enqueue gather loss regressions properties sampling bank".split()
 BACKENDS = ("cuda", "triton")
 TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most comes first
     ("infonce", "cityscapes", ("bf16",), 40),

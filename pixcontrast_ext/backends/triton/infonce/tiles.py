@@ -97,27 +97,26 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 
 class Constants:
-    """Of a dataclass whose fields a kernel takes for constants. Its name and hash are made once,
-    since every launch asks for them."""
+    """Of a frozen dataclass whose fields a kernel takes for constants. Every launch asks for its hash: that of a name
+    made once.
+    """
 
     def __post_init__(self) -> None:
         fields = dict(vars(self))
-        for name, value in fields.items():
-            setattr(self, name, tl.constexpr(value))
-        self._name = " ".join(f"{name}={value}" for name, value in fields.items())
-        self._hash = hash(self._name)
+        name = " ".join(f"{name}={value}" for name, value in fields.items())
+        vars(self).update({name: tl.constexpr(value) for name, value in fields.items()}, _name=name)
 
     def __repr__(self) -> str:
-        return self._name
+        return str(vars(self)["_name"])
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (type(self) is type(other) and repr(self) == repr(other))
+        return type(self) is type(other) and repr(self) == repr(other)
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(repr(self))
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Walk(Constants):
     """What a kernel knows of its pass."""
 
