@@ -26,7 +26,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 CXX_FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-fPIC",
     "-fopenmp",
@@ -39,7 +39,7 @@ CXX_FLAGS = [
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 # Two architectures of a file at a time: one file is most of the work.
 NVCC_FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "--cudart=static",
     "--threads=2",
@@ -48,9 +48,8 @@ NVCC_FLAGS = [
 
 COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")  # CXX may begin with one
 
-# Sources that are compiled once per instruction set; the choice among them is made at run time.
-PER_ISA_SOURCES = ["csrc/cpu/infonce.cpp", "csrc/cpu/regions.cpp"]
-FUSED_SOURCE = "csrc/cpu/infonce_fused.cpp"  # likewise, for some of them
+# Sources in csrc/cpu/isa are compiled once per instruction set; the choice among them is made at run time.
+FUSED_SOURCE = "csrc/cpu/isa/infonce_fused.cpp"  # for some of the sets only
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}
@@ -231,15 +230,15 @@ class NinjaBuild:
         includes = [f"-isystem{path}" for path in (self.pybind11_include(), sysconfig.get_path("include"))]
 
         objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
-        variants = dict.fromkeys(PER_ISA_SOURCES, isas) | {FUSED_SOURCE: fused_isas}
         for source in self.sources("csrc/cpu/*.cpp"):
-            if source in variants:
-                for isa, flags in variants[source].items():
-                    objects.append(
-                        self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")
-                    )
-            else:
-                objects.append(self.add_object("cxx", source, features))
+            objects.append(self.add_object("cxx", source, features))
+        for source in self.sources("csrc/cpu/isa/*.cpp"):
+            for isa, flags in (fused_isas if source == FUSED_SOURCE else isas).items():
+                objects.append(
+                    self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")
+                )
+        if self.with_cuda:
+            objects.append(self.add_object("cxx", "csrc/cuda/bindings.cpp", includes))
         for source in self.cuda_sources:
             objects.append(self.add_object("nvcc", source, self.cuda.gencode + self.cuda.compression))
 

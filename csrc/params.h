@@ -1,84 +1,144 @@
-// What Python hands to a kernel: one plain struct per call, filled field by field in bindings.cpp.
-// Every pointer is memory that torch owns and that outlives the call; sizes and strides count elements.
-// No struct mentions torch, so one build of the module serves any torch.
+// What Python hands to a kernel: one plain struct per call, filled field by field (seam.h).
+//
+// A struct that both sides share is named like the record of backends/calls.py which holds it in Python; the
+// structs of either side, ...Params, add what is its own. Every pointer is memory that torch owns and that
+// outlives the call; sizes and strides count elements. No struct mentions torch, so one build of the module
+// serves any torch.
 #pragma once
 
 #include <cstdint>
 
+#include "fields.h"
+
 namespace pxc {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// The first three are what rows and maps come in.
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kInt64 };
+
+struct Float16;  // what a pointer to fp16 numbers points to; each side has a type of its own to compute with
+
+// Rows whose type is known when the kernel runs.
+template <class Void>
+struct Array {
+  Void* data;
+  DType dtype;
+};
+using Rows = Array<void>;
+using ConstRows = Array<const void>;
 
 // A [B, D, H, W] tensor of any strides; `pixel` below always means h * W + w.
 struct EmbeddingMap {
   const void* map;
-  int32_t map_dtype;  // DType
+  DType map_dtype;
   int64_t batch, channels, height, width;
   int64_t stride_batch, stride_channel, stride_row, stride_column;
+
+  template <class Visit>
+  void each_field(Visit& visit) {
+    visit("embeddings", *this);  // one tensor
+  }
 };
 
-struct SamplingParams {
+// Its gradient, dense: of the same type and sizes, with strides of its own.
+struct GradientMap {
+  void* grad_map;  // out
+  int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
+
+  template <class Visit>
+  void each_field(Visit& visit) {
+    visit("grad_embeddings", *this);
+  }
+};
+
+struct Sampling {
   const int64_t* labels;       // [B, pixels]
   const int64_t* predictions;  // [B, pixels]
   const int32_t* priority;     // [B, pixels]
   int64_t batch, pixels, num_classes;
   int64_t max_samples, max_views, min_pixels, ignore_index;
-  uint64_t* pool_keys;     // [B, pixels] scratch
   int64_t* indices;        // [max_samples] out, flat over B * pixels, 0 in padding rows
   int32_t* anchor_labels;  // [max_samples] out, -1 in padding rows
   int32_t* count;          // [] out, rows that are not padding
-  int32_t threads;
+  PXC_FIELDS((), labels, predictions, priority, batch, pixels, num_classes, max_samples, max_views,
+             min_pixels, ignore_index, indices, anchor_labels, count)
 };
 
-struct GatherParams : EmbeddingMap {
+struct Gather : EmbeddingMap {
   const int64_t* indices;  // [rows], flat over B * H * W
   int64_t num_rows;
   int32_t normalize;
-  float* wide;         // [rows, D] scratch
-  int32_t rows_dtype;  // DType
-  void* rows;          // [rows, D] out
-  float* inv_norm;     // [rows] out, 0 where the norm is
-  int32_t threads;
+  Rows rows;        // [rows, D] out
+  float* inv_norm;  // [rows] out, 0 where the norm is
+  PXC_FIELDS((EmbeddingMap), indices, num_rows, normalize, rows, inv_norm)
 };
 
-struct GatherBackwardParams : EmbeddingMap {
+struct GatherBackward : EmbeddingMap, GradientMap {
+  ConstRows grad_rows;     // [rows, D]
   const int64_t* indices;  // [rows]
+  const float* inv_norm;   // [rows], from the forward
   int64_t num_rows;
   int32_t normalize;
-  int32_t rows_dtype;     // DType
-  const void* grad_rows;  // [rows, D]
-  const float* inv_norm;  // [rows], from the forward
-  float* wide;            // [rows, D] scratch
-  void* grad_map;         // [B, D, H, W] out, dense, map_dtype, with the four strides below
-  int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
-  int32_t threads;
+  PXC_FIELDS((EmbeddingMap, GradientMap), grad_rows, indices, inv_norm, num_rows, normalize)
 };
 
-struct CollectParams : EmbeddingMap {
+struct Collect : EmbeddingMap {
   const int64_t* labels;    // [B, pixels]
   const int32_t* priority;  // [B, pixels]
   int64_t num_classes, pixels_per_image, ignore_index;
   int32_t normalize;
-  uint64_t* pool_keys;  // [B, pixels] scratch
-  float* weights;       // [B * pixels + 15] scratch: groups of 16 may end behind the last pixel
-  double* sums;         // [B, num_classes, D] scratch
-  float* wide;          // [B, num_classes, pixels_per_image, D] scratch
-  int32_t rows_dtype;   // DType
-  void* rows;           // [B, num_classes, 1 + pixels_per_image, D] out, the region first
+  Rows rows;            // [B, num_classes, 1 + pixels_per_image, D] out, the region first
   int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image] out, -1 for nothing to store
-  int32_t threads;
+  PXC_FIELDS((EmbeddingMap), labels, priority, num_classes, pixels_per_image, ignore_index, normalize, rows,
+             row_labels)
 };
 
-struct WriteParams {
-  const void* rows;           // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
+struct Write {
+  ConstRows rows;             // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
   const int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image]
   int64_t batch, num_classes, pixels_per_image;
   int64_t row_bytes;  // D elements
   int64_t region_slots, pixel_slots;
-  void* keys;           // [num_classes, region_slots + pixel_slots, D] in and out
+  Rows keys;            // [num_classes, region_slots + pixel_slots, D] in and out
   int32_t* key_labels;  // [num_classes, region_slots + pixel_slots] in and out
   int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
+  PXC_FIELDS((), rows, row_labels, batch, num_classes, pixels_per_image, row_bytes, region_slots, pixel_slots,
+             keys, key_labels, region_ptr, region_fill, pixel_ptr, pixel_fill)
+};
+
+// --- CPU ---
+
+namespace cpu {
+
+struct SamplingParams : Sampling {
+  uint64_t* pool_keys;  // [B, pixels] scratch
   int32_t threads;
+  PXC_FIELDS((Sampling), pool_keys, threads)
+};
+
+struct GatherParams : Gather {
+  float* wide;  // [rows, D] scratch
+  int32_t threads;
+  PXC_FIELDS((Gather), wide, threads)
+};
+
+struct GatherBackwardParams : GatherBackward {
+  float* wide;  // [rows, D] scratch
+  int32_t threads;
+  PXC_FIELDS((GatherBackward), wide, threads)
+};
+
+struct CollectParams : Collect {
+  uint64_t* pool_keys;  // [B, pixels] scratch
+  float* weights;       // [B * pixels + 15] scratch: groups of 16 may end past the last pixel
+  double* sums;         // [B, num_classes, D] scratch
+  float* wide;          // [B, num_classes, pixels_per_image, D] scratch
+  int32_t threads;
+  PXC_FIELDS((Collect), pool_keys, weights, sums, wide, threads)
+};
+
+struct WriteParams : Write {
+  int32_t threads;
+  PXC_FIELDS((Write), threads)
 };
 
 // InfoNCE on the CPU is a loop over tiles. With AVX-512 the forward makes its own products
@@ -86,12 +146,12 @@ struct WriteParams {
 // them. `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
 
 struct WidenParams {
-  const void* source;      // [?, D]
-  int32_t source_dtype;    // DType
+  ConstRows source;        // [?, D]
   const int64_t* indices;  // [rows] or null for the first rows
   int64_t num_rows, channels;
   float* rows;  // [rows, D] out
   int32_t threads;
+  PXC_FIELDS((), source, indices, num_rows, channels, rows, threads)
 };
 
 struct TilesParams {
@@ -101,6 +161,7 @@ struct TilesParams {
   int64_t* tiles;    // [capacity, 3] out: first key, number of keys, their label or -1 if they differ
   int64_t capacity;
   int64_t* num_tiles;  // [] out
+  PXC_FIELDS((), key_labels, num_keys, max_keys, tiles, capacity, num_tiles)
 };
 
 struct CollectKeysParams {
@@ -110,6 +171,7 @@ struct CollectKeysParams {
   int64_t* cursor;   // [] in and out: where to go on looking
   int64_t* indices;  // [max_keys] out: the next keys of that label, ascending
   int64_t* found;    // [] out
+  PXC_FIELDS((), key_labels, num_keys, max_keys, label, cursor, indices, found)
 };
 
 struct NegativesParams {
@@ -123,12 +185,14 @@ struct NegativesParams {
   float* output;  // [rows, D] in and out: rescaled when the shift moves; null without gradient
   int64_t channels;
   int32_t threads;
+  PXC_FIELDS((), scores, num_rows, num_keys, anchor_labels, key_labels, scale, shift, sum, output, channels,
+             threads)
 };
 
 struct PositivesParams {
   float* scores;  // [rows, keys] in: dot products; out: sigma of eq. (4), 0 for the pair (i, i)
   int64_t num_rows, num_keys;
-  const float* neg_lse;         // [rows], log2 units
+  const float* neg_lse_log2;    // [rows]
   const int64_t* anchor_index;  // [rows], or null without exclude_self
   const int64_t* key_index;     // [keys], or null without exclude_self
   float scale;
@@ -136,32 +200,36 @@ struct PositivesParams {
   double* pos_weight_sum;  // [rows] in and out: S of eq. (4)
   int64_t* pos_counts;     // [rows] in and out
   int32_t threads;
+  PXC_FIELDS((), scores, num_rows, num_keys, neg_lse_log2, anchor_index, key_index, scale, loss_sum,
+             pos_weight_sum, pos_counts, threads)
 };
 
 // Both passes of the forward, with products of their own.
 struct FusedForwardParams {
-  const void* anchors;  // [rows, D] sorted by label, of fused_dtype(); D of bf16 padded with 0 to be even
+  ConstRows anchors;  // [rows, D] sorted by label, of fused_dtype(); D of bf16 padded with 0 to be even
   int64_t num_rows, channels;
   const int32_t* anchor_labels;  // [rows], ascending, all >= 0
   const int64_t* anchor_index;   // [rows], or null without exclude_self
-  const void* keys;              // [K, D]
-  int32_t keys_dtype;            // DType
+  ConstRows keys;                // [K, D]
   const int32_t* key_labels;     // [K]
   int64_t num_keys;
   const int64_t* tiles;  // [num_tiles, 3], from TilesParams with kFusedBlockK as max_keys
   int64_t num_tiles;
   float scale;
-  void* panels;            // scratch: 4 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type
+  Rows panels;             // scratch: 4 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type
   float* shift;            // [rows] in (-inf) and out: running shift, log2 units
   float* sum;              // [rows] in (0) and out: of exp2(score - shift)
   float* weight_sum;       // [rows] in (0) and out: of the bf16 weights that O is made of; unused by fp32
-  float* neg_lse;          // [rows] out, log2 units
+  float* neg_lse_log2;     // [rows] out
   float* negatives;        // [rows, D] in (0) and out: O of pass 1, times sum; null without gradient
   float* positives;        // [rows, D] in (0) and out: G of pass 2; null without gradient
   double* loss_sum;        // [rows] in (0) and out: sum of eq. (2)
   double* pos_weight_sum;  // [rows] in (0) and out: S of eq. (4)
   int64_t* pos_counts;     // [rows] in (0) and out
   int32_t threads;
+  PXC_FIELDS((), anchors, num_rows, channels, anchor_labels, anchor_index, keys, key_labels, num_keys, tiles,
+             num_tiles, scale, panels, shift, sum, weight_sum, neg_lse_log2, negatives, positives, loss_sum,
+             pos_weight_sum, pos_counts, threads)
 };
 
 struct FinishParams {
@@ -177,105 +245,81 @@ struct FinishParams {
   const int64_t* pos_counts;     // [rows]
   float temperature;
   float* loss;         // [A] out, eq. (3)
-  float* neg_lse;      // [A] out, eq. (1), natural units
+  float* neg_lse;      // [A] out, eq. (1)
   float* pos_weight;   // [A] out, eq. (4)
   int32_t* pos_count;  // [A] out
   float* anchor_grad;  // [A, D] out, eq. (6) without the upstream gradient; null without gradient
   int32_t threads;
+  PXC_FIELDS((), num_rows, channels, anchor_index, shift, sum, weight_sum, negatives, positives, loss_sum,
+             pos_weight_sum, pos_counts, temperature, loss, neg_lse, pos_weight, pos_count, anchor_grad,
+             threads)
 };
 
-struct CoefficientsParams {
+struct ScoreGradientParams {
   float* scores;  // [rows, anchors] in: dot products; out: ds of eq. (5), summed with its mirror if symmetric
   int64_t num_rows, num_anchors;
-  const int32_t* row_labels;     // [rows], -1: the whole row is 0
-  const int32_t* anchor_labels;  // [anchors], all >= 0
-  const int64_t* row_index;      // [rows], or null without exclude_self
-  const int64_t* anchor_index;   // [anchors], or null without exclude_self
-  const float* neg_lse;          // [anchors], log2 units, +inf where there is no negative
-  const float* neg_scale;        // [anchors], g S / (|P| temperature)
-  const float* pos_scale;        // [anchors], g / (|P| temperature)
-  const float* row_neg_lse;      // [rows], likewise, when the rows are anchors too (symmetric); else null
-  const float* row_neg_scale;    // [rows]
-  const float* row_pos_scale;    // [rows]
+  const int32_t* row_labels;      // [rows], -1: the whole row is 0
+  const int32_t* anchor_labels;   // [anchors], all >= 0
+  const int64_t* row_index;       // [rows], or null without exclude_self
+  const int64_t* anchor_index;    // [anchors], or null without exclude_self
+  const float* neg_lse_log2;      // [anchors], +inf where there is no negative
+  const float* push;              // [anchors], of the negatives: g S / (|P| temperature)
+  const float* pull;              // [anchors], of the positives: g / (|P| temperature)
+  const float* row_neg_lse_log2;  // [rows], likewise, when the rows are anchors too (symmetric); else null
+  const float* row_push;          // [rows]
+  const float* row_pull;          // [rows]
   float scale;
   int32_t threads;
+  PXC_FIELDS((), scores, num_rows, num_anchors, row_labels, anchor_labels, row_index, anchor_index,
+             neg_lse_log2, push, pull, row_neg_lse_log2, row_push, row_pull, scale, threads)
 };
 
-// --- CUDA: the same jobs in device memory, on the caller's stream ---
+}  // namespace cpu
 
-// The part that every CUDA call begins with.
-struct Launch {
-  int32_t device;   // its index
-  uint64_t stream;  // cudaStream_t
-};
+// --- CUDA: in device memory, on the caller's stream ---
 
 namespace cuda {
 
-struct SamplingParams : Launch {
-  const int64_t* labels;       // [B, pixels]
-  const int64_t* predictions;  // [B, pixels]
-  const int32_t* priority;     // [B, pixels]
-  int64_t batch, pixels, num_classes;
-  int64_t max_samples, max_views, min_pixels, ignore_index;
-  uint64_t* pool_keys;     // [B, chunks, 1024] scratch; a chunk is 1024 pixels
-  int32_t* pool_starts;    // [B, chunks, 2 num_classes + 1] scratch
-  uint64_t* pair_keys;     // [num_classes, B] scratch
-  int32_t* pool_keep;      // [num_classes, B, 2] scratch: rows that the hard and the easy pool give
-  int32_t* pool_rows;      // [num_classes, B, 2] scratch: the first of them
-  int64_t* indices;        // [max_samples] out, flat over B * pixels, 0 in padding rows
-  int32_t* anchor_labels;  // [max_samples] out, -1 in padding rows
-  int32_t* count;          // [] out, rows that are not padding
+// The part that every call begins with.
+struct Launch {
+  int32_t device;   // its index
+  uint64_t stream;  // cudaStream_t
+  PXC_FIELDS((), device, stream)
 };
 
-struct GatherParams : Launch, EmbeddingMap {
-  const int64_t* indices;  // [rows], flat over B * H * W; a row of one outside is 0
-  int64_t num_rows;
-  int32_t normalize;
-  int32_t rows_dtype;  // DType
-  void* rows;          // [rows, D] out
-  float* inv_norm;     // [rows] out, 0 where the norm is
+struct SamplingParams : Launch, Sampling {
+  uint64_t* pool_keys;   // [B, chunks, 1024] scratch; a chunk is 1024 pixels
+  int32_t* pool_starts;  // [B, chunks, 2 num_classes + 1] scratch
+  uint64_t* pair_keys;   // [num_classes, B] scratch
+  int32_t* pool_keep;    // [num_classes, B, 2] scratch: rows that the hard and the easy pool give
+  int32_t* pool_rows;    // [num_classes, B, 2] scratch: the first of them
+  PXC_FIELDS((Launch, Sampling), pool_keys, pool_starts, pair_keys, pool_keep, pool_rows)
 };
 
-struct GatherBackwardParams : Launch, EmbeddingMap {
-  const int64_t* indices;  // [rows]
-  int64_t num_rows;
-  int32_t normalize;
-  int32_t rows_dtype;      // DType
-  const void* grad_rows;   // [rows, D]
-  const float* inv_norm;   // [rows], from the forward
+struct GatherParams : Launch, Gather {  // a row of an index outside the map is 0
+  PXC_FIELDS((Launch, Gather))
+};
+
+struct GatherBackwardParams : Launch, GatherBackward {
   float* wide;             // [rows, D] scratch: gradients of the pixels
   int64_t* row_pixels;     // [rows] scratch: their indices, -1 for a row without gradient
   uint64_t* sort_keys;     // [tiles, 1024] scratch; null if there are no more rows than that
   int64_t* sorted_pixels;  // [rows] scratch: the same in order
   int64_t* sorted_rows;    // [rows] scratch: whose they are
-  void* grad_map;          // [B, D, H, W] out, dense, map_dtype, with the four strides below
-  int64_t grad_stride_batch, grad_stride_channel, grad_stride_row, grad_stride_column;
+  PXC_FIELDS((Launch, GatherBackward), wide, row_pixels, sort_keys, sorted_pixels, sorted_rows)
 };
 
-struct CollectParams : Launch, EmbeddingMap {
-  const int64_t* labels;    // [B, pixels]
-  const int32_t* priority;  // [B, pixels]
-  int64_t num_classes, pixels_per_image, ignore_index;
-  int32_t normalize;
+struct CollectParams : Launch, Collect {
   uint64_t* pool_keys;     // [B, chunks, 1024] scratch; a chunk is 1024 pixels
   int32_t* pool_starts;    // [B, chunks, num_classes + 1] scratch
   float* chunk_sums;       // [B, chunks, num_classes, D] scratch, of classes that the chunk has
   double* sums;            // [B, num_classes, D] scratch
   int64_t* chosen_pixels;  // [B, num_classes, pixels_per_image] scratch
-  int32_t rows_dtype;      // DType
-  void* rows;              // [B, num_classes, 1 + pixels_per_image, D] out, the region first
-  int32_t* row_labels;     // [B, num_classes, 1 + pixels_per_image] out, -1 for nothing to store
+  PXC_FIELDS((Launch, Collect), pool_keys, pool_starts, chunk_sums, sums, chosen_pixels)
 };
 
-struct WriteParams : Launch {
-  const void* rows;           // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
-  const int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image]
-  int64_t batch, num_classes, pixels_per_image;
-  int64_t row_bytes;  // D elements
-  int64_t region_slots, pixel_slots;
-  void* keys;           // [num_classes, region_slots + pixel_slots, D] in and out
-  int32_t* key_labels;  // [num_classes, region_slots + pixel_slots] in and out
-  int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
+struct WriteParams : Launch, Write {
+  PXC_FIELDS((Launch, Write))
 };
 
 // InfoNCE takes fp32 rows as they lie, and 16-bit ones of 16-byte units, 16-byte aligned, or of 4-byte units,
@@ -296,15 +340,18 @@ struct InfonceRows {
   int32_t* sorted_labels;  // [A] scratch
   uint64_t* sort_keys;     // [tiles, 1024] scratch; null if there are no more anchors than that
   float* score_scale;      // [] scratch: times which products become scores in units of log2
-  void* anchor_planes;     // of fp32 rows [A, planes, channels] scratch, fp16; else null
+  Float16* anchor_planes;  // of fp32 rows [A, planes, channels] scratch; else null
   float* peaks;            // likewise [2, plane_blocks] scratch
   int64_t plane_blocks;    // of either side
   float* unscale;          // likewise [2] scratch: anchors, and keys, are their planes' sum times this
+  PXC_FIELDS((), rows_dtype, full_float32, channels, temperature, exclude_self, splits, anchors,
+             anchor_labels, num_anchors, order, sorted_labels, sort_keys, score_scale, anchor_planes, peaks,
+             plane_blocks, unscale)
 };
 
 struct InfonceForwardParams : Launch, InfonceRows {
-  const void* keys;  // as the anchors [K, channels], or null: the anchors are the keys, in their order
-  void* key_planes;  // as the anchors'
+  const void* keys;     // as the anchors [K, channels], or null: the anchors are the keys, in their order
+  Float16* key_planes;  // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   int32_t* label_ranges;     // [pieces of keys, 2] scratch: smallest and largest label
@@ -320,16 +367,20 @@ struct InfonceForwardParams : Launch, InfonceRows {
   float* positive_parts;     // [splits, A, part_channels] scratch: G of pass 2; null without gradient
   int64_t part_channels;     // channels, up to a multiple of 64
   float* loss;               // [A] out, eq. (3)
-  float* neg_lse;            // [A] out, eq. (1), natural units
+  float* neg_lse;            // [A] out, eq. (1)
   float* pos_weight;         // [A] out, eq. (4)
   int32_t* pos_count;        // [A] out
   float* anchor_grad;        // [A, grad_channels] out, eq. (6) for g = 1; null without gradient
   int64_t grad_channels;     // D
+  PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_labels, num_keys, label_ranges, shift_parts,
+             sum_parts, negative_parts, fewest_splits, positive_blocks, positive_splits, loss_parts,
+             pos_weight_parts, pos_count_parts, positive_parts, part_channels, loss, neg_lse, pos_weight,
+             pos_count, anchor_grad, grad_channels)
 };
 
 struct InfonceBackwardParams : Launch, InfonceRows {
   const void* keys;           // as the anchors, or null: the symmetric backward of anchors that are the keys
-  void* key_planes;           // as the anchors'
+  Float16* key_planes;        // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   const float* neg_lse;     // [A], from the forward, as is
@@ -341,6 +392,8 @@ struct InfonceBackwardParams : Launch, InfonceRows {
   float* grad_parts;      // [splits, K, grad_channels] scratch; null with one split
   float* grad;            // [K, grad_channels] out, of the keys; of the anchors if they are the keys
   int64_t grad_channels;  // D
+  PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_labels, num_keys, neg_lse, pos_weight, grad_scale,
+             peak, coefficients, label_ranges, grad_parts, grad, grad_channels)
 };
 
 }  // namespace cuda

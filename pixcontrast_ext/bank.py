@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixcontrast_ext import ops
-from pixcontrast_ext.ops import enqueue
+from pixcontrast_ext import backends
+from pixcontrast_ext.ops import checks, enqueue
 from pixcontrast_ext.ops.exchange import Exchange
+from pixcontrast_ext.ops.priority import check_priority, draw_priority
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -81,8 +82,8 @@ class MemoryBank(nn.Module):
         process_group: dist.ProcessGroup | str | None = "default",
     ) -> None:
         super().__init__()
-        ops.check_at_least(1, num_classes=num_classes, embed_dim=embed_dim)
-        ops.check_at_least(
+        checks.check_at_least(1, num_classes=num_classes, embed_dim=embed_dim)
+        checks.check_at_least(
             0, region_slots=region_slots, pixel_slots=pixel_slots, pixels_per_image=pixels_per_image
         )
         if dtype not in _DTYPES:
@@ -120,8 +121,8 @@ class MemoryBank(nn.Module):
         self._check_usable()
         return self.keys.view(-1, self.embed_dim), self.key_labels.view(-1)
 
-    def _check_embeddings(self, embeddings: Tensor) -> None:
-        ops.check_embeddings(embeddings)
+    def check(self, embeddings: Tensor) -> None:
+        """Raise ValueError unless the bank takes this [B, D, H, W] map as it is now."""
         if embeddings.shape[1] != self.embed_dim:
             raise ValueError(f"embeddings must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
         if embeddings.device != self.keys.device:
@@ -222,10 +223,25 @@ class MemoryBank(nn.Module):
                 that is neither a class nor `ignore_index`; in a distributed job ranks whose banks differ.
             RuntimeError: in a distributed job, a rank that does not come.
         """
-        rows, row_labels = self._collect(
-            embeddings, labels, self.pixels_per_image, backend, priority=priority, generator=generator
-        )
-        self._write(rows, row_labels, backend)
+        checks.check_embeddings(embeddings)
+        self.check(embeddings)
+        batch, _, height, width = embeddings.shape
+        checks.check_labels("labels", labels, (batch, height, width), embeddings.device)
+        if priority is None:
+            priority = draw_priority(labels, generator)
+        check_priority(priority, labels)
+        self.append(embeddings, labels.long(), priority, self._resolve(backend, embeddings))
+
+    @torch.no_grad()
+    def append(
+        self,
+        embeddings: Tensor,  # [B, D, H, W]
+        labels: Tensor,  # [B, H, W] int64
+        priority: Tensor,  # [B, H, W] int32
+        backend: str,
+    ) -> None:
+        """`enqueue` of what has been checked, by a backend that serves it."""
+        self._write(*self._collect(embeddings, labels, priority, self.pixels_per_image, backend), backend)
 
     @torch.no_grad()
     def enqueue_rows(
@@ -254,43 +270,37 @@ class MemoryBank(nn.Module):
             raise TypeError(f"rows must be a floating-point tensor, got {got}")
         if rows.dim() != 2 or rows.shape[1] != self.embed_dim:
             raise ValueError(f"rows must have shape [N, {self.embed_dim}], got {tuple(rows.shape)}")
-        ops.check_labels("labels", labels, (rows.shape[0],), rows.device)
+        checks.check_labels("labels", labels, (rows.shape[0],), rows.device)
         embeddings, labels = rows.T[None, :, None], labels[None, None]  # one image, one pixel high
+        everything = torch.zeros_like(labels, dtype=torch.int32)  # of one priority: all are taken
+        self.check(embeddings)
+        name = self._resolve(backend, embeddings)
         candidates, candidate_labels = self._collect(
-            embeddings,
-            labels,
-            rows.shape[0],
-            backend,
-            priority=torch.zeros_like(labels, dtype=torch.int32),  # all are taken
+            embeddings, labels.long(), everything, rows.shape[0], name
         )
         candidate_labels[:, :, 0] = -1  # the region
-        self._write(candidates, candidate_labels, backend)
+        self._write(candidates, candidate_labels, name)
 
     def _collect(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        pixels_per_image: int,
-        backend: str | None,
-        *,
-        priority: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, embeddings: Tensor, labels: Tensor, priority: Tensor, pixels_per_image: int, backend: str
     ) -> tuple[Tensor, Tensor]:
-        self._check_embeddings(embeddings)
         return enqueue.collect(
             embeddings,
             labels,
+            priority,
+            backend,
             num_classes=self.num_classes,
             pixels_per_image=pixels_per_image,
             ignore_index=self.ignore_index,
             normalize=self.normalize,
             dtype=self.keys.dtype,
-            priority=priority,
-            generator=generator,
-            backend=backend,
         )
 
-    def _write(self, rows: Tensor, row_labels: Tensor, backend: str | None) -> None:
+    def _resolve(self, backend: str | None, embeddings: Tensor) -> str:
+        widest = torch.float64 if self.keys.dtype == torch.float64 else embeddings.dtype
+        return backends.resolve(backend, "enqueue_collect", embeddings.device, widest)
+
+    def _write(self, rows: Tensor, row_labels: Tensor, backend: str) -> None:
         enqueue.write(
             rows,
             row_labels,

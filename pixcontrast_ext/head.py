@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from pixcontrast_ext import ops
+from pixcontrast_ext.ops import checks
 
 
 class ProjectionHead(nn.Module):
@@ -21,7 +21,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_channels: int, embed_dim: int = 256, kind: str = "convmlp") -> None:
         super().__init__()
-        ops.check_at_least(1, in_channels=in_channels, embed_dim=embed_dim)
+        checks.check_at_least(1, in_channels=in_channels, embed_dim=embed_dim)
         if kind == "convmlp":
             self.project = nn.Sequential(
                 nn.Conv2d(in_channels, in_channels, kernel_size=1, bias=False),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixcontrast_ext import ops
+from pixcontrast_ext import backends
+from pixcontrast_ext.backends.errors import bad_class
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.ops.gather import gather_embeddings
-from pixcontrast_ext.ops.infonce import check_temperature, infonce
+from pixcontrast_ext.ops import checks
+from pixcontrast_ext.ops.gather import GatherEmbeddings
+from pixcontrast_ext.ops.infonce import check_temperature, contrast, mean_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
-from pixcontrast_ext.ops.sampling import hard_anchor_sampling
+from pixcontrast_ext.ops.sampling import sample
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
@@ -46,6 +49,66 @@ def _zero_of(embeddings: Tensor) -> Tensor:
     `DistributedDataParallel` demands a gradient for every parameter in every step, so also for the head's.
     """
     return embeddings[:0].sum(dtype=torch.float32)
+
+
+def _check_map(name: str, value: Tensor, dims: int, embeddings: Tensor) -> None:
+    if value.dim() != dims or value.shape[0] != embeddings.shape[0]:
+        raise ValueError(
+            f"{name} {tuple(value.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
+            f"expected {dims} dimensions and the same batch"
+        )
+    if value.device != embeddings.device:
+        raise ValueError(f"{name} must be on {embeddings.device}, got {value.device}")
+    if 0 in value.shape[-2:] and 0 not in embeddings.shape:
+        raise ValueError(
+            f"{name} {tuple(value.shape)} have no pixels for embeddings {tuple(embeddings.shape)}"
+        )
+
+
+def cross_entropy(
+    logits: Tensor,  # [B, C, h, w]
+    labels: Tensor,  # [B, H, W], any integer dtype
+    *,
+    num_classes: int,
+    ignore_index: int,
+    class_weights: Tensor | None = None,  # [C]
+) -> Tensor:
+    """Mean over the pixels that count, of logits upsampled bilinearly to the labels; 0 if there are none.
+
+    Raises:
+        ValueError: on the CPU, a label that is neither a class nor `ignore_index`; elsewhere such a pixel is ignored.
+    """
+    if labels.numel() == 0:
+        return logits.sum() * 0.0
+    if logits.shape[2:] != labels.shape[1:]:
+        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    labels = labels.long()
+    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~valid & (labels != ignore_index)
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise bad_class("labels", place, int(labels[tuple(place)]), num_classes, ignore_index)
+    labels = torch.where(valid, labels, -1)
+    total = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=-1, reduction="sum")
+    count = valid.sum() if class_weights is None else (class_weights[labels.clamp(min=0)] * valid).sum()
+    return total / torch.where(count > 0, count, 1)
+
+
+class Batch(NamedTuple):
+    """What a step of the loss works on, checked."""
+
+    embeddings: Tensor  # [B, D, h, w]
+    labels: Tensor  # [B, h, w] int64
+    predictions: Tensor  # [B, h, w] int64
+
+
+class Step(NamedTuple):
+    """What a step of the loss gave."""
+
+    loss: Tensor  # []
+    contrast: Tensor  # [] the same before its weight
+    anchor_labels: Tensor  # [A], -1 where there is no anchor
 
 
 class PixelContrastLoss(nn.Module):
@@ -110,10 +173,10 @@ class PixelContrastLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        ops.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
-        ops.check_at_least(0, warmup_steps=warmup_steps)
+        checks.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
+        checks.check_at_least(0, warmup_steps=warmup_steps)
         if min_pixels is not None:
-            ops.check_at_least(0, min_pixels=min_pixels)
+            checks.check_at_least(0, min_pixels=min_pixels)
         check_temperature("temperature", temperature)
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
@@ -168,6 +231,11 @@ class PixelContrastLoss(nn.Module):
         nn.init.constant_(self.step, 0)  # which leaves alone what transformers has loaded
         self._born_on_meta = False
 
+    @property
+    def uninspected(self) -> bool:
+        """Whether it was built on the meta device and nobody has said yet what is in its memory."""
+        return self._born_on_meta
+
     def inspect(self) -> None:
         """If built on the meta device: begin the warm-up anew unless what it got for memory holds a count of it.
 
@@ -219,10 +287,8 @@ class PixelContrastLoss(nn.Module):
                 neither a class nor `ignore_index`.
             RuntimeError: activation checkpointing of what it does not fit, see above.
         """
-        loss, contrast, anchor_labels = self._step(
-            embeddings, self._labels_at(embeddings, labels), predictions
-        )
-        return (loss, self._parts(contrast, anchor_labels)) if return_parts else loss
+        step = self.take_step(self.prepare(embeddings, labels, predictions))
+        return (step.loss, self.parts(step)) if return_parts else step.loss
 
     def warm_up(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> None:
         """Compile and load all kernels that a training step on such tensors takes, InfoNCE and its gradient included.
@@ -255,35 +321,80 @@ class PixelContrastLoss(nn.Module):
                 for name, buffer in self.named_buffers():
                     buffer.copy_(before[name])
 
-    def _step(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A whole call, with labels at the size of the embeddings: the loss, the same without its weight, and the
-        labels of the anchors.
+    def prepare(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> Batch:
+        """All that a step checks, and its inputs at one size: for losses made of this one.
+
+        Args:
+            embeddings, labels, predictions: see `forward`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `forward`, which calls this first.
         """
+        checks.check_embeddings(embeddings)
+        if self._born_on_meta:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "the loss was built on the meta device and nobody said what is in its memory: call train(), eval() "
+                    "or reset_parameters() before it is compiled"
+                )
+            self.inspect()
+        if self.warmup_steps > 0 and self.step.device != embeddings.device:
+            raise ValueError(
+                f"embeddings are on {embeddings.device}, the loss is on {self.step.device}: move it there with .to()"
+            )
+        if not isinstance(labels, Tensor) or not checks.is_integer(labels):
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be an integer tensor, got {got}")
+        if self.bank is not None and embeddings.shape[1] != self.bank.embed_dim:
+            raise ValueError(
+                f"embeddings {tuple(embeddings.shape)} do not fit the bank, which is {self.bank.embed_dim} wide"
+            )
+        _check_map("labels", labels, 3, embeddings)
+        size = (embeddings.shape[2], embeddings.shape[3])
+        labels = resize_nearest(labels, size).long()
+        batch = Batch(embeddings, labels, self._predictions_at(embeddings, predictions, size))
+        if self.bank is not None:
+            self.bank.check(embeddings)
+        return batch
+
+    def take_step(self, batch: Batch) -> Step:
+        """A whole call on what `prepare` has checked: contrast, and in training the bank and the warm-up go on."""
+        embeddings, labels, _ = batch
         trains = self.training and torch.is_grad_enabled()
-        if trains and self._changed() and not torch.compiler.is_compiling():
-            ops.refuse_recomputation(self._changed())
-        predictions = self._predictions_at(embeddings, predictions)
-        if self.weight > 0:
-            contrast, anchor_labels = self._contrast(embeddings, labels, predictions)
-            loss = self.weight * contrast
+        changed = self._changed() if trains else ""
+        if changed and not torch.compiler.is_compiling():
+            checks.refuse_recomputation(changed)
+        backend = self._resolve(embeddings)
+        if self._weight > 0:
+            unweighted, anchor_labels = self._contrast(batch, changed, backend)
+            loss = self._weight * unweighted
         else:
-            loss = contrast = _zero_of(embeddings)
+            loss = unweighted = _zero_of(embeddings)
             anchor_labels = labels.new_empty(0)
         if trains:
             if self.bank is not None:
-                self.bank.enqueue(
-                    embeddings.detach(), labels, priority=self._priority(labels), backend=self.backend
-                )
+                self.bank.append(embeddings, labels, self._priority(labels), backend)
             if self.warmup_steps > 0:
                 self.step.add_(self.step < self.warmup_steps)
-        return loss, contrast, anchor_labels
+        return Step(loss, unweighted, anchor_labels)
 
-    def _parts(self, contrast: Tensor, anchor_labels: Tensor) -> dict[str, Tensor]:
-        parts = {"contrast": contrast.detach(), "anchors": (anchor_labels >= 0).sum()}
+    def parts(self, step: Step) -> dict[str, Tensor]:
+        """What `return_parts` of `forward` says of a step."""
+        parts = {"contrast": step.contrast.detach(), "anchors": (step.anchor_labels >= 0).sum()}
         if self.bank is not None:
             filled = self.bank.region_fill.sum() + self.bank.pixel_fill.sum()
             parts["bank_fill"] = filled / max(1, self.bank.key_labels.numel())
         return parts
+
+    def _resolve(self, embeddings: Tensor) -> str:
+        """One backend for all of a step, so one that serves each part of it."""
+        dtype = embeddings.dtype
+        if self.bank is not None and torch.float64 in (dtype, self.bank.keys.dtype):
+            dtype = torch.float64
+        op = "infonce" if self._weight > 0 else "enqueue_collect"
+        return backends.resolve(
+            self.backend, op, embeddings.device, dtype, operator.index(embeddings.shape[1])
+        )
 
     def _changed(self) -> str:
         """What is no longer as it was once a call that trained is over."""
@@ -296,98 +407,50 @@ class PixelContrastLoss(nn.Module):
     def _priority(self, labels: Tensor) -> Tensor:
         return draw_priority(labels) if self._stream is None else self._stream.draw(labels)
 
-    def _labels_at(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        ops.check_embeddings(embeddings)
-        if self._born_on_meta:
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "the loss was built on the meta device and nobody said what is in its memory: call train(), eval() "
-                    "or reset_parameters() before it is compiled"
-                )
-            self.inspect()
-        if self.warmup_steps > 0 and self.step.device != embeddings.device:
-            raise ValueError(
-                f"embeddings are on {embeddings.device}, the loss is on {self.step.device}: move it there with .to()"
-            )
-        if not isinstance(labels, Tensor) or not ops.is_integer(labels):
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be an integer tensor, got {got}")
-        if self.bank is not None and embeddings.shape[1] != self.bank.embed_dim:
-            raise ValueError(
-                f"embeddings {tuple(embeddings.shape)} do not fit the bank, which is {self.bank.embed_dim} wide"
-            )
-        self._check_map("labels", labels, 3, embeddings)
-        return resize_nearest(labels, (embeddings.shape[2], embeddings.shape[3]))
-
-    def _check_map(self, name: str, value: Tensor, dims: int, embeddings: Tensor) -> None:
-        if value.dim() != dims or value.shape[0] != embeddings.shape[0]:
-            raise ValueError(
-                f"{name} {tuple(value.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
-                f"expected {dims} dimensions and the same batch"
-            )
-        if value.device != embeddings.device:
-            raise ValueError(f"{name} must be on {embeddings.device}, got {value.device}")
-        if 0 in value.shape[-2:] and 0 not in embeddings.shape:
-            raise ValueError(
-                f"{name} {tuple(value.shape)} have no pixels for embeddings {tuple(embeddings.shape)}"
-            )
-
-    def _predictions_at(self, embeddings: Tensor, predictions: Tensor) -> Tensor:
-        size = (embeddings.shape[2], embeddings.shape[3])
+    def _predictions_at(self, embeddings: Tensor, predictions: Tensor, size: tuple[int, int]) -> Tensor:
         if not isinstance(predictions, Tensor):
             raise TypeError(f"predictions must be a tensor, got {type(predictions).__name__}")
         if predictions.dtype.is_floating_point:
-            self._check_map("logits", predictions, 4, embeddings)
+            _check_map("logits", predictions, 4, embeddings)
             if predictions.shape[1] != self.num_classes:
                 raise ValueError(
                     f"logits must have num_classes={self.num_classes} channels, got {tuple(predictions.shape)}"
                 )
             return resize_nearest(predictions.detach(), size).argmax(dim=1)
-        if not ops.is_integer(predictions):
+        if not checks.is_integer(predictions):
             raise TypeError(f"predictions must be integers or floating-point logits, got {predictions.dtype}")
-        self._check_map("predictions", predictions, 3, embeddings)
-        return resize_nearest(predictions, size)
+        _check_map("predictions", predictions, 3, embeddings)
+        return resize_nearest(predictions, size).long()
 
-    def _contrast(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
+    def _contrast(self, batch: Batch, changed: str, backend: str) -> tuple[Tensor, Tensor]:
         """The loss before its weight, and the labels of the anchors."""
-        sample = hard_anchor_sampling(
+        embeddings, labels, predictions = batch
+        chosen = sample(
             labels,
             predictions,
+            self._priority(labels),
+            backend,
             num_classes=self.num_classes,
             max_samples=self.max_samples,
             max_views=self.max_views,
-            min_pixels=self.min_pixels,
+            min_pixels=self.max_views + 1 if self.min_pixels is None else self.min_pixels,
             ignore_index=self.ignore_index,
-            priority=self._priority(labels),
-            backend=self.backend,
         )
-        anchor_labels = sample.labels
+        anchor_labels = chosen.labels
         if self.training and torch.is_grad_enabled():
-            anchor_labels = watch_classes(labels, anchor_labels, self._watch, self._changed())
+            anchor_labels = watch_classes(labels, anchor_labels, self._watch, changed)
         if self.warmup_steps > 0:
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
             # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
-        anchors = gather_embeddings(
-            embeddings,
-            sample.indices,
-            normalize=self.normalize,
-            dtype=None if self.bank is None else self.bank.keys.dtype,
-            backend=self.backend,
+        dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
+        anchors = GatherEmbeddings.apply(embeddings, chosen.indices, self.normalize, dtype, backend)
+        others = None if self.bank is None else self.bank.flat()
+        exclude_self = self.bank is None
+        of_anchors, pos_count = contrast(
+            anchors, anchor_labels, others, float(self.temperature), exclude_self, backend
         )
-        if self.bank is None:
-            keys, key_labels = anchors, anchor_labels
-        else:
-            keys, key_labels = self.bank.flat()
-        loss = infonce(
-            anchors,
-            anchor_labels,
-            keys,
-            key_labels,
-            temperature=self.temperature,
-            exclude_self=self.bank is None,
-            backend=self.backend,
-        )
+        loss = mean_of(of_anchors, pos_count)
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss, anchor_labels
@@ -495,7 +558,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     def inspect(self) -> None:
         """As that of `contrast`, with the class weights: those given at construction count, if they are known."""
-        if not self.contrast._born_on_meta or self.step.is_meta:
+        if not self.contrast.uninspected or self.step.is_meta:
             return
         weights = self.class_weights
         if self._class_weights is not None:
@@ -534,49 +597,32 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             TypeError, ValueError, RuntimeError: as `PixelContrastLoss.forward`.
         """
         contrast = self.contrast
-        if contrast._born_on_meta and not torch.compiler.is_compiling():
+        if contrast.uninspected and not torch.compiler.is_compiling():
             self.inspect()
-        picked = contrast._labels_at(embeddings, labels)
-        if logits.dim() != 4 or logits.shape[0] != labels.shape[0] or logits.shape[1] != contrast.num_classes:
+        if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point:
+            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"logits must be a floating-point tensor, got {got}")
+        if logits.dim() != 4 or logits.shape[1] != contrast.num_classes:
             raise ValueError(
-                f"logits must have shape [{labels.shape[0]}, {contrast.num_classes}, h, w], got {tuple(logits.shape)}"
+                f"logits must have shape [B, {contrast.num_classes}, h, w], got {tuple(logits.shape)}"
             )
-        cross_entropy = self._cross_entropy(logits, labels)
-        weighted, unweighted, anchor_labels = contrast._step(embeddings, picked, logits)
-        loss = cross_entropy + weighted
+        batch = contrast.prepare(embeddings, labels, logits)
+        entropy = cross_entropy(
+            logits,
+            labels,
+            num_classes=contrast.num_classes,
+            ignore_index=contrast.ignore_index,
+            class_weights=self.class_weights,
+        )
+        step = contrast.take_step(batch)
+        loss = entropy + step.loss
         if not return_parts:
             return loss
-        return loss, {"cross_entropy": cross_entropy.detach(), **contrast._parts(unweighted, anchor_labels)}
+        return loss, {"cross_entropy": entropy.detach(), **contrast.parts(step)}
 
     def warm_up(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         """As `PixelContrastLoss.warm_up`."""
         self.contrast.warm_up(embeddings, labels, logits)
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean over the pixels that count; 0 if there are none."""
-        if labels.numel() == 0:
-            return logits.sum() * 0.0
-        size = (labels.shape[1], labels.shape[2])
-        if logits.shape[2:] != labels.shape[1:]:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        contrast = self.contrast
-        labels = labels.long()
-        valid = (labels >= 0) & (labels < contrast.num_classes) & (labels != contrast.ignore_index)
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = ~valid & (labels != contrast.ignore_index)
-            if wrong.any():
-                place = tuple(wrong.nonzero()[0].tolist())
-                raise ValueError(
-                    f"labels{list(place)} is {int(labels[place])}, expected 0 <= label < "
-                    f"num_classes={contrast.num_classes} or ignore_index={contrast.ignore_index}"
-                )
-        labels = torch.where(valid, labels, -1)
-        total = F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=-1, reduction="sum")
-        if self.class_weights is None:
-            count = valid.sum()
-        else:
-            count = (self.class_weights[labels.clamp(min=0)] * valid).sum()
-        return total / torch.where(count > 0, count, 1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}step" in state_dict:  # where the count was when the contrast had no warm-up of its own

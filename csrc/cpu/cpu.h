@@ -7,14 +7,14 @@
 
 #include "../params.h"
 
-namespace pxc {
+namespace pxc::cpu {
 
 // A value that the caller has to explain to the user: where it stands and what it is.
 struct BadValue {
   int64_t position, value;
 };
 
-void sample_hard_anchors(const SamplingParams&);
+void sampling(const SamplingParams&);
 void gather(const GatherParams&);
 void gather_backward(const GatherBackwardParams&);
 void collect(const CollectParams&);
@@ -44,8 +44,8 @@ struct VectorKernels {
   void (*negatives)(const NegativesParams&);
   void (*positives)(const PositivesParams&);
   void (*finish)(const FinishParams&);
-  void (*coefficients)(const CoefficientsParams&);
-  void (*add_squares)(int32_t dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
+  void (*score_gradients)(const ScoreGradientParams&);
+  void (*add_squares)(DType dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
                       float* sums);
   void (*add_groups)(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
                      const float* weights, float* strands);
@@ -59,8 +59,8 @@ struct VectorKernels {
   void negatives(const NegativesParams&);                                                 \
   void positives(const PositivesParams&);                                                 \
   void finish(const FinishParams&);                                                       \
-  void coefficients(const CoefficientsParams&);                                           \
-  void add_squares(int32_t, const void*, int64_t, int64_t, int64_t, float*);              \
+  void score_gradients(const ScoreGradientParams&);                                       \
+  void add_squares(DType, const void*, int64_t, int64_t, int64_t, float*);                \
   void add_groups(const Group*, int64_t, const float* const*, int, const float*, float*); \
   void fused_forward(const FusedForwardParams&);                                          \
   }
@@ -80,4 +80,4 @@ int fused_dtype(int keys_dtype);
 std::vector<std::string> instruction_sets();           // those the processor has, best first
 void select_instruction_set(const std::string& name);  // throws std::invalid_argument
 
-}  // namespace pxc
+}  // namespace pxc::cpu

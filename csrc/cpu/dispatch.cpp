@@ -3,7 +3,7 @@
 
 #include "cpu.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {
 
 struct InstructionSet {
@@ -12,8 +12,8 @@ struct InstructionSet {
   bool supported;
 };
 
-#define PXC_STEPS(isa)                                                                          \
-  isa::widen, isa::negatives, isa::positives, isa::finish, isa::coefficients, isa::add_squares, \
+#define PXC_STEPS(isa)                                                                             \
+  isa::widen, isa::negatives, isa::positives, isa::finish, isa::score_gradients, isa::add_squares, \
       isa::add_groups
 constexpr VectorKernels kPortable = {PXC_STEPS(portable), nullptr, false};
 #ifdef __x86_64__
@@ -93,4 +93,4 @@ void select_instruction_set(const std::string& name) {
                               "' is unknown or not supported by this processor; supported: " + supported);
 }
 
-}  // namespace pxc
+}  // namespace pxc::cpu

@@ -12,7 +12,7 @@
 #include "pixels.h"
 #include "pools.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {
 
 constexpr int64_t kWindow = 256;   // pixels whose groups are sorted by class
@@ -130,7 +130,7 @@ void sum_classes(const CollectParams& p, const Offer& offer, const float* const*
 // Stores a row unless its norm, as stored, is zero or not finite.
 template <class Out>
 void store_row(const CollectParams& p, int64_t row, const float* values) {
-  Out* stored = static_cast<Out*>(p.rows) + row * p.channels;
+  Out* stored = static_cast<Out*>(p.rows.data) + row * p.channels;
   float squares = 0.f;
   for (int64_t d = 0; d < p.channels; ++d) {
     store(stored + d, values[d]);
@@ -158,7 +158,12 @@ const float* plane_of(const CollectParams& p, const In* channel, std::vector<flo
   }
   copy.resize((pixels + kLanes - 1) / kLanes * kLanes);
   if (has_planes(p)) {
-    vector_kernels().widen({channel, p.map_dtype, nullptr, 1, pixels, copy.data(), 1});
+    vector_kernels().widen({.source = {channel, p.map_dtype},
+                            .indices = nullptr,
+                            .num_rows = 1,
+                            .channels = pixels,
+                            .rows = copy.data(),
+                            .threads = 1});
     return copy.data();
   }
   for (int64_t h = 0, i = 0; h < p.height; ++h) {
@@ -220,7 +225,7 @@ void collect_rows(const CollectParams& p, const std::vector<Offer>& offers) {
   }
   const int64_t rows = p.batch * p.num_classes * (1 + p.pixels_per_image);
   std::fill(p.row_labels, p.row_labels + rows, -1);
-  std::memset(p.rows, 0, size_t(rows * p.channels) * sizeof(Out));
+  std::memset(p.rows.data, 0, size_t(rows * p.channels) * sizeof(Out));
   std::fill(p.sums, p.sums + p.batch * p.num_classes * p.channels, 0.0);
   Guard guard;
 #pragma omp parallel num_threads(p.threads)
@@ -265,7 +270,7 @@ void collect(const CollectParams& p) {
   }
   guard.rethrow();
   with_dtype(p.map_dtype, [&](auto* in) {
-    with_dtype(p.rows_dtype, [&](auto* out) {
+    with_dtype(p.rows.dtype, [&](auto* out) {
       collect_rows<std::remove_pointer_t<decltype(in)>, std::remove_pointer_t<decltype(out)>>(p, offers);
     });
   });
@@ -293,8 +298,8 @@ void write_ring(const WriteParams& p, int64_t label, const Ring& ring) {
   const int64_t base = label * (p.region_slots + p.pixel_slots) + ring.offset;
   for (int64_t i = std::max<int64_t>(0, written - ring.slots); i < written; ++i) {
     const int64_t slot = base + (*ring.ptr + i) % ring.slots;
-    std::memcpy(static_cast<char*>(p.keys) + slot * p.row_bytes,
-                static_cast<const char*>(p.rows) + chosen[i] * p.row_bytes, size_t(p.row_bytes));
+    std::memcpy(static_cast<char*>(p.keys.data) + slot * p.row_bytes,
+                static_cast<const char*>(p.rows.data) + chosen[i] * p.row_bytes, size_t(p.row_bytes));
     p.key_labels[slot] = int32_t(label);
   }
   *ring.ptr = (*ring.ptr + written) % ring.slots;
@@ -326,4 +331,4 @@ void write(const WriteParams& p) {
   guard.rethrow();
 }
 
-}  // namespace pxc
+}  // namespace pxc::cpu

@@ -7,7 +7,7 @@
 #include "cpu.h"
 #include "pixels.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {
 
 void check_indices(const EmbeddingMap& m, const int64_t* indices, int64_t num_rows) {
@@ -21,7 +21,7 @@ void store_rows(const GatherParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
     const float* from = p.wide + i * p.channels;
-    Out* to = static_cast<Out*>(p.rows) + i * p.channels;
+    Out* to = static_cast<Out*>(p.rows.data) + i * p.channels;
     const float scale = p.normalize ? inverse_norm(from, p.channels) : 1.f;
     for (int64_t d = 0; d < p.channels; ++d) store(to + d, from[d] * scale);
     p.inv_norm[i] = scale;
@@ -34,7 +34,7 @@ template <class Row>
 void differentiate_rows(const GatherBackwardParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
-    const Row* grad = static_cast<const Row*>(p.grad_rows) + i * p.channels;
+    const Row* grad = static_cast<const Row*>(p.grad_rows.data) + i * p.channels;
     float* row = p.wide + i * p.channels;  // in: the pixel; out: its gradient
     const float scale = p.inv_norm[i];
     float along = 0.f;
@@ -96,7 +96,7 @@ void gather(const GatherParams& p) {
   with_dtype(p.map_dtype, [&](auto* in) {
     read_pixels<std::remove_pointer_t<decltype(in)>>(p, p.indices, p.num_rows, p.wide, p.threads);
   });
-  with_dtype(p.rows_dtype, [&](auto* out) { store_rows<std::remove_pointer_t<decltype(out)>>(p); });
+  with_dtype(p.rows.dtype, [&](auto* out) { store_rows<std::remove_pointer_t<decltype(out)>>(p); });
 }
 
 void gather_backward(const GatherBackwardParams& p) {
@@ -104,9 +104,10 @@ void gather_backward(const GatherBackwardParams& p) {
   with_dtype(p.map_dtype, [&](auto* in) {
     using Element = std::remove_pointer_t<decltype(in)>;
     read_pixels<Element>(p, p.indices, p.num_rows, p.wide, p.threads);
-    with_dtype(p.rows_dtype, [&](auto* row) { differentiate_rows<std::remove_pointer_t<decltype(row)>>(p); });
+    with_dtype(p.grad_rows.dtype,
+               [&](auto* row) { differentiate_rows<std::remove_pointer_t<decltype(row)>>(p); });
     scatter<Element>(p);
   });
 }
 
-}  // namespace pxc
+}  // namespace pxc::cpu

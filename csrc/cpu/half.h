@@ -6,7 +6,7 @@
 
 #include "../params.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {  // a copy per translation unit: these are compiled for several instruction sets
 
 struct Half {
@@ -54,16 +54,18 @@ inline void store(Half* p, float value) {
 
 // Calls visit with a null pointer of the element type.
 template <class Visit>
-inline void with_dtype(int32_t dtype, Visit visit) {
-  switch (DType(dtype)) {
+inline void with_dtype(DType dtype, Visit visit) {
+  switch (dtype) {
     case DType::kFloat32:
       return visit(static_cast<float*>(nullptr));
     case DType::kFloat16:
       return visit(static_cast<Half*>(nullptr));
     case DType::kBFloat16:
       return visit(static_cast<BFloat16*>(nullptr));
+    default:
+      return;  // the seam lets nothing else through
   }
 }
 
 }  // namespace
-}  // namespace pxc
+}  // namespace pxc::cpu

@@ -8,7 +8,7 @@
 
 #include "half.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {
 
 // Offset of a pixel's first channel; `index` is flat over B * H * W.
@@ -77,4 +77,4 @@ void read_pixels(const EmbeddingMap& m, const int64_t* indices, int64_t num_rows
 }
 
 }  // namespace
-}  // namespace pxc
+}  // namespace pxc::cpu

@@ -10,7 +10,7 @@
 
 #include "cpu.h"
 
-namespace pxc {
+namespace pxc::cpu {
 
 // Orders as (priority, pixel) do; pixel < 2^32.
 inline uint64_t pool_key(int32_t priority, int64_t pixel) {
@@ -60,4 +60,4 @@ class Guard {
   std::exception_ptr other_;
 };
 
-}  // namespace pxc
+}  // namespace pxc::cpu

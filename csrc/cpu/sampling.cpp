@@ -5,7 +5,7 @@
 
 #include "pools.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {
 
 enum Kind { kHard = 0, kEasy = 1, kKinds = 2 };
@@ -103,7 +103,7 @@ void select_image(const SamplingParams& p, int64_t image, Pair* pairs) {
 
 }  // namespace
 
-void sample_hard_anchors(const SamplingParams& p) {
+void sampling(const SamplingParams& p) {
   std::vector<Pair> pairs(p.batch * p.num_classes);
   Guard guard;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -121,4 +121,4 @@ void sample_hard_anchors(const SamplingParams& p) {
   }
 }
 
-}  // namespace pxc
+}  // namespace pxc::cpu

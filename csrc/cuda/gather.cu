@@ -9,7 +9,7 @@ namespace pxc::cuda {
 void gather(const GatherParams& p) {
   const dim3 grid(unsigned((p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock));
   with_dtype(p.map_dtype, [&](auto* in) {
-    with_dtype(p.rows_dtype, [&](auto* out) {
+    with_dtype(p.rows.dtype, [&](auto* out) {
       using In = std::remove_pointer_t<decltype(in)>;
       using Out = std::remove_pointer_t<decltype(out)>;
       launch(p, "gather", gather_kernel<In, Out>, grid, kRowThreads, 0, p);
@@ -23,7 +23,7 @@ void gather_backward(const GatherBackwardParams& p) {
   const int64_t tiles = (p.batch * p.height * p.width + kSpreadThreads - 1) / kSpreadThreads;
   with_dtype(p.map_dtype, [&](auto* in) {
     using In = std::remove_pointer_t<decltype(in)>;
-    with_dtype(p.rows_dtype, [&](auto* row) {
+    with_dtype(p.grad_rows.dtype, [&](auto* row) {
       using Row = std::remove_pointer_t<decltype(row)>;
       launch(p, "gather_backward, rows", gather_bwd_rows_kernel<In, Row>, row_blocks, kRowThreads, 0, p);
     });

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kRowThreads) gather_kernel(GatherParams p) {
   const int lane = int(threadIdx.x) % kWarp;
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
   if (row >= p.num_rows) return;
-  Out* out = static_cast<Out*>(p.rows) + row * p.channels;
+  Out* out = static_cast<Out*>(p.rows.data) + row * p.channels;
   const int64_t index = p.indices[row];
   if (!is_pixel(p, index)) {
     for (int64_t d = lane; d < p.channels; d += kWarp) out[d] = from_float<Out>(0.f);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) gather_bwd_rows_kernel(GatherB
   const int64_t index = p.indices[row];
   const bool readable = is_pixel(p, index);
   const In* pixel = static_cast<const In*>(p.map) + (readable ? pixel_offset(p, index) : 0);
-  const Row* grad = static_cast<const Row*>(p.grad_rows) + row * p.channels;
+  const Row* grad = static_cast<const Row*>(p.grad_rows.data) + row * p.channels;
   float* wide = p.wide + row * p.channels;
   const float scale = p.inv_norm[row];
   float along = 0.f;

@@ -61,8 +61,8 @@ auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_
 
 // Calls visit with the arithmetic of an element type.
 template <class Visit>
-auto with_math(int32_t dtype, bool full_float32, Visit visit) {
-  switch (DType(dtype)) {
+auto with_math(DType dtype, bool full_float32, Visit visit) {
+  switch (dtype) {
     case DType::kFloat16:
       return visit(Use<Math<Half, 1>>{});
     case DType::kBFloat16:
@@ -75,14 +75,14 @@ auto with_math(int32_t dtype, bool full_float32, Visit visit) {
 // Splits fp32 rows into planes, which then stand for the rows.
 template <class Math, class Params>
 Params with_planes(Params p) {
-  if (DType(p.rows_dtype) != DType::kFloat32) return p;
-  const dim3 grid(unsigned(p.plane_blocks), p.keys == nullptr ? 1 : 2);
+  if (p.anchors.dtype != DType::kFloat32) return p;
+  const dim3 grid(unsigned(p.plane_blocks), p.keys.data == nullptr ? 1 : 2);
   for (const bool again : {false, true}) {
     launch(p, "infonce_planes_kernel", infonce_planes_kernel<Math::kPlanes, Params>, grid, kPlaneThreads,
            shared_bytes<float>(kPlaneThreads / kWarp), p, again);
   }
-  p.anchors = p.anchor_planes;
-  if (p.keys != nullptr) p.keys = p.key_planes;
+  p.anchors.data = p.anchor_planes;
+  if (p.keys.data != nullptr) p.keys.data = p.key_planes;
   return p;
 }
 
@@ -118,7 +118,7 @@ InfonceTile describe(int device, Kernel kernel, size_t shared) {
 
 InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
                                    int64_t num_anchors, int64_t num_keys) {
-  return with_math(dtype, full_float32, [&](auto math) {
+  return with_math(DType(dtype), full_float32, [&](auto math) {
     constexpr Pass kPass = Pass::kNegatives;
     using Math = typename decltype(math)::type;
     return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
@@ -131,7 +131,7 @@ InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32,
 
 InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
                                    int64_t num_anchors, int64_t num_keys) {
-  return with_math(dtype, full_float32, [&](auto math) {
+  return with_math(DType(dtype), full_float32, [&](auto math) {
     constexpr Pass kPass = Pass::kPositives;
     using Math = typename decltype(math)::type;
     return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
@@ -143,7 +143,7 @@ InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32,
 }
 
 InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
-  return with_math(dtype, full_float32, [&](auto math) {
+  return with_math(DType(dtype), full_float32, [&](auto math) {
     return with_channels<typename decltype(math)::type>(channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_bwd_keys_kernel<Tile>,
@@ -154,12 +154,12 @@ InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, 
 
 void infonce_forward(const InfonceForwardParams& given) {
   if (given.num_anchors == 0) return;
-  with_math(given.rows_dtype, given.full_float32, [&](auto math) {
+  with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
     const InfonceForwardParams p = with_planes<Math>(given);
     with_forward_tile<Math, Pass::kNegatives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      order_anchors<Tile::S::kColumns>(p, p.keys != nullptr);  // pass 2 has pieces as long
+      order_anchors<Tile::S::kColumns>(p, p.keys.data != nullptr);  // pass 2 has pieces as long
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(p.channels, Pass::kNegatives), p);
@@ -181,8 +181,8 @@ void infonce_forward(const InfonceForwardParams& given) {
 }
 
 void infonce_backward(const InfonceBackwardParams& given) {
-  const int64_t num_rows = given.keys == nullptr ? given.num_anchors : given.num_keys;
-  with_math(given.rows_dtype, given.full_float32, [&](auto math) {
+  const int64_t num_rows = given.keys.data == nullptr ? given.num_anchors : given.num_keys;
+  with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
     const InfonceBackwardParams p = with_planes<Math>(given);
     with_channels<Math>(p.channels, [&](auto use) {

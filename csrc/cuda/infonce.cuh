@@ -733,15 +733,15 @@ struct Engine {
 
 template <class Tile>
 __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
-  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, int(p.num_anchors),
+  return {static_cast<const unsigned char*>(p.anchors.data), p.sorted_labels, p.order, int(p.num_anchors),
           int(p.channels) * 2 * Tile::kPlanes};
 }
 
 // The keys of either pass: null where the anchors are the keys.
 template <class Tile, class Params>
 __device__ __forceinline__ Side keys_of(const Params& p) {
-  if (p.keys == nullptr) return anchors_of<Tile>(p);
-  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, int(p.num_keys),
+  if (p.keys.data == nullptr) return anchors_of<Tile>(p);
+  return {static_cast<const unsigned char*>(p.keys.data), p.key_labels, nullptr, int(p.num_keys),
           int(p.channels) * 2 * Tile::kPlanes};
 }
 
@@ -766,7 +766,7 @@ __device__ __forceinline__ float power_of_two(int exponent) {
 // What the planes' products are to be multiplied by.
 template <class Params>
 __device__ __forceinline__ float unscale_of_keys(const Params& p) {
-  return p.unscale == nullptr ? 1.f : p.unscale[p.keys == nullptr ? 0 : 1];
+  return p.unscale == nullptr ? 1.f : p.unscale[p.keys.data == nullptr ? 0 : 1];
 }
 
 // A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes
@@ -779,9 +779,9 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
   float* warps = memory.take<float>(kWarps);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   const bool of_keys = blockIdx.y == 1;
-  const float* rows = static_cast<const float*>(of_keys ? p.keys : p.anchors);
+  const float* rows = static_cast<const float*>((of_keys ? p.keys : p.anchors).data);
   const int32_t* labels = of_keys ? p.key_labels : p.anchor_labels;
-  Half* planes = static_cast<Half*>(of_keys ? p.key_planes : p.anchor_planes);
+  Half* planes = reinterpret_cast<Half*>(of_keys ? p.key_planes : p.anchor_planes);
   const int64_t count = of_keys ? p.num_keys : p.num_anchors;
   float* peaks = p.peaks + int64_t(blockIdx.y) * gridDim.x;
   const auto largest_of_block = [&](float value) {
@@ -1184,7 +1184,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     const int64_t row = engine.first_row + threadIdx.x;
     const int label = engine.label(anchors, row);
     int excluded = -1;
-    if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
+    if (p.exclude_self && label >= 0) excluded = p.keys.data == nullptr ? int(row) : p.order[row];
     const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(Tile::kWeightBias) : 0.f;
     own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, *p.score_scale};
   }
@@ -1271,7 +1271,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     SharedMemory memory;
     int* scratch = memory.take<int>(kClassTileScratch);
     int* kept_number = scratch + kClassTileScratch - 1;  // not in a register, which are short in the walk
-    const int columns = int(p.keys == nullptr ? p.num_anchors : p.num_keys);
+    const int columns = int(p.keys.data == nullptr ? p.num_anchors : p.num_keys);
     const bool grouped = are_grouped<Tile::kThreads>(
         p.label_ranges, (columns + Tile::S::kColumns - 1) / Tile::S::kColumns, scratch);
     const ClassTile tile = find_class_tile<Tile::kBlockA, Tile::kThreads>(
@@ -1422,7 +1422,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
   const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
-  const bool symmetric = p.keys == nullptr;
+  const bool symmetric = p.keys.data == nullptr;
 
   if (int(threadIdx.x) < Tile::kBlockA) {
     const int64_t row = engine.first_row + threadIdx.x;
@@ -1490,13 +1490,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
 // The second stage of the backward, a thread for each element: adds the splits in order.
 __global__ void __launch_bounds__(kFinishTeam) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
-  const int64_t count = (p.keys == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
+  const int64_t count = (p.keys.data == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
   const int64_t element = int64_t(blockIdx.x) * kFinishTeam + threadIdx.x;
   if (element >= count) return;
   float sum = 0.f;
   for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts[split * count + element];
   const int64_t row = element / p.grad_channels, channel = element % p.grad_channels;
-  p.grad[(p.keys == nullptr ? p.order[row] : row) * p.grad_channels + channel] = sum;
+  p.grad[(p.keys.data == nullptr ? p.order[row] : row) * p.grad_channels + channel] = sum;
 }
 
 }  // namespace pxc::cuda

@@ -1,10 +1,8 @@
 """The registry: which backend serves a call.
 
-A backend is a module of this package with one function per op, all of the same signature (`reference.py`
-shows them), and `unsupported(op, dtype, channels, device)`, which tells why a call cannot be served. Precedence: the
-argument, then `use_backend`, then the environment, then the first of the tensor's device that supports the call. A
-backend asked for by name never falls back to another; that the reference serves for want of the compiled module
-is said once.
+A backend is a module of this package with what `calls.Backend` lists. Precedence: the argument, then `use_backend`,
+then the environment, then the first of the tensor's device that supports the call. A backend asked for by name never
+falls back to another; that the reference serves for want of the compiled module is said once.
 """
 
 from __future__ import annotations
@@ -17,11 +15,18 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends.calls import Backend
+
+if TYPE_CHECKING:
+    from pixcontrast_ext.backends import cpu, cuda, reference, triton
+
+    _: tuple[Backend, ...] = (cuda, triton, cpu, reference)
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
@@ -30,13 +35,6 @@ ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 # kernels in InfoNCE with 1,024 anchors and 0.55 to 0.9 with 100, half in sampling, 0.8 to 1.7 in enqueue
 # (benchmarks/results/2026-11-26-h100-triton-3.9); they need no compiler where they run.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# Devices whose tensors a backend takes; None: any. The tests, which emulate CUDA on a CPU, add to it.
-DEVICES: dict[str, tuple[str, ...] | None] = {
-    "cuda": ("cuda",),
-    "triton": ("cuda",),
-    "cpu": ("cpu",),
-    "reference": None,
-}
 
 _override: ContextVar[str | None] = ContextVar("pixcontrast_backend", default=None)
 
@@ -47,14 +45,14 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-def get(name: str) -> ModuleType:
+def get(name: str) -> Backend:
     """The module of a backend."""
-    return importlib.import_module(f"{__name__}.{name}")
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 
 
 @functools.cache
-def _exists(name: str) -> bool:
-    return importlib.util.find_spec(f"{__name__}.{name}") is not None
+def _module(name: str) -> Backend | None:
+    return get(name) if importlib.util.find_spec(f"{__name__}.{name}") else None
 
 
 def _reason_off(
@@ -64,10 +62,15 @@ def _reason_off(
     channels: int | None = None,
     device: torch.device | None = None,
 ) -> str | None:
-    if not _exists(name):
+    """Why a backend cannot serve a call on tensors of a device, or on any if None."""
+    if device is not None and name != "reference":
+        taken = "cpu" if name == "cpu" else devices.gpu.type
+        if device.type != taken:
+            return f"it takes tensors on {taken}, got {device.type}"
+    module = _module(name)
+    if module is None:
         return "this version has no kernels for it"
-    reason: str | None = get(name).unsupported(op, dtype, channels, device)
-    return reason
+    return module.unsupported(op, dtype, channels, device)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -92,15 +95,6 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def _reason_against(
-    name: str, op: str, device: torch.device, dtype: torch.dtype | None, channels: int | None
-) -> str | None:
-    devices = DEVICES[name]
-    if devices is not None and device.type not in devices:
-        return f"it takes tensors on {' or '.join(devices)}, got {device.type}"
-    return _reason_off(name, op, dtype, channels, device)
-
-
 def serving(
     name: str,
     op: str,
@@ -108,16 +102,17 @@ def serving(
     dtype: torch.dtype | None,
     channels: int | None,
     source: str = "backend=",
-) -> ModuleType:
+) -> Backend:
     """The module of a backend that serves `op` on tensors of this device, dtype and width.
 
     Raises:
         ValueError: if there is no such backend, or it cannot serve the call, with the reason.
     """
-    reason = _reason_against(_check_name(name, source), op, device, dtype, channels)
-    if reason is not None:
+    backend = _module(_check_name(name, source) if name not in NAMES else name)
+    reason = _reason_off(name, op, dtype, channels, device)
+    if backend is None or reason is not None:
         raise ValueError(f"backend {name!r} cannot serve {op} on {device.type} tensors of {dtype}: {reason}")
-    return get(name)
+    return backend
 
 
 def resolve(
@@ -143,7 +138,7 @@ def resolve(
         return named
     passed_over: list[str] = []
     for name in _BY_DEVICE.get(device.type, ("reference",)):
-        reason = _reason_against(name, op, device, dtype, channels)
+        reason = _reason_off(name, op, dtype, channels, device)
         if reason is None:
             if name == "reference" and native.unavailable in passed_over:
                 _warn_of_reference(native.unavailable)

@@ -23,6 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixcontrast_ext.backends.calls import (
+    Collect,
+    Gather,
+    GatherBackward,
+    InfonceBackward,
+    InfonceForward,
+    Sampling,
+    Write,
+)
+from pixcontrast_ext.backends.errors import bad_class, bad_index
+
 
 def unsupported(
     op: str, dtype: torch.dtype | None, channels: int | None = None, device: torch.device | None = None
@@ -85,33 +96,22 @@ def infonce_per_anchor(
     return torch.where(positives, pair_losses, 0.0).sum(dim=1) / count.clamp(min=1), count  # (3)
 
 
-def infonce_forward(
-    anchors: Tensor,  # [A, D]
-    anchor_labels: Tensor,  # [A] int32
-    keys: Tensor,  # [K, D]
-    key_labels: Tensor,  # [K] int32
-    temperature: float,
-    exclude_self: bool,
-    loss: Tensor,  # [A], out
-    neg_lse: Tensor,  # [A], out
-    pos_weight: Tensor,  # [A], out
-    pos_count: Tensor,  # [A] int32, out
-    anchor_grad: Tensor | None,  # [A, D], out: eq. (6) for g = 1
-) -> None:
-    a, k = _labelled(anchors, anchor_labels), _labelled(keys, key_labels)
-    scores = a @ k.T / temperature
-    negatives, positives = _pairs(anchor_labels, key_labels, exclude_self)
-    lse = _neg_lse(scores, negatives)
+def infonce_forward(call: InfonceForward) -> None:
+    """Eq. (1) to (4), and eq. (6) for the anchors with g = 1."""
+    anchors, keys = _labelled(call.anchors, call.anchor_labels), _labelled(call.keys, call.key_labels)
+    scores = anchors @ keys.T / call.temperature
+    negatives, positives = _pairs(call.anchor_labels, call.key_labels, call.exclude_self)
+    neg_lse = _neg_lse(scores, negatives)
     count = positives.sum(dim=1)
-    neg_lse.copy_(lse)
-    pos_count.copy_(count)
-    loss.copy_(torch.where(positives, F.softplus(lse[:, None] - scores), 0.0).sum(dim=1) / count.clamp(min=1))
-    pos_weight.copy_(torch.where(positives, torch.sigmoid(lse[:, None] - scores), 0.0).sum(dim=1))
-    if anchor_grad is not None:
-        ds = _score_grad(
-            scores, negatives, positives, lse, pos_weight, scores.new_ones(()) / count.clamp(min=1)
-        )
-        anchor_grad.copy_(ds @ k / temperature)
+    pair_losses = torch.where(positives, F.softplus(neg_lse[:, None] - scores), 0.0)
+    call.neg_lse.copy_(neg_lse)
+    call.pos_count.copy_(count)
+    call.loss.copy_(pair_losses.sum(dim=1) / count.clamp(min=1))
+    call.pos_weight.copy_(torch.where(positives, torch.sigmoid(neg_lse[:, None] - scores), 0.0).sum(dim=1))
+    if call.anchor_grad is not None:
+        grad_scale = scores.new_ones(()) / count.clamp(min=1)
+        ds = _score_grad(scores, negatives, positives, neg_lse, call.pos_weight, grad_scale)
+        call.anchor_grad.copy_(ds @ keys / call.temperature)
 
 
 def _score_grad(
@@ -128,58 +128,30 @@ def _score_grad(
     return grad_scale[:, None] * (pos_weight[:, None] * push - pull)
 
 
-def infonce_backward_keys(
-    anchors: Tensor,  # [A, D]
-    anchor_labels: Tensor,  # [A] int32
-    keys: Tensor,  # [K, D]
-    key_labels: Tensor,  # [K] int32
-    neg_lse: Tensor,  # [A]
-    pos_weight: Tensor,  # [A]
-    grad_scale: Tensor,  # [A], g / |P|
-    temperature: float,
-    exclude_self: bool,
-    key_grad: Tensor,  # [K, D], out: eq. (6)
-) -> None:
-    a, k = _labelled(anchors, anchor_labels), _labelled(keys, key_labels)
-    scores = a @ k.T / temperature
-    negatives, positives = _pairs(anchor_labels, key_labels, exclude_self)
-    ds = _score_grad(scores, negatives, positives, neg_lse, pos_weight, grad_scale)
-    key_grad.copy_(ds.T @ a / temperature)
-
-
-def infonce_backward_symmetric(
-    anchors: Tensor,  # [A, D], the keys as well
-    anchor_labels: Tensor,  # [A] int32
-    neg_lse: Tensor,  # [A]
-    pos_weight: Tensor,  # [A]
-    grad_scale: Tensor,  # [A], g / |P|
-    temperature: float,
-    exclude_self: bool,
-    anchor_grad: Tensor,  # [A, D], out: both halves of eq. (6)
-) -> None:
-    a = _labelled(anchors, anchor_labels)
-    scores = a @ a.T / temperature
-    negatives, positives = _pairs(anchor_labels, anchor_labels, exclude_self)
-    ds = _score_grad(scores, negatives, positives, neg_lse, pos_weight, grad_scale)
-    anchor_grad.copy_((ds + ds.T) @ a / temperature)
+def infonce_backward(call: InfonceBackward) -> None:
+    """Eq. (6) for the keys; for anchors that are the keys, both halves of it."""
+    anchors = _labelled(call.anchors, call.anchor_labels)
+    keys, key_labels = call.others or (call.anchors, call.anchor_labels)
+    keys = _labelled(keys, key_labels)
+    scores = anchors @ keys.T / call.temperature
+    negatives, positives = _pairs(call.anchor_labels, key_labels, call.exclude_self)
+    ds = _score_grad(scores, negatives, positives, call.neg_lse, call.pos_weight, call.grad_scale)
+    if call.others is None:
+        ds = ds + ds.T
+    call.grad.copy_(ds.T @ anchors / call.temperature)
 
 
 # pools of pixels: what sampling and enqueue share
 
 
 def _classes(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The class of each pixel, -1 if it is ignored. An impossible label raises on the CPU, is ignored
-    elsewhere.
-    """
+    """The class of each pixel, -1 if it is ignored. An impossible label raises on the CPU, is ignored elsewhere."""
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     if labels.device.type == "cpu":
         wrong = ~valid & (labels != ignore_index)
         if wrong.any():
-            place = tuple(wrong.nonzero()[0].tolist())
-            raise ValueError(
-                f"labels{list(place)} is {int(labels[place])}, "
-                f"expected 0 <= label < num_classes={num_classes} or ignore_index={ignore_index}"
-            )
+            place = wrong.nonzero()[0].tolist()
+            raise bad_class("labels", place, int(labels[tuple(place)]), num_classes, ignore_index)
     return torch.where(valid, labels, -1)
 
 
@@ -208,71 +180,60 @@ def _smallest(pools: Tensor, priority: Tensor, keep: Tensor) -> Tensor:
 # sampling
 
 
-def hard_anchor_sampling(
-    labels: Tensor,  # [B, H, W] int64
-    predictions: Tensor,  # [B, H, W] int64
-    priority: Tensor,  # [B, H, W] int32
-    num_classes: int,
-    max_samples: int,
-    max_views: int,
-    min_pixels: int,
-    ignore_index: int,
-    indices: Tensor,  # [max_samples] int64, out
-    anchor_labels: Tensor,  # [max_samples] int32, out
-    count: Tensor,  # [] int32, out
-) -> None:
+def hard_anchor_sampling(call: Sampling) -> None:
     """Up to `max_samples` pixels, in six rules.
 
     1. A pixel counts if it has a class. Pixels of class c in image b are hard if predicted as another class.
     2. The pair (b, c) is eligible if it has at least `min_pixels` pixels.
     3. Of T eligible pairs each gives up to n_view = max(1, min(max_samples // T, max_views)) pixels. If T is
        more than `max_samples`, those stay whose first pixel in raster order has the smallest priority.
-    4. Half of them hard, as far as there are; what one kind lacks the other gives.
+    4. Half of them are hard; if one kind runs short, the other makes up the difference.
     5. Of each kind those with the smallest (priority, pixel).
     6. Rows are ordered by class, image, hard before easy, pixel.
     """
-    indices.zero_()
-    anchor_labels.fill_(-1)
-    count.zero_()
+    call.indices.zero_()
+    call.anchor_labels.fill_(-1)
+    call.count.zero_()
+    labels, num_classes, priority = call.labels, call.num_classes, call.priority.flatten()
     batch, pixels = labels.shape[0], labels.shape[1] * labels.shape[2]
     if batch * pixels == 0:
         return
     device = labels.device
-    classes = _classes(labels, num_classes, ignore_index).flatten()
+    classes = _classes(labels, num_classes, call.ignore_index).flatten()
     pixel = torch.arange(batch * pixels, device=device)
     image = pixel // pixels
-    easy = (predictions.flatten() == classes).long()
+    easy = (call.predictions.flatten() == classes).long()
     pairs = torch.where(classes < 0, -1, image * num_classes + classes)
     num_pairs = batch * num_classes
 
     n = _count(pairs, num_pairs)
     n_easy = _count(torch.where(easy > 0, pairs, -1), num_pairs)
     n_hard = n - n_easy
-    eligible = (n >= min_pixels) & (n > 0)
+    eligible = (n >= call.min_pixels) & (n > 0)
 
     total = eligible.sum()
-    n_view = (max_samples // total.clamp(min=1)).clamp(max=max_views).clamp(min=1)
+    n_view = (call.max_samples // total.clamp(min=1)).clamp(max=call.max_views).clamp(min=1)
     first = torch.full((num_pairs + 1,), batch * pixels, device=device)
     first = first.scatter_reduce(0, torch.where(pairs < 0, num_pairs, pairs), pixel, "amin")[:num_pairs]
     # Stable, so pairs of equal priority stay in order; pairs that are not eligible go last.
-    lowest = torch.where(eligible, priority.flatten()[first.clamp(max=batch * pixels - 1)].long(), 2**31)
+    lowest = torch.where(eligible, priority[first.clamp(max=batch * pixels - 1)].long(), 2**31)
     rank = torch.empty_like(n).scatter_(
         0, torch.sort(lowest, stable=True).indices, torch.arange(num_pairs, device=device)
     )
-    take = torch.where(eligible & (rank < max_samples), torch.minimum(n_view, n), 0)
+    take = torch.where(eligible & (rank < call.max_samples), torch.minimum(n_view, n), 0)
     keep_hard = torch.minimum(n_hard, torch.maximum(take // 2, take - n_easy))
     keep_easy = take - keep_hard
 
     by_class = torch.stack([keep_hard, keep_easy], 1).view(batch, num_classes, 2).transpose(0, 1)
     keep = by_class.reshape(-1)  # pools in the order of rule 6
     pools = torch.where(classes < 0, -1, (classes * batch + image) * 2 + easy)
-    chosen = _smallest(pools, priority.flatten(), keep)
+    chosen = _smallest(pools, priority, keep)
     place = torch.where(chosen, pools * (batch * pixels) + pixel, torch.iinfo(torch.int64).max)
-    order = torch.sort(place).indices[:max_samples]
+    order = torch.sort(place).indices[: call.max_samples]
     filled = chosen[order]
-    indices[: order.shape[0]] = torch.where(filled, order, 0)
-    anchor_labels[: order.shape[0]] = torch.where(filled, classes[order], -1).int()
-    count.copy_(chosen.sum())
+    call.indices[: order.shape[0]] = torch.where(filled, order, 0)
+    call.anchor_labels[: order.shape[0]] = torch.where(filled, classes[order], -1).int()
+    call.count.copy_(chosen.sum())
 
 
 # gather
@@ -290,9 +251,7 @@ def _is_pixel(embeddings: Tensor, indices: Tensor) -> Tensor:
     inside = (indices >= 0) & (indices < batch * height * width)
     if embeddings.device.type == "cpu" and not inside.all():
         row = int((~inside).nonzero()[0])
-        raise ValueError(
-            f"indices[{row}] is {int(indices[row])}, expected 0 <= index < B*H*W={batch * height * width}"
-        )
+        raise bad_index(embeddings, row, int(indices[row]))
     return inside
 
 
@@ -306,31 +265,19 @@ def _pixels(embeddings: Tensor, indices: Tensor) -> Tensor:
     return torch.where(inside[:, None], rows, 0.0)
 
 
-def gather(
-    embeddings: Tensor,  # [B, D, H, W]
-    indices: Tensor,  # [A] int64
-    normalize: bool,
-    rows: Tensor,  # [A, D], out
-    inv_norm: Tensor,  # [A], out
-) -> None:
-    chosen = _pixels(embeddings, indices)
-    inv_norm.copy_(_inverse_norm(chosen) if normalize else torch.ones_like(inv_norm))
-    rows.copy_(chosen * inv_norm[:, None])
+def gather(call: Gather) -> None:
+    chosen = _pixels(call.embeddings, call.indices)
+    call.inv_norm.copy_(_inverse_norm(chosen) if call.normalize else torch.ones_like(call.inv_norm))
+    call.rows.copy_(chosen * call.inv_norm[:, None])
 
 
-def gather_backward(
-    grad_rows: Tensor,  # [A, D]
-    embeddings: Tensor,  # [B, D, H, W]
-    indices: Tensor,  # [A] int64
-    inv_norm: Tensor,  # [A]
-    normalize: bool,
-    grad_embeddings: Tensor,  # [B, D, H, W], out
-) -> None:
-    """d(x / |x|) = (g - <g, x/|x|> x/|x|) / |x|; a row without gradient leaves none, whatever stands in
-    it.
+def gather_backward(call: GatherBackward) -> None:
+    """d(x / |x|) = (g - <g, x/|x|> x/|x|) / |x|; a row whose gradient is zero contributes exactly zero, even if its
+    pixel is NaN.
     """
-    grad = grad_rows.to(inv_norm.dtype)
-    if normalize:
+    embeddings, indices, inv_norm = call.embeddings, call.indices, call.inv_norm
+    grad = call.grad_rows.to(inv_norm.dtype)
+    if call.normalize:
         unit = _pixels(embeddings, indices) * inv_norm[:, None]
         along = (grad * unit).sum(dim=1, keepdim=True)
         projected = inv_norm[:, None] * (grad - along * unit)
@@ -343,38 +290,25 @@ def gather_backward(
         dense.index_add_(0, indices, grad)  # in row order
     else:
         dense.index_put_((indices,), grad, accumulate=True)  # sorts, where index_add_ is atomic
-    grad_embeddings.copy_(dense.view(batch, height, width, channels).permute(0, 3, 1, 2))
+    call.grad_embeddings.copy_(dense.view(batch, height, width, channels).permute(0, 3, 1, 2))
 
 
 # enqueue
 
 
-def enqueue_collect(
-    embeddings: Tensor,  # [B, D, H, W]
-    labels: Tensor,  # [B, H, W] int64
-    priority: Tensor,  # [B, H, W] int32
-    num_classes: int,
-    pixels_per_image: int,
-    ignore_index: int,
-    normalize: bool,
-    rows: Tensor,  # [B, C, 1 + k, D], out
-    row_labels: Tensor,  # [B, C, 1 + k] int32, out
-) -> None:
-    """Candidates of each (image, class): its region, then its pixels of smallest (priority, pixel) in pixel
-    order.
-
-    A row whose norm is 0 or not finite is no candidate: label -1, all zeros.
-    """
-    rows.zero_()
-    row_labels.fill_(-1)
+def enqueue_collect(call: Collect) -> None:
+    call.rows.zero_()
+    call.row_labels.fill_(-1)
+    embeddings, labels = call.embeddings, call.labels
+    num_classes, per_image = call.num_classes, call.pixels_per_image
     batch, channels, height, width = embeddings.shape
     num_pairs, pixels = batch * num_classes, height * width
     if num_pairs == 0 or pixels == 0:
         return
     dtype = _accumulator(embeddings.dtype)
     flat = embeddings.permute(0, 2, 3, 1).reshape(-1, channels).to(dtype)
-    unit = flat * _inverse_norm(flat)[:, None] if normalize else flat
-    classes = _classes(labels, num_classes, ignore_index).flatten()
+    unit = flat * _inverse_norm(flat)[:, None] if call.normalize else flat
+    classes = _classes(labels, num_classes, call.ignore_index).flatten()
     pixel = torch.arange(batch * pixels, device=labels.device)
     pairs = torch.where(classes < 0, -1, pixel // pixels * num_classes + classes)
     n = _count(pairs, num_pairs)
@@ -385,24 +319,24 @@ def enqueue_collect(
 
     # One class at a time: a copy of the map for each of 171 would be 46 GB at the paper's size.
     region = torch.stack([class_sum(c) for c in range(num_classes)], 1).view(num_pairs, channels)
-    region = region * _inverse_norm(region)[:, None] if normalize else region / n.clamp(min=1)[:, None]
+    region = region * _inverse_norm(region)[:, None] if call.normalize else region / n.clamp(min=1)[:, None]
 
-    chosen = _smallest(pairs, priority.flatten(), n.clamp(max=pixels_per_image))
-    most = min(batch * pixels, num_pairs * pixels_per_image)
+    chosen = _smallest(pairs, call.priority.flatten(), n.clamp(max=per_image))
+    most = min(batch * pixels, num_pairs * per_image)
     order = torch.sort(
         torch.where(chosen, pairs * (batch * pixels) + pixel, torch.iinfo(torch.int64).max)
     ).indices[:most]
-    taken = n.clamp(max=pixels_per_image)
+    taken = n.clamp(max=per_image)
     slot = (
         torch.arange(most, device=labels.device) - (torch.cumsum(taken, 0) - taken)[pairs[order].clamp(min=0)]
     )
-    width_of_pair = 1 + pixels_per_image
+    width_of_pair = 1 + per_image
     nowhere = num_pairs * width_of_pair
     target = torch.where(chosen[order], pairs[order] * width_of_pair + 1 + slot, nowhere)
 
-    candidates = rows.new_zeros(nowhere + 1, channels)
-    candidates[torch.arange(num_pairs, device=labels.device) * width_of_pair] = region.to(rows.dtype)
-    candidates[target] = unit[order].to(rows.dtype)
+    candidates = call.rows.new_zeros(nowhere + 1, channels)
+    candidates[torch.arange(num_pairs, device=labels.device) * width_of_pair] = region.to(call.rows.dtype)
+    candidates[target] = unit[order].to(call.rows.dtype)
     used = torch.zeros(nowhere + 1, dtype=torch.bool, device=labels.device)
     used[torch.arange(num_pairs, device=labels.device) * width_of_pair] = n > 0
     used[target] = True
@@ -415,40 +349,28 @@ def enqueue_collect(
         .repeat_interleave(width_of_pair)
         .repeat(batch)
     )
-    rows.copy_(torch.where(good[:, None], candidates, 0).view_as(rows))
-    row_labels.copy_(torch.where(good, label, -1).view_as(row_labels))
+    call.rows.copy_(torch.where(good[:, None], candidates, 0).view_as(call.rows))
+    call.row_labels.copy_(torch.where(good, label, -1).view_as(call.row_labels))
 
 
-def enqueue_write(
-    rows: Tensor,  # [N, C, 1 + k, D], dtype of the keys
-    row_labels: Tensor,  # [N, C, 1 + k] int32
-    keys: Tensor,  # [C, R + P, D], in and out
-    key_labels: Tensor,  # [C, R + P] int32, in and out
-    region_ptr: Tensor,  # [C] int64, in and out, and so the next three
-    region_fill: Tensor,
-    pixel_ptr: Tensor,
-    pixel_fill: Tensor,
-    region_slots: int,
-) -> None:
-    """Append the candidates to the rings, in image order; of more than a ring holds the last ones stay."""
-    pixel_slots = keys.shape[1] - region_slots
+def enqueue_write(call: Write) -> None:
+    """Append the candidates to the rings, in image order; of more than a ring holds, the last ones stay."""
+    regions = call.region_slots
     _write_ring(
-        rows[:, :, :1],
-        row_labels[:, :, :1],
-        keys[:, :region_slots],
-        key_labels[:, :region_slots],
-        region_ptr,
-        region_fill,
-        region_slots,
+        call.rows[:, :, :1],
+        call.row_labels[:, :, :1],
+        call.keys[:, :regions],
+        call.key_labels[:, :regions],
+        call.region_ptr,
+        call.region_fill,
     )
     _write_ring(
-        rows[:, :, 1:],
-        row_labels[:, :, 1:],
-        keys[:, region_slots:],
-        key_labels[:, region_slots:],
-        pixel_ptr,
-        pixel_fill,
-        pixel_slots,
+        call.rows[:, :, 1:],
+        call.row_labels[:, :, 1:],
+        call.keys[:, regions:],
+        call.key_labels[:, regions:],
+        call.pixel_ptr,
+        call.pixel_fill,
     )
 
 
@@ -459,9 +381,8 @@ def _write_ring(
     key_labels: Tensor,  # [C, slots], a view
     ptr: Tensor,
     fill: Tensor,
-    slots: int,
 ) -> None:
-    num_classes = keys.shape[0]
+    num_classes, slots = keys.shape[:2]
     if slots == 0 or num_classes == 0:
         return
     label = torch.arange(num_classes, device=keys.device)[:, None]

@@ -16,8 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixcontrast_ext import ops
-from pixcontrast_ext.ops import handles
+from pixcontrast_ext.ops import handles, library
 
 TIMEOUT_VARIABLE = "PIXCONTRAST_RANK_TIMEOUT"  # seconds
 
@@ -164,7 +163,7 @@ def _exchange_and_write(rows: Tensor, row_labels: Tensor, *bank: Any) -> None:
     torch.ops.pixcontrast.enqueue_write(rows, row_labels, *state, region_slots, backend)
 
 
-ops.register(
+library.register(
     "enqueue_write_all_ranks(Tensor rows, Tensor row_labels, Tensor(a!) keys, Tensor(b!) key_labels, "
     "Tensor(c!) region_ptr, Tensor(d!) region_fill, Tensor(e!) pixel_ptr, Tensor(f!) pixel_fill, int region_slots, "
     "int exchange, str backend) -> ()",

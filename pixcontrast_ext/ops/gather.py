@@ -2,88 +2,66 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixcontrast_ext import backends, ops
+from pixcontrast_ext import backends
+from pixcontrast_ext.backends.calls import Backend, Gather, GatherBackward
+from pixcontrast_ext.ops import checks, library
 from pixcontrast_ext.ops.signature import INT32_MAX
 
 
-def _allocate(
-    embeddings: Tensor, indices: Tensor, normalize: bool, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
+def _allocate(embeddings: Tensor, indices: Tensor, dtype: torch.dtype, **_: Any) -> dict[str, Tensor]:
+    size, channels = indices.shape[0], embeddings.shape[1]
     norm_dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    return (
-        embeddings.new_empty(indices.shape[0], embeddings.shape[1], dtype=dtype),
-        embeddings.new_empty(indices.shape[0], dtype=norm_dtype),
-    )
+    return {
+        "rows": embeddings.new_empty(size, channels, dtype=dtype),
+        "inv_norm": embeddings.new_empty(size, dtype=norm_dtype),
+    }
 
 
-def _fill(
-    module: ModuleType,
-    embeddings: Tensor,
-    indices: Tensor,
-    normalize: bool,
-    dtype: torch.dtype,
-    outputs: tuple[Tensor, Tensor],
-) -> None:
-    if embeddings.numel() == 0:  # no pixel to read: padding rows only
-        for output in outputs:
-            output.zero_()
-        return
-    module.gather(embeddings, indices.contiguous(), normalize, *outputs)
+def _fill(backend: Backend, call: Gather) -> None:
+    if call.embeddings.numel() == 0:  # no pixel to read: padding rows only
+        call.rows.zero_()
+        call.inv_norm.zero_()
+    else:
+        backend.gather(call)
 
 
-def _allocate_backward(
-    grad_rows: Tensor, embeddings: Tensor, indices: Tensor, inv_norm: Tensor, normalize: bool, backend: str
-) -> Tensor:
-    return torch.empty_like(embeddings)  # dense, in the map's memory format
+def _allocate_backward(embeddings: Tensor, **_: Any) -> dict[str, Tensor]:
+    return {"grad_embeddings": torch.empty_like(embeddings)}  # dense, in the map's memory format
 
 
-def _fill_backward(
-    module: ModuleType,
-    grad_rows: Tensor,
-    embeddings: Tensor,
-    indices: Tensor,
-    inv_norm: Tensor,
-    normalize: bool,
-    grad_embeddings: Tensor,
-) -> None:
-    if embeddings.numel() > 0:
-        module.gather_backward(
-            grad_rows.contiguous(),
-            embeddings,
-            indices.contiguous(),
-            inv_norm.contiguous(),
-            normalize,
-            grad_embeddings,
-        )
+def _fill_backward(backend: Backend, call: GatherBackward) -> None:
+    if call.embeddings.numel() > 0:
+        backend.gather_backward(call)
 
 
-ops.define(
+library.define(
     "gather(Tensor embeddings, Tensor indices, bool normalize, ScalarType dtype, str backend) -> (Tensor, Tensor)",
-    dict(embeddings="[B, D, H, W] T", indices="[A] int64"),
+    dict(embeddings="[B, D, H, W] T strided", indices="[A] int64"),
     {"D": (1, None), "A": (0, INT32_MAX)},
+    Gather,
     _allocate,
     _fill,
 )
-ops.define(
+library.define(
     "gather_backward(Tensor grad_rows, Tensor embeddings, Tensor indices, Tensor inv_norm, bool normalize, "
     "str backend) -> Tensor",
-    dict(embeddings="[B, D, H, W] T", indices="[A] int64", grad_rows="[A, D] R", inv_norm="[A] sum(T)"),
+    dict(
+        embeddings="[B, D, H, W] T strided", indices="[A] int64", grad_rows="[A, D] R", inv_norm="[A] sum(T)"
+    ),
     {"D": (1, None), "A": (0, INT32_MAX)},
+    GatherBackward,
     _allocate_backward,
     _fill_backward,
 )
 
 
 class GatherEmbeddings(torch.autograd.Function):
-    """`gather_embeddings` with its gradient; reads the map again in the backward, so it keeps no copy of
-    it.
-    """
+    """`gather_embeddings` with its gradient; reads the map again in the backward, so it keeps no copy of it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -95,7 +73,7 @@ class GatherEmbeddings(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @ops.differentiable_once
+    @library.differentiable_once
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         embeddings, indices, inv_norm = ctx.saved_tensors
         grad = torch.ops.pixcontrast.gather_backward(
@@ -130,7 +108,7 @@ def gather_embeddings(
         TypeError: embeddings or dtype that are not floating point, indices that are not int64.
         ValueError: wrong rank, mixed devices; on the CPU also an index outside the map.
     """
-    ops.check_embeddings(embeddings)
+    checks.check_embeddings(embeddings)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"indices must be int64, got {got}")
@@ -141,7 +119,7 @@ def gather_embeddings(
     dtype = embeddings.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")
-    widest = ops.widest(embeddings.dtype, dtype)
+    widest = torch.float64 if dtype == torch.float64 else embeddings.dtype
     name = backends.resolve(backend, "gather_embeddings", embeddings.device, widest)
     rows: Tensor = GatherEmbeddings.apply(embeddings, indices, normalize, dtype, name)
     return rows

@@ -2,119 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixcontrast_ext import backends, ops
+from pixcontrast_ext import backends
+from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
+from pixcontrast_ext.ops import checks, library
 from pixcontrast_ext.ops.signature import INT32_MAX, Limits
-
-_ForwardOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _allocate_forward(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    keys: Tensor,
-    key_labels: Tensor,
-    temperature: float,
-    exclude_self: bool,
-    with_grad: bool,
-    backend: str,
-) -> _ForwardOutputs:
+def _allocate_forward(anchors: Tensor, with_grad: bool, **_: Any) -> dict[str, Tensor]:
     size, channels = anchors.shape
     dtype = _accumulator(anchors.dtype)
-    return (
-        anchors.new_empty(size, dtype=dtype),  # loss
-        anchors.new_empty(size, dtype=dtype),  # neg_lse
-        anchors.new_empty(size, dtype=dtype),  # pos_weight
-        anchors.new_empty(size, dtype=torch.int32),  # pos_count
-        anchors.new_empty(size if with_grad else 0, channels, dtype=dtype),  # anchor_grad
-    )
+    return {
+        "loss": anchors.new_empty(size, dtype=dtype),
+        "neg_lse": anchors.new_empty(size, dtype=dtype),
+        "pos_weight": anchors.new_empty(size, dtype=dtype),
+        "pos_count": anchors.new_empty(size, dtype=torch.int32),
+        "anchor_grad": anchors.new_empty(size if with_grad else 0, channels, dtype=dtype),
+    }
 
 
-def _fill_forward(
-    module: ModuleType,
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    keys: Tensor,
-    key_labels: Tensor,
-    temperature: float,
-    exclude_self: bool,
-    with_grad: bool,
-    outputs: _ForwardOutputs,
-) -> None:
-    module.infonce_forward(
-        anchors.contiguous(),
-        anchor_labels.contiguous(),
-        keys.contiguous(),
-        key_labels.contiguous(),
-        temperature,
-        exclude_self,
-        *outputs[:4],
-        outputs[4] if with_grad else None,
-    )
-
-
-def _allocate_backward_keys(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    keys: Tensor,
-    key_labels: Tensor,
-    neg_lse: Tensor,
-    pos_weight: Tensor,
-    grad_scale: Tensor,
-    temperature: float,
-    exclude_self: bool,
-    backend: str,
-) -> Tensor:
-    return keys.new_empty(keys.shape, dtype=_accumulator(keys.dtype))
-
-
-def _fill_backward_keys(module: ModuleType, *args: Any) -> None:
-    *tensors, temperature, exclude_self, key_grad = args
-    module.infonce_backward_keys(*(t.contiguous() for t in tensors), temperature, exclude_self, key_grad)
-
-
-def _allocate_backward_symmetric(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    neg_lse: Tensor,
-    pos_weight: Tensor,
-    grad_scale: Tensor,
-    temperature: float,
-    exclude_self: bool,
-    backend: str,
-) -> Tensor:
-    return anchors.new_empty(anchors.shape, dtype=_accumulator(anchors.dtype))
-
-
-def _fill_backward_symmetric(module: ModuleType, *args: Any) -> None:
-    *tensors, temperature, exclude_self, anchor_grad = args
-    module.infonce_backward_symmetric(
-        *(t.contiguous() for t in tensors), temperature, exclude_self, anchor_grad
-    )
+def _allocate_backward(anchors: Tensor, keys: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
+    rows = anchors if keys is None else keys
+    return {"grad": rows.new_empty(rows.shape, dtype=_accumulator(rows.dtype))}
 
 
 _LIMITS: dict[str, Limits] = {"D": (1, None), "A": (0, INT32_MAX)}
 
-ops.define(
+library.define(
     "infonce_forward(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, float temperature, "
     "bool exclude_self, bool with_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     dict(anchors="[A, D] T", anchor_labels="[A] int32", keys="[K, D] T", key_labels="[K] int32"),
     _LIMITS | {"K": (0, INT32_MAX)},
+    InfonceForward,
     _allocate_forward,
-    _fill_forward,
+    "infonce_forward",
 )
-ops.define(
+library.define(
     "infonce_backward_keys(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor neg_lse, "
     "Tensor pos_weight, Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
     dict(
@@ -127,10 +61,11 @@ ops.define(
         grad_scale="[A] sum(T)",
     ),
     _LIMITS | {"K": (0, INT32_MAX)},
-    _allocate_backward_keys,
-    _fill_backward_keys,
+    InfonceBackward,
+    _allocate_backward,
+    "infonce_backward",
 )
-ops.define(
+library.define(
     "infonce_backward_symmetric(Tensor anchors, Tensor anchor_labels, Tensor neg_lse, Tensor pos_weight, "
     "Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
     dict(
@@ -141,8 +76,9 @@ ops.define(
         grad_scale="[A] sum(T)",
     ),
     _LIMITS,
-    _allocate_backward_symmetric,
-    _fill_backward_symmetric,
+    functools.partial(InfonceBackward, keys=None, key_labels=None),
+    _allocate_backward,
+    "infonce_backward",
 )
 
 
@@ -192,7 +128,7 @@ class BlockwiseInfoNCE(torch.autograd.Function):
         return loss, pos_count
 
     @staticmethod
-    @ops.differentiable_once
+    @library.differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         pos_count, *saved = ctx.saved_tensors
         grad_scale = grad_loss / pos_count.clamp(min=1)
@@ -272,28 +208,40 @@ def infonce(
         )
     if anchors.device != keys.device:
         raise ValueError(f"anchors and keys must be on one device, got {anchors.device} and {keys.device}")
-    ops.check_labels("anchor_labels", anchor_labels, (anchors.shape[0],), anchors.device)
-    ops.check_labels("key_labels", key_labels, (keys.shape[0],), keys.device)
+    checks.check_labels("anchor_labels", anchor_labels, (anchors.shape[0],), anchors.device)
+    checks.check_labels("key_labels", key_labels, (keys.shape[0],), keys.device)
     check_temperature("temperature", temperature)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
-    name = backends.resolve(
-        backend, "infonce", anchors.device, anchors.dtype, operator.index(anchors.shape[1])
-    )
     in_batch = keys is anchors and key_labels is anchor_labels
-    loss, pos_count = BlockwiseInfoNCE.apply(
-        anchors,
-        ops.to_int32("anchor_labels", anchor_labels),
-        None if in_batch else keys,
-        None if in_batch else ops.to_int32("key_labels", key_labels),
-        float(temperature),
-        exclude_self,
-        torch.is_grad_enabled(),
-        name,
+    anchor_labels = checks.to_int32("anchor_labels", anchor_labels)
+    others = None if in_batch else (keys, checks.to_int32("key_labels", key_labels))
+    width = operator.index(anchors.shape[1])
+    name = backends.resolve(backend, "infonce", anchors.device, anchors.dtype, width)
+    loss, pos_count = contrast(anchors, anchor_labels, others, float(temperature), exclude_self, name)
+    return loss if reduction == "none" else mean_of(loss, pos_count)
+
+
+def contrast(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    others: tuple[Tensor, Tensor]
+    | None,  # keys [K, D] and their labels [K] int32; None: the anchors themselves
+    temperature: float,
+    exclude_self: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`infonce` of what has been checked, by a backend that serves it: loss [A] and |P| [A]."""
+    keys, key_labels = others or (None, None)
+    outputs: tuple[Tensor, Tensor] = BlockwiseInfoNCE.apply(
+        anchors, anchor_labels, keys, key_labels, temperature, exclude_self, torch.is_grad_enabled(), backend
     )
-    if reduction == "none":
-        return loss
+    return outputs
+
+
+def mean_of(loss: Tensor, pos_count: Tensor) -> Tensor:
+    """Over the anchors that have a positive; 0 if none has."""
     return loss.sum() / (pos_count > 0).sum().clamp(min=1)
 
 

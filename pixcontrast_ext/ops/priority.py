@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pixcontrast_ext import ops
-from pixcontrast_ext.ops import handles
+from pixcontrast_ext.ops import checks, handles, library
 
 _LIMIT = torch.iinfo(torch.int32).max
 
@@ -20,7 +19,7 @@ def draw_priority(labels: Tensor, generator: torch.Generator | None = None) -> T
 
 def check_priority(priority: Tensor, labels: Tensor) -> None:
     """Raise TypeError or ValueError unless `priority` is int32, of the shape and on the device of `labels`."""
-    ops.check_labels("priority", priority, tuple(labels.shape), labels.device)
+    checks.check_labels("priority", priority, tuple(labels.shape), labels.device)
     if priority.dtype != torch.int32:
         raise TypeError(f"priority must be int32, got {priority.dtype}")
 
@@ -43,4 +42,4 @@ def _draw(priority: Tensor, stream: int) -> None:
     priority.copy_(draw_priority(priority, handles.of(stream, PriorityStream).generator))
 
 
-ops.register("draw_priority(Tensor(a!) priority, int stream) -> ()", _draw)
+library.register("draw_priority(Tensor(a!) priority, int stream) -> ()", _draw)

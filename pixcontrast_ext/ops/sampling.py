@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pixcontrast_ext import backends, ops
+from pixcontrast_ext import backends
+from pixcontrast_ext.backends.calls import Sampling
+from pixcontrast_ext.ops import checks, library
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
 from pixcontrast_ext.ops.signature import INT32_MAX
 
@@ -21,53 +22,15 @@ class AnchorSample(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # [] int32, the rows that are not padding; stays on the device
 
 
-_Outputs = tuple[Tensor, Tensor, Tensor]
+def _allocate(labels: Tensor, max_samples: int, **_: Any) -> dict[str, Tensor]:
+    return {
+        "indices": labels.new_empty(max_samples, dtype=torch.int64),
+        "anchor_labels": labels.new_empty(max_samples, dtype=torch.int32),
+        "count": labels.new_empty((), dtype=torch.int32),
+    }
 
 
-def _allocate(
-    labels: Tensor,
-    predictions: Tensor,
-    priority: Tensor,
-    num_classes: int,
-    max_samples: int,
-    max_views: int,
-    min_pixels: int,
-    ignore_index: int,
-    backend: str,
-) -> _Outputs:
-    return (
-        labels.new_empty(max_samples, dtype=torch.int64),
-        labels.new_empty(max_samples, dtype=torch.int32),
-        labels.new_empty((), dtype=torch.int32),
-    )
-
-
-def _fill(
-    module: ModuleType,
-    labels: Tensor,
-    predictions: Tensor,
-    priority: Tensor,
-    num_classes: int,
-    max_samples: int,
-    max_views: int,
-    min_pixels: int,
-    ignore_index: int,
-    outputs: _Outputs,
-) -> None:
-    module.hard_anchor_sampling(
-        labels.contiguous(),
-        predictions.contiguous(),
-        priority.contiguous(),
-        num_classes,
-        max_samples,
-        max_views,
-        min_pixels,
-        ignore_index,
-        *outputs,
-    )
-
-
-ops.define(
+library.define(
     "hard_anchor_sampling(Tensor labels, Tensor predictions, Tensor priority, int num_classes, int max_samples, "
     "int max_views, int min_pixels, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
     dict(labels="[B, H, W] int64", predictions="[B, H, W] int64", priority="[B, H, W] int32"),
@@ -79,8 +42,9 @@ ops.define(
         "max_views": (1, None),
         "min_pixels": (0, None),
     },
+    Sampling,
     _allocate,
-    _fill,
+    "hard_anchor_sampling",
 )
 
 
@@ -127,26 +91,39 @@ def hard_anchor_sampling(
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")
-    ops.check_labels("labels", labels, tuple(labels.shape), labels.device)
+    checks.check_labels("labels", labels, tuple(labels.shape), labels.device)
     if labels.dim() != 3:
         raise ValueError(f"labels must have shape [B, H, W], got {tuple(labels.shape)}")
-    ops.check_labels("predictions", predictions, tuple(labels.shape), labels.device)
-    ops.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
+    checks.check_labels("predictions", predictions, tuple(labels.shape), labels.device)
+    checks.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
     if min_pixels is None:
         min_pixels = max_views + 1
-    ops.check_at_least(0, min_pixels=min_pixels)
+    checks.check_at_least(0, min_pixels=min_pixels)
     if priority is None:
         priority = draw_priority(labels, generator)
     check_priority(priority, labels)
-    chosen = torch.ops.pixcontrast.hard_anchor_sampling(
+    return sample(
         labels.long(),
         predictions.long(),
         priority,
-        num_classes,
-        max_samples,
-        max_views,
-        min_pixels,
-        ignore_index,
         backends.resolve(backend, "hard_anchor_sampling", labels.device, None),
+        num_classes=num_classes,
+        max_samples=max_samples,
+        max_views=max_views,
+        min_pixels=min_pixels,
+        ignore_index=ignore_index,
+    )
+
+
+def sample(
+    labels: Tensor,  # [B, H, W] int64
+    predictions: Tensor,  # [B, H, W] int64
+    priority: Tensor,  # [B, H, W] int32
+    backend: str,
+    **settings: int,
+) -> AnchorSample:
+    """`hard_anchor_sampling` of what has been checked, with all of its numbers, by a backend that serves it."""
+    chosen = torch.ops.pixcontrast.hard_anchor_sampling(
+        labels, predictions, priority, backend=backend, **settings
     )
     return AnchorSample(*chosen)

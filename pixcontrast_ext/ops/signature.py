@@ -36,6 +36,7 @@ class _Tensor(NamedTuple):
     sizes: tuple[str, ...]
     dtype: torch.dtype | str  # a str is a name, or "sum(name)"
     written: bool
+    strided: bool  # handed on with the strides that it has
 
 
 class Signature:
@@ -46,7 +47,7 @@ class Signature:
             another, a float to be positive and finite, a ScalarType floating point.
         tensors: shape and dtype of each, like "[B, H, W] int64". Sizes of one name are equal; the tensor that comes
             first says what they are. "T" is a floating-point dtype, the same wherever it stands, and "sum(T)" the one
-            that sums of it are kept in.
+            that sums of it are kept in. Kernels get all of them contiguous but for those that end in "strided".
         limits: least and greatest value of an integer, a size, or a product of them ("B * num_classes"). The
             greatest may be the name of a size; None is no limit.
     """
@@ -54,6 +55,7 @@ class Signature:
     def __init__(self, schema: str, tensors: dict[str, str], limits: dict[str, Limits]) -> None:
         self.op = schema[: schema.index("(")]
         arguments = re.findall(r"(\w+)(\(\w!\))? (\w+)(?=[,)])", schema[: schema.index("->")])
+        self.names = [name for _, _, name in arguments][:-1]  # without the backend's
         positions = {name: i for i, (_, _, name) in enumerate(arguments)}
 
         def of_kind(wanted: str) -> list[tuple[str, int]]:
@@ -62,13 +64,16 @@ class Signature:
         assert set(tensors) == {name for name, _ in of_kind("Tensor")}, f"{self.op}: a tensor is not declared"
         self._tensors = []
         for name, text in tensors.items():
-            sizes, dtype = text.removeprefix("[").split("] ")
+            sizes, kind = text.removeprefix("[").split("] ")
+            dtype, *strided = kind.split(" ")
             written = arguments[positions[name]][1] != ""
             dtype_or_name = getattr(torch, dtype, dtype)
+            names = tuple(sizes.split(", "))
             self._tensors.append(
-                _Tensor(positions[name], name, tuple(sizes.split(", ")), dtype_or_name, written)
+                _Tensor(positions[name], name, names, dtype_or_name, written, strided == ["strided"])
             )
-        self._writes = any(tensor.written for tensor in self._tensors)
+        self.contiguous = [tensor.name for tensor in self._tensors if not tensor.strided]
+        self.writes = any(tensor.written for tensor in self._tensors)
         self._integers, self._floats, self._dtypes = of_kind("int"), of_kind("float"), of_kind("ScalarType")
         self._limits = [(text, text.split(" * "), *bounds) for text, bounds in limits.items()]
 
@@ -78,13 +83,17 @@ class Signature:
         Sizes may be symbolic: they are compared, and nothing else.
         """
         device: Any = None
-        numbers: dict[str, int] = {name: args[position] for name, position in self._integers}
+        numbers: dict[str, int] = {}
+        for name, position in self._integers:
+            numbers[name] = args[position]
         dtypes: dict[str, torch.dtype] = {}
-        for position, name, sizes, dtype, written in self._tensors:
+        for position, name, sizes, dtype, written, _ in self._tensors:
             tensor = args[position]
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
                 found = "nothing" if tensor is None else "a sparse or nested one"
                 self._refuse(name, "be a dense tensor", found, TypeError)
+            if isinstance(dtype, str) and dtype.isalpha() and tensor.dtype in _FLOATING:
+                dtype = dtypes.setdefault(dtype, tensor.dtype)
             if tensor.dtype is not dtype:
                 self._check_dtype(name, dtype, tensor.dtype, dtypes)
             if device is None:
@@ -134,8 +143,6 @@ class Signature:
 
     def check_memory(self, args: Sequence[Any]) -> None:
         """Raise ValueError if a tensor that the op writes shares memory with another. A fake has none to share."""
-        if not self._writes:
-            return
         end, last = 0, self._tensors[0]
         for start, stop, i in sorted(self._spans(args)):
             tensor = self._tensors[i]

@@ -7,8 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from pixcontrast_ext import ops
-from pixcontrast_ext.ops import handles
+from pixcontrast_ext.ops import checks, handles, library
 
 BATCHES = 50  # that are looked at
 OCCURS = 5  # of them a class has to occur in for a word about it
@@ -85,7 +84,7 @@ class ClassWatch(handles.Handle):
 
 def _watch_classes(labels: Tensor, anchor_labels: Tensor, watch: int, changed: str) -> Tensor:
     if changed:
-        ops.refuse_recomputation(changed)
+        checks.refuse_recomputation(changed)
     found = handles.of(watch, ClassWatch)
     if not found.done:
         found.look(labels, anchor_labels)
@@ -104,7 +103,7 @@ def watch_classes(labels: Tensor, anchor_labels: Tensor, watch: ClassWatch, chan
     return shown
 
 
-ops.register(
+library.register(
     "watch_classes(Tensor labels, Tensor anchor_labels, int watch, str changed) -> Tensor",
     _watch_classes,
     lambda labels, anchor_labels, watch, changed: torch.empty_like(anchor_labels),

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss, cross_entropy
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
@@ -68,9 +67,7 @@ class CrossEntropy(nn.Module):
     def forward(
         self, logits: Tensor, embeddings: Tensor | None, labels: Tensor, *, return_parts: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-        loss = total / (labels != IGNORE).sum().clamp(min=1)
+        loss = cross_entropy(logits, labels, num_classes=logits.shape[1], ignore_index=IGNORE)
         return (loss, {"cross_entropy": loss.detach()}) if return_parts else loss
 
 

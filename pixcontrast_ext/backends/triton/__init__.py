@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends import device as devices
 
 OLDEST = (3, 6)  # versions of Triton that are tested
 # Assemblers before this one let other values into registers that a wgmma, which sm_90 alone has, still reads
@@ -18,7 +18,6 @@ SAFE_ASSEMBLER = (13, 3)
 ANY_ASSEMBLER = "PIXCONTRAST_TRITON_ANY_ASSEMBLER"
 MAX_CHANNELS = 512  # of an InfoNCE row
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTERPRETED = False  # set by tests: the kernels take CPU tensors
 
 
 @functools.cache
@@ -64,13 +63,11 @@ def unsupported(
     reason = _unavailable()
     if reason is not None:
         return reason
-    if not INTERPRETED:
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        # A call with CUDA tensors has started CUDA. Asking before would, and later forks could not use it.
-        reason = _unsupported_device(schedule.device_index(device)) if torch.cuda.is_initialized() else None
-        if reason is not None:
-            return reason
+    reason, number = devices.gpu.unavailable(), devices.gpu.to_judge(device)
+    if reason is None and number is not None:
+        reason = _unsupported_device(number)
+    if reason is not None:
+        return reason
     if dtype is not None and dtype not in DTYPES:
         return f"{dtype} is not one of float32, float16, bfloat16"
     if op.startswith("infonce") and channels is not None and channels > MAX_CHANNELS:
@@ -82,11 +79,7 @@ if _unavailable() is None:
     # The functions, not the modules of the same names.
     from pixcontrast_ext.backends.triton.enqueue import enqueue_collect, enqueue_write
     from pixcontrast_ext.backends.triton.gather import gather, gather_backward
-    from pixcontrast_ext.backends.triton.infonce import (
-        infonce_backward_keys,
-        infonce_backward_symmetric,
-        infonce_forward,
-    )
+    from pixcontrast_ext.backends.triton.infonce import infonce_backward, infonce_forward
     from pixcontrast_ext.backends.triton.sampling import hard_anchor_sampling
 
     __all__ = [
@@ -95,8 +88,7 @@ if _unavailable() is None:
         "gather",
         "gather_backward",
         "hard_anchor_sampling",
-        "infonce_backward_keys",
-        "infonce_backward_symmetric",
+        "infonce_backward",
         "infonce_forward",
         "unsupported",
     ]

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from pixcontrast_ext.backends.calls import Collect, Write
 from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
@@ -241,23 +241,14 @@ def row_of(candidate, label, per_image, of_pixels, num_classes, pixels_per_image
     return (image * num_classes + label) * (1 + pixels_per_image) + of_pixels + candidate % per_image
 
 
-def enqueue_collect(
-    embeddings: Tensor,  # [B, D, H, W]
-    labels: Tensor,  # [B, H, W] int64
-    priority: Tensor,  # [B, H, W] int32
-    num_classes: int,
-    pixels_per_image: int,
-    ignore_index: int,
-    normalize: bool,
-    rows: Tensor,  # [B, C, 1 + k, D], out
-    row_labels: Tensor,  # [B, C, 1 + k] int32, out
-) -> None:
+def enqueue_collect(call: Collect) -> None:
+    embeddings, labels, num_classes = call.embeddings, call.labels, call.num_classes
     batch, channels = embeddings.shape[:2]
     num_pixels = labels.shape[1] * labels.shape[2]
-    pools = sort_pools(labels, None, priority, num_classes, ignore_index)
+    pools = sort_pools(labels, None, call.priority, num_classes, call.ignore_index)
     shares = triton.cdiv(num_pixels, _SHARE)
     block_d = triton.next_power_of_2(channels)
-    sums = rows.new_empty(batch, shares + num_classes, channels, dtype=torch.float32)
+    sums = call.rows.new_empty(batch, shares + num_classes, channels, dtype=torch.float32)
     launch.launch(
         collect_regions_kernel,
         (batch * shares,),
@@ -271,7 +262,7 @@ def enqueue_collect(
         shares,
         *pixels.sizes(embeddings),
         sums,
-        NORMALIZE=normalize,
+        NORMALIZE=call.normalize,
         SHARE=_SHARE,
         BLOCK_PIXELS=max(1, min(64, _ELEMENTS // block_d)),
         BLOCK_D=block_d,
@@ -288,47 +279,37 @@ def enqueue_collect(
         num_classes,
         pools.chunks,
         shares,
-        pixels_per_image,
+        call.pixels_per_image,
         *pixels.sizes(embeddings),
-        labels.new_empty(batch, num_classes, pixels_per_image),
-        rows,
-        row_labels,
-        NORMALIZE=normalize,
+        labels.new_empty(batch, num_classes, call.pixels_per_image),
+        call.rows,
+        call.row_labels,
+        NORMALIZE=call.normalize,
         SHARE=_SHARE,
         BLOCK_D=block_d,
         **_ROWS,
     )
 
 
-def enqueue_write(
-    rows: Tensor,  # [N, C, 1 + k, D], dtype of the keys
-    row_labels: Tensor,  # [N, C, 1 + k] int32
-    keys: Tensor,  # [C, R + P, D], in and out
-    key_labels: Tensor,  # [C, R + P] int32, in and out
-    region_ptr: Tensor,  # [C] int64, in and out, and so the next three
-    region_fill: Tensor,
-    pixel_ptr: Tensor,
-    pixel_fill: Tensor,
-    region_slots: int,
-) -> None:
-    batch, num_classes, per_class, channels = rows.shape
+def enqueue_write(call: Write) -> None:
+    batch, num_classes, per_class, channels = call.rows.shape
     launch.launch(
         write_kernel,
         (2 * num_classes,),
-        rows,
-        row_labels,
+        call.rows,
+        call.row_labels,
         batch,
         num_classes,
         per_class - 1,
         channels,
-        region_slots,
-        keys.shape[1] - region_slots,
-        keys,
-        key_labels,
-        region_ptr,
-        region_fill,
-        pixel_ptr,
-        pixel_fill,
+        call.region_slots,
+        call.keys.shape[1] - call.region_slots,
+        call.keys,
+        call.key_labels,
+        call.region_ptr,
+        call.region_fill,
+        call.pixel_ptr,
+        call.pixel_fill,
         BLOCK_D=min(_MAX_WRITE_D, triton.next_power_of_2(channels)),
         **_WRITE,
     )

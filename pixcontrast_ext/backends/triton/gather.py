@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixcontrast_ext.backends.calls import Gather, GatherBackward
 from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
@@ -157,38 +158,27 @@ def _rows_of(channels: int) -> dict[str, int]:
     return dict(ROWS=max(1, _ELEMENTS // block_d), BLOCK_D=block_d, num_warps=4)
 
 
-def gather(
-    embeddings: Tensor,  # [B, D, H, W]
-    indices: Tensor,  # [A] int64
-    normalize: bool,
-    rows: Tensor,  # [A, D], out
-    inv_norm: Tensor,  # [A] float32, out
-) -> None:
+def gather(call: Gather) -> None:
+    embeddings, num_rows = call.embeddings, call.indices.shape[0]
     tile = _rows_of(embeddings.shape[1])
     launch.launch(
         gather_kernel,
-        (triton.cdiv(indices.shape[0], tile["ROWS"]),),
+        (triton.cdiv(num_rows, tile["ROWS"]),),
         embeddings,
-        indices,
-        indices.shape[0],
+        call.indices,
+        num_rows,
         _num_pixels(embeddings),
         *pixels.sizes(embeddings),
-        rows,
-        inv_norm,
-        NORMALIZE=normalize,
+        call.rows,
+        call.inv_norm,
+        NORMALIZE=call.normalize,
         WIDE=_wide(embeddings),
         **tile,
     )
 
 
-def gather_backward(
-    grad_rows: Tensor,  # [A, D]
-    embeddings: Tensor,  # [B, D, H, W]
-    indices: Tensor,  # [A] int64
-    inv_norm: Tensor,  # [A] float32
-    normalize: bool,
-    grad_embeddings: Tensor,  # [B, D, H, W] dense, out
-) -> None:
+def gather_backward(call: GatherBackward) -> None:
+    embeddings, indices, grad_rows = call.embeddings, call.indices, call.grad_rows
     (num_rows, channels), num_pixels = grad_rows.shape, _num_pixels(embeddings)
     tile = _rows_of(channels)
     wide = torch.empty_like(grad_rows, dtype=torch.float32)
@@ -199,13 +189,13 @@ def gather_backward(
         grad_rows,
         embeddings,
         indices,
-        inv_norm,
+        call.inv_norm,
         num_rows,
         num_pixels,
         *pixels.sizes(embeddings),
         wide,
         row_pixels,
-        NORMALIZE=normalize,
+        NORMALIZE=call.normalize,
         WIDE=_wide(embeddings),
         **tile,
     )
@@ -218,8 +208,8 @@ def gather_backward(
         sorted_rows,
         num_rows,
         num_pixels,
-        *pixels.sizes(grad_embeddings),
-        grad_embeddings,
+        *pixels.sizes(call.grad_embeddings),
+        call.grad_embeddings,
         WIDE=_wide(embeddings),
         **_MAP,
     )

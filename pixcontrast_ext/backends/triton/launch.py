@@ -1,4 +1,4 @@
-"""Launching a kernel where its tensors are, and what there is to know of that device."""
+"""Launching a kernel where its tensors are."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Of the device's multiprocessors; the interpreter does as a Hopper would."""
-    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the device; the interpreter does as if it had few, so that small problems have several splits."""
-    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+from pixcontrast_ext.backends import device as devices
 
 
 def tensors_of(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -80,21 +70,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     """
     if 0 in grid:
         return
-    device = next(tensors_of(arguments)).device
-    if device.type != "cuda":  # interpreted
-        kernel[grid](*arguments, **options)
-        return
+    devices.gpu.launch(
+        next(tensors_of(arguments)).device,
+        functools.partial(_start, kernel, grid, options),
+        arguments,
+    )
+
+
+def _start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    options: dict[str, Any],
+    device: torch.device,
+    arguments: tuple[Any, ...],
+) -> None:
     key = id(kernel), device, tuple(map(_kind, arguments)), tuple(options.items())
-    here = torch.cuda.current_device() == device.index
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        found = _compiled.get(key)
-        if found is not None:
-            _, compiled = found
-            constants = map(options.__getitem__, kernel.arg_names[len(arguments) :])
-            compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
-            return
-        captures = torch.cuda.is_current_stream_capturing()
-        with _refusing_to_compile() if captures else contextlib.nullcontext():
-            compiled = kernel[grid](*arguments, enable_fp_fusion=True, **options)
-        if isinstance(compiled, CompiledKernel):  # not one that is still being compiled
-            _compiled[key] = kernel, compiled
+    found = _compiled.get(key)
+    if found is not None:
+        _, compiled = found
+        constants = map(options.__getitem__, kernel.arg_names[len(arguments) :])
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+        return
+    with _refusing_to_compile() if devices.gpu.captures() else contextlib.nullcontext():
+        compiled = kernel[grid](*arguments, enable_fp_fusion=True, **options)
+    if isinstance(compiled, CompiledKernel):  # not one that is still being compiled, or interpreted
+        _compiled[key] = kernel, compiled

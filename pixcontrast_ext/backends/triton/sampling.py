@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from pixcontrast_ext.backends.calls import Sampling
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.pools import select_threshold, sort_pools
 
@@ -138,26 +138,15 @@ def sampling_select_kernel(
             row += tl.sum(chosen.to(tl.int32), 0)
 
 
-def hard_anchor_sampling(
-    labels: Tensor,  # [B, H, W] int64
-    predictions: Tensor,  # [B, H, W] int64
-    priority: Tensor,  # [B, H, W] int32
-    num_classes: int,
-    max_samples: int,
-    max_views: int,
-    min_pixels: int,
-    ignore_index: int,
-    indices: Tensor,  # [max_samples] int64, out
-    anchor_labels: Tensor,  # [max_samples] int32, out
-    count: Tensor,  # [] int32, out
-) -> None:
+def hard_anchor_sampling(call: Sampling) -> None:
+    labels, num_classes = call.labels, call.num_classes
     batch, pixels = labels.shape[0], labels.shape[1] * labels.shape[2]
     if batch * pixels == 0:
-        indices.zero_()
-        anchor_labels.fill_(-1)
-        count.zero_()
+        call.indices.zero_()
+        call.anchor_labels.fill_(-1)
+        call.count.zero_()
         return
-    pools = sort_pools(labels, predictions, priority, num_classes, ignore_index)
+    pools = sort_pools(labels, call.predictions, call.priority, num_classes, call.ignore_index)
     pairs = num_classes * batch
     pool_keep = labels.new_empty(pairs, 2, dtype=torch.int32)
     pool_rows = torch.empty_like(pool_keep)
@@ -165,19 +154,19 @@ def hard_anchor_sampling(
     launch.launch(
         sampling_plan_kernel,
         (1,),
-        priority,
+        call.priority,
         pools.keys,
         pools.starts,
         *sizes,
-        max_samples,
-        min(max_views, max_samples),
-        min_pixels,
+        call.max_samples,
+        min(call.max_views, call.max_samples),
+        call.min_pixels,
         labels.new_empty(pairs),
         pool_keep,
         pool_rows,
-        indices,
-        anchor_labels,
-        count,
+        call.indices,
+        call.anchor_labels,
+        call.count,
         **_PLAN,
     )
     launch.launch(
@@ -188,7 +177,7 @@ def hard_anchor_sampling(
         *sizes,
         pool_keep,
         pool_rows,
-        indices,
-        anchor_labels,
+        call.indices,
+        call.anchor_labels,
         **_SELECT,
     )

@@ -20,7 +20,7 @@ atomic. Scores are in units of log2: scale = log2(e) / temperature, applied to t
     backward.py   the gradient of the keys
 """
 
-from pixcontrast_ext.backends.triton.infonce.backward import infonce_backward_keys, infonce_backward_symmetric
+from pixcontrast_ext.backends.triton.infonce.backward import infonce_backward
 from pixcontrast_ext.backends.triton.infonce.forward import infonce_forward
 
-__all__ = ["infonce_backward_keys", "infonce_backward_symmetric", "infonce_forward"]
+__all__ = ["infonce_backward", "infonce_forward"]

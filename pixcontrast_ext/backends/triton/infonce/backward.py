@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends import splits
+from pixcontrast_ext.backends.calls import InfonceBackward
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     MOST_BLOCKS,
@@ -176,15 +176,8 @@ def infonce_bwd_finish_kernel(grad_parts, splits, size, grad, BLOCK: tl.constexp
     tl.store(grad + elements, total, mask=elements < size)
 
 
-def _backward(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    others: tuple[Tensor, Tensor] | None,  # keys and their labels; None: the anchors themselves
-    terms: Terms,
-    temperature: float,
-    exclude_self: bool,
-    grad: Tensor,
-) -> None:
+def infonce_backward(call: InfonceBackward) -> None:
+    anchors, grad = call.anchors, call.grad
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     if num_rows == 0:
         return
@@ -193,51 +186,22 @@ def _backward(
         return
     *_, of = passes(anchors)
     row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
-    splits = schedule.splits(row_tiles, column_tiles, of.slots, of.columns)
+    shares = splits.splits(row_tiles, column_tiles, of.slots, of.columns)
+    terms = Terms(call.neg_lse, call.pos_weight, call.grad_scale)
     sides, factors, guarded = prepare(
-        anchors, anchor_labels, others, of, terms=terms, temperature=temperature
+        anchors, call.anchor_labels, call.others, of, terms=terms, temperature=call.temperature
     )
-    grad_parts = grad if splits == 1 else grad.new_empty(splits, *grad.shape)
+    grad_parts = grad if shares == 1 else grad.new_empty(shares, *grad.shape)
     launch.launch(
         infonce_bwd_keys_kernel,
-        (row_tiles, splits, of.beside),
+        (row_tiles, shares, of.beside),
         *(sides, factors, grad_parts),
-        *(num_anchors, num_rows, int(exclude_self), scale_of(temperature)),
-        SYMMETRIC=others is None,
+        *(num_anchors, num_rows, int(call.exclude_self), scale_of(call.temperature)),
+        SYMMETRIC=call.others is None,
         GUARDED=guarded,
         WALK=of.walk,
         **of.options,
     )
-    if splits > 1:
+    if shares > 1:
         grid = (triton.cdiv(grad.numel(), _FINISH["BLOCK"]),)
-        launch.launch(infonce_bwd_finish_kernel, grid, grad_parts, splits, grad.numel(), grad, **_FINISH)
-
-
-def infonce_backward_keys(
-    anchors: Tensor,  # [A, D]
-    anchor_labels: Tensor,  # [A] int32
-    keys: Tensor,  # [K, D]
-    key_labels: Tensor,  # [K] int32
-    neg_lse: Tensor,  # [A] float32
-    pos_weight: Tensor,  # [A] float32
-    grad_scale: Tensor,  # [A] float32, g / |P|
-    temperature: float,
-    exclude_self: bool,
-    key_grad: Tensor,  # [K, D] float32, out
-) -> None:
-    terms = Terms(neg_lse, pos_weight, grad_scale)
-    _backward(anchors, anchor_labels, (keys, key_labels), terms, temperature, exclude_self, key_grad)
-
-
-def infonce_backward_symmetric(
-    anchors: Tensor,  # [A, D], the keys as well
-    anchor_labels: Tensor,  # [A] int32
-    neg_lse: Tensor,  # [A] float32
-    pos_weight: Tensor,  # [A] float32
-    grad_scale: Tensor,  # [A] float32, g / |P|
-    temperature: float,
-    exclude_self: bool,
-    anchor_grad: Tensor,  # [A, D] float32, out
-) -> None:
-    terms = Terms(neg_lse, pos_weight, grad_scale)
-    _backward(anchors, anchor_labels, None, terms, temperature, exclude_self, anchor_grad)
+        launch.launch(infonce_bwd_finish_kernel, grid, grad_parts, shares, grad.numel(), grad, **_FINISH)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from pixcontrast_ext.backends import schedule
+from pixcontrast_ext.backends import splits
+from pixcontrast_ext.backends.calls import InfonceForward
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     NO_LABEL,
@@ -397,57 +397,44 @@ def infonce_fwd_finish_kernel(
             tl.store(lines, tl.where(contrasts[:, None], grad, 0.0), mask=written)
 
 
-def infonce_forward(
-    anchors: Tensor,  # [A, D]
-    anchor_labels: Tensor,  # [A] int32
-    keys: Tensor,  # [K, D]
-    key_labels: Tensor,  # [K] int32
-    temperature: float,
-    exclude_self: bool,
-    loss: Tensor,  # [A] float32, out
-    neg_lse: Tensor,  # [A] float32, out
-    pos_weight: Tensor,  # [A] float32, out
-    pos_count: Tensor,  # [A] int32, out
-    anchor_grad: Tensor | None,  # [A, D] float32, out
-) -> None:
+def infonce_forward(call: InfonceForward) -> None:
+    anchors, keys, loss = call.anchors, call.keys, call.loss
     (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
     if num_anchors == 0:
         return
-    in_batch = (keys.data_ptr(), num_keys) == (anchors.data_ptr(), num_anchors) and (
-        key_labels.data_ptr() == anchor_labels.data_ptr()
-    )
     negatives, positives, _ = passes(anchors)
     row_tiles, num_tiles = triton.cdiv(num_anchors, negatives.rows), triton.cdiv(num_keys, negatives.columns)
-    splits = schedule.splits(row_tiles, num_tiles, negatives.slots, negatives.columns)
-    fewest = schedule.fewest_splits(num_tiles, negatives.columns)
+    shares = splits.splits(row_tiles, num_tiles, negatives.slots, negatives.columns)
+    fewest = splits.fewest_splits(num_tiles, negatives.columns)
     pieces = negatives.columns // positives.columns
     most = max(fewest, min(positives.slots // triton.cdiv(num_anchors, positives.rows), num_tiles * pieces))
 
-    ranges = anchor_labels.new_empty(3, num_tiles)
-    others = None if in_batch else (keys, key_labels)
-    sides, _, guarded = prepare(anchors, anchor_labels, others, negatives, ranges)
+    ranges = call.anchor_labels.new_empty(3, num_tiles)
+    others = None if call.in_batch else (keys, call.key_labels)
+    sides, _, guarded = prepare(anchors, call.anchor_labels, others, negatives, ranges)
     plan = plan_of(sides.anchor_labels, ranges, positives.rows, positives.slots, fewest, most)
-    with_grad = anchor_grad is not None
+    with_grad = call.anchor_grad is not None
     beside = negatives.beside if with_grad else 1
-    sums = loss.new_empty(1 + beside, splits, num_anchors)
+    sums = loss.new_empty(1 + beside, shares, num_anchors)
     part_loss, part_weight, part_count = loss.new_empty(3, most, num_anchors)
     parts = Parts(
         largest=sums[0],
-        again=anchor_labels.new_empty(row_tiles),
+        again=call.anchor_labels.new_empty(row_tiles),
         shift=torch.empty_like(loss),
         total=sums[1:],
-        away=loss.new_empty(splits, num_anchors, channels) if with_grad else loss,
+        away=loss.new_empty(shares, num_anchors, channels) if with_grad else loss,
         loss=part_loss,
         pos_weight=part_weight,
         pos_count=part_count.view(torch.int32),
         towards=loss.new_empty(most, num_anchors, channels) if with_grad else loss,
     )
-    outs = Outputs(loss, neg_lse, pos_weight, pos_count, loss if anchor_grad is None else anchor_grad)
-    counts, scale = (num_anchors, num_keys), scale_of(temperature)
+    grad = loss if call.anchor_grad is None else call.anchor_grad
+    outs = Outputs(loss, call.neg_lse, call.pos_weight, call.pos_count, grad)
+    counts, scale = (num_anchors, num_keys), scale_of(call.temperature)
     for again in (False, True):
         launch.launch(
             infonce_fwd_shift_kernel,
-            (row_tiles, splits),
+            (row_tiles, shares),
             *(sides, plan, parts, *counts, int(with_grad)),
             AGAIN=again,
             GUARDED=guarded,
@@ -456,7 +443,7 @@ def infonce_forward(
         )
         launch.launch(
             infonce_fwd_negatives_kernel,
-            (row_tiles, splits, beside),
+            (row_tiles, shares, beside),
             *(sides, plan, parts, *counts, num_tiles, int(again), scale),
             GUARDED=guarded,
             WITH_GRAD=with_grad,
@@ -466,8 +453,8 @@ def infonce_forward(
     launch.launch(
         infonce_fwd_positives_kernel,
         (min(positives.slots, num_anchors * most), positives.beside if with_grad else 1),
-        *(sides, plan, parts, *counts, num_tiles, splits, int(exclude_self), scale),
-        IN_ORDER=in_batch,
+        *(sides, plan, parts, *counts, num_tiles, shares, int(call.exclude_self), scale),
+        IN_ORDER=call.in_batch,
         PIECES=pieces,
         GUARDED=guarded,
         WITH_GRAD=with_grad,
@@ -477,7 +464,7 @@ def infonce_forward(
     launch.launch(
         infonce_fwd_finish_kernel,
         (triton.cdiv(num_anchors, _FINISH["ROWS"]),),
-        *(sides, plan, parts, outs, num_anchors, splits, 1.0 / temperature),
+        *(sides, plan, parts, outs, num_anchors, shares, 1.0 / call.temperature),
         WITH_GRAD=with_grad,
         WALK=negatives.walk,
         BLOCK=negatives.walk.chunk.value,

@@ -10,8 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from pixcontrast_ext.backends import schedule
-from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends import device as devices
+from pixcontrast_ext.backends import precision
 from pixcontrast_ext.backends.triton.numerics import LOG2E
 
 
@@ -92,7 +92,7 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
         return Arithmetic(0, 1, 2, False)
     if dtype == torch.float16:
         return Arithmetic(0, 1, 1, True)
-    planes = 2 if schedule.full_float32(dtype) else 1
+    planes = 2 if precision.full_float32(dtype) else 1
     return Arithmetic(planes, planes, planes, True)
 
 
@@ -168,8 +168,10 @@ def _passes(major: int, multiprocessors: int, how: Arithmetic, channels: int) ->
 
 def passes(rows: Tensor) -> tuple[Pass, Pass, Pass]:
     """Of the negatives, of the positives and of the backward, for rows like these."""
-    major = 9 if launch.capability(rows.device)[0] == 9 else 8  # what fits an A100 runs on those after Hopper
-    return _passes(major, launch.multiprocessors(rows.device), arithmetic(rows.dtype), rows.shape[1])
+    major = (
+        9 if devices.gpu.capability(rows.device)[0] == 9 else 8
+    )  # what fits an A100 runs on those after Hopper
+    return _passes(major, devices.gpu.multiprocessors(rows.device), arithmetic(rows.dtype), rows.shape[1])
 
 
 def scale_of(temperature: float) -> float:

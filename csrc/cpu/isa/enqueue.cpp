@@ -5,10 +5,10 @@
 // translation unit: no standard templates, only loops.
 #include <cstring>
 
-#include "cpu.h"
-#include "half.h"
+#include "../cpu.h"
+#include "../half.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
@@ -70,7 +70,7 @@ void add(const Group* groups, int64_t num_groups, const float* const* planes, co
 
 }  // namespace
 
-void add_squares(int32_t dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
+void add_squares(DType dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
                  float* sums) {
   with_dtype(dtype, [&](auto* element) {
     add_squares_of(static_cast<decltype(element)>(const_cast<void*>(planes)), num_planes, stride, size, sums);
@@ -87,4 +87,4 @@ void add_groups(const Group* groups, int64_t num_groups, const float* const* pla
 }
 
 }  // namespace PXC_ISA
-}  // namespace pxc
+}  // namespace pxc::cpu

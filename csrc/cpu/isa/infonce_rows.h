@@ -8,10 +8,10 @@
 
 #include <cmath>
 
-#include "../params.h"
+#include "../../params.h"
 #include "vector_math.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
@@ -68,12 +68,12 @@ inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
   for (int64_t j = 0; p.anchor_index && j < p.num_keys; ++j) {
     if (p.key_index[j] == p.anchor_index[i]) self = j;
   }
-  const float neg_lse = p.neg_lse[i];
+  const float neg_lse_log2 = p.neg_lse_log2[i];
   float loss = 0.f, weight = 0.f;
 #pragma omp simd reduction(+ : loss, weight)
   for (int64_t j = 0; j < p.num_keys; ++j) {
     float softplus, sigmoid;
-    softplus_sigmoid(neg_lse - scores[j] * p.scale, &softplus, &sigmoid);
+    softplus_sigmoid(neg_lse_log2 - scores[j] * p.scale, &softplus, &sigmoid);
     softplus = j == self ? 0.f : softplus;
     sigmoid = j == self ? 0.f : sigmoid;
     scores[j] = sigmoid;
@@ -87,4 +87,4 @@ inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
 
 }  // namespace
 }  // namespace PXC_ISA
-}  // namespace pxc
+}  // namespace pxc::cpu

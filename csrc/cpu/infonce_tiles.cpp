@@ -4,7 +4,7 @@
 
 #include "cpu.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace {
 
 // First position at or after `start` whose label differs from the one there.
@@ -69,4 +69,4 @@ void collect_keys(const CollectKeysParams& p) {
   *p.found = found;
 }
 
-}  // namespace pxc
+}  // namespace pxc::cpu

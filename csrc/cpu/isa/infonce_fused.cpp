@@ -14,11 +14,11 @@
 
 #include <cmath>
 
-#include "cpu.h"
-#include "half.h"
+#include "../cpu.h"
+#include "../half.h"
 #include "infonce_rows.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
@@ -240,7 +240,7 @@ class Walk {
     const int64_t channel_words =
         p_.negatives ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
     turn_ ^= 1;
-    Word* buffer = static_cast<Word*>(p_.panels) + turn_ * (key_words + channel_words);
+    Word* buffer = static_cast<Word*>(p_.panels.data) + turn_ * (key_words + channel_words);
     const Panels panels{buffer, p_.negatives ? buffer + key_words : nullptr};
     for (int64_t first = kPanel * thread_; first < tile_.count; first += kPanel * num_threads_) {
       for (int64_t channel = 0; channel < p_.channels; channel += kPanel) pack_square(first, channel, panels);
@@ -253,7 +253,7 @@ class Walk {
   void pack_square(int64_t first, int64_t channel, const Panels& panels) {
     constexpr int kWords = kPanel / Multiply::kPerWord;
     typename Multiply::Element square[kPanel][kPanel] = {};
-    const Key* keys = static_cast<const Key*>(p_.keys) + channel;
+    const Key* keys = static_cast<const Key*>(p_.keys.data) + channel;
     const int64_t num_keys = tile_.count - first < kPanel ? tile_.count - first : kPanel;
     const int64_t num_channels = p_.channels - channel < kPanel ? p_.channels - channel : kPanel;
     for (int64_t j = 0; j < num_keys; ++j) {
@@ -277,7 +277,7 @@ class Walk {
   }
 
   void scores_of(Range rows, const Panels& panels) {
-    const Word* anchors = static_cast<const Word*>(p_.anchors) + rows.start * words_;
+    const Word* anchors = static_cast<const Word*>(p_.anchors.data) + rows.start * words_;
     for (int64_t first = 0; first < tile_.count; first += kPanel) {
       multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, words_,
                                                   scores_[0] + first, kBlockK, kPanel, false});
@@ -299,9 +299,17 @@ class Walk {
   template <bool Masked>
   void negatives_block(Range rows, const Panels& panels) {
     scores_of(rows, panels);
-    const NegativesParams p{nullptr,  p_.num_rows, tile_.count, p_.anchor_labels, tile_.labels,
-                            p_.scale, p_.shift,    p_.sum,      p_.negatives,     p_.channels,
-                            1};
+    const NegativesParams p{.scores = nullptr,
+                            .num_rows = p_.num_rows,
+                            .num_keys = tile_.count,
+                            .anchor_labels = p_.anchor_labels,
+                            .key_labels = tile_.labels,
+                            .scale = p_.scale,
+                            .shift = p_.shift,
+                            .sum = p_.sum,
+                            .output = p_.negatives,
+                            .channels = p_.channels,
+                            .threads = 1};
     float shifts[kBlockA];
     for (int64_t i = rows.start; i < rows.stop; ++i) {
       shifts[i - rows.start] = p_.shift[i];
@@ -311,8 +319,9 @@ class Walk {
     if constexpr (Multiply::kPerWord == 1) {
       add_keys(rows, scores_[0], panels, p_.negatives);
     } else {
-      // O is divided by the sum of what it was made of: what keys have in common would else be off by the
-      // roundings, while the gradient holds only what they differ in.
+      // Finish divides O by the sum of the *rounded* weights. With the exact sum, rounding would leave an
+      // error along the direction that all keys share, and the gradient is what remains once that direction
+      // cancels.
       for (int64_t i = rows.start; i < rows.stop; ++i) {
         const int64_t row = i - rows.start;
         if (p_.shift[i] != shifts[row]) p_.weight_sum[i] *= exp2(shifts[row] - p_.shift[i]);
@@ -324,9 +333,17 @@ class Walk {
 
   void positives_block(Range rows, const Panels& panels) {
     scores_of(rows, panels);
-    const PositivesParams p{nullptr,    p_.num_rows, tile_.count, p_.neg_lse,        p_.anchor_index,
-                            tile_.keys, p_.scale,    p_.loss_sum, p_.pos_weight_sum, p_.pos_counts,
-                            1};
+    const PositivesParams p{.scores = nullptr,
+                            .num_rows = p_.num_rows,
+                            .num_keys = tile_.count,
+                            .neg_lse_log2 = p_.neg_lse_log2,
+                            .anchor_index = p_.anchor_index,
+                            .key_index = tile_.keys,
+                            .scale = p_.scale,
+                            .loss_sum = p_.loss_sum,
+                            .pos_weight_sum = p_.pos_weight_sum,
+                            .pos_counts = p_.pos_counts,
+                            .threads = 1};
     for (int64_t i = rows.start; i < rows.stop; ++i) positives_row(p, i, scores_[i - rows.start]);
     if (!p_.positives) return;
     if constexpr (Multiply::kPerWord == 1) {
@@ -364,7 +381,8 @@ void walk(const FusedForwardParams& p) {
     walk.negatives();
 #pragma omp barrier
 #pragma omp for
-    for (int64_t i = 0; i < p.num_rows; ++i) p.neg_lse[i] = float(p.shift[i] + std::log2(double(p.sum[i])));
+    for (int64_t i = 0; i < p.num_rows; ++i)
+      p.neg_lse_log2[i] = float(p.shift[i] + std::log2(double(p.sum[i])));
     walk.positives();
   }
 }
@@ -373,19 +391,12 @@ void walk(const FusedForwardParams& p) {
 
 void fused_forward(const FusedForwardParams& p) {
 #ifdef __AVX512BF16__
-  if (DType(p.keys_dtype) == DType::kBFloat16) return walk<BFloat16, BFloat16Pair>(p);
+  if (p.keys.dtype == DType::kBFloat16) return walk<BFloat16, BFloat16Pair>(p);
   avx512::fused_forward(p);
 #else
-  switch (DType(p.keys_dtype)) {
-    case DType::kFloat32:
-      return walk<float, Float32>(p);
-    case DType::kFloat16:
-      return walk<Half, Float32>(p);
-    case DType::kBFloat16:
-      return walk<BFloat16, Float32>(p);
-  }
+  with_dtype(p.keys.dtype, [&](auto* key) { walk<std::remove_pointer_t<decltype(key)>, Float32>(p); });
 #endif
 }
 
 }  // namespace PXC_ISA
-}  // namespace pxc
+}  // namespace pxc::cpu

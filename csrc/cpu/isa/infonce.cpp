@@ -8,17 +8,17 @@
 // translation unit: no standard templates, only loops.
 #include <cmath>
 
-#include "cpu.h"
-#include "half.h"
+#include "../cpu.h"
+#include "../half.h"
 #include "infonce_rows.h"
 
-namespace pxc {
+namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
 template <class In>
 void widen_rows(const WidenParams& p) {
-  const In* source = static_cast<const In*>(p.source);
+  const In* source = static_cast<const In*>(p.source.data);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
     const In* from = source + (p.indices ? p.indices[i] : i) * p.channels;
@@ -31,14 +31,7 @@ void widen_rows(const WidenParams& p) {
 }  // namespace
 
 void widen(const WidenParams& p) {
-  switch (DType(p.source_dtype)) {
-    case DType::kFloat32:
-      return widen_rows<float>(p);
-    case DType::kFloat16:
-      return widen_rows<Half>(p);
-    case DType::kBFloat16:
-      return widen_rows<BFloat16>(p);
-  }
+  with_dtype(p.source.dtype, [&](auto* in) { widen_rows<std::remove_pointer_t<decltype(in)>>(p); });
 }
 
 void negatives(const NegativesParams& p) {
@@ -87,26 +80,26 @@ void finish(const FinishParams& p) {
 namespace {
 
 // ds of eq. (5) for one logit, seen from one anchor.
-inline float coefficient(float score_log2, bool positive, float neg_lse, float neg_scale, float pos_scale) {
-  const float u = neg_lse - score_log2;
+inline float score_gradient(float score_log2, bool positive, float neg_lse_log2, float push, float pull) {
+  const float u = neg_lse_log2 - score_log2;
   const float e = exp2(positive ? -std::fabs(u) : -u);
   const float r = 1.f / (1.f + e);
-  return positive ? -pos_scale * (u > 0.f ? r : e * r) : neg_scale * e;
+  return positive ? -pull * (u > 0.f ? r : e * r) : push * e;
 }
 
 template <bool Symmetric>
-void coefficients_row(const CoefficientsParams& p, int64_t i) {
+void score_gradients_row(const ScoreGradientParams& p, int64_t i) {
   float* scores = p.scores + i * p.num_anchors;
   const int32_t label = p.row_labels[i];
-  const float row_neg_lse = Symmetric ? p.row_neg_lse[i] : 0.f;
-  const float row_neg_scale = Symmetric ? p.row_neg_scale[i] : 0.f;
-  const float row_pos_scale = Symmetric ? p.row_pos_scale[i] : 0.f;
+  const float row_neg_lse_log2 = Symmetric ? p.row_neg_lse_log2[i] : 0.f;
+  const float row_push = Symmetric ? p.row_push[i] : 0.f;
+  const float row_pull = Symmetric ? p.row_pull[i] : 0.f;
 #pragma omp simd
   for (int64_t j = 0; j < p.num_anchors; ++j) {
     const float score = scores[j] * p.scale;
     const bool positive = p.anchor_labels[j] == label;
-    float ds = coefficient(score, positive, p.neg_lse[j], p.neg_scale[j], p.pos_scale[j]);
-    if (Symmetric) ds += coefficient(score, positive, row_neg_lse, row_neg_scale, row_pos_scale);
+    float ds = score_gradient(score, positive, p.neg_lse_log2[j], p.push[j], p.pull[j]);
+    if (Symmetric) ds += score_gradient(score, positive, row_neg_lse_log2, row_push, row_pull);
     scores[j] = ds;
   }
   for (int64_t j = 0; p.row_index && j < p.num_anchors; ++j) {
@@ -116,18 +109,18 @@ void coefficients_row(const CoefficientsParams& p, int64_t i) {
 
 }  // namespace
 
-void coefficients(const CoefficientsParams& p) {
+void score_gradients(const ScoreGradientParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
     if (p.row_labels[i] < 0) {
       for (int64_t j = 0; j < p.num_anchors; ++j) p.scores[i * p.num_anchors + j] = 0.f;
-    } else if (p.row_neg_lse) {
-      coefficients_row<true>(p, i);
+    } else if (p.row_neg_lse_log2) {
+      score_gradients_row<true>(p, i);
     } else {
-      coefficients_row<false>(p, i);
+      score_gradients_row<false>(p, i);
     }
   }
 }
 
 }  // namespace PXC_ISA
-}  // namespace pxc
+}  // namespace pxc::cpu

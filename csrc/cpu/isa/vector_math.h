@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-namespace pxc {
+namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
@@ -54,4 +54,4 @@ inline void softplus_sigmoid(float u_log2, float* softplus, float* sigmoid) {
 
 }  // namespace
 }  // namespace PXC_ISA
-}  // namespace pxc
+}  // namespace pxc::cpu

@@ -1,0 +1,141 @@
+// How a kernel is exposed to Python: as a function of keyword arguments named like the fields of its struct,
+// which stand beside the struct in params.h.
+//
+// A pointer comes as (address, dtype) or None, and is refused unless the dtype is the field's own; a tensor
+// of any strides as (address, dtype, sizes, strides). A missing or superfluous field is a TypeError. The GIL
+// is released while a kernel runs, and no struct outlives its call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <iterator>
+#include <string>
+#include <type_traits>
+
+#include "params.h"
+
+namespace pxc::seam {
+
+namespace py = pybind11;
+
+constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "float64", "int32", "int64"};
+
+// What a pointer of this type points to. Tensors have no unsigned integers of these sizes; their bits serve.
+template <class Element>
+constexpr DType dtype_of() {
+  using Plain = std::remove_const_t<Element>;
+  if constexpr (std::is_same_v<Plain, float>) return DType::kFloat32;
+  if constexpr (std::is_same_v<Plain, Float16>) return DType::kFloat16;
+  if constexpr (std::is_same_v<Plain, double>) return DType::kFloat64;
+  if constexpr (std::is_same_v<Plain, int32_t>) return DType::kInt32;
+  if constexpr (std::is_same_v<Plain, int64_t> || std::is_same_v<Plain, uint64_t>) return DType::kInt64;
+}
+
+// Reads named fields out of keyword arguments and counts them, so that none is left over.
+class Fields {
+ public:
+  Fields(const char* kernel, const py::kwargs& values) : kernel_(kernel), values_(values) {}
+
+  template <class Value>
+  void operator()(const char* name, Value& field) {
+    if (!values_.contains(name)) throw py::type_error(std::string(kernel_) + ": missing field: " + name);
+    assign(name, field, values_[name]);
+    ++used_;
+  }
+
+  void done() const {
+    if (used_ != values_.size())
+      throw py::type_error(std::string(kernel_) +
+                           ": superfluous fields: " + std::to_string(values_.size() - used_));
+  }
+
+ private:
+  template <class Number>
+  void assign(const char*, Number& field, const py::handle& value) {
+    field = value.cast<Number>();
+  }
+
+  template <class Element>
+  void assign(const char* name, Element*& field, const py::handle& value) {
+    field = nullptr;
+    if (value.is_none()) return;
+    const auto [address, dtype] = value.cast<std::pair<uintptr_t, int32_t>>();
+    expect(name, kDTypeNames[int(dtype_of<Element>())], DType(dtype) == dtype_of<Element>(), dtype);
+    field = reinterpret_cast<Element*>(address);
+  }
+
+  template <class Void>
+  void assign(const char* name, Array<Void>& field, const py::handle& value) {
+    field = {};
+    if (value.is_none()) return;
+    const auto [address, dtype] = value.cast<std::pair<uintptr_t, int32_t>>();
+    expect(name, "float32, float16 or bfloat16", is_row_type(dtype), dtype);
+    field = {reinterpret_cast<Void*>(address), DType(dtype)};
+  }
+
+  using Strided = std::tuple<uintptr_t, int32_t, std::array<int64_t, 4>, std::array<int64_t, 4>>;
+
+  void assign(const char* name, EmbeddingMap& field, const py::handle& value) {
+    const auto [address, dtype, sizes, strides] = value.cast<Strided>();
+    expect(name, "float32, float16 or bfloat16", is_row_type(dtype), dtype);
+    field = {reinterpret_cast<const void*>(address),
+             DType(dtype),
+             sizes[0],
+             sizes[1],
+             sizes[2],
+             sizes[3],
+             strides[0],
+             strides[1],
+             strides[2],
+             strides[3]};
+    map_ = &field;
+  }
+
+  void assign(const char* name, GradientMap& field, const py::handle& value) {
+    const auto [address, dtype, sizes, strides] = value.cast<Strided>();
+    expect(name, kDTypeNames[int(map_->map_dtype)], DType(dtype) == map_->map_dtype, dtype);
+    if (sizes != std::array{map_->batch, map_->channels, map_->height, map_->width})
+      throw py::value_error(std::string(kernel_) + ": " + name + " must have the shape of the map");
+    field = {reinterpret_cast<void*>(address), strides[0], strides[1], strides[2], strides[3]};
+  }
+
+  static bool is_row_type(int32_t dtype) { return dtype >= 0 && dtype <= int32_t(DType::kBFloat16); }
+
+  void expect(const char* name, const char* expected, bool right, int32_t dtype) const {
+    if (right) return;
+    const bool known = dtype >= 0 && dtype < int32_t(std::size(kDTypeNames));
+    throw py::type_error(std::string(kernel_) + ": " + name + " must be " + expected + ", got " +
+                         (known ? kDTypeNames[dtype] : "another dtype"));
+  }
+
+  const char* kernel_;
+  const py::kwargs& values_;
+  const EmbeddingMap* map_ = nullptr;  // a gradient has its dtype and sizes
+  size_t used_ = 0;
+};
+
+template <class Params>
+using Kernel = void (*)(const Params&);
+
+// `find` names the kernel at the time of the call: the instruction set may have been changed since.
+template <class Params, class Find>
+void def_late(py::module_& m, const char* name, Find find) {
+  m.def(name, [name, find](const py::kwargs& values) {
+    Params params{};
+    Fields fields(name, values);
+    params.each_field(fields);
+    fields.done();
+    const Kernel<Params> kernel = find();
+    const py::gil_scoped_release release;
+    kernel(params);
+  });
+}
+
+template <class Params>
+void def(py::module_& m, const char* name, Kernel<Params> kernel) {
+  def_late<Params>(m, name, [kernel] { return kernel; });
+}
+
+}  // namespace pxc::seam

@@ -1,0 +1,200 @@
+"""What a backend is asked: a record per op, of inputs and of outputs to fill, which the op has checked and allocated.
+
+Tensors are contiguous, but for maps, whose strides are any. Every field is one of the struct of the same name in
+csrc/params.h, where there is one; `sizes` are its other fields, those that the kernels cannot ask a tensor for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Sampling:
+    """Anchors of a batch; the rules are those of `reference.hard_anchor_sampling`."""
+
+    labels: Tensor  # [B, H, W] int64
+    predictions: Tensor  # [B, H, W] int64
+    priority: Tensor  # [B, H, W] int32
+    num_classes: int
+    max_samples: int
+    max_views: int
+    min_pixels: int
+    ignore_index: int
+    indices: Tensor  # [max_samples] int64 out
+    anchor_labels: Tensor  # [max_samples] int32 out
+    count: Tensor  # [] int32 out
+
+    def sizes(self) -> dict[str, int]:
+        batch, height, width = self.labels.shape
+        return {"batch": batch, "pixels": height * width}
+
+
+@dataclass(slots=True)
+class Gather:
+    """Chosen pixels of a map as rows; with `normalize` of unit length, or 0 where that is 0."""
+
+    embeddings: Tensor  # [B, D, H, W], any strides
+    indices: Tensor  # [A] int64, flat over B * H * W
+    normalize: bool
+    dtype: InitVar[torch.dtype]
+    rows: Tensor  # [A, D] out
+    inv_norm: Tensor  # [A] out, fp32 or fp64: times which pixels became rows
+
+    def sizes(self) -> dict[str, int]:
+        return {"num_rows": self.indices.shape[0]}
+
+
+@dataclass(slots=True)
+class GatherBackward:
+    """The gradient of a map, of which every element is written."""
+
+    grad_rows: Tensor  # [A, D]
+    embeddings: Tensor  # [B, D, H, W], any strides
+    indices: Tensor  # [A] int64
+    inv_norm: Tensor  # [A], of the forward
+    normalize: bool
+    grad_embeddings: Tensor  # [B, D, H, W] dense, out
+
+    def sizes(self) -> dict[str, int]:
+        return {"num_rows": self.indices.shape[0]}
+
+
+@dataclass(slots=True)
+class Collect:
+    """What a batch offers a bank: for each (image, class) its region, then its pixels of smallest (priority, pixel) in
+    pixel order. A row whose norm is 0 or not finite is not offered: label -1, all zeros.
+    """
+
+    embeddings: Tensor  # [B, D, H, W], any strides
+    labels: Tensor  # [B, H, W] int64
+    priority: Tensor  # [B, H, W] int32
+    num_classes: int  # C
+    pixels_per_image: int  # k
+    ignore_index: int
+    normalize: bool
+    dtype: InitVar[torch.dtype]
+    rows: Tensor  # [B, C, 1 + k, D] out
+    row_labels: Tensor  # [B, C, 1 + k] int32 out
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+
+@dataclass(slots=True)
+class Write:
+    """Rows to append to the rings of a bank, in image order; of more than a ring holds, the last ones stay."""
+
+    rows: Tensor  # [N, C, 1 + k, D], dtype of the keys
+    row_labels: Tensor  # [N, C, 1 + k] int32
+    keys: Tensor  # [C, R + P, D] in and out
+    key_labels: Tensor  # [C, R + P] int32 in and out
+    region_ptr: Tensor  # [C] int64 in and out, and so the next three
+    region_fill: Tensor
+    pixel_ptr: Tensor
+    pixel_fill: Tensor
+    region_slots: int  # R
+
+    def sizes(self) -> dict[str, int]:
+        batch, num_classes, per_class, channels = self.rows.shape
+        return {
+            "batch": batch,
+            "num_classes": num_classes,
+            "pixels_per_image": per_class - 1,
+            "row_bytes": channels * self.rows.element_size(),
+            "pixel_slots": self.keys.shape[1] - self.region_slots,
+        }
+
+
+@dataclass(slots=True)
+class InfonceForward:
+    """Eq. (1) to (4) of `reference.py`, and the gradient of the anchors for g = 1."""
+
+    anchors: Tensor  # [A, D]
+    anchor_labels: Tensor  # [A] int32
+    keys: Tensor  # [K, D]
+    key_labels: Tensor  # [K] int32
+    temperature: float
+    exclude_self: bool
+    with_grad: InitVar[bool]
+    loss: Tensor  # [A] out, fp32 or fp64, and so the others
+    neg_lse: Tensor  # [A] out
+    pos_weight: Tensor  # [A] out
+    pos_count: Tensor  # [A] int32 out
+    anchor_grad: Tensor | None  # [A, D] out; None without gradient
+
+    def __post_init__(self, with_grad: bool) -> None:
+        if not with_grad:
+            self.anchor_grad = None
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether the anchors are the keys."""
+        return (
+            self.keys.data_ptr() == self.anchors.data_ptr()
+            and self.key_labels.data_ptr() == self.anchor_labels.data_ptr()
+            and self.keys.shape == self.anchors.shape
+        )
+
+    def sizes(self) -> dict[str, int]:
+        return {"num_anchors": self.anchors.shape[0], "num_keys": self.keys.shape[0]}
+
+
+@dataclass(slots=True)
+class InfonceBackward:
+    """Eq. (6): the gradient of the keys, or both halves of that of anchors that are the keys."""
+
+    anchors: Tensor  # [A, D]
+    anchor_labels: Tensor  # [A] int32
+    keys: Tensor | None  # [K, D]; None: the anchors
+    key_labels: Tensor | None  # [K] int32
+    neg_lse: Tensor  # [A], of the forward
+    pos_weight: Tensor  # [A], of the forward
+    grad_scale: Tensor  # [A], g / |P|
+    temperature: float
+    exclude_self: bool
+    grad: Tensor  # [K, D] out, fp32 or fp64; [A, D] without keys
+
+    @property
+    def others(self) -> tuple[Tensor, Tensor] | None:
+        """The keys and their labels; None: the anchors and theirs."""
+        if self.keys is None or self.key_labels is None:
+            return None
+        return self.keys, self.key_labels
+
+    def sizes(self) -> dict[str, int]:
+        return {"num_anchors": self.anchors.shape[0], "num_keys": self.grad.shape[0]}
+
+
+Call = Sampling | Gather | GatherBackward | Collect | Write | InfonceForward | InfonceBackward
+
+
+class Backend(Protocol):
+    """What the module of a backend has."""
+
+    def unsupported(
+        self,
+        op: str,
+        dtype: torch.dtype | None,
+        channels: int | None = None,
+        device: torch.device | None = None,
+    ) -> str | None:
+        """Why a call cannot be served, or None if it can."""
+
+    def hard_anchor_sampling(self, call: Sampling) -> None: ...
+
+    def gather(self, call: Gather) -> None: ...
+
+    def gather_backward(self, call: GatherBackward) -> None: ...
+
+    def enqueue_collect(self, call: Collect) -> None: ...
+
+    def enqueue_write(self, call: Write) -> None: ...
+
+    def infonce_forward(self, call: InfonceForward) -> None: ...
+
+    def infonce_backward(self, call: InfonceBackward) -> None: ...

@@ -1,0 +1,363 @@
+"""InfoNCE on the CPU: a loop over tiles of anchors x keys small enough to stay in cache.
+
+With AVX-512 the forward is native throughout (`_FusedWalk`); elsewhere, and in the backward, the products are torch's
+and the steps between them native. Extra memory is a few tiles, whatever the number of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
+from pixcontrast_ext.backends.precision import full_float32_products
+
+# A tile of scores is 4 MiB, and is written and read three times while it is in the shared cache. Smaller tiles would
+# fit the cores' own caches, but cost more in starting and joining threads than they save.
+BLOCK_A = 1024
+BLOCK_K = 1024
+
+LOG2_E = math.log2(math.e)
+
+
+def _widen(source: Tensor, indices: Tensor | None, rows: Tensor) -> Tensor:
+    """rows[i] = source[indices[i]] in fp32; the first rows in their order if `indices` is None."""
+    native.launch(
+        "widen",
+        source=source,
+        indices=indices,
+        num_rows=rows.shape[0],
+        channels=rows.shape[1],
+        rows=rows,
+        threads=torch.get_num_threads(),
+    )
+    return rows
+
+
+def _plan_tiles(key_labels: Tensor, block_k: int, capacity: int = 0) -> Tensor:
+    """Tiles of up to block_k keys: [tiles, 3] int64 of (first, size, label or -1 if they differ)."""
+    capacity = capacity or key_labels.shape[0] // block_k * 2 + 64
+    tiles, count = torch.empty(capacity, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    native.launch(
+        "plan_tiles",
+        key_labels=key_labels,
+        num_keys=key_labels.shape[0],
+        max_keys=block_k,
+        tiles=tiles,
+        capacity=capacity,
+        num_tiles=count,
+    )
+    return tiles[: int(count)] if int(count) <= capacity else _plan_tiles(key_labels, block_k, int(count))
+
+
+class _Keys:
+    """Tiles of the keys, as fp32 copies in one buffer."""
+
+    def __init__(self, keys: Tensor, key_labels: Tensor):
+        self.keys, self.key_labels = keys, key_labels
+        self._buffer = torch.empty(min(BLOCK_K, keys.shape[0]), keys.shape[1], dtype=torch.float32)
+        self._indices = torch.empty(BLOCK_K, dtype=torch.int64)
+        self._cursor = torch.empty(2, dtype=torch.int64)
+        tiles = _plan_tiles(key_labels, BLOCK_K).tolist()
+        self.tiles: list[tuple[int, int, int]] = [tuple(tile) for tile in tiles]  # (first, size, label)
+
+    def rows(self, first: int, size: int) -> Tensor:
+        """Consecutive keys [size, D], whatever their labels.
+
+        Copied even if they are fp32 already: the products then find them in the cache, and take a tenth less time.
+        """
+        return _widen(self.keys[first : first + size], None, self._buffer[:size])
+
+    def labelled(self, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """Of consecutive keys those that have a label, and their labels: the others may hold anything, even
+        NaN.
+        """
+        labels = self.key_labels[first : first + size]
+        if (labels >= 0).all():
+            return self.rows(first, size), labels
+        chosen = (labels >= 0).nonzero().squeeze(1)
+        return _widen(self.keys, chosen + first, self._buffer[: chosen.shape[0]]), labels[chosen]
+
+    def of_class(self, label: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The keys of one class, in order: (rows [n, D] fp32, indices [n])."""
+        self._cursor[0] = 0
+        while self._cursor[0] < self.key_labels.shape[0]:
+            native.launch(
+                "collect_keys",
+                key_labels=self.key_labels,
+                num_keys=self.key_labels.shape[0],
+                max_keys=BLOCK_K,
+                label=label,
+                cursor=self._cursor[0],
+                indices=self._indices,
+                found=self._cursor[1],
+            )
+            size = int(self._cursor[1])
+            if size == 0:
+                return
+            indices = self._indices[:size]
+            first, last = int(indices[0]), int(indices[-1])
+            if last - first == size - 1 and self.keys.dtype == torch.float32:
+                yield self.keys[first : last + 1], indices  # too few anchors for a copy to pay
+            else:
+                yield _widen(self.keys, indices, self._buffer[:size]), indices
+
+
+class _AnchorBlock:
+    """Some anchors that have a label, sorted by class and widened to fp32, or bf16 as they are."""
+
+    def __init__(self, anchors: Tensor, anchor_labels: Tensor, order: Tensor, dtype: torch.dtype):
+        self.index = order  # [n], row of each in the caller's tensors
+        self.labels = anchor_labels[order]
+        if dtype == torch.float32:
+            self.rows = _widen(
+                anchors, order, torch.empty(order.shape[0], anchors.shape[1], dtype=torch.float32)
+            )
+        else:
+            self.rows = F.pad(anchors[order], (0, anchors.shape[1] % 2))  # bf16 is multiplied in pairs
+        classes, sizes = torch.unique_consecutive(self.labels, return_counts=True)
+        stops = sizes.cumsum(0).tolist()
+        starts = [0, *stops[:-1]]
+        self.ranges = {c: (a, b) for c, a, b in zip(classes.tolist(), starts, stops, strict=True)}
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def other_than(self, label: int) -> list[tuple[int, int]]:
+        """Ranges of the anchors that a key of `label` is a negative of."""
+        start, stop = self.ranges.get(label, (0, 0))
+        return [(a, b) for a, b in ((0, start), (stop, len(self))) if a < b]
+
+
+def _anchor_blocks(
+    anchors: Tensor, anchor_labels: Tensor, dtype: torch.dtype = torch.float32
+) -> Iterator[_AnchorBlock]:
+    order = torch.argsort(anchor_labels, stable=True)
+    order = order[int((anchor_labels < 0).sum()) :]
+    for start in range(0, order.shape[0], BLOCK_A):
+        yield _AnchorBlock(anchors, anchor_labels, order[start : start + BLOCK_A], dtype)
+
+
+class _Sums:
+    """What the two passes of the forward sum up for a block of anchors."""
+
+    def __init__(self, size: int, channels: int, with_grad: bool, rounds_weights: bool):
+        self.shift = torch.full((size,), -math.inf, dtype=torch.float32)
+        self.sum = torch.zeros(size, dtype=torch.float32)  # of exp2(score - shift)
+        self.weight_sum = torch.zeros_like(self.sum) if rounds_weights else self.sum
+        self.loss_sum = torch.zeros(size, dtype=torch.float64)
+        self.pos_weight_sum = torch.zeros(size, dtype=torch.float64)
+        self.pos_counts = torch.zeros(size, dtype=torch.int64)
+        # O of pass 1, before its division, and G of pass 2
+        self.negatives = torch.zeros(size, channels, dtype=torch.float32) if with_grad else None
+        self.positives = torch.zeros(size, channels, dtype=torch.float32) if with_grad else None
+
+
+def infonce_forward(call: InfonceForward) -> None:
+    outputs = (call.loss, 0), (call.neg_lse, -math.inf), (call.pos_weight, 0), (call.pos_count, 0)
+    for output, nothing in (*outputs, (call.anchor_grad, 0)):
+        if output is not None:
+            output.fill_(nothing)  # what rows without a label keep
+    dtype = native.fused_dtype(call.keys.dtype)
+    walk: _FusedWalk | _TorchWalk = (
+        _TorchWalk(call.keys, call.key_labels)
+        if dtype is None
+        else _FusedWalk(call.keys, call.key_labels, dtype)
+    )
+    channels, with_grad = call.anchors.shape[1], call.anchor_grad is not None
+    for block in _anchor_blocks(call.anchors, call.anchor_labels, dtype or torch.float32):
+        sums = _Sums(len(block), channels, with_grad, dtype == torch.bfloat16)
+        walk(block, LOG2_E / call.temperature, call.exclude_self, sums)
+        native.launch(
+            "infonce_finish",
+            num_rows=len(block),
+            channels=channels,
+            anchor_index=block.index,
+            **vars(sums),
+            temperature=call.temperature,
+            loss=call.loss,
+            neg_lse=call.neg_lse,
+            pos_weight=call.pos_weight,
+            pos_count=call.pos_count,
+            anchor_grad=call.anchor_grad,
+            threads=torch.get_num_threads(),
+        )
+
+
+class _FusedWalk:
+    """Both passes in one native call, whose products are its own."""
+
+    def __init__(self, keys: Tensor, key_labels: Tensor, dtype: torch.dtype):
+        self.keys, self.key_labels = keys, key_labels
+        self.block_k = native.FUSED_BLOCK_K
+        self.tiles = _plan_tiles(key_labels, self.block_k)
+        # a tile packed for either product, and the next tile
+        self.panels = torch.empty(2 * 2 * self.block_k * (-(-keys.shape[1] // 32) * 32), dtype=dtype)
+
+    def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
+        native.launch(
+            "infonce_fused_forward",
+            anchors=block.rows,
+            num_rows=len(block),
+            channels=self.keys.shape[1],
+            anchor_labels=block.labels,
+            anchor_index=block.index if exclude_self else None,
+            keys=self.keys,
+            key_labels=self.key_labels,
+            num_keys=self.keys.shape[0],
+            tiles=self.tiles,
+            num_tiles=self.tiles.shape[0],
+            scale=scale,
+            panels=self.panels,
+            neg_lse_log2=torch.empty(len(block), dtype=torch.float32),
+            **vars(sums),
+            threads=torch.get_num_threads(),
+        )
+
+
+class _TorchWalk:
+    """Both passes tile by tile, with products of torch."""
+
+    def __init__(self, keys: Tensor, key_labels: Tensor):
+        self.keys = _Keys(keys, key_labels)
+
+    def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
+        scores = torch.empty(len(block) * min(BLOCK_K, self.keys.keys.shape[0]), dtype=torch.float32)
+        with full_float32_products():
+            self._negatives(block, scale, scores, sums)
+            self._positives(block, scale, exclude_self, scores, sums)
+
+    def _negatives(self, block: _AnchorBlock, scale: float, scores: Tensor, sums: _Sums) -> None:
+        for first, size, label in self.keys.tiles:
+            if label >= 0:
+                tile, labels = self.keys.rows(first, size), None
+            else:
+                tile, labels = self.keys.labelled(first, size)
+            count = tile.shape[0]
+            for start, stop in block.other_than(label):
+                weights = torch.mm(
+                    block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
+                )
+                native.launch(
+                    "infonce_negatives",
+                    scores=weights,
+                    num_rows=stop - start,
+                    num_keys=count,
+                    anchor_labels=block.labels[start:stop],
+                    key_labels=labels,
+                    scale=scale,
+                    shift=sums.shift[start:stop],
+                    sum=sums.sum[start:stop],
+                    output=None if sums.negatives is None else sums.negatives[start:stop],
+                    channels=tile.shape[1],
+                    threads=torch.get_num_threads(),
+                )
+                if sums.negatives is not None:
+                    sums.negatives[start:stop].addmm_(weights, tile)
+
+    def _positives(
+        self, block: _AnchorBlock, scale: float, exclude_self: bool, scores: Tensor, sums: _Sums
+    ) -> None:
+        neg_lse_log2 = sums.shift + sums.sum.log2()
+        for label, (start, stop) in block.ranges.items():
+            for tile, indices in self.keys.of_class(label):
+                count = tile.shape[0]
+                sigma = torch.mm(
+                    block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
+                )
+                native.launch(
+                    "infonce_positives",
+                    scores=sigma,
+                    num_rows=stop - start,
+                    num_keys=count,
+                    neg_lse_log2=neg_lse_log2[start:stop],
+                    anchor_index=block.index[start:stop] if exclude_self else None,
+                    key_index=indices if exclude_self else None,
+                    scale=scale,
+                    loss_sum=sums.loss_sum[start:stop],
+                    pos_weight_sum=sums.pos_weight_sum[start:stop],
+                    pos_counts=sums.pos_counts[start:stop],
+                    threads=torch.get_num_threads(),
+                )
+                if sums.positives is not None:
+                    sums.positives[start:stop].addmm_(sigma, tile)
+
+
+class _Factors:
+    """What eq. (5) needs of each anchor of a block: the log-sum-exp, and g / (|P| temperature) with and without S.
+
+    An anchor without negatives has sigma = 0; +inf with factors of zero gives it that without a special case.
+    """
+
+    def __init__(self, block: _AnchorBlock, call: InfonceBackward):
+        per_logit = call.grad_scale[block.index] / call.temperature
+        neg_lse = call.neg_lse[block.index]
+        alone = neg_lse == -math.inf
+        self.neg_lse_log2 = torch.where(alone, math.inf, neg_lse * LOG2_E)
+        self.pull = torch.where(alone, 0.0, per_logit)
+        self.push = torch.where(alone, 0.0, per_logit * call.pos_weight[block.index])
+
+
+def _score_gradients(
+    scores: Tensor,
+    row_labels: Tensor,
+    block: _AnchorBlock,
+    factors: _Factors,
+    row_index: Tensor | None,  # with exclude_self
+    row_factors: _Factors | None,  # of rows that are anchors too
+    temperature: float,
+) -> None:
+    native.launch(
+        "infonce_score_gradients",
+        scores=scores,
+        num_rows=scores.shape[0],
+        num_anchors=scores.shape[1],
+        row_labels=row_labels,
+        anchor_labels=block.labels,
+        row_index=row_index,
+        anchor_index=None if row_index is None else block.index,
+        **vars(factors),
+        row_neg_lse_log2=None if row_factors is None else row_factors.neg_lse_log2,
+        row_push=None if row_factors is None else row_factors.push,
+        row_pull=None if row_factors is None else row_factors.pull,
+        scale=LOG2_E / temperature,
+        threads=torch.get_num_threads(),
+    )
+
+
+def infonce_backward(call: InfonceBackward) -> None:
+    call.grad.zero_()
+    with full_float32_products():
+        if call.others is None:
+            _backward_symmetric(call)
+        else:
+            _backward_keys(call, _Keys(*call.others))
+
+
+def _backward_keys(call: InfonceBackward, keys: _Keys) -> None:
+    scores = torch.empty(BLOCK_K * min(BLOCK_A, call.anchors.shape[0]), dtype=torch.float32)
+    for block in _anchor_blocks(call.anchors, call.anchor_labels):
+        factors = _Factors(block, call)
+        for first, count, _ in keys.tiles:
+            tile, last = keys.rows(first, count), first + count
+            ds = torch.mm(tile, block.rows.T, out=scores[: count * len(block)].view(count, -1))
+            index = torch.arange(first, last) if call.exclude_self else None
+            _score_gradients(ds, keys.key_labels[first:last], block, factors, index, None, call.temperature)
+            call.grad[first:last].addmm_(ds, block.rows)
+
+
+def _backward_symmetric(call: InfonceBackward) -> None:
+    blocks = [(block, _Factors(block, call)) for block in _anchor_blocks(call.anchors, call.anchor_labels)]
+    for rows, row_factors in blocks:
+        grad = torch.zeros_like(rows.rows)
+        for block, factors in blocks:
+            ds = rows.rows @ block.rows.T
+            index = rows.index if call.exclude_self else None
+            _score_gradients(ds, rows.labels, block, factors, index, row_factors, call.temperature)
+            grad.addmm_(ds, block.rows)
+        call.grad[rows.index] = grad

@@ -1,0 +1,65 @@
+"""What the public functions check before an op does, in their users' words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refuse_recomputation(why: str) -> None:
+    """Raise RuntimeError if a backward is running, in which only activation checkpointing calls a loss."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"PixelContrastLoss is recomputed within a backward, as activation checkpointing does, and {why}: its "
+            "gradient would be wrong. Keep the loss outside of the checkpointed function."
+        )
+
+
+def is_integer(tensor: Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+def to_int32(name: str, labels: Tensor) -> Tensor:
+    """Labels as int32. What does not fit raises on the CPU, and is no class (-1) elsewhere."""
+    if labels.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+        return labels.int()
+    labels = labels.long()
+    too_large = labels > torch.iinfo(torch.int32).max
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and too_large.any():
+        raise ValueError(f"{name} must fit int32, got {int(labels.max())}")
+    return torch.where(too_large, -1, labels.clamp(min=-1)).int()
+
+
+def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `labels` are integers of this shape on this device."""
+    if not isinstance(labels, Tensor) or not is_integer(labels):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"{name} must be on {device}, got {labels.device}")
+
+
+def check_embeddings(embeddings: Tensor) -> None:
+    """Raise TypeError or ValueError unless this is a [B, D, H, W] floating-point map with D >= 1."""
+    if not isinstance(embeddings, Tensor) or not embeddings.dtype.is_floating_point:
+        got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise TypeError(f"embeddings must be a floating-point tensor, got {got}")
+    if embeddings.dim() != 4 or embeddings.shape[1] < 1:
+        raise ValueError(
+            f"embeddings must have shape [B, D, H, W] with D >= 1, got {tuple(embeddings.shape)}"
+        )
+    if embeddings.shape[2] * embeddings.shape[3] >= 2**32:
+        raise ValueError(
+            f"embeddings may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}"
+        )
+
+
+def check_at_least(minimum: int, **values: int | None) -> None:
+    """Raise TypeError or ValueError for the first value that is not an integer of at least `minimum`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
