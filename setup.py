@@ -26,7 +26,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 CXX_FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-fPIC",
     "-fopenmp",
@@ -39,7 +39,7 @@ CXX_FLAGS = [
 LINK_FLAGS = ["-shared", "-fopenmp", "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
 # Two architectures of a file at a time: one file is most of the work.
 NVCC_FLAGS = [
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "--cudart=static",
     "--threads=2",

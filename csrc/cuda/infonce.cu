@@ -110,8 +110,13 @@ size_t shared_bytes_of(int64_t channels, Pass pass) {
 
 template <class Tile, class Kernel>
 InfonceTile describe(int device, Kernel kernel, size_t shared) {
-  return {Tile::kBlockA, Tile::kBlockK, Tile::S::kColumns, int64_t(shared),
-          resident_blocks(device, "infonce", kernel, Tile::kThreads, shared)};
+  return {
+      .rows = Tile::kBlockA,
+      .columns = Tile::kBlockK,
+      .piece = Tile::S::kColumns,
+      .shared = int64_t(shared),
+      .resident = resident_blocks(device, "infonce", kernel, Tile::kThreads, shared),
+  };
 }
 
 }  // namespace

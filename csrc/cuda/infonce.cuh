@@ -733,16 +733,26 @@ struct Engine {
 
 template <class Tile>
 __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
-  return {static_cast<const unsigned char*>(p.anchors), p.sorted_labels, p.order, int(p.num_anchors),
-          int(p.channels) * 2 * Tile::kPlanes};
+  return {
+      .rows = static_cast<const unsigned char*>(p.anchors),
+      .labels = p.sorted_labels,
+      .order = p.order,
+      .count = int(p.num_anchors),
+      .row_bytes = int(p.channels) * 2 * Tile::kPlanes,
+  };
 }
 
 // The keys of either pass: null where the anchors are the keys.
 template <class Tile, class Params>
 __device__ __forceinline__ Side keys_of(const Params& p) {
   if (p.keys == nullptr) return anchors_of<Tile>(p);
-  return {static_cast<const unsigned char*>(p.keys), p.key_labels, nullptr, int(p.num_keys),
-          int(p.channels) * 2 * Tile::kPlanes};
+  return {
+      .rows = static_cast<const unsigned char*>(p.keys),
+      .labels = p.key_labels,
+      .order = nullptr,
+      .count = int(p.num_keys),
+      .row_bytes = int(p.channels) * 2 * Tile::kPlanes,
+  };
 }
 
 // --- planes of fp32 rows ---
@@ -1186,7 +1196,12 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     int excluded = -1;
     if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
     const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(Tile::kWeightBias) : 0.f;
-    own_rows[threadIdx.x] = {label < 0 ? INT32_MIN : label, excluded, neg_lse, *p.score_scale};
+    own_rows[threadIdx.x] = {
+        .label = label < 0 ? INT32_MIN : label,
+        .excluded = excluded,
+        .neg_lse = neg_lse,
+        .scale = *p.score_scale,
+    };
   }
 
   typename Engine<Tile>::PerRow loss = {}, pos_weight = {};
@@ -1266,7 +1281,7 @@ __device__ __forceinline__ int splits_of_positives(const InfonceForwardParams& p
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     infonce_fwd_positives_kernel(InfonceForwardParams p) {
-  PositivesItem item{int(blockIdx.x), 0, 0};
+  PositivesItem item{.number = int(blockIdx.x), .split = 0, .splits = 0};
   while (true) {
     SharedMemory memory;
     int* scratch = memory.take<int>(kClassTileScratch);
