@@ -200,7 +200,8 @@ void infonce_backward(const InfonceBackwardParams& given) {
   });
   if (given.grad_parts == nullptr) return;
   launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,
-         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kFinishTeam))), kFinishTeam, 0, given);
+         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kBackwardFinishThreads))),
+         kBackwardFinishThreads, 0, given);
 }
 
 }  // namespace pxc::cuda
