@@ -52,7 +52,7 @@ __device__ __forceinline__ void each_output(Visit visit) {
 
 // Places in fragments, as the PTX manual lays them out: of a 16 x 8 piece of sums, the four of a thread are
 // at rows `group` and `group` + 8, columns 2 `quad` and the next.
-template <class Tile, int kWeightParts = Tile::kWeightParts>
+template <class Tile, int kParts>
 struct Engine {
   using T = typename Tile::T;
   using Scores = float[Tile::kFragments][Tile::kScoreCols][4];
@@ -64,7 +64,7 @@ struct Engine {
   int first_row;  // of the block
   int lane, group, quad, row_warp, col_warp;
   unsigned char *row_tile, *column_tiles;
-  unsigned char* weights;  // [kWeightParts, kBlockA, kBlockK]
+  unsigned char* weights;  // [kParts, kBlockA, kBlockK]
   float* exchange;         // [kColWarps, kBlockA]
 
   __device__ __forceinline__ Engine(SharedMemory& memory, const Side& rows, const Side& columns,
@@ -77,8 +77,15 @@ struct Engine {
     col_warp = int(threadIdx.x) / kWarp % Tile::kColWarps;
     row_tile = memory.template take<unsigned char>(size_t(Tile::kBlockA) * row_stride());
     column_tiles = memory.template take<unsigned char>(size_t(2 * Tile::kBlockK) * row_stride());
-    weights = memory.template take<unsigned char>(kWeightParts * kWeightBytes);
+    weights = memory.template take<unsigned char>(kParts * kWeightBytes);
     exchange = memory.template take<float>(Tile::kColWarps * Tile::kBlockA);
+  }
+
+  // What the constructor takes of a block's shared memory, for rows of `row_stride` bytes there.
+  static size_t bytes(int64_t row_stride) {
+    return shared_bytes<unsigned char>((Tile::kBlockA + 2 * Tile::kBlockK) * row_stride) +
+           shared_bytes<unsigned char>(kParts * kWeightBytes) +
+           shared_bytes<float>(Tile::kColWarps * Tile::kBlockA);
   }
 
   // Of a row in device memory and in shared memory.
@@ -342,7 +349,6 @@ struct Engine {
   }
 
   // Hands the warp's weights to the warps of the same rows, in `kParts` parts that add up to them.
-  template <int kParts>
   __device__ __forceinline__ void store_weights(const Scores& scores) const {
     const int offset = weight_offset(local_row(0, 0), col_warp * Tile::kScoreCols) + quad * 4;
     each_row<Tile>([&](int f, int half) {
@@ -374,7 +380,6 @@ struct Engine {
   // output += weights . columns, for the warp's rows and its share of the channels. Rows as long as the tile
   // takes are spared the question of every 16 channels whether there are any: it keeps the compiler from
   // loading ahead.
-  template <int kParts>
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
     const bool whole = row_stride() == Tile::kMaxRowBytes;
     if constexpr (Tile::kPlanes == 2) {
@@ -387,9 +392,9 @@ struct Engine {
         }
       }
     } else if (whole) {
-      accumulate_parts<kParts, true>(output, stage);
+      accumulate_parts<true>(output, stage);
     } else {
-      accumulate_parts<kParts, false>(output, stage);
+      accumulate_parts<false>(output, stage);
     }
   }
 
@@ -410,7 +415,7 @@ struct Engine {
   }
 
   // Columns are read once for both parts of the weights.
-  template <int kParts, bool kWhole>
+  template <bool kWhole>
   __device__ __forceinline__ void accumulate_parts(Output& output, int stage) const {
 #pragma unroll
     for (int step = 0; step < kWeightSteps; ++step) {

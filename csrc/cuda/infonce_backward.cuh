@@ -22,14 +22,25 @@ __device__ __forceinline__ float positive_gradient(const float4& anchor, float s
   return -anchor.z / (1.f + exp2_approx(score - anchor.x));
 }
 
+template <class Tile>
+using BackwardEngine = Engine<Tile, kWeightParts<Tile>>;
+
+// The shared memory of a block of the backward.
+template <class Tile>
+size_t backward_bytes(int64_t row_stride) {
+  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<float4>(2 * Tile::kBlockK) +
+         shared_bytes<float4>(Tile::kBlockA);
+}
+
 // Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
 // once.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     infonce_bwd_keys_kernel(InfonceBackwardParams p) {
+  using Engine = BackwardEngine<Tile>;
   SharedMemory memory;
   const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
-  const Engine<Tile> engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
+  const Engine engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
   float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
   float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
   const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
@@ -44,7 +55,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
             : make_float4(0.f, 0.f, 0.f, bits_float(uint32_t(engine.label(keys, row))));
   }
   sync_block();  // they are there, also for a block that visits nothing
-  typename Engine<Tile>::Output output = {};
+  typename Engine::Output output = {};
 
   const LabelRange own = range_of_labelled(keys, engine.first_row, Tile::kBlockA, engine.lane);
   Walk<Pass::kBackward, Tile> walk(p.label_ranges, anchors.count, own, int(blockIdx.y), int(gridDim.y),
@@ -58,7 +69,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                     inside ? all_coefficients + first + threadIdx.x : all_coefficients, inside ? 16 : 0);
       },
       [&](int stage, bool mixed, unsigned first_column) {
-        typename Engine<Tile>::Scores scores;
+        typename Engine::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
         each_score<Tile>([&](int n, int e) {
           const int column = engine.local_column(n) + e;
@@ -82,8 +93,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
             score = mixed && label < 0 ? 0.f : score * peak_scale;
           });
         });
-        engine.template store_weights<Tile::kWeightParts>(scores);
-        engine.template accumulate<Tile::kWeightParts>(output, stage);
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
       });
 
   const float unscale = (p.unscale == nullptr ? 1.f : p.unscale[0]) / (peak_scale * p.temperature);

@@ -16,11 +16,21 @@ __device__ __forceinline__ void load_labels(int* labels, const Side& side, int64
   }
 }
 
+template <class Tile>
+using NegativesEngine = Engine<Tile, kNegativeParts<Tile>>;
+
+// The shared memory of a block of pass 1. It has the largest tiles, and keeps nothing but the labels of the
+// columns beside them: 128 x 128 tiles of 512 bytes a row take all that an H100 has, to the byte.
+template <class Tile>
+size_t negatives_bytes(int64_t row_stride) {
+  return NegativesEngine<Tile>::bytes(row_stride) + shared_bytes<int>(2 * Tile::kBlockK);
+}
+
 // Pass 1 over the negatives: eq. (1), and O, both as partial results of one split.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     infonce_fwd_negatives_kernel(InfonceForwardParams p) {
-  using Engine = pxc::cuda::Engine<Tile, Tile::kNegativeParts>;
+  using Engine = NegativesEngine<Tile>;
   SharedMemory memory;
   const Side anchors = anchors_of<Tile>(p), keys = keys_of<Tile>(p);
   const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
@@ -83,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
             moved = true;
           }
           // A row that has met no negative yet has no shift: any will do, its weights are 0.
-          const float base = shift[f][half] == -INFINITY ? 0.f : shift[f][half] - Tile::kWeightBias;
+          const float base = shift[f][half] == -INFINITY ? 0.f : shift[f][half] - kWeightBias<Tile>;
           float sum_of_tile = 0.f;
           each_score<Tile>([&](int n, int e) {
             float& score = scores[f][n][2 * half + e];
@@ -96,8 +106,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         if (ballot(moved) != 0) {
           each_output<Tile>([&](int f, int n, int i) { output[f][n][i] *= rescale[f][i / 2]; });
         }
-        engine.template store_weights<Tile::kNegativeParts>(scores);
-        engine.template accumulate<Tile::kNegativeParts>(output, stage);
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
@@ -152,6 +162,20 @@ struct PositivesItem {
   int number, split, splits;
 };
 
+template <class Tile>
+using PositivesEngine = Engine<Tile, kWeightParts<Tile>>;
+
+// The shared memory of a block of pass 2.
+template <class Tile>
+size_t positives_bytes(int64_t row_stride) {
+  // Of what follows the engine the backward has more, and a block of either pass takes as much.
+  constexpr size_t kBytes = shared_bytes<float4>(2 * Tile::kBlockK + Tile::kBlockA);
+  static_assert(shared_bytes<int>(kClassTileScratch) + shared_bytes<int>(2 * Tile::kBlockK) +
+                    shared_bytes<RowOfPositives>(Tile::kBlockA) <=
+                kBytes);
+  return PositivesEngine<Tile>::bytes(row_stride) + kBytes;
+}
+
 // Pass 2 over anchors of a class or several and the keys of those, knowing eq. (1): eq. (2) to (4), and G.
 template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
@@ -159,7 +183,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
   Side anchors = anchors_of<Tile>(p);
   anchors.count = tile.first + tile.count;
   const Side keys = keys_of<Tile>(p);
-  const Engine<Tile> engine(memory, anchors, keys, tile.first);
+  const PositivesEngine<Tile> engine(memory, anchors, keys, tile.first);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   RowOfPositives* own_rows = memory.take<RowOfPositives>(Tile::kBlockA);
   const bool with_grad = p.positive_parts != nullptr;
@@ -168,7 +192,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     const int label = engine.label(anchors, row);
     int excluded = -1;
     if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
-    const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(Tile::kWeightBias) : 0.f;
+    const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(kWeightBias<Tile>) : 0.f;
     own_rows[threadIdx.x] = {
         .label = label < 0 ? INT32_MIN : label,
         .excluded = excluded,
@@ -177,9 +201,9 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
     };
   }
 
-  typename Engine<Tile>::PerRow loss = {}, pos_weight = {};
+  typename PositivesEngine<Tile>::PerRow loss = {}, pos_weight = {};
   int count[Tile::kFragments][2] = {};
-  typename Engine<Tile>::Output output = {};
+  typename PositivesEngine<Tile>::Output output = {};
 
   const LabelRange own{anchors.labels[tile.first], anchors.labels[anchors.count - 1]};
   Walk<Pass::kPositives, Tile> walk(p.label_ranges, keys.count, own, item.split, item.splits, engine.lane);
@@ -191,7 +215,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
       },
       [&](int stage, bool, unsigned first_column) {
         visited = true;
-        typename Engine<Tile>::Scores scores;
+        typename PositivesEngine<Tile>::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
         each_row<Tile>([&](int f, int half) {
           // The sum of log(1 + odds) is the log of 1 + `all_odds`, which keeps what tiny odds would lose in
@@ -209,7 +233,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
             const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
             margins += positive ? fmaxf(margin, 0.f) : 0.f;
             all_odds += fmaf(all_odds, odds, odds);
-            score = positive ? sigma * float(1 << int(Tile::kSigmaBias)) : 0.f;
+            score = positive ? sigma * float(1 << int(kSigmaBias<Tile>)) : 0.f;
             weight_of_tile += positive ? sigma : 0.f;
             count[f][half] += positive;
           });
@@ -217,8 +241,8 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
           pos_weight[f][half] += weight_of_tile;
         });
         if (!with_grad) return;
-        engine.template store_weights<Tile::kWeightParts>(scores);
-        engine.template accumulate<Tile::kWeightParts>(output, stage);
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
       });
 
   const int64_t part = int64_t(item.split) * p.num_anchors + engine.first_row;

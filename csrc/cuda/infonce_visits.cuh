@@ -10,6 +10,8 @@
 
 namespace pxc::cuda {
 
+enum class Pass { kNegatives, kPositives, kBackward };
+
 struct LabelRange {
   int low, high;  // high < 0: no label at all; low < 0: some have none
 

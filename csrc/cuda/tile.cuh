@@ -2,13 +2,9 @@
 // order in which a tile lies in shared memory.
 #pragma once
 
-#include <type_traits>
-
 #include "../portable.h"
 
 namespace pxc::cuda {
-
-enum class Pass { kNegatives, kPositives, kBackward };
 
 // How rows are multiplied. With one plane they are 16-bit numbers. With two, a row is fp16 numbers and,
 // behind them, what these leave of the fp32 row: three products of the planes keep fp32's accuracy.
@@ -16,14 +12,6 @@ template <class T, int kPlanes_>
 struct Math {
   using Element = T;
   static constexpr int kPlanes = kPlanes_;
-  // fp16 weights times 2^kWeightBias: the largest is 2^15 with the slack, and few fall among the subnormals.
-  static constexpr float kWeightBias = std::is_same_v<T, Half> ? 7.f : 0.f;
-  // Likewise of sigma, which is 1 at most, and small where an anchor's class has been learnt.
-  static constexpr float kSigmaBias = std::is_same_v<T, Half> ? 15.f : 0.f;
-  // bf16 weights err by 2e-3 each, which is much where they are all alike, as sigma of a class is, and in
-  // the gradient of a key, which few anchors make up. Only the pass over the negatives takes bf16's whole.
-  static constexpr int kWeightParts = kPlanes == 2 || std::is_same_v<T, BFloat16> ? 2 : 1;
-  static constexpr int kNegativeParts = kPlanes;
 };
 
 // The tiles, by the bytes of the longest row. With one piece of columns all fit the 99 KB of the smallest
@@ -66,16 +54,6 @@ struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels, kWide> {
   static constexpr int kThreads = S::kRowWarps * S::kColWarps * kWarp;
   static constexpr int kScoreCols = kBlockK / S::kColWarps / 8;  // 8-wide pieces of S that a warp computes
   static constexpr int kOutputCols = kMaxChannels / S::kColWarps / 8;  // likewise of the output
-
-  // Of a block's shared memory. The pass over the negatives, which has the largest tiles, keeps labels of the
-  // columns alone beside them: 128 x 128 tiles of 512 bytes a row take all that an H100 has, to the byte.
-  static size_t bytes(int64_t row_stride, Pass pass) {
-    const bool of_negatives = pass == Pass::kNegatives;
-    const int parts = of_negatives ? Math_::kNegativeParts : Math_::kWeightParts;
-    return shared_bytes<unsigned char>((kBlockA + 2 * kBlockK) * row_stride) +
-           shared_bytes<T>(parts * kBlockA * kBlockK) + shared_bytes<float>(S::kColWarps * kBlockA) +
-           (of_negatives ? shared_bytes<int>(2 * kBlockK) : shared_bytes<float4>(2 * kBlockK + kBlockA));
-  }
 };
 
 // --- shared memory: rows of 16-byte chunks, in an order that keeps eight rows off each other's banks ---
