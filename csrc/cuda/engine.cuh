@@ -15,6 +15,10 @@ struct Side {
   int count, row_bytes;
 };
 
+__device__ __forceinline__ int label_at(const Side& side, int64_t place) {
+  return place < side.count ? side.labels[place] : -1;
+}
+
 struct Visit {
   int tile;
   bool mixed;       // it may hold a positive of the block, or a column without a label
@@ -108,17 +112,13 @@ struct Engine {
     return (n / 2 * Tile::kColWarps + col_warp) * 16 + n % 2 * 8;
   }
 
-  __device__ __forceinline__ int label(const Side& side, int64_t place) const {
-    return place < side.count ? side.labels[place] : -1;
-  }
-
   // Starts copying kCount rows of a side. What has no label becomes 0, whatever it holds (0 * NaN is NaN).
   template <int kCount>
   __device__ __forceinline__ void load(unsigned char* tile, const Side& side, int64_t first,
                                        bool check_labels) const {
     const int padded = row_stride() / 16;
     for (int row = int(threadIdx.x) / 8; row < kCount; row += Tile::kThreads / 8) {
-      const bool wanted = !check_labels || label(side, first + row) >= 0;
+      const bool wanted = !check_labels || label_at(side, first + row) >= 0;
       const int64_t source = !wanted ? 0 : side.order == nullptr ? first + row : side.order[first + row];
       const unsigned char* from = side.rows + source * row_bytes();
       for (int chunk = int(threadIdx.x) % 8; chunk < padded; chunk += 8) {
@@ -186,12 +186,10 @@ struct Engine {
     sync_block();  // shared memory may be used for something else
   }
 
-  // Fragments of kSteps steps of 16 channels.
-  template <int kSteps>
-  struct Fragments {
-    uint32_t rows[kSteps][Tile::kPlanes][Tile::kFragments][4];
-    uint32_t columns[kSteps][Tile::kPlanes][Tile::kScoreCols][2];
-  };
+  __device__ __forceinline__ static void clear(Scores& scores) {
+    each_row<Tile>(
+        [&](int f, int half) { each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; }); });
+  }
 
   // S of the warp: its rows times its columns, over all channels. A step of the tensor cores takes 16
   // channels, which are two chunks.
@@ -226,8 +224,7 @@ struct Engine {
                     own_columns + n * 8 * row_stride() + offset_further(column_offset, 2 * step));
       }
     };
-    each_row<Tile>(
-        [&](int f, int half) { each_score<Tile>([&](int n, int e) { scores[f][n][2 * half + e] = 0.f; }); });
+    clear(scores);
     fetch_columns(0);
 #pragma unroll
     for (int number = 0; number < kAhead; ++number) fetch_rows(number);
@@ -244,94 +241,114 @@ struct Engine {
     }
   }
 
-  // Tensor cores cut off what does not fit their sum, fp32 additions round: of two planes, the products of
-  // the high ones are added up outside of them, and the small ones by themselves.
-  template <int kUnroll>
-  __device__ __forceinline__ void multiply_some_rows(Scores& scores, int stage) const {
-    // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
-    constexpr bool kPairs = Tile::kScoreCols % 2 == 0;
-    constexpr int kSteps = kPairs ? 1 : 2;
-    constexpr int kPlanes = Tile::kPlanes;
-    const int row = row_warp * Tile::kFragments * 16 + lane % 16;
-    const int column = col_warp * Tile::kScoreCols * 8 + lane % 8 + (kPairs ? lane / 16 * 8 : 0);
-    const unsigned char* own_columns = column_tile(stage);
-    const int column_offset = tile_offset(column, kPairs ? lane / 8 % 2 : lane / 8, row_stride());
-    const int row_offset = tile_offset(row, lane / 16, row_stride());
-    const auto fetch = [&](Fragments<kSteps>& to, int byte, int chunk) {
+  // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
+  static constexpr bool kPairs = Tile::kScoreCols % 2 == 0;
+  static constexpr int kSteps = kPairs ? 1 : 2;
+
+  // Fragments of kSteps steps of 16 channels.
+  struct Fragments {
+    uint32_t rows[kSteps][Tile::kPlanes][Tile::kFragments][4];
+    uint32_t columns[kSteps][Tile::kPlanes][Tile::kScoreCols][2];
+  };
+
+  // Where a lane finds its part of the fragments.
+  struct LanePlaces {
+    const unsigned char* columns;  // of the warp
+    int column_offset, row_offset;
+  };
+
+  // The fragments from `chunk` on of the 128 bytes that begin at `byte` of each plane.
+  __device__ __forceinline__ void load_fragments(Fragments& to, const LanePlaces& from, int byte,
+                                                 int chunk) const {
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; ++plane, byte += plane_stride()) {
+    for (int plane = 0; plane < Tile::kPlanes; ++plane, byte += plane_stride()) {
 #pragma unroll
-        for (int n = 0; n < Tile::kScoreCols; n += kPairs ? 2 : 1) {
-          uint32_t bits[4];
-          ldmatrix_x4(bits, own_columns + byte + n * 8 * row_stride() + offset_further(column_offset, chunk));
+      for (int n = 0; n < Tile::kScoreCols; n += kPairs ? 2 : 1) {
+        uint32_t bits[4];
+        ldmatrix_x4(bits,
+                    from.columns + byte + n * 8 * row_stride() + offset_further(from.column_offset, chunk));
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            to.columns[kPairs ? 0 : i / 2][plane][n + (kPairs ? i / 2 : 0)][i % 2] = bits[i];
-          }
-        }
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-          for (int f = 0; f < Tile::kFragments; ++f) {
-            ldmatrix_x4(to.rows[step][plane][f], row_tile + byte + f * 16 * row_stride() +
-                                                     offset_further(row_offset, chunk + 2 * step));
-          }
+        for (int i = 0; i < 4; ++i) {
+          to.columns[kPairs ? 0 : i / 2][plane][n + (kPairs ? i / 2 : 0)][i % 2] = bits[i];
         }
       }
-    };
-    const auto zero = [](Scores& sums) {
-      each_row<Tile>(
-          [&](int f, int half) { each_score<Tile>([&](int n, int e) { sums[f][n][2 * half + e] = 0.f; }); });
-    };
-    // A single sum would make every product wait for the one before: one score takes turns with another.
-    constexpr bool kTwoSums = kPlanes == 2 || Tile::kFragments * Tile::kScoreCols == 1;
-    Scores others;
-    zero(scores);
-    if (kTwoSums) zero(others);
-    const auto multiply = [&](const Fragments<kSteps>& of) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (int f = 0; f < Tile::kFragments; ++f) {
+          ldmatrix_x4(to.rows[step][plane][f], row_tile + byte + f * 16 * row_stride() +
+                                                   offset_further(from.row_offset, chunk + 2 * step));
+        }
+      }
+    }
+  }
+
+  // A single sum would make every product wait for the one before: one score takes turns with another.
+  static constexpr bool kTwoSums = Tile::kPlanes == 2 || Tile::kFragments * Tile::kScoreCols == 1;
+
+  // Tensor cores cut off what does not fit their sum, fp32 additions round: of two planes, the products of
+  // the high ones are added up outside of them, and the small ones by themselves.
+  __device__ __forceinline__ static void multiply_fragments(Scores& scores, Scores& others,
+                                                            const Fragments& of) {
 #pragma unroll
-          for (int n = 0; n < Tile::kScoreCols; ++n) {
-            const auto product = [&](float (&sum)[4], int of_rows, int of_columns) {
-              const uint32_t (&b)[2] = of.columns[step][of_columns][n];
-              mma<T>(sum, of.rows[step][of_rows][f], b[0], b[1]);
-            };
-            if constexpr (kPlanes == 1) {
-              product(kTwoSums && step == 1 ? others[f][n] : scores[f][n], 0, 0);
-            } else {
-              float high[4] = {};
-              product(high, 0, 0);
+    for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-              for (int i = 0; i < 4; ++i) scores[f][n][i] += high[i];
-              product(others[f][n], 1, 0);
-              product(others[f][n], 0, 1);
-            }
+      for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+        for (int n = 0; n < Tile::kScoreCols; ++n) {
+          const auto product = [&](float (&sum)[4], int of_rows, int of_columns) {
+            const uint32_t (&b)[2] = of.columns[step][of_columns][n];
+            mma<T>(sum, of.rows[step][of_rows][f], b[0], b[1]);
+          };
+          if constexpr (Tile::kPlanes == 1) {
+            product(kTwoSums && step == 1 ? others[f][n] : scores[f][n], 0, 0);
+          } else {
+            float high[4] = {};
+            product(high, 0, 0);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) scores[f][n][i] += high[i];
+            product(others[f][n], 1, 0);
+            product(others[f][n], 0, 1);
           }
         }
       }
+    }
+  }
+
+  template <int kUnroll>
+  __device__ __forceinline__ void multiply_some_rows(Scores& scores, int stage) const {
+    const int row = row_warp * Tile::kFragments * 16 + lane % 16;
+    const int column = col_warp * Tile::kScoreCols * 8 + lane % 8 + (kPairs ? lane / 16 * 8 : 0);
+    const LanePlaces places = {
+        .columns = column_tile(stage),
+        .column_offset = tile_offset(column, kPairs ? lane / 8 % 2 : lane / 8, row_stride()),
+        .row_offset = tile_offset(row, lane / 16, row_stride()),
     };
+    Scores others;
+    clear(scores);
+    if (kTwoSums) clear(others);
     if constexpr (Tile::kFull && kPairs) {
       // The fragments of the next step are on the way while this one's are multiplied. Of two planes, more
       // would be on the way at once than there are registers, if the whole loop were unrolled.
-      constexpr int kAll = Tile::kMaxRowBytes / kPlanes / 32, kUnrolled = kPlanes == 2 ? 4 : kAll;
-      Fragments<kSteps> fragments[2];
-      fetch(fragments[0], 0, 0);
+      constexpr int kAll = Tile::kMaxRowBytes / Tile::kPlanes / 32;
+      constexpr int kUnrolled = Tile::kPlanes == 2 ? 4 : kAll;
+      Fragments fragments[2];
+      load_fragments(fragments[0], places, 0, 0);
 #pragma unroll kUnrolled
       for (int step = 0; step < kAll; ++step) {
-        if (step + 1 < kAll) fetch(fragments[(step + 1) % 2], (step + 1) / 4 * 128, (step + 1) % 4 * 2);
-        multiply(fragments[step % 2]);
+        if (step + 1 < kAll) {
+          load_fragments(fragments[(step + 1) % 2], places, (step + 1) / 4 * 128, (step + 1) % 4 * 2);
+        }
+        multiply_fragments(scores, others, fragments[step % 2]);
       }
     } else {
 #pragma unroll 1
       for (int byte = 0; byte < plane_stride(); byte += 128) {
 #pragma unroll kUnroll
         for (int chunk = 0; chunk < 8; chunk += 2 * kSteps) {
-          Fragments<kSteps> fragments;
-          fetch(fragments, byte, chunk);
-          multiply(fragments);
+          Fragments fragments;
+          load_fragments(fragments, places, byte, chunk);
+          multiply_fragments(scores, others, fragments);
         }
       }
     }

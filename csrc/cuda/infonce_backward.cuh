@@ -50,9 +50,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   if (int(threadIdx.x) < Tile::kBlockA) {
     const int64_t row = engine.first_row + threadIdx.x;
     own_coefficients[threadIdx.x] =
-        symmetric && row < keys.count
-            ? all_coefficients[row]
-            : make_float4(0.f, 0.f, 0.f, bits_float(uint32_t(engine.label(keys, row))));
+        symmetric && row < keys.count ? all_coefficients[row]
+                                      : make_float4(0.f, 0.f, 0.f, bits_float(uint32_t(label_at(keys, row))));
   }
   sync_block();  // they are there, also for a block that visits nothing
   typename Engine::Output output = {};

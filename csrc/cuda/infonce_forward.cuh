@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         engine.template multiply_rows<2 / Tile::kPlanes>(scores, stage);
         if (mixed) {
           each_row<Tile>([&](int f, int half) {
-            const int row_label = engine.label(anchors, engine.first_row + engine.local_row(f, half));
+            const int row_label = label_at(anchors, engine.first_row + engine.local_row(f, half));
             each_score<Tile>([&](int n, int e) {
               const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
               if (label < 0 || label == row_label) scores[f][n][2 * half + e] = -INFINITY;
@@ -176,6 +176,21 @@ size_t positives_bytes(int64_t row_stride) {
   return PositivesEngine<Tile>::bytes(row_stride) + kBytes;
 }
 
+template <class Tile>
+__device__ __forceinline__ RowOfPositives row_of_positives(const InfonceForwardParams& p, const Side& anchors,
+                                                           int64_t row) {
+  const int label = label_at(anchors, row);
+  int excluded = -1;
+  if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
+  const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(kWeightBias<Tile>) : 0.f;
+  return {
+      .label = label < 0 ? INT32_MIN : label,
+      .excluded = excluded,
+      .neg_lse = neg_lse,
+      .scale = *p.score_scale,
+  };
+}
+
 // Pass 2 over anchors of a class or several and the keys of those, knowing eq. (1): eq. (2) to (4), and G.
 template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
@@ -188,17 +203,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
   RowOfPositives* own_rows = memory.take<RowOfPositives>(Tile::kBlockA);
   const bool with_grad = p.positive_parts != nullptr;
   if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
-    const int64_t row = engine.first_row + threadIdx.x;
-    const int label = engine.label(anchors, row);
-    int excluded = -1;
-    if (p.exclude_self && label >= 0) excluded = p.keys == nullptr ? int(row) : p.order[row];
-    const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(kWeightBias<Tile>) : 0.f;
-    own_rows[threadIdx.x] = {
-        .label = label < 0 ? INT32_MIN : label,
-        .excluded = excluded,
-        .neg_lse = neg_lse,
-        .scale = *p.score_scale,
-    };
+    own_rows[threadIdx.x] = row_of_positives<Tile>(p, anchors, engine.first_row + threadIdx.x);
   }
 
   typename PositivesEngine<Tile>::PerRow loss = {}, pos_weight = {};

@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant(
         "rows without a label are loaded",
         "engine.cuh",
-        "const bool wanted = !check_labels || label(side, first + row) >= 0;",
+        "const bool wanted = !check_labels || label_at(side, first + row) >= 0;",
         "const bool wanted = first + row < side.count;",
     ),
     Mutant(
