@@ -47,7 +47,7 @@ class Device(Emulator):
 
 def compile_for_device(target: Path, *flags: str) -> Path:
     source = FOLDER / "primitives.cu"
-    command = [NVCC, "-std=c++17", "-O3", "-I", build.ROOT / "csrc", *flags, "-o", target, source]
+    command = [NVCC, "-std=c++20", "-O3", "-I", build.ROOT / "csrc", *flags, "-o", target, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target

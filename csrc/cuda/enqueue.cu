@@ -22,7 +22,12 @@ size_t shared_bytes_of(const CollectParams& p, const RegionTile& tile) {
 template <class In, bool kChannelsLast>
 RegionTile region_tile_of(const CollectParams& p) {
   const size_t most = shared_of_block(p.device);
-  RegionTile tile{128, int(std::min<int64_t>(p.channels, kMaxSlice)), 0, false};
+  RegionTile tile{
+      .strip = 128,
+      .slice = int(std::min<int64_t>(p.channels, kMaxSlice)),
+      .unit = 0,
+      .sums_in_shared = false,
+  };
   const auto fits = [&] { return shared_bytes_of<In, kChannelsLast>(p, tile) <= most; };
   while (tile.strip > 32 && !fits()) tile.strip /= 2;
   while (!fits()) tile.slice -= 8;
@@ -53,16 +58,18 @@ void launch_regions(const CollectParams& p, const Pools& pools) {
 
 void collect(const CollectParams& p) {
   const int64_t pixels = p.height * p.width;
-  const Pools pools = {p.labels,
-                       nullptr,
-                       p.priority,
-                       pixels,
-                       p.num_classes,
-                       p.ignore_index,
-                       (pixels + kChunk - 1) / kChunk,
-                       p.num_classes,
-                       p.pool_keys,
-                       p.pool_starts};
+  const Pools pools = {
+      .labels = p.labels,
+      .predictions = nullptr,
+      .priority = p.priority,
+      .pixels = pixels,
+      .num_classes = p.num_classes,
+      .ignore_index = p.ignore_index,
+      .chunks = (pixels + kChunk - 1) / kChunk,
+      .pools = p.num_classes,
+      .keys = p.pool_keys,
+      .starts = p.pool_starts,
+  };
   sort_pools(p, "collect, sort", pools, p.batch);
   with_dtype(p.map_dtype, [&](auto* in) {
     using In = std::remove_pointer_t<decltype(in)>;

@@ -191,8 +191,11 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   float* all_squares = shared.take<float>(kRegionThreads * Stage::kSquares);  // [parts, strip]
   Weight* weights = shared.take<Weight>(tile.strip);
   float* sums = tile.sums_in_shared ? shared.take<float>(classes_by_channels) : chunk_sums;
-  const RegionChunk<In> chunk = {static_cast<const In*>(p.map) + image * p.stride_batch, first,
-                                 int(min(int64_t(kChunk), pools.pixels - first))};
+  const RegionChunk<In> chunk = {
+      .map = static_cast<const In*>(p.map) + image * p.stride_batch,
+      .first = first,
+      .size = int(min(int64_t(kChunk), pools.pixels - first)),
+  };
   const auto for_each_sum = [&](const auto& visit) {
     for (int64_t label = 0; label < p.num_classes; ++label) {
       if (starts[label] == starts[label + 1]) continue;

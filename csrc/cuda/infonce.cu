@@ -23,13 +23,33 @@ auto with_channels(int64_t channels, Visit visit) {
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// The shared memory of a block, for rows of `row_stride` bytes there.
+template <class Tile>
+size_t shared_bytes_of(Pass pass, int64_t row_stride) {
+  switch (pass) {
+    case Pass::kNegatives:
+      return negatives_bytes<Tile>(row_stride);
+    case Pass::kPositives:
+      return positives_bytes<Tile>(row_stride);
+    default:
+      return backward_bytes<Tile>(row_stride);
+  }
+}
+
+// The stride of rows of so many channels.
+template <class Tile>
+int64_t row_stride_of(int64_t channels) {
+  return blocks_of(2 * Tile::kPlanes * channels, 128) * 128;
+}
+
 // The tile of a pass of the forward: rows of the usual lengths have one of their own, and a larger one where
 // a multiprocessor has room for it.
 template <class Math, Pass kPass, class Visit>
 auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_t num_keys, Visit visit) {
   const auto fits = [&](auto use) {
     using Tile = typename decltype(use)::type;
-    const size_t block = Tile::bytes(Tile::kMaxRowBytes, kPass) + 1024;  // the device takes 1 KB of it
+    const size_t block =
+        shared_bytes_of<Tile>(kPass, Tile::kMaxRowBytes) + 1024;  // the device takes 1 KB of it
     return Tile::kResident * block <= shared_of_multiprocessor(device);
   };
   const auto larger_or = [&](auto larger, auto other) { return fits(larger) ? visit(larger) : visit(other); };
@@ -103,15 +123,15 @@ void order_anchors(const Params& p, bool columns_are_keys) {
          p.num_anchors, p.label_ranges);
 }
 
-template <class Tile>
-size_t shared_bytes_of(int64_t channels, Pass pass) {
-  return Tile::bytes(blocks_of(2 * Tile::kPlanes * channels, 128) * 128, pass);
-}
-
 template <class Tile, class Kernel>
 InfonceTile describe(int device, Kernel kernel, size_t shared) {
-  return {Tile::kBlockA, Tile::kBlockK, Tile::S::kColumns, int64_t(shared),
-          resident_blocks(device, "infonce", kernel, Tile::kThreads, shared)};
+  return {
+      .rows = Tile::kBlockA,
+      .columns = Tile::kBlockK,
+      .piece = Tile::S::kColumns,
+      .shared = int64_t(shared),
+      .resident = resident_blocks(device, "infonce", kernel, Tile::kThreads, shared),
+  };
 }
 
 }  // namespace
@@ -124,7 +144,7 @@ InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32,
     return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile>,
-                            shared_bytes_of<Tile>(channels, kPass));
+                            shared_bytes_of<Tile>(kPass, row_stride_of<Tile>(channels)));
     });
   });
 }
@@ -137,7 +157,7 @@ InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32,
     return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_fwd_positives_kernel<Tile>,
-                            shared_bytes_of<Tile>(channels, kPass));
+                            shared_bytes_of<Tile>(kPass, row_stride_of<Tile>(channels)));
     });
   });
 }
@@ -147,7 +167,7 @@ InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, 
     return with_channels<typename decltype(math)::type>(channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_bwd_keys_kernel<Tile>,
-                            shared_bytes_of<Tile>(channels, Pass::kBackward));
+                            shared_bytes_of<Tile>(Pass::kBackward, row_stride_of<Tile>(channels)));
     });
   });
 }
@@ -162,7 +182,7 @@ void infonce_forward(const InfonceForwardParams& given) {
       order_anchors<Tile::S::kColumns>(p, p.keys.data != nullptr);  // pass 2 has pieces as long
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels, Pass::kNegatives), p);
+             shared_bytes_of<Tile>(Pass::kNegatives, row_stride_of<Tile>(p.channels)), p);
     });
     with_forward_tile<Math, Pass::kPositives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
@@ -170,13 +190,13 @@ void infonce_forward(const InfonceForwardParams& given) {
       // several.
       launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>,
              dim3(unsigned(p.positive_blocks)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels, Pass::kPositives), p);
+             shared_bytes_of<Tile>(Pass::kPositives, row_stride_of<Tile>(p.channels)), p);
     });
     const unsigned threads =
         kFinishTeam * unsigned(std::clamp<int64_t>(p.splits / kSplitsOfTeam, 1, kMostFinishTeams));
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)), threads,
-           shared_bytes<float4>(threads) + 2 * shared_bytes<float>(size_t(p.splits)), p, Math::kWeightBias,
-           Math::kSigmaBias);
+           shared_bytes<float4>(threads) + 2 * shared_bytes<float>(size_t(p.splits)), p, kWeightBias<Math>,
+           kSigmaBias<Math>);
   });
 }
 
@@ -190,12 +210,13 @@ void infonce_backward(const InfonceBackwardParams& given) {
       order_anchors<Tile::S::kColumns>(p, false);
       launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile>,
              dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(p.channels, Pass::kBackward), p);
+             shared_bytes_of<Tile>(Pass::kBackward, row_stride_of<Tile>(p.channels)), p);
     });
   });
   if (given.grad_parts == nullptr) return;
   launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel,
-         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kFinishTeam))), kFinishTeam, 0, given);
+         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kBackwardFinishThreads))),
+         kBackwardFinishThreads, 0, given);
 }
 
 }  // namespace pxc::cuda

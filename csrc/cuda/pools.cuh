@@ -42,8 +42,12 @@ struct Pool {
 };
 
 __device__ __forceinline__ Pool pool_of(const Pools& p, int64_t image, int64_t pool) {
-  return {p.keys + image * p.chunks * kChunk, p.starts + image * p.chunks * (p.pools + 1) + pool, p.chunks,
-          p.pools + 1};
+  return {
+      .keys = p.keys + image * p.chunks * kChunk,
+      .starts = p.starts + image * p.chunks * (p.pools + 1) + pool,
+      .chunks = p.chunks,
+      .stride = p.pools + 1,
+  };
 }
 
 // Orders as the priority does.

@@ -33,7 +33,7 @@ SANITIZERS = {
 VARIANTS = tuple(SANITIZERS)
 
 # Contraction would give the variants different bits.
-FLAGS = """-std=c++17 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas
+FLAGS = """-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas
 -I tests/emulator -I csrc -DPXC_HAVE_CUDA=1 -DPXC_EMULATED=1""".split()
 
 

@@ -1,0 +1,126 @@
+// The backward: the gradient of the keys, and the stage that adds up its splits.
+#pragma once
+
+#include "infonce_visits.cuh"
+
+namespace pxc::cuda {
+
+// A power of two that takes weights of at most `peak` to 2^10 and below. That leaves fp16 room above, for a
+// log-sum-exp that is not that of these rows may make them larger, and digits below, for weights a thousandth
+// as large.
+__device__ __forceinline__ float weight_scale(const float* peak) {
+  if (peak == nullptr) return 1.f;
+  const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, -110);
+  return power_of_two(9 - exponent);
+}
+
+// ds of eq. (5) of one anchor, which holds its log-sum-exp and its factors of negatives and of positives.
+__device__ __forceinline__ float negative_gradient(const float4& anchor, float score) {
+  return anchor.y * exp2_approx(score - anchor.x);
+}
+__device__ __forceinline__ float positive_gradient(const float4& anchor, float score) {
+  return -anchor.z / (1.f + exp2_approx(score - anchor.x));
+}
+
+template <class Tile>
+using BackwardEngine = Engine<Tile, kWeightParts<Tile>>;
+
+// The shared memory of a block of the backward.
+template <class Tile>
+size_t backward_bytes(int64_t row_stride) {
+  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<float4>(2 * Tile::kBlockK) +
+         shared_bytes<float4>(Tile::kBlockA);
+}
+
+// Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
+// once.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    infonce_bwd_keys_kernel(InfonceBackwardParams p) {
+  using Engine = BackwardEngine<Tile>;
+  SharedMemory memory;
+  const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
+  const Engine engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
+  float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
+  float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
+  const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
+  const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
+  const bool symmetric = p.keys.data == nullptr;
+
+  if (int(threadIdx.x) < Tile::kBlockA) {
+    const int64_t row = engine.first_row + threadIdx.x;
+    own_coefficients[threadIdx.x] =
+        symmetric && row < keys.count ? all_coefficients[row]
+                                      : make_float4(0.f, 0.f, 0.f, bits_float(uint32_t(label_at(keys, row))));
+  }
+  sync_block();  // they are there, also for a block that visits nothing
+  typename Engine::Output output = {};
+
+  const LabelRange own = range_of_labelled(keys, engine.first_row, Tile::kBlockA, engine.lane);
+  Walk<Pass::kBackward, Tile> walk(p.label_ranges, anchors.count, own, int(blockIdx.y), int(gridDim.y),
+                                   engine.lane);
+  engine.run(
+      walk,
+      [&](int stage, int64_t first) {
+        if (int(threadIdx.x) >= Tile::kBlockK) return;
+        const bool inside = first + threadIdx.x < anchors.count;  // zeros behind: their factors are 0
+        cp_async_16(coefficients + stage * Tile::kBlockK + threadIdx.x,
+                    inside ? all_coefficients + first + threadIdx.x : all_coefficients, inside ? 16 : 0);
+      },
+      [&](int stage, bool mixed, unsigned first_column) {
+        typename Engine::Scores scores;
+        engine.template multiply_rows<1>(scores, stage);
+        each_score<Tile>([&](int n, int e) {
+          const int column = engine.local_column(n) + e;
+          const int64_t place = int64_t(first_column) + column;
+          const float4 anchor = coefficients[stage * Tile::kBlockK + column];
+          const int label = place < anchors.count ? int(float_bits(anchor.w)) : -1;
+          each_row<Tile>([&](int f, int half) {
+            float& score = scores[f][n][2 * half + e];
+            const float4 mirror = own_coefficients[engine.local_row(f, half)];  // registers are short here
+            const float scaled = score * scale;
+            if (!mixed || label != int(float_bits(mirror.w))) {
+              score =
+                  negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);
+            } else {
+              score =
+                  positive_gradient(anchor, scaled) + (symmetric ? positive_gradient(mirror, scaled) : 0.f);
+              const int64_t row = int64_t(engine.first_row) + engine.local_row(f, half);
+              if (p.exclude_self && label >= 0 && row == (symmetric ? place : p.order[place])) score = 0.f;
+            }
+            // An anchor that takes no part has factors of 0, its mirror may be anything.
+            score = mixed && label < 0 ? 0.f : score * peak_scale;
+          });
+        });
+        engine.store_weights(scores);
+        engine.accumulate(output, stage);
+      });
+
+  const float unscale = (p.unscale == nullptr ? 1.f : p.unscale[0]) / (peak_scale * p.temperature);
+  each_output<Tile>(
+      [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
+        const int own_label = int(float_bits(own_coefficients[engine.local_row(f, i / 2)].w));
+        output[f][n][i] = own_label < 0 ? 0.f : output[f][n][i] * unscale;
+      });
+  if (p.grad_parts == nullptr) {
+    engine.write(output, p.grad, keys.order, p.grad_channels, p.grad_channels);
+  } else {
+    float* to = p.grad_parts + int64_t(blockIdx.y) * keys.count * p.grad_channels;
+    engine.write(output, to, nullptr, p.grad_channels, p.grad_channels);
+  }
+}
+
+constexpr int kBackwardFinishThreads = 64;
+
+// The second stage of the backward, a thread for each element: adds the splits in order.
+__global__ void __launch_bounds__(kBackwardFinishThreads) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
+  const int64_t count = (p.keys.data == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
+  const int64_t element = int64_t(blockIdx.x) * kBackwardFinishThreads + threadIdx.x;
+  if (element >= count) return;
+  float sum = 0.f;
+  for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts[split * count + element];
+  const int64_t row = element / p.grad_channels, channel = element % p.grad_channels;
+  p.grad[(p.keys.data == nullptr ? p.order[row] : row) * p.grad_channels + channel] = sum;
+}
+
+}  // namespace pxc::cuda

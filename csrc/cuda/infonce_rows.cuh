@@ -1,0 +1,137 @@
+// The rows of both sides, as the engine takes them: where they lie, and the planes that stand for fp32 rows.
+#pragma once
+
+#include "engine.cuh"
+#include "infonce_numerics.cuh"
+
+namespace pxc::cuda {
+
+template <class Tile>
+__device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
+  return {
+      .rows = static_cast<const unsigned char*>(p.anchors.data),
+      .labels = p.sorted_labels,
+      .order = p.order,
+      .count = int(p.num_anchors),
+      .row_bytes = int(p.channels) * 2 * Tile::kPlanes,
+  };
+}
+
+// The keys of either pass: null where the anchors are the keys.
+template <class Tile, class Params>
+__device__ __forceinline__ Side keys_of(const Params& p) {
+  if (p.keys.data == nullptr) return anchors_of<Tile>(p);
+  return {
+      .rows = static_cast<const unsigned char*>(p.keys.data),
+      .labels = p.key_labels,
+      .order = nullptr,
+      .count = int(p.num_keys),
+      .row_bytes = int(p.channels) * 2 * Tile::kPlanes,
+  };
+}
+
+// --- planes of fp32 rows ---
+
+// Planes are fp16 numbers: rows times a power of two that all rows of a side share. It is 2^8 for a side
+// whose largest number is in [2^-8, 2^7), as that of rows of length 1 is, and takes the largest to [2^14,
+// 2^15) otherwise. Of what is below 2^-25 in these units nothing is left.
+constexpr int kUsualExponent = 8, kSmallestUsual = -8, kPlaneThreads = 256, kPlaneChannels = 8;
+
+// Times which numbers of at most `peak` become fp16 ones, as an exponent of two.
+__device__ __forceinline__ int plane_exponent(float peak) {
+  const int exponent = int(float_bits(peak) >> 23) - 127;
+  if (peak == 0.f || (exponent >= kSmallestUsual && exponent < 15 - kUsualExponent)) return kUsualExponent;
+  return min(14 - exponent, 126);
+}
+
+// What the planes' products are to be multiplied by.
+template <class Params>
+__device__ __forceinline__ float unscale_of_keys(const Params& p) {
+  return p.unscale == nullptr ? 1.f : p.unscale[p.keys.data == nullptr ? 0 : 1];
+}
+
+// A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes
+// the usual power of two, and leaves each block's largest finite number of a labelled row; the second mends
+// what that does not fit.
+template <int kPlanes, class Params>
+__global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p, bool again) {
+  constexpr int kWarps = kPlaneThreads / kWarp;
+  SharedMemory memory;
+  float* warps = memory.take<float>(kWarps);
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const bool of_keys = blockIdx.y == 1;
+  const float* rows = static_cast<const float*>((of_keys ? p.keys : p.anchors).data);
+  const int32_t* labels = of_keys ? p.key_labels : p.anchor_labels;
+  Half* planes = reinterpret_cast<Half*>(of_keys ? p.key_planes : p.anchor_planes);
+  const int64_t count = of_keys ? p.num_keys : p.num_anchors;
+  float* peaks = p.peaks + int64_t(blockIdx.y) * gridDim.x;
+  const auto largest_of_block = [&](float value) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = fmaxf(value, shuffle_xor(value, lanes));
+    if (lane == 0) warps[warp] = value;
+    sync_block();  // those of all warps are there
+    for (int other = 0; other < kWarps; ++other) value = fmaxf(value, warps[other]);
+    return value;
+  };
+
+  int exponent = kUsualExponent;
+  float peak = 0.f;
+  if (again) {
+    for (int block = int(threadIdx.x); block < int(gridDim.x); block += kPlaneThreads) {
+      peak = fmaxf(peak, peaks[block]);
+    }
+    exponent = plane_exponent(largest_of_block(peak));
+    if (blockIdx.x == 0 && threadIdx.x == 0) p.unscale[blockIdx.y] = power_of_two(-exponent);
+    if (exponent == kUsualExponent) return;
+  }
+  const float scale = power_of_two(exponent);
+  for (int64_t row = int64_t(blockIdx.x) * kWarps + warp; row < count; row += int64_t(gridDim.x) * kWarps) {
+    const float* from = rows + row * p.grad_channels;
+    Half* to = planes + row * kPlanes * p.channels;
+    const bool labelled = labels[row] >= 0;
+    for (int64_t first = lane * kPlaneChannels; first < p.channels; first += kWarp * kPlaneChannels) {
+      float values[kPlaneChannels];
+      if (p.grad_channels % 4 == 0 && reinterpret_cast<uint64_t>(rows) % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < kPlaneChannels; i += 4) {
+          const float4 four = first + i < p.grad_channels ? *reinterpret_cast<const float4*>(from + first + i)
+                                                          : make_float4(0.f, 0.f, 0.f, 0.f);
+          values[i] = four.x;
+          values[i + 1] = four.y;
+          values[i + 2] = four.z;
+          values[i + 3] = four.w;
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPlaneChannels; ++i) {
+          values[i] = first + i < p.grad_channels ? from[first + i] : 0.f;
+        }
+      }
+      uint32_t words[kPlanes][kPlaneChannels / 2];
+#pragma unroll
+      for (int i = 0; i < kPlaneChannels; i += 2) {
+        float low = values[i], high = values[i + 1];
+        if (labelled && fabsf(low) < INFINITY) peak = fmaxf(peak, fabsf(low));
+        if (labelled && fabsf(high) < INFINITY) peak = fmaxf(peak, fabsf(high));
+        low *= scale;
+        high *= scale;
+        words[0][i / 2] = pack<Half>(low, high);
+        if constexpr (kPlanes == 2) {  // nothing is left of what is not finite
+          low -= to_float(from_float<Half>(low));
+          high -= to_float(from_float<Half>(high));
+          words[1][i / 2] =
+              pack<Half>(fabsf(low) < INFINITY ? low : 0.f, fabsf(high) < INFINITY ? high : 0.f);
+        }
+      }
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        *reinterpret_cast<uint4*>(to + plane * p.channels + first) =
+            make_uint4(words[plane][0], words[plane][1], words[plane][2], words[plane][3]);
+      }
+    }
+  }
+  if (again) return;
+  peak = largest_of_block(peak);
+  if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
+}
+
+}  // namespace pxc::cuda

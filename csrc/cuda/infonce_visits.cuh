@@ -1,0 +1,261 @@
+// Who visits what: the order of the anchors, the labels of the columns by pieces, the tiles of columns that
+// matter to a block, and the tiles of anchors of one class.
+#pragma once
+
+#include <type_traits>
+
+#include "engine.cuh"
+#include "infonce_rows.cuh"
+#include "sort.cuh"
+
+namespace pxc::cuda {
+
+enum class Pass { kNegatives, kPositives, kBackward };
+
+struct LabelRange {
+  int low, high;  // high < 0: no label at all; low < 0: some have none
+
+  __device__ __forceinline__ bool apart(LabelRange other) const {
+    return high < other.low || other.high < low;
+  }
+  __device__ __forceinline__ bool one_class() const { return low == high; }
+};
+
+// Of the labels at or above 0 among `count` places of a side from `first`; the whole warp calls it.
+__device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_t first, int count,
+                                                        int lane) {
+  LabelRange range{INT32_MAX, -1};
+  for (int i = lane; i < count; i += kWarp) {
+    const int label = first + i < side.count ? side.labels[first + i] : -1;
+    if (label >= 0) range = {min(range.low, label), max(range.high, label)};
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    range.low = min(range.low, shuffle_xor(range.low, lanes));
+    range.high = max(range.high, shuffle_xor(range.high, lanes));
+  }
+  return range;
+}
+
+// The column tiles of one split that matter to a block: every `splits`-th, so that tiles of one class spread
+// over all splits. A warp looks at 32 of them at a time; all warps see the same.
+template <Pass kPass, class Tile>
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const int32_t* ranges, int64_t num_columns, LabelRange own, int split,
+                                  int splits, int lane)
+      : ranges_(reinterpret_cast<const int2*>(ranges)),
+        num_ranges_(int((num_columns + Tile::S::kColumns - 1) / Tile::S::kColumns)),
+        base_(split),
+        splits_(splits),
+        own_(own),
+        lane_(lane) {}
+
+  // The next tile; its index is -1 behind the last.
+  __device__ __forceinline__ Visit next() {
+    while (visit_ == 0) {
+      if (own_.high < 0 || base_ * Tile::kPieces >= num_ranges_) return {-1, false, false};
+      const int tile = base_ + lane_ * splits_;
+      LabelRange range = range_of(tile * Tile::kPieces);
+#pragma unroll
+      for (int piece = 1; piece < Tile::kPieces; ++piece) {
+        const LabelRange other = range_of(tile * Tile::kPieces + piece);
+        range = {min(range.low, other.low), max(range.high, other.high)};
+      }
+      visit_ = ballot(concerns(range));
+      mixed_ = ballot(range.low < 0 || !range.apart(own_));
+      unlabelled_ = ballot(range.low < 0);
+      base_ += kWarp * splits_;
+    }
+    const int bit = lowest_bit(visit_);
+    visit_ &= visit_ - 1;
+    return {base_ - (kWarp - bit) * splits_, bool(mixed_ >> bit & 1), bool(unlabelled_ >> bit & 1)};
+  }
+
+ private:
+  __device__ __forceinline__ LabelRange range_of(int piece) const {
+    if (piece >= num_ranges_) return {-1, -1};
+    return {ranges_[piece].x, ranges_[piece].y};
+  }
+
+  __device__ __forceinline__ bool concerns(LabelRange range) const {
+    if (range.high < 0) return false;
+    if (kPass == Pass::kPositives) return !LabelRange{max(range.low, 0), range.high}.apart(own_);
+    if (kPass == Pass::kBackward) return true;
+    return !(range.one_class() && own_.one_class() && range.low == own_.low);  // all of it positive
+  }
+
+  const int2* ranges_;
+  int num_ranges_, base_, splits_;  // base_: the first tile that has not been looked at
+  LabelRange own_;
+  int lane_;
+  unsigned visit_ = 0, mixed_ = 0, unlabelled_ = 0;
+};
+
+// --- the order of visits ---
+
+constexpr int kOrderThreads = kSortThreads;
+
+// Smallest and largest label of every piece of the columns; places behind the last count as without a label.
+// A block looks at kOrderThreads labels, and a warp at 32, which are one piece or several.
+template <int kPiece>
+__device__ __forceinline__ void find_ranges(const int32_t* labels, int64_t count, int32_t* ranges,
+                                            int64_t block) {
+  static_assert(kPiece <= kWarp, "a piece is read by one warp");
+  const int64_t place = block * kOrderThreads + threadIdx.x;
+  int low = place < count ? max(labels[place], -1) : -1, high = low;
+  for (int lanes = kPiece / 2; lanes > 0; lanes /= 2) {
+    low = min(low, shuffle_xor(low, lanes));
+    high = max(high, shuffle_xor(high, lanes));
+  }
+  if (place % kPiece == 0 && place < count) {
+    reinterpret_cast<int2*>(ranges)[place / kPiece] = make_int2(low, high);
+  }
+}
+
+template <int kPiece>
+__global__ void __launch_bounds__(kOrderThreads)
+    infonce_label_ranges_kernel(const int32_t* labels, int64_t count, int32_t* ranges) {
+  find_ranges<kPiece>(labels, count, ranges, blockIdx.x);
+}
+
+// Says that an anchor is visited as the `place`-th. For the backward also what eq. (5) needs of it.
+template <class Params>
+__device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
+  const int label = max(p.anchor_labels[anchor], -1);
+  p.order[place] = int32_t(anchor);
+  p.sorted_labels[place] = label;
+  if constexpr (std::is_same_v<Params, InfonceBackwardParams>) {
+    // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
+    const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
+    const float factor = alone ? 0.f : p.grad_scale[anchor];
+    reinterpret_cast<float4*>(p.coefficients)[place] =
+        make_float4(alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
+                    alone ? 0.f : factor * p.pos_weight[anchor], factor, bits_float(uint32_t(label)));
+  }
+}
+
+// Sorts the anchors by (label, index), those without a label last: all of them if they make one tile, else by
+// tiles. The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
+template <class Params, int kPiece>
+__global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params p) {
+  const int64_t tiles = (p.num_anchors + kTileKeys - 1) / kTileKeys;
+  if (blockIdx.x >= tiles) {
+    return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - tiles);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    const float scale = kLog2E / p.temperature;
+    *p.score_scale = p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
+  }
+  SharedMemory memory;
+  const auto rank_of_label = [&p](int64_t anchor) {
+    const int label = p.anchor_labels[anchor];
+    return label < 0 ? 0x80000000u : unsigned(label);
+  };
+  sort_numbers(memory, blockIdx.x, p.num_anchors, p.sort_keys, rank_of_label,
+               [&p](int64_t place, uint64_t, int64_t anchor) { visit_anchor(p, place, anchor); });
+}
+
+// Puts the anchors of several tiles where they belong, a warp per anchor.
+template <class Params>
+__global__ void __launch_bounds__(kOrderThreads) infonce_rank_kernel(Params p, int64_t tiles) {
+  const int64_t place = (int64_t(blockIdx.x) * kOrderThreads + threadIdx.x) / kWarp;
+  if (place >= p.num_anchors) return;
+  emit_ranked(p.sort_keys, tiles, place,
+              [&p](int64_t rank, uint64_t, int64_t anchor) { visit_anchor(p, rank, anchor); });
+}
+
+// Of shared memory, in numbers; 128 bytes, as what follows is aligned to. What the warps leave there of one
+// kind lies in whole 16 bytes of its own: a loop over the warps before is read in such pieces, and would read
+// what others write.
+constexpr int kClassTileScratch = 32, kTilesOfWarps = 8, kFoundTile = 16, kSpansOfWarps = 20;
+
+// Whether columns come in the order of their classes, more or less: by how far the labels of a piece lie
+// apart, on average over one piece for each thread. The whole block calls it.
+template <int kThreads>
+__device__ __forceinline__ bool are_grouped(const int32_t* ranges, int pieces, int* scratch) {
+  constexpr int kMostApart = 4, kFar = 1 << 16;
+  int apart = 0;
+  if (pieces > 0) {
+    const int2 range = reinterpret_cast<const int2*>(ranges)[int64_t(threadIdx.x) * pieces / kThreads];
+    apart = range.y < 0 ? 0 : min(range.y - max(range.x, 0), kFar);
+  }
+  apart = warp_sum(apart);
+  if (threadIdx.x % kWarp == 0) scratch[kSpansOfWarps + threadIdx.x / kWarp] = apart;
+  sync_block();  // the spans of all warps are there
+  int all = 0;
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) all += scratch[kSpansOfWarps + warp];
+  return all <= kMostApart * kThreads;
+}
+
+// Anchors that follow each other in the order of visits.
+struct ClassTile {
+  int first, count;  // none: -1
+};
+
+// One of the tiles of up to kBlockA anchors that have labels, found in the sorted labels: the one that
+// choose(how many there are) names, if there are as many. Of grouped keys, tiles begin anew with every class.
+// The whole block calls it.
+template <int kBlockA, int kThreads, class Choose>
+__device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, bool grouped,
+                                                     int* scratch, Choose choose) {
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps <= kTilesOfWarps, "they share the scratch");
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
+  const int share = (count + kThreads - 1) / kThreads;
+  const int begin = min(int(threadIdx.x) * share, count), end = min(begin + share, count);
+  const auto begins_class = [&](int i) { return i == 0 || (grouped && labels[i] != labels[i - 1]); };
+
+  // Where the class begins that the labels before a thread's share end in.
+  int start = 0;
+  for (int i = begin; i < end; ++i) {
+    if (begins_class(i)) start = i;
+  }
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int before = shuffle_up(start, lanes);
+    if (lane >= lanes) start = max(start, before);
+  }
+  if (lane == kWarp - 1) scratch[warp] = start;
+  const int of_lane_before = shuffle_up(start, 1);
+  start = lane == 0 ? 0 : of_lane_before;
+  sync_block();  // the last beginnings of all warps are there
+  for (int other = 0; other < warp; ++other) start = max(start, scratch[other]);
+
+  // How many tiles begin in the shares before.
+  const auto begins_tile = [&](int i) {
+    if (begins_class(i)) start = i;
+    return labels[i] >= 0 && (i - start) % kBlockA == 0;
+  };
+  const int start_of_share = start;
+  int tiles = 0;
+  for (int i = begin; i < end; ++i) tiles += begins_tile(i);
+  int before = warp_scan(tiles);
+  if (lane == kWarp - 1) scratch[kTilesOfWarps + warp] = before;
+  before -= tiles;
+  if (threadIdx.x == 0) scratch[kFoundTile] = -1;
+  sync_block();  // the tiles of all warps are there
+  int all = 0;
+  for (int other = 0; other < kWarps; ++other) {
+    if (other == warp) before += all;
+    all += scratch[kTilesOfWarps + other];
+  }
+  const int tile = choose(all);
+  if (before <= tile && tile < before + tiles) {
+    start = start_of_share;
+    for (int i = begin, number = before; i < end; ++i) {
+      if (begins_tile(i) && number++ == tile) scratch[kFoundTile] = i;
+    }
+  }
+  sync_block();  // the first anchor of the tile is there
+  const int first = scratch[kFoundTile];
+  if (first < 0) return {-1, 0};
+  int length = 0;
+#pragma unroll
+  for (int row = 0; row < kBlockA; row += kWarp) {
+    const int i = first + row + lane;
+    const bool inside = row + lane < kBlockA && i < count;
+    length += count_bits(ballot(inside && (grouped ? labels[i] == labels[first] : labels[i] >= 0)));
+  }
+  return {first, length};
+}
+
+}  // namespace pxc::cuda
