@@ -7,7 +7,6 @@ BIN    := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 CSRC      := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-EMULATOR  := $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu)
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
@@ -75,12 +74,12 @@ test-oldest: $(OLDEST)/.installed  ## the loss with the oldest torch that is sup
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
-	PYTHONPATH=tests $(BIN)/python -m emulator.mutants
+	$(BIN)/python -m tools.emulator.mutants
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC) $(EMULATOR))
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/mypy
 
 bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.md (an hour on two cores)

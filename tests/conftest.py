@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
 BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
-EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of emulator/build.py
+EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of tools/emulator/build.py
 SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
 GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, which import torch

@@ -10,14 +10,14 @@ import runpy
 import sys
 from collections.abc import Collection
 
-from emulator import build
 from pixcontrast_ext import available_backends, backends
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
+from tools.emulator import build
 
 
 def serve(names: Collection[str], variant: str = "plain") -> None:
-    """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of emulator/build.py."""
+    """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of the emulator's builds."""
     if "cuda" in names:
         native.cuda_kernels = build.load(build.build(variant)).cuda
     native.cuda_device_type = "cpu"

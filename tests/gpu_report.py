@@ -175,7 +175,7 @@ def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[St
 
 def rehearsal_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step]:
     """The same parts with the emulator and Triton's interpreter in the device's place, at small shapes."""
-    yield Step("build", "the emulator", python("-m", "emulator.build", "plain"), needs=5)
+    yield Step("build", "the emulator", python("-m", "tools.emulator.build", "plain"), needs=5)
     for backend in BACKENDS:
         yield tests("device", f"what needs one, {backend}", backend, 1, "tests/test_cuda_device.py")
     primitives = ("tests/test_emulator.py", "-k", "machine or emulator-")
