@@ -87,9 +87,9 @@ bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.m
 	$(BIN)/python -m benchmarks.pages
 
 # With the Python at hand and what it has: such machines are often offline. PARTS may name some of the parts, and options:
-# make gpu PARTS="device sanitize --budget 540"; tests/gpu_report.py --help has all.
+# make gpu PARTS="device sanitize --budget 540"; python -m tools.gpu_report --help has all.
 gpu:  ## build, test and time the kernels on a CUDA device, and write down what came out
-	PYTHONPATH=. $(PYTHON) tests/gpu_report.py $(PARTS)
+	$(PYTHON) -m tools.gpu_report $(PARTS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info pixcontrast_ext/*.so

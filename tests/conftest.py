@@ -25,12 +25,12 @@ if not ON_DEVICE:  # Triton looks once, when its own library is imported, which 
 import pytest
 import torch
 
-import emulated
 import on_device
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch
+from tools import emulated
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import gpu_small
 from conftest import ON_DEVICE
+from tools import gpu_small
 from tools.emulator import build, mutants, record, replay, sanitize
 from tools.emulator.primitives import Primitives
 

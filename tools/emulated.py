@@ -1,7 +1,10 @@
 """Puts the emulator and Triton's interpreter in a GPU's place: `cuda` and `triton` then serve tensors on the CPU.
 
-As a program, it runs a module so: python tests/emulated.py benchmarks gather --shapes quick. TRITON_INTERPRET=1 has to
-be in the environment, where Triton looks when torch imports it.
+As a program, it runs a module with them in place:
+
+    TRITON_INTERPRET=1 python -m tools.emulated benchmarks gather --shapes quick
+
+Triton looks for that variable when it is imported, which importing torch may do.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ def serve(names: Collection[str], variant: str = "plain") -> None:
     backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
     triton_backend.INTERPRETED = True
     if "triton" in names and available_backends()["triton"] is None:
-        import interpreter
+        from tools import interpreter
 
         interpreter.patch_once_a_launch()
 
