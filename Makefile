@@ -7,7 +7,6 @@ BIN    := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 CSRC      := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
-EMULATOR  := $(wildcard tests/emulator/*.h tests/emulator/*.cpp tests/emulator/*.cu)
 INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
@@ -75,12 +74,12 @@ test-oldest: $(OLDEST)/.installed  ## the loss with the oldest torch that is sup
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
-	PYTHONPATH=tests $(BIN)/python -m emulator.mutants
+	$(BIN)/python -m tools.emulator.mutants
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC) $(EMULATOR))
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/mypy
 
 bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.md (an hour on two cores)
@@ -88,9 +87,9 @@ bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.m
 	$(BIN)/python -m benchmarks.pages
 
 # With the Python at hand and what it has: such machines are often offline. PARTS may name some of the parts, and options:
-# make gpu PARTS="device sanitize --budget 540"; tests/gpu_report.py --help has all.
+# make gpu PARTS="device sanitize --budget 540"; python -m tools.gpu_report --help has all.
 gpu:  ## build, test and time the kernels on a CUDA device, and write down what came out
-	PYTHONPATH=. $(PYTHON) tests/gpu_report.py $(PARTS)
+	$(PYTHON) -m tools.gpu_report $(PARTS)
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info pixcontrast_ext/*.so

@@ -1,8 +1,7 @@
 // The CUDA surface a kernel may use, and nothing else of CUDA: built-in variables, __global__ and the like,
 // vectors such as float4, min and max, the functions of <cmath>, and those below. nvcc maps them to
-// intrinsics and PTX. Any other compiler takes them from emulator.h in tests/emulator/, which runs the same
-// kernels on a CPU, a fiber per CUDA thread; it documents what it checks. Neither side knows a thing about
-// contrast.
+// intrinsics and PTX. Any other compiler takes them from emulator/emulator.h, which runs the same kernels on
+// a CPU, a fiber per CUDA thread; it documents what it checks. Neither side knows a thing about contrast.
 #pragma once
 
 #include <cmath>
@@ -33,7 +32,7 @@ constexpr size_t shared_bytes(size_t count) {
 }  // namespace pxc
 
 #ifndef __CUDACC__
-#include "emulator.h"
+#include "emulator/emulator.h"
 #else
 
 #include <cuda_bf16.h>

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
 BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
-EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of emulator/build.py
+EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of tools/emulator/build.py
 SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
 GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, which import torch
@@ -25,12 +25,12 @@ if not ON_DEVICE:  # Triton looks once, when its own library is imported, which 
 import pytest
 import torch
 
-import emulated
 import on_device
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch
+from tools import emulated
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,8 +3,8 @@
     python -m sanitized pytest ARGUMENT ...
     python -m sanitized overrun cpu|cuda
 
-in a process that emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that the
-sanitizer gives out, so that a kernel's access behind a tensor is reported.
+in a process that tools/emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that
+the sanitizer gives out, so that a kernel's access behind a tensor is reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from emulator.build import ROOT, SANITIZERS
+from tools.emulator.build import ROOT, SANITIZERS
 
 BUILD = f"build/address-{sysconfig.get_config_var('SOABI')}"
 
@@ -58,8 +58,8 @@ def overrun(backend: str) -> None:
     """What has to be reported: a kernel is told of one index more than there is."""
     import torch
 
-    from emulator.build import build, load
     from pixcontrast_ext.backends import native
+    from tools.emulator.build import build, load
 
     fields = dict(
         **native.map_fields(torch.zeros(1, 3, 2, 2)),

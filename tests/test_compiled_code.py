@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import compiled_code
-import machine_model
 from pixcontrast_ext.backends import native
+from tools import compiled_code, machine_model
 
 SMALLEST_SHARED = 101376  # bytes a block may use on sm_86, sm_89 and sm_120
 
@@ -103,5 +102,6 @@ def test_registers_are_those_of_the_table():
         compiled_code.registers(text) for text in (compiled_code.table(MODULE, compiler), recorded)
     )
     assert found == {name: {arch: by_arch[arch] for arch in ARCHS} for name, by_arch in table.items()}, (
-        "registers have changed; see what it means, then run tests/compiled_code.py --update for all architectures"
+        "registers have changed; see what it means, then build for all architectures and run\n"
+        "python -m tools.compiled_code --update"
     )

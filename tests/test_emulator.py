@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-import gpu_small
 from conftest import ON_DEVICE
-from emulator import build, mutants, record, replay, sanitize
-from emulator.primitives import Primitives
+from tools import gpu_small
+from tools.emulator import build, mutants, record, replay, sanitize
+from tools.emulator.primitives import Primitives
 
-FOLDER = Path(build.__file__).parent
 SCHEDULES = replay.SCHEDULES
 SANITIZED_SCHEDULES = os.environ.get("PIXCONTRAST_TEST_SCHEDULES", "").split() or SCHEDULES
 NVCC = shutil.which("nvcc")
@@ -46,7 +45,7 @@ class Device(Emulator):
 
 
 def compile_for_device(target: Path, *flags: str) -> Path:
-    source = FOLDER / "primitives.cu"
+    source = build.ROOT / "csrc/emulator/primitives.cu"
     command = [NVCC, "-std=c++20", "-O3", "-I", build.ROOT / "csrc", *flags, "-o", target, source]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -356,7 +355,7 @@ def test_switching_by_the_system_works_too(tmp_path):
     """What other processors than x86-64 get."""
     library = tmp_path / "primitives.so"
     command = [*build.compiler(), *build.FLAGS, "-DPXC_EMULATOR_UCONTEXT=1", "-O1", "-shared", "-o", library]
-    sources = ["tests/emulator/emulator.cpp", "-x", "c++", "tests/emulator/primitives.cu"]
+    sources = ["csrc/emulator/emulator.cpp", "-x", "c++", "csrc/emulator/primitives.cu"]
     done = subprocess.run([*command, *sources], cwd=build.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     emulator = Emulator(library)
@@ -480,7 +479,7 @@ def test_thread_sanitizer_sees_races_and_nothing_else():
     harmless = 99
     every = "exitcode=66:suppress_equal_stacks=0:suppress_equal_addresses=0"
     done = sanitize.run(
-        "thread", "emulator.primitives", library, harmless, *RACES, harmless, TSAN_OPTIONS=every
+        "thread", "tools.emulator.primitives", library, harmless, *RACES, harmless, TSAN_OPTIONS=every
     )
     reports = re.split(r"^fault (\d+)$", done.stderr, flags=re.M)[1:]
     found = list(zip(map(int, reports[::2]), reports[1::2], strict=True))
@@ -502,7 +501,7 @@ def test_thread_sanitizer_sees_races_and_nothing_else():
 )
 def test_address_sanitizer_sees_what_is_out_of_bounds(fault, message):
     library = sanitized("address", "primitives") / "primitives.so"
-    done = sanitize.run("address", "emulator.primitives", library, fault)
+    done = sanitize.run("address", "tools.emulator.primitives", library, fault)
     assert (done.returncode == 0) == (message is None)
     assert message is None or (message in done.stderr and "primitives.cu" in done.stderr), done.stderr
 
@@ -521,7 +520,7 @@ def test_kernels_pass_the_sanitizers_under_every_schedule(recording, variant):
     """Bits depend on the schedule, if anything does; a sanitizer sees what is out of bounds or in no order in any."""
     folder = sanitized(variant, "_C")
     schedules = SCHEDULES if variant == "plain" else SANITIZED_SCHEDULES
-    done = sanitize.run(variant, "emulator.replay", folder, recording, *schedules)
+    done = sanitize.run(variant, "tools.emulator.replay", folder, recording, *schedules)
     assert done.returncode == 0 and "ThreadSanitizer" not in done.stderr, done.stdout + done.stderr[-6000:]
 
 

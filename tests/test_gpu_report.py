@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks.__main__ import plan
-from gpu_report import PARTS, TIMINGS, Run, Step, python
+from tools.gpu_report import PARTS, TIMINGS, Run, Step, python
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTALLED_THERE = ("torch", "triton", "numpy", "pytest", "pybind11", "setuptools", "ninja")
@@ -51,7 +51,7 @@ def bare_python(tmp_path_factory) -> Path:
 
 
 def rehearse(interpreter: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [interpreter, "-s", "tests/gpu_report.py", "--rehearse", "--out", out, *arguments]
+    command = [interpreter, "-s", "-m", "tools.gpu_report", "--rehearse", "--out", out, *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIXCONTRAST_")}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1", "OUT": "/nowhere"}
     return subprocess.Popen(
@@ -169,7 +169,7 @@ def test_what_fails_is_counted_and_shown(tmp_path):
         "def test_wrong(): assert 1 == 2\n"
         "def test_left_out(): pytest.skip('for a reason')\n"
     )
-    tests = Step("suite", "some", python("-m", "pytest", "-q", "-p", "gpu_log", str(source)), 0)
+    tests = Step("suite", "some", python("-m", "pytest", "-q", "-p", "tools.gpu_log", str(source)), 0)
     broken = step("broken", "raise SystemExit('out of memory')")
     silent = Step("sanitize", "silent", python("-c", "print('ERRORS: 2')"), 0, shows="ERRORS: 0")
     absent = Step("sanitize", "absent", ["no-such-program"], 0, missing="no-such-program is not on PATH")
@@ -188,7 +188,7 @@ def test_what_fails_is_counted_and_shown(tmp_path):
 
 
 def test_nothing_runs_without_a_device(tmp_path):
-    command = [sys.executable, "tests/gpu_report.py", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.gpu_report", "--out", str(tmp_path)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 2 and "torch finds no CUDA device" in run.stdout

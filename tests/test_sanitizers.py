@@ -10,7 +10,7 @@ import pytest
 
 import sanitized
 from conftest import BACKENDS, ON_DEVICE
-from emulator import build, sanitize
+from tools.emulator import build, sanitize
 
 SANITIZED = [name for name in ("cpu", "cuda") if name in BACKENDS]
 # Of the tests of single ops those whose sizes are no multiple of anything.

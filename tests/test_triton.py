@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -38,11 +37,8 @@ if "triton" not in BACKENDS:
 
 
 def guard(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "tests/triton_guard.py", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tools.triton_guard", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(ON_DEVICE, reason="it interprets, which make test does")

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import triton
 
-import compiled_code
-import triton_code
 from conftest import BACKENDS
 from pixcontrast_ext.backends.triton.infonce import tiles
+from tools import compiled_code, triton_code
 
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may use
 SMALLEST_SHARED = 101_376  # on sm_86, sm_89 and sm_120, which run what is compiled like sm_80
@@ -32,15 +31,14 @@ if compiled_code.cuobjdump() is None:
 def found(tmp_path_factory):
     """In a process of its own: in this one Triton interprets."""
     path = tmp_path_factory.mktemp("triton") / "found.json"
-    command = [sys.executable, "tests/triton_code.py", "--json", str(path)]
+    command = [sys.executable, "-m", "tools.triton_code", "--json", str(path)]
     for name in ("widths", "archs"):
         wanted = os.environ.get(f"PIXCONTRAST_TEST_{name.upper()}", "").split()
         command += [f"--{name}", *wanted] if wanted else []
-    paths = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths},
+        env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
@@ -145,10 +143,9 @@ def test_no_product_in_flight_loses_its_input(found):
 
 
 def test_registers_are_those_of_the_table(found):
-    version = ".".join(triton.__version__.split(".")[:2])
-    path = ROOT / "tests" / f"triton-{version}.txt"
+    path = triton_code.table_path()
     if not path.exists():
-        pytest.skip(f"there is no table for triton {version}")
+        pytest.skip(f"there is no {path.name}")
     (header, *recorded), (ours, *lines) = (text.splitlines() for text in (path.read_text(), found["table"]))
     if header.split("--update")[1] != ours.split("--update")[1]:
         pytest.skip(f"the table is that of{header.split('--update')[1]}")

@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 # By (major number of the compute capability, planes of an operand): tiles for rows of up to so many channels. Those of
 # (8, ...) fit the 99 KB of shared memory that the smallest device after an A100 has, and were chosen by their machine
-# code, which tests/triton_code.py reads. Those of (9, ...) were chosen by their times on an H100, as far as these stand
+# code, which tools/triton_code.py reads. Those of (9, ...) were chosen by their times on an H100, as far as these stand
 # in benchmarks/results/2026-11-26-h100-triton-3.9: where outputs do not fit registers, to spill some costs less than
 # programs beside each other, which multiply the scores again; of two planes, more columns are worth more than a buffer
 # that is filled meanwhile; and several small programs on a multiprocessor more than a large one.

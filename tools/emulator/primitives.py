@@ -1,4 +1,9 @@
-"""Calls the kernels of primitives.cu by name, in any build of theirs."""
+"""Calls the kernels of csrc/emulator/primitives.cu by name, in any build of theirs.
+
+    python -m tools.emulator.primitives LIBRARY FAULT ...
+
+runs the faults of its race_kernel, one after another.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +46,7 @@ def exact_buffer(size: int) -> int:
     return libc.calloc(1, size)
 
 
-if (
-    __name__ == "__main__"
-):  # python -m emulator.primitives LIBRARY FAULT ...: the faults of race_kernel one after another
+if __name__ == "__main__":
     primitives = Primitives(Path(sys.argv[1]))
     for fault in sys.argv[2:]:
         print(f"fault {fault}", file=sys.stderr, flush=True)

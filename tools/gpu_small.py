@@ -73,7 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--emulated", action="store_true", help="without a device")
     arguments = parser.parse_args()
     if arguments.emulated:
-        import emulated
+        from tools import emulated
 
         emulated.serve((arguments.backend,))
         main(

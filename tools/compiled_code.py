@@ -1,7 +1,7 @@
 """Reads the machine code of the CUDA kernels out of the compiled module: registers, stack, instructions.
 
-    python tests/compiled_code.py            print the table of registers
-    python tests/compiled_code.py --update   write it to tests/registers.txt
+    python -m tools.compiled_code            print the table of registers
+    python -m tools.compiled_code --update   write it to expected/registers.txt
 
 A change of a kernel that changes its registers has to update the table, so that nobody loses occupancy unawares.
 """
@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-TABLE = Path(__file__).parent / "registers.txt"
+TABLE = Path(__file__).parent / "expected" / "registers.txt"
 
 
 @dataclass
@@ -94,7 +94,7 @@ def table(module: Path, compiler: str) -> str:
     kernels = resources(module)
     archs = sorted({arch for by_arch in kernels.values() for arch in by_arch}, key=lambda arch: int(arch[3:]))
     lines = [
-        f"# Registers a thread, as {compiler} compiles the kernels; written by tests/compiled_code.py --update"
+        f"# Registers a thread, as {compiler} compiles the kernels; written by tools.compiled_code --update"
     ]
     width = max(len(name) for name in kernels)
     lines.append(f"{'kernel':<{width}}  " + "  ".join(f"{arch:>6}" for arch in archs))

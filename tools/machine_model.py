@@ -1,4 +1,4 @@
-"""What binds each kernel, for every architecture in the module: `python tests/machine_model.py`.
+"""What binds each kernel, for every architecture in the module: `python -m tools.machine_model`.
 
 A line for each InfoNCE kernel of 256 channels (or those that are named): cycles of a multiprocessor for one tile, by
 what they are spent on, which of it binds, what time that makes at the benchmark's shape, and what share of the floor.
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import compiled_code
+from tools import compiled_code
 
 ANCHORS, KEYS, CLASSES = 1024, 190_000, 19
 QUARTERS = 4  # of a multiprocessor, each with a tensor core and a scheduler

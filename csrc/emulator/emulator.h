@@ -4,15 +4,12 @@
 // would be undefined on a GPU is an error here: `launch` throws std::runtime_error with the kernel, block,
 // thread and the calls concerned. It finds
 //   - barriers that threads reach in different places, not at all, or as half a warp;
-//   - warp collectives in different places, with a mask that lacks the caller, or reading a lane outside of
-//   it;
+//   - warp collectives in different places, with a mask that lacks the caller, or reading a lane outside it;
 //   - deadlocks;
-//   - cp.async and ldmatrix on addresses that are misaligned or not in shared memory, and a kernel that ends
-//   before
-//     its copies have arrived;
-//   - shared memory beyond what the launch asked for, or laid out differently by different threads; launches
-//   that a
-//     device would refuse.
+//   - cp.async and ldmatrix on addresses that are misaligned or not in shared memory;
+//   - a kernel that ends before its copies have arrived;
+//   - shared memory beyond what the launch asked for, or laid out differently by different threads;
+//   - launches that a device would refuse.
 // Memory is shown to the sanitizers: an array of shared memory is an allocation of its own for
 // AddressSanitizer, and for ThreadSanitizer nothing but a barrier orders two threads, and nothing at all two
 // blocks of a launch. So every access to memory that a kernel makes through these functions is inline,

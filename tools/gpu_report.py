@@ -97,7 +97,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def tests(part: str, name: str, backend: str, needs: float, *arguments: str) -> Step:
-    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_log", *arguments)
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.gpu_log", *arguments)
     return Step(part, name, command, needs, {"PIXCONTRAST_TEST_BACKENDS": backend})
 
 
@@ -133,7 +133,7 @@ def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step
             f"profile of both passes, {backend}",
             ["ncu", "--clock-control", "none", "--kernel-name", "regex:infonce_fwd"]
             + [word for section in SECTIONS for word in ("--section", section)]
-            + python("tests/gpu_small.py", backend, "--one-forward"),
+            + python("-m", "tools.gpu_small", backend, "--one-forward"),
             needs=30,
             shows="infonce_fwd",
             missing=without("ncu"),
@@ -153,7 +153,7 @@ def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step
                 ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
                 # Triton asks the driver for attributes that the driver may not have.
                 + ["--report-api-errors", "no"] * (backend == "triton")
-                + python("tests/gpu_small.py", backend),
+                + python("-m", "tools.gpu_small", backend),
                 needs=60,
                 # Every tensor its own allocation, so that reading past one is seen.
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -175,17 +175,19 @@ def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[St
 
 def rehearsal_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step]:
     """The same parts with the emulator and Triton's interpreter in the device's place, at small shapes."""
-    yield Step("build", "the emulator", python("-m", "emulator.build", "plain"), needs=5)
+    yield Step("build", "the emulator", python("-m", "tools.emulator.build", "plain"), needs=5)
     for backend in BACKENDS:
         yield tests("device", f"what needs one, {backend}", backend, 1, "tests/test_cuda_device.py")
     primitives = ("tests/test_emulator.py", "-k", "machine or emulator-")
     yield tests("device", "conformance of the primitives", "cuda", 5, *primitives)
-    command = python("tests/emulated.py", "benchmarks", "--device", "cpu", "--no-memory", "--seconds", "0.1")
+    command = python(
+        "-m", "tools.emulated", "benchmarks", "--device", "cpu", "--no-memory", "--seconds", "0.1"
+    )
     command += ["--dtypes", "fp32", "--csv", str(csv)]
     for op, shape in (("infonce", "A16-K32-D16-C2"), ("gather", "B1-D16-H8-W16-C3-A32")):
         yield Step("timings", f"{op} {shape}", [*command, op, "--shapes", shape], needs=5, quoted=True)
     for backend in BACKENDS:
-        yield Step("sanitize", backend, python("tests/gpu_small.py", backend, "--emulated"), needs=5)
+        yield Step("sanitize", backend, python("-m", "tools.gpu_small", backend, "--emulated"), needs=5)
     yield from suite_steps(suite, tests_named, needs=5)
 
 
@@ -242,7 +244,7 @@ class Run:
             # On sm_90 Triton is off with an older assembler, which a machine without a network may have.
             "PIXCONTRAST_TRITON_ANY_ASSEMBLER": "1",
             # The checkout, not an installed copy.
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             **step.environment,
             "PIXCONTRAST_TEST_LOG": str(outcomes),
         }

@@ -1,4 +1,4 @@
-"""Runs every Triton kernel in the interpreter on tensors that end where memory ends: `python tests/triton_guard.py`.
+"""Runs every Triton kernel in the interpreter on tensors that end where memory ends: `python -m tools.triton_guard`.
 
 Behind the last element of each tensor, scratch memory included, lies a page that nobody may touch, so that a load or
 store without its mask kills the process. `--overrun` puts in such a load, to show that it does.

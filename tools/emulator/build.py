@@ -1,8 +1,10 @@
-"""Builds the emulator: the CUDA kernels as plain C++, for the tests only.
+"""Builds the emulator: the CUDA kernels as plain C++, for tests and tools only.
+
+    python -m tools.emulator.build [VARIANT ...]
 
 `_C.so` is the project's module with the kernels of csrc/cuda/ and nothing else; `primitives.so` has those of
-primitives.cu and is called through ctypes. There are three variants: `plain`, `address` (AddressSanitizer and
-UndefinedBehaviorSanitizer) and `thread` (ThreadSanitizer). Ninja compiles what has changed.
+csrc/emulator/primitives.cu and is called through ctypes. There are three variants: `plain`, `address`
+(AddressSanitizer and UndefinedBehaviorSanitizer) and `thread` (ThreadSanitizer). Ninja compiles what has changed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ VARIANTS = tuple(SANITIZERS)
 
 # Contraction would give the variants different bits.
 FLAGS = """-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas
--I tests/emulator -I csrc -DPXC_HAVE_CUDA=1 -DPXC_EMULATED=1""".split()
+-I csrc -DPXC_HAVE_CUDA=1""".split()
 
 
 def compiler() -> list[str]:
@@ -53,16 +55,19 @@ def _statements(root: Path, build_dir: str) -> list[str]:
         return f"{build_dir}/{target}"
 
     # Neither has a kernel's access to memory in it, so they serve all variants.
-    emulator = compile_to("emulator.o", "tests/emulator/emulator.cpp", ["-O3"])
-    bindings = compile_to("bindings.o", "csrc/bindings.cpp", ["-O0", "-Wno-unused-function", *python])
+    emulator = compile_to("emulator.o", "csrc/emulator/emulator.cpp", ["-O3"])
+    bindings = [
+        compile_to(f"{Path(source).stem}.o", source, ["-O0", *python])
+        for source in ("csrc/cuda/bindings.cpp", "csrc/emulator/module.cpp")
+    ]
     kernels = [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/cuda/*.cu"))]
     for variant, sanitizer in SANITIZERS.items():
         optimize = ["-O1"] if sanitizer else ["-O2"]
         flags = [*optimize, *sanitizer, "-x", "c++"]
         objects = [compile_to(f"{variant}/{Path(source).stem}.o", source, flags) for source in kernels]
-        primitives = compile_to(f"{variant}/primitives.o", "tests/emulator/primitives.cu", flags)
+        primitives = compile_to(f"{variant}/primitives.o", "csrc/emulator/primitives.cu", flags)
         # The emulator first: of an inline function that both have, its own copy is taken.
-        for name, parts in (("_C", [bindings, *objects]), ("primitives", [primitives])):
+        for name, parts in (("_C", [*bindings, *objects]), ("primitives", [primitives])):
             lines.append(f"build {build_dir}/{variant}/{name}.so: link {emulator} {' '.join(parts)}")
             lines.append(f"  flags = {shlex.join(sanitizer)}")
     return lines

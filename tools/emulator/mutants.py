@@ -1,6 +1,6 @@
 """Puts faults into the CUDA kernels, one at a time, and shows which check of the tests finds each.
 
-    python -m emulator.mutants [NAME ...]
+    python -m tools.emulator.mutants [NAME ...]
 
 Every fault is one that people make. The kernels are changed in a copy, built for the emulator, and the recorded calls
 are replayed: first for other bits, then under AddressSanitizer, then under ThreadSanitizer, each under all schedules.
@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulator import build, sanitize
+from tools.emulator import build, sanitize
 
 
 @dataclass(frozen=True)
@@ -354,7 +354,7 @@ def caught_by(root: Path, recording: Path) -> str | None:
     for variant in build.VARIANTS:
         folder = build.build(variant, root, root / "build")
         try:
-            done = sanitize.run(variant, "emulator.replay", folder, recording, timeout=900)
+            done = sanitize.run(variant, "tools.emulator.replay", folder, recording, timeout=900)
         except subprocess.TimeoutExpired:
             return f"{variant}: does not end"
         if done.returncode:
@@ -363,9 +363,9 @@ def caught_by(root: Path, recording: Path) -> str | None:
 
 
 def main(names: list[str]) -> int:
-    from emulator import record
     from pixcontrast_ext import backends
     from pixcontrast_ext.backends import native
+    from tools.emulator import record
 
     unknown = set(names) - {mutant.name for mutant in MUTANTS}
     if unknown:
@@ -382,8 +382,7 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root, recording = Path(temporary), Path(temporary) / "calls.npz"
         record.record(recording)
-        for name in ("csrc", "tests/emulator"):
-            shutil.copytree(build.ROOT / name, root / name)
+        shutil.copytree(build.ROOT / "csrc", root / "csrc")
         if (reason := caught_by(root, recording)) is not None:
             raise SystemExit(f"the kernels fail as they are: {reason}")
         for mutant in MUTANTS:

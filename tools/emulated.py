@@ -1,7 +1,10 @@
 """Puts the emulator and Triton's interpreter in a GPU's place: `cuda` and `triton` then serve tensors on the CPU.
 
-As a program, it runs a module so: python tests/emulated.py benchmarks gather --shapes quick. TRITON_INTERPRET=1 has to
-be in the environment, where Triton looks when torch imports it.
+As a program, it runs a module with them in place:
+
+    TRITON_INTERPRET=1 python -m tools.emulated benchmarks gather --shapes quick
+
+Triton looks for that variable when it is imported, which importing torch may do.
 """
 
 from __future__ import annotations
@@ -10,21 +13,21 @@ import runpy
 import sys
 from collections.abc import Collection
 
-from emulator import build
 from pixcontrast_ext import available_backends, backends
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends import triton as triton_backend
+from tools.emulator import build
 
 
 def serve(names: Collection[str], variant: str = "plain") -> None:
-    """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of emulator/build.py."""
+    """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of the emulator's builds."""
     if "cuda" in names:
         native.cuda_kernels = build.load(build.build(variant)).cuda
     native.cuda_device_type = "cpu"
     backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
     triton_backend.INTERPRETED = True
     if "triton" in names and available_backends()["triton"] is None:
-        import interpreter
+        from tools import interpreter
 
         interpreter.patch_once_a_launch()
 

@@ -1,4 +1,4 @@
-"""Runs a module of this folder under the sanitizer of a variant; Python itself is not compiled for any."""
+"""Runs a module of this repository under the sanitizer of a variant; Python itself is not compiled for any."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from emulator.build import compiler
-
-TESTS = Path(__file__).parents[1]
+from tools.emulator.build import ROOT, compiler
 
 _RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
@@ -52,7 +49,7 @@ def run(
     variant: str, module: str, *arguments: object, timeout: float = 900, **options: str
 ) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments ...`; `options` are environment variables."""
-    environment = {**os.environ, **_OPTIONS, "PYTHONPATH": str(TESTS), **options}
+    environment = {**os.environ, **_OPTIONS, "PYTHONPATH": str(ROOT), **options}
     if variant in _RUNTIMES:
         # The C++ library as well: its exceptions are caught by the sanitizer, which looks for it at the start.
         environment["LD_PRELOAD"] = f"{_library(_RUNTIMES[variant])} {_library('libstdc++.so.6')}"

@@ -1,6 +1,6 @@
 """Repeats the calls that record.py wrote down, in a process that may run under a sanitizer: it imports no torch.
 
-    python -m emulator.replay FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
+    python -m tools.emulator.replay FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
 
 Every buffer is an allocation of its own, of exactly the size of the storage that it stands for. What a call leaves in
 them has to be, bit for bit, what the recorded call left.
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from emulator.build import load
+from tools.emulator.build import load
 
 SCHEDULES = ("forward", "reverse", "20210118")
 

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for devices that are not there, and reads what comes out: registers, spills, memory, the
 loops in machine code, and how long it took.
 
-    python tests/triton_code.py            compile every shipped configuration and print the table
-    python tests/triton_code.py --update   write it to tests/triton-<version>.txt
+    python -m tools.triton_code            compile every shipped configuration and print the table
+    python -m tools.triton_code --update   write it to expected/triton-<version>.txt
 
 A launcher decides what is compiled. So the launchers are run with nothing but the compiler behind them: every
 configuration that ships is compiled, and no other.
@@ -31,11 +31,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import compiled_code
-import machine_model
 from pixcontrast_ext.backends import triton as backend
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import Sides
+from tools import compiled_code, machine_model
 
 ARCHS = (80, 90)
 WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
@@ -402,7 +401,7 @@ def compile_all(jobs: list[Job], workers: int = 2) -> dict[Job, Code]:
 
 def table(codes: dict[Job, Code], what: str) -> str:
     lines = [
-        f"# What triton {triton.__version__} makes of the kernels; written by tests/triton_code.py --update {what}"
+        f"# What triton {triton.__version__} makes of the kernels; written by tools.triton_code --update {what}"
     ]
     lines += sorted(
         f"sm_{job.arch} {job.name}: {code.registers} registers, {code.shared} bytes"
@@ -457,7 +456,7 @@ def predicted(codes: dict[Job, Code]) -> str:
 
 
 def table_path() -> Path:
-    return Path(__file__).parent / f"triton-{'.'.join(triton.__version__.split('.')[:2])}.txt"
+    return Path(__file__).parent / "expected" / f"triton-{'.'.join(triton.__version__.split('.')[:2])}.txt"
 
 
 def main() -> None:
