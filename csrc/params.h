@@ -278,14 +278,14 @@ struct ScoreGradientParams {
 
 // --- CUDA: in device memory, on the caller's stream ---
 
-namespace cuda {
-
 // The part that every call begins with.
 struct Launch {
   int32_t device;   // its index
   uint64_t stream;  // cudaStream_t
   PXC_FIELDS((), device, stream)
 };
+
+namespace cuda {
 
 struct SamplingParams : Launch, Sampling {
   uint64_t* pool_keys;   // [B, chunks, 1024] scratch; a chunk is 1024 pixels
@@ -327,13 +327,12 @@ struct WriteParams : Launch, Write {
 // [splits, ...] are the partial results of that many shares of the walk.
 
 struct InfonceRows {
-  int32_t rows_dtype;    // DType
   int32_t full_float32;  // of fp32 rows, two planes are multiplied and fp32's accuracy kept; else one
   int64_t channels;      // of a row or plane as it is multiplied, padding included
   float temperature;
   int32_t exclude_self;
   int64_t splits;
-  const void* anchors;           // [A, channels], of fp32 rows [A, D]
+  ConstRows anchors;             // [A, channels], of fp32 rows [A, D]
   const int32_t* anchor_labels;  // [A]
   int64_t num_anchors;
   int32_t* order;          // [A] scratch: anchors by (label, index), those without a label last
@@ -344,13 +343,13 @@ struct InfonceRows {
   float* peaks;            // likewise [2, plane_blocks] scratch
   int64_t plane_blocks;    // of either side
   float* unscale;          // likewise [2] scratch: anchors, and keys, are their planes' sum times this
-  PXC_FIELDS((), rows_dtype, full_float32, channels, temperature, exclude_self, splits, anchors,
-             anchor_labels, num_anchors, order, sorted_labels, sort_keys, score_scale, anchor_planes, peaks,
-             plane_blocks, unscale)
+  PXC_FIELDS((), full_float32, channels, temperature, exclude_self, splits, anchors, anchor_labels,
+             num_anchors, order, sorted_labels, sort_keys, score_scale, anchor_planes, peaks, plane_blocks,
+             unscale)
 };
 
 struct InfonceForwardParams : Launch, InfonceRows {
-  const void* keys;     // as the anchors [K, channels], or null: the anchors are the keys, in their order
+  ConstRows keys;       // as the anchors [K, channels], or null: the anchors are the keys, in their order
   Float16* key_planes;  // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
@@ -379,7 +378,7 @@ struct InfonceForwardParams : Launch, InfonceRows {
 };
 
 struct InfonceBackwardParams : Launch, InfonceRows {
-  const void* keys;           // as the anchors, or null: the symmetric backward of anchors that are the keys
+  ConstRows keys;             // as the anchors, or null: the symmetric backward of anchors that are the keys
   Float16* key_planes;        // as the anchors'
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;

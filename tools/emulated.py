@@ -9,27 +9,56 @@ Triton looks for that variable when it is imported, which importing torch may do
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
 from collections.abc import Collection
+from typing import Any
 
-from pixcontrast_ext import available_backends, backends
-from pixcontrast_ext.backends import native
-from pixcontrast_ext.backends import triton as triton_backend
+import torch
+
+from pixcontrast_ext import available_backends
+from pixcontrast_ext.backends import device as devices
 from tools.emulator import build
+
+
+class Emulated(devices.Gpu):
+    """CPU tensors as those of a Hopper with few multiprocessors, so that small problems have several splits."""
+
+    type = "cpu"
+
+    def __init__(self, kernels: Any = None) -> None:
+        self.kernels = kernels  # None: only Triton's are there
+
+    def unavailable(self) -> None:
+        return None
+
+    def to_judge(self, device: torch.device | None) -> None:
+        return None
+
+    def capability(self, device: torch.device) -> tuple[int, int]:
+        return 9, 0
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return 4
+
+    def current(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def number_and_stream(self, device: torch.device) -> tuple[int, int]:
+        return 0, 0
+
+    def captures(self) -> bool:
+        return False
 
 
 def serve(names: Collection[str], variant: str = "plain") -> None:
     """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of the emulator's builds."""
-    if "cuda" in names:
-        native.cuda_kernels = build.load(build.build(variant)).cuda
-    native.cuda_device_type = "cpu"
-    backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
-    triton_backend.INTERPRETED = True
+    devices.gpu = Emulated(build.load(build.build(variant)).cuda if "cuda" in names else None)
     if "triton" in names and available_backends()["triton"] is None:
         from tools import interpreter
 
-        interpreter.patch_once_a_launch()
+        interpreter.hasten()
 
 
 if __name__ == "__main__":

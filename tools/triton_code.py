@@ -25,16 +25,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import triton as backend
-from pixcontrast_ext.backends.triton import launch
+from pixcontrast_ext.backends.calls import (
+    Collect,
+    Gather,
+    GatherBackward,
+    InfonceBackward,
+    InfonceForward,
+    Sampling,
+    Write,
+)
 from pixcontrast_ext.backends.triton.infonce.operands import Sides
 from tools import compiled_code, machine_model
+from tools.emulated import Emulated
 
 ARCHS = (80, 90)
 WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
@@ -247,35 +258,35 @@ def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str
 def recording(arch: int) -> Iterator[dict[Job, None]]:
     """Within it, launches are written down instead of made, and devices are of `arch`."""
     jobs: dict[Job, None] = {}
-    before = launch.launch, launch.capability, launch.multiprocessors
 
-    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        if 0 not in grid:
+    class Described(Emulated):
+        def capability(self, device: torch.device) -> tuple[int, int]:
+            return divmod(arch, 10)
+
+        def multiprocessors(self, device: torch.device) -> int:
+            return MULTIPROCESSORS[arch]
+
+        def launch(self, device: torch.device, start: Any, arguments: Any) -> None:
+            kernel, _, options = start.args
             jobs[job_of(arch, kernel, arguments, options)] = None
 
-    launch.launch = record
-    launch.capability = lambda device: divmod(arch, 10)
-    launch.multiprocessors = lambda device: MULTIPROCESSORS[arch]
-    try:
+    with mock.patch.object(devices, "gpu", Described()):
         yield jobs
-    finally:
-        launch.launch, launch.capability, launch.multiprocessors = before
 
 
 def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, begin: int = 0) -> None:
     """The passes over rows that begin so many numbers behind an aligned address."""
     anchors, keys = (torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k))
     anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
-    rows = [torch.ones(a) for _ in range(3)]
-    count = torch.empty(a, dtype=torch.int32)
-    for exclude_self, grad in ((False, None), (True, torch.empty(a, channels))):
-        backend.infonce_forward(
-            anchors, anchor_labels, keys, key_labels, 0.1, exclude_self, *rows, count, grad
-        )
-    backend.infonce_backward_keys(
-        anchors, anchor_labels, keys, key_labels, *rows, 0.1, False, torch.empty(k, channels)
-    )
-    backend.infonce_backward_symmetric(anchors, anchor_labels, *rows, 0.1, True, torch.empty(a, channels))
+    loss, neg_lse, weight = torch.ones(3, a)
+    count, grad = torch.empty(a, dtype=torch.int32), torch.empty(a, channels)
+    rows = anchors, anchor_labels, keys, key_labels
+    for with_grad in (False, True):
+        outputs = loss, neg_lse, weight, count, grad
+        backend.infonce_forward(InfonceForward(*rows, 0.1, with_grad, with_grad, *outputs))
+    terms = neg_lse, weight, loss, 0.1
+    backend.infonce_backward(InfonceBackward(*rows, *terms, False, torch.empty(k, channels)))
+    backend.infonce_backward(InfonceBackward(*rows[:2], None, None, *terms, True, grad))
 
 
 def launch_maps(
@@ -294,22 +305,23 @@ def launch_maps(
     labels = torch.zeros(batch, height, width, dtype=torch.int64)
     priority = torch.zeros(batch, height, width, dtype=torch.int32)
     indices, anchor_labels = torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int32)
+    outputs = indices, anchor_labels, anchor_labels[0]
     backend.hard_anchor_sampling(
-        labels, labels, priority, classes, samples, 100, 101, 255, indices, anchor_labels, anchor_labels[0]
+        Sampling(labels, labels, priority, classes, samples, 100, 101, 255, *outputs)
     )
     rows, inv_norm = torch.empty(samples, channels, dtype=dtype), torch.empty(samples)
     candidates = torch.empty(batch, classes, 1 + per_image, channels, dtype=dtype)
     candidate_labels = torch.empty(batch, classes, 1 + per_image, dtype=torch.int32)
     for normalize in (True, False):
-        backend.gather(embeddings, indices, normalize, rows, inv_norm)
-        backend.gather_backward(rows, embeddings, indices, inv_norm, normalize, torch.empty_like(embeddings))
-        backend.enqueue_collect(
-            embeddings, labels, priority, classes, per_image, 255, normalize, candidates, candidate_labels
-        )
+        backend.gather(Gather(embeddings, indices, normalize, dtype, rows, inv_norm))
+        grad = torch.empty_like(embeddings)
+        backend.gather_backward(GatherBackward(rows, embeddings, indices, inv_norm, normalize, grad))
+        pools = labels, priority, classes, per_image, 255
+        backend.enqueue_collect(Collect(embeddings, *pools, normalize, dtype, candidates, candidate_labels))
     keys = torch.empty(classes, 2 * slots, channels, dtype=dtype)
     key_labels = torch.empty(classes, 2 * slots, dtype=torch.int32)
     rings = [torch.zeros(classes, dtype=torch.int64) for _ in range(4)]
-    backend.enqueue_write(candidates, candidate_labels, keys, key_labels, *rings, slots)
+    backend.enqueue_write(Write(candidates, candidate_labels, keys, key_labels, *rings, slots))
 
 
 def smallest_jobs(arch: int) -> list[Job]:

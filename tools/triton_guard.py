@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixcontrast_ext import MemoryBank, backends, gather_embeddings, hard_anchor_sampling, infonce
-from pixcontrast_ext.backends import triton as triton_backend
+from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
+from pixcontrast_ext.backends import device as devices
+from tools.emulated import Emulated
 
 PROT_NONE = 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -99,8 +100,7 @@ def maps(batch: int, channels: int, height: int, width: int, dtype: torch.dtype)
 
 
 def main() -> None:
-    backends.DEVICES["triton"] = ("cpu",)
-    triton_backend.INTERPRETED = True
+    devices.gpu = Emulated()
     torch.manual_seed(0)
     if "--overrun" in sys.argv[1:]:
         overrun_kernel[(1,)](

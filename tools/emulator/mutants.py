@@ -363,8 +363,6 @@ def caught_by(root: Path, recording: Path) -> str | None:
 
 
 def main(names: list[str]) -> int:
-    from pixcontrast_ext import backends
-    from pixcontrast_ext.backends import native
     from tools.emulator import record
 
     unknown = set(names) - {mutant.name for mutant in MUTANTS}
@@ -375,13 +373,10 @@ def main(names: list[str]) -> int:
         if reason:
             raise SystemExit(reason)
         build.build(variant)
-    native.cuda_kernels = build.load(build.build("plain")).cuda
-    native.cuda_device_type = "cpu"
-    backends.DEVICES["cuda"] = ("cpu",)
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         root, recording = Path(temporary), Path(temporary) / "calls.npz"
-        record.record(recording)
+        record.record(recording, build.load(build.build("plain")).cuda)
         shutil.copytree(build.ROOT / "csrc", root / "csrc")
         if (reason := caught_by(root, recording)) is not None:
             raise SystemExit(f"the kernels fail as they are: {reason}")

@@ -19,36 +19,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
-from pixcontrast_ext.backends import cuda, native, schedule
+from pixcontrast_ext.backends import cuda, native, splits
+from pixcontrast_ext.backends import device as devices
+from tools.emulated import Emulated
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Recorder:
-    """Stands in for `native.launch_cuda`: what a call gets and what it leaves, storage by storage."""
+class Recorder(Emulated):
+    """Writes down what a call gets and what it leaves, storage by storage."""
 
-    def __init__(self):
+    def __init__(self, kernels: Any) -> None:
+        super().__init__(kernels)
         self.calls: list[dict[str, Any]] = []
         self.arrays: dict[str, np.ndarray] = {}
-        self.launch = native.launch_cuda
 
-    def __call__(self, kernel: str, device: torch.device, **fields: Any) -> None:
+    def launch(self, device: torch.device, start: Any, arguments: Any) -> None:
+        (kernel,), (record, fields) = start.args, arguments
+        fields = {name: getattr(record, name) for name in record.__slots__} | record.sizes() | fields
         storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
         call: dict[str, Any] = {"kernel": kernel, "scalars": {}, "pointers": {}}
         call["shared"] = os.environ.get("PXC_EMULATOR_SHARED", "")
-        for name, value in fields.items():
-            if not isinstance(value, Tensor):
-                call["scalars"][name] = 0 if value is None else value
-            elif value.numel() == 0:
-                call["scalars"][name] = 0
+        for name, value in native.arguments(kernel, device, None, fields).items():
+            tensor = fields[name]
+            if not isinstance(tensor, Tensor):
+                call["scalars"][name] = value
+            elif tensor.numel() == 0:
+                call["scalars"][name] = None
             else:
-                storage = value.untyped_storage()
+                storage = tensor.untyped_storage()
                 place, _ = storages.setdefault(storage.data_ptr(), (len(storages), storage))
-                call["pointers"][name] = (place, value.data_ptr() - storage.data_ptr())
+                address, *kind = value
+                call["pointers"][name] = (place, address - storage.data_ptr(), kind)
         index = len(self.calls)
         for place, storage in storages.values():
             self.arrays[f"{index}.{place}.before"] = _bytes_of(storage)
-        self.launch(kernel, device, **fields)
+        super().launch(device, start, arguments)
         for place, storage in storages.values():
             self.arrays[f"{index}.{place}.after"] = _bytes_of(storage)
         call["storages"] = len(storages)
@@ -225,17 +231,16 @@ def _infonce_of_usual_widths() -> None:
         infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda")
 
 
-def record(path: Path) -> int:
-    """Solves the problems on the CUDA backend, whose kernels take CPU tensors; returns the number of calls."""
+def record(path: Path, kernels: Any) -> int:
+    """Solves the problems with emulated kernels of the CUDA backend; returns the number of calls."""
     torch.manual_seed(20210118)
-    recorder = Recorder()
+    recorder = Recorder(kernels)
     before = torch.get_float32_matmul_precision()
-    torch.use_deterministic_algorithms(
-        True
-    )  # so that torch.empty is filled with NaN and the largest integers
+    # torch.empty is filled with NaN and the largest integers then.
+    torch.use_deterministic_algorithms(True)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "launch_cuda", recorder)
+            patch.setattr(devices, "gpu", recorder)
             patch.setenv("PXC_EMULATOR_SHARED", "100")  # some problems set others
             _sampling()
             _gather()
@@ -246,7 +251,7 @@ def record(path: Path) -> int:
                 _infonce(precision)
             _infonce_of_more_anchors_than_one_block_sorts()
             with pytest.MonkeyPatch.context() as of_splits:
-                of_splits.setattr(schedule, "splits", lambda rows, columns, *_: columns)
+                of_splits.setattr(splits, "splits", lambda rows, columns, *_: columns)
                 _infonce_of_many_splits()
             # Not cached, as the device changes; and one block at a time walks over several tiles.
             cut = cuda._cut.__wrapped__

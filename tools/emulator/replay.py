@@ -35,14 +35,16 @@ def replay(kernels: ModuleType, call: dict[str, Any], arrays: Any, index: int) -
     try:
         for buffer, before in zip(buffers, befores, strict=True):
             ctypes.memmove(buffer, before.ctypes.data, before.nbytes)
-        pointers = {name: buffers[place] + offset for name, (place, offset) in call["pointers"].items()}
+        pointers = {
+            name: (buffers[place] + offset, *kind) for name, (place, offset, kind) in call["pointers"].items()
+        }
         getattr(kernels, call["kernel"])(device=0, stream=0, **call["scalars"], **pointers)
         differing = set()
         for place, buffer in enumerate(buffers):
             after = arrays[f"{index}.{place}.after"]
             if ctypes.string_at(buffer, after.nbytes) != after.tobytes():
                 differing.add(place)
-        return [name for name, (place, _) in call["pointers"].items() if place in differing]
+        return [name for name, (place, *_) in call["pointers"].items() if place in differing]
     finally:
         for buffer in buffers:
             _libc.free(buffer)

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends.triton import launch
-from pixcontrast_ext.backends.triton.numerics import INTERPRETED
 
 MAX_PIXELS = 2**31 - 1  # of an image
 
@@ -26,7 +25,7 @@ DIGITS: tl.constexpr = tl.constexpr(256)
 _COUNT = dict(CHUNK=256, BINS=128, num_warps=4)
 _SCAN = dict(BLOCK=4096, num_warps=8)
 # The interpreter takes as long for a large tile as for a small one.
-_SCATTER = dict(CHUNK=256, OTHERS=256 if INTERPRETED else 16, num_warps=4)
+SCATTER = dict(CHUNK=256, OTHERS=16, num_warps=4)
 
 
 @triton.jit
@@ -180,6 +179,6 @@ def sort_pools(
     launch.launch(pool_count_kernel, grid, labels, predictions, *classes, starts, **kinds, **_COUNT)
     launch.launch(pool_scan_kernel, (batch,), starts, num_pools * chunks, **_SCAN)
     launch.launch(
-        pool_scatter_kernel, grid, labels, predictions, priority, *classes, starts, keys, **kinds, **_SCATTER
+        pool_scatter_kernel, grid, labels, predictions, priority, *classes, starts, keys, **kinds, **SCATTER
     )
     return Pools(keys, starts, chunks)

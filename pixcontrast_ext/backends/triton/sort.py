@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends.triton import launch
-from pixcontrast_ext.backends.triton.numerics import INTERPRETED
 
 _FEW = 2048  # of which each is compared with all
-_SORT = dict(BLOCK=64 if INTERPRETED else 16, OTHERS=512 if INTERPRETED else 256, num_warps=4)
+SORT = dict(BLOCK=16, OTHERS=256, num_warps=4)
 
 
 @triton.jit
@@ -60,5 +59,5 @@ def sort(values: Tensor) -> tuple[Tensor, Tensor]:
         order = torch.where(values < 0, 2**63 - 1, values.long()).sort(stable=True).indices
         return order.int(), values[order]
     order, ordered = torch.empty_like(values, dtype=torch.int32), torch.empty_like(values)
-    launch.launch(sort_kernel, (triton.cdiv(count, _SORT["BLOCK"]),), values, order, ordered, count, **_SORT)
+    launch.launch(sort_kernel, (triton.cdiv(count, SORT["BLOCK"]),), values, order, ordered, count, **SORT)
     return order, ordered

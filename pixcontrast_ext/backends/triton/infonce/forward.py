@@ -28,7 +28,7 @@ from pixcontrast_ext.backends.triton.infonce.operands import (
 from pixcontrast_ext.backends.triton.infonce.plan import plan_of
 from pixcontrast_ext.backends.triton.infonce.prepare import prepare
 from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
-from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LN2, log1p, product, reciprocal
+from pixcontrast_ext.backends.triton.numerics import LN2, log1p, product, reciprocal
 
 # Tiles, about, in which a program looks for its share of a shift; a quarter of its own at most.
 SAMPLED: tl.constexpr = tl.constexpr(2)
@@ -36,7 +36,7 @@ SAMPLED: tl.constexpr = tl.constexpr(2)
 # for larger ones, and that of the largest of all.
 SAMPLE_EXPONENT: tl.constexpr = tl.constexpr(5.0)
 TOP_EXPONENT: tl.constexpr = tl.constexpr(15.0)
-_FINISH = dict(ROWS=64 if INTERPRETED else 1, SPLITS=4 if INTERPRETED else 16, num_warps=4)
+FINISH = dict(ROWS=1, SPLITS=16, num_warps=4)
 
 
 class Parts(NamedTuple):
@@ -463,10 +463,10 @@ def infonce_forward(call: InfonceForward) -> None:
     )
     launch.launch(
         infonce_fwd_finish_kernel,
-        (triton.cdiv(num_anchors, _FINISH["ROWS"]),),
+        (triton.cdiv(num_anchors, FINISH["ROWS"]),),
         *(sides, plan, parts, outs, num_anchors, shares, 1.0 / call.temperature),
         WITH_GRAD=with_grad,
         WALK=negatives.walk,
         BLOCK=negatives.walk.chunk.value,
-        **_FINISH,
+        **FINISH,
     )

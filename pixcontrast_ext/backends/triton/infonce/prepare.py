@@ -17,16 +17,15 @@ from torch import Tensor
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import MOST_BLOCKS, NO_LABEL, Factors, Sides, Terms
 from pixcontrast_ext.backends.triton.infonce.tiles import PADDING, Pass
-from pixcontrast_ext.backends.triton.numerics import INTERPRETED, LOG2E, power_of_two
+from pixcontrast_ext.backends.triton.numerics import LOG2E, power_of_two
 from pixcontrast_ext.backends.triton.sort import sort
 
 USUAL_EXPONENT: tl.constexpr = tl.constexpr(8)
 SMALLEST_USUAL: tl.constexpr = tl.constexpr(-8)
-# Rows and channels that a block copies at a time, and tiles of whose labels it finds the ranges. The interpreter takes
-# as long for a large tile as for a small one.
-LINES: tl.constexpr = tl.constexpr(256 if INTERPRETED else 32)
-STRIP: tl.constexpr = tl.constexpr(512 if INTERPRETED else 64)
-RANGES: tl.constexpr = tl.constexpr(256 if INTERPRETED else 16)
+# Rows and channels that a block copies at a time, and tiles of whose labels it finds the ranges.
+LINES: tl.constexpr = tl.constexpr(32)
+STRIP: tl.constexpr = tl.constexpr(64)
+RANGES: tl.constexpr = tl.constexpr(16)
 
 
 class Source(NamedTuple):
