@@ -7,15 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import distributed_worker as worker
+from tests.support import distributed_worker as worker
 
-WORKER = Path(worker.__file__)
 TIMEOUT = 600
 
 
@@ -24,7 +22,7 @@ def run(ranks, *arguments):
     path = os.pathsep.join(filter(None, sys.path))  # the worker imports what the tests import
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(ranks), *map(str, arguments)],
+        [sys.executable, "-m", worker.__name__, str(ranks), *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import BACKENDS, SHARE
+from tests.support.backends import BACKENDS, SHARE
+from tests.support.checks import check_bank, check_sampling, make_bank
+from tests.support.inputs import draw_maps
 
 pytest.importorskip("hypothesis")
 
-import test_enqueue as enqueue
-import test_sampling as sampling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,11 +37,15 @@ def test_any_input_is_sampled_by_the_rules(
     priorities,
     seed,
 ):
-    maps = sampling.draw(
-        batch, height, width, classes, ignored=ignored, wrong=wrong, priorities=priorities, seed=seed
-    )
-    sampling.check(
-        *maps,
+    generator = torch.Generator().manual_seed(seed)
+    maps = draw_maps(
+        batch, height, width, classes,
+        ignored=ignored, wrong=wrong, priorities=priorities, generator=generator,
+    )  # fmt: skip
+    check_sampling(
+        maps.labels,
+        maps.predictions,
+        maps.priority,
         backend,
         num_classes=classes,
         max_samples=max_samples,
@@ -60,9 +64,11 @@ def test_any_input_is_enqueued_by_the_rules(
     backend, batch, channels, height, width, classes, regions, pixels, k, ignored, priorities, seed
 ):
     torch.manual_seed(seed)
-    bank, rings = enqueue.make(classes, channels, regions, pixels, k)
+    bank, rings = make_bank(classes, channels, regions, pixels, k)
     for _ in range(2):
-        maps = enqueue.draw(batch, channels, height, width, classes, ignored=ignored, priorities=priorities)
-        bank.enqueue(*maps[:2], priority=maps[2], backend=backend)
-        rings.enqueue(*maps)
-    enqueue.check(bank, rings, atol=1e-5)  # a mean of opposite vectors loses digits
+        maps = draw_maps(
+            batch, height, width, classes, channels=channels, ignored=ignored, priorities=priorities
+        )
+        bank.enqueue(maps.embeddings, maps.labels, priority=maps.priority, backend=backend)
+        rings.enqueue(maps.embeddings, maps.labels, maps.priority)
+    check_bank(bank, rings, atol=1e-5)  # a mean of opposite vectors loses digits

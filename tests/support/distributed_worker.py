@@ -238,7 +238,7 @@ def readme(rank, *, steps=20, warmup_steps=6):
 
 
 def readme_blocks():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     section = text[text.index("## In the trainer you have") : text.index("## The API at a glance")]
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch
 
 _launch_cuda, _launch_triton = native.launch_cuda, launch.launch
@@ -65,3 +67,12 @@ def launch_triton(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options
 def capability(device: torch.device) -> tuple[int, int]:
     """Of the device that the copies go to."""
     return torch.cuda.get_device_capability()
+
+
+def serve() -> None:
+    """Has `cuda` and `triton` take tensors on the CPU so."""
+    native.launch_cuda = launch_cuda
+    launch.launch, launch.capability = launch_triton, capability
+    native.cuda_device_type = "cpu"
+    backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
+    triton_backend.INTERPRETED = True

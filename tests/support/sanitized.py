@@ -1,7 +1,7 @@
 """Runs tests with the CPU kernels compiled for AddressSanitizer and UndefinedBehaviorSanitizer, the emulator likewise.
 
-    python -m sanitized pytest ARGUMENT ...
-    python -m sanitized overrun cpu|cuda
+    python -m tests.support.sanitized pytest ARGUMENT ...
+    python -m tests.support.sanitized overrun cpu|cuda
 
 in a process that tools/emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that
 the sanitizer gives out, so that a kernel's access behind a tensor is reported.

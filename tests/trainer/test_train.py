@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import forked
 from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer import train as training
 from pixcontrast_ext.trainer.__main__ import main
@@ -22,6 +21,7 @@ from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.train import CrossEntropy, learning_rate, train
+from tests.support import forked
 
 
 def final(config):
