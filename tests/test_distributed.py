@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,28 +11,16 @@ import torch
 import torch.distributed as dist
 
 from tests.support import distributed_worker as worker
-
-TIMEOUT = 600
+from tools import processes
 
 
 def run(ranks, *arguments):
-    """Return code and output; the whole process group is killed if it hangs."""
+    """Return code and output."""
     path = os.pathsep.join(filter(None, sys.path))  # the worker imports what the tests import
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, "-m", worker.__name__, str(ranks), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"{ranks} ranks hang:\n{process.communicate()[0][-4000:]}")
-    return process.returncode, output
+    command = [sys.executable, "-m", worker.__name__, ranks, *arguments]
+    done = processes.run(command, one_stream=True, env=environment)
+    return done.returncode, done.stdout
 
 
 def results(folder, name, ranks):

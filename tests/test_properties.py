@@ -11,13 +11,15 @@ from tests.support.inputs import draw_maps
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = -(-60 // SHARE)
+BY_NO_CLOCK = settings(
+    max_examples=-(-60 // SHARE), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(BY_NO_CLOCK)
 @given(
     st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
     st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
@@ -54,7 +56,7 @@ def test_any_input_is_sampled_by_the_rules(
     )
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(BY_NO_CLOCK)
 @given(
     st.integers(1, 3), st.integers(4, 18), st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 6),
     st.integers(0, 6), st.integers(0, 6), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
