@@ -1,54 +1,37 @@
-"""What the tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
+"""Fixtures that all tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
 carelessly.
-
-The backends for a GPU take CPU tensors: the kernels of `cuda` run in the emulator, those of `triton` in Triton's
-interpreter, or, with PIXCONTRAST_TEST_CUDA=device, both on a GPU that gets copies of the tensors.
-PIXCONTRAST_TEST_BACKENDS names those to test; a comma between two. PIXCONTRAST_TEST_SHARE=4 runs a quarter of the
-combinations of each test, where all take too long.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Iterator
 
-ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
-BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
-EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of tools/emulator/build.py
-SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
-GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
+import pytest
+
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.backends import (
+    BACKENDS,
+    EMULATOR,
+    GPU_BACKENDS,
+    ON_DEVICE,
+    SHARE,
+    outside_of_the_share,
+    parameters,
+)
+
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, which import torch
 if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
 
-import pytest
 import torch
 
-import on_device
-from pixcontrast_ext import backends
 from pixcontrast_ext.backends import native
-from pixcontrast_ext.backends import triton as triton_backend
-from pixcontrast_ext.backends.triton import launch
 from tools import emulated
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-
-
-def parameters(item: pytest.Item) -> dict[str, object]:
-    return getattr(getattr(item, "callspec", None), "params", {})
-
-
-def outside_of_the_share(items: list[pytest.Item]) -> Iterator[pytest.Item]:
-    """All but one in SHARE of the combinations of each test and backend, whose names draw them: the same every time."""
-    groups: dict[tuple[str, object], list[pytest.Item]] = {}
-    for item in items:
-        groups.setdefault((item.nodeid.partition("[")[0], parameters(item).get("backend")), []).append(item)
-    for group in groups.values():
-        drawn = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
-        yield from drawn[-(-len(group) // SHARE) :]
 
 
 @pytest.hookimpl(trylast=True)  # of those that -k has left
@@ -61,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if parameters(item).get("backend") in ("cuda", "triton")
         and parameters(item).get("instruction_set") in sets[1:]
     }
-    left_out |= set(outside_of_the_share([item for item in items if item not in left_out]))
+    left_out |= set(outside_of_the_share([item for item in items if item not in left_out], SHARE))
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 
@@ -69,13 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def cuda_on_cpu_tensors() -> None:
     if not ON_DEVICE:
-        return emulated.serve(BACKENDS, EMULATOR)
+        emulated.serve(BACKENDS, EMULATOR)
+        return
     assert torch.cuda.is_available(), "PIXCONTRAST_TEST_CUDA=device, and torch finds no CUDA device"
-    native.launch_cuda = on_device.launch_cuda
-    launch.launch, launch.capability = on_device.launch_triton, on_device.capability
-    native.cuda_device_type = "cpu"
-    backends.DEVICES["cuda"] = backends.DEVICES["triton"] = ("cpu",)
-    triton_backend.INTERPRETED = True
+    from tests.support import on_device  # here: it needs Triton
+
+    on_device.serve()
 
 
 @pytest.fixture(params=BACKENDS)

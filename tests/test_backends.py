@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import conftest
 import pixcontrast_ext
 from pixcontrast_ext import available_backends, backends, infonce, use_backend
 from pixcontrast_ext.backends import cuda, native, schedule
 from pixcontrast_ext.info import report
+from tests.support.backends import outside_of_the_share
 
 ROWS, LABELS = torch.randn(6, 4), torch.arange(6) % 2
 PACKAGE = Path(pixcontrast_ext.__file__).parent
@@ -390,9 +390,7 @@ def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
     assert schedule.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before
 
 
-def test_a_share_of_the_combinations_has_some_of_every_test_and_backend(monkeypatch):
-    monkeypatch.setattr(conftest, "SHARE", 4)
-
+def test_a_share_of_the_combinations_has_some_of_every_test_and_backend():
     def item(name, backend, number):
         params = {"backend": backend}
         return types.SimpleNamespace(
@@ -401,12 +399,11 @@ def test_a_share_of_the_combinations_has_some_of_every_test_and_backend(monkeypa
 
     sizes = {("a", "cpu"): 1, ("a", "cuda"): 9, ("b", "cpu"): 40}
     items = [item(*key, number) for key, size in sizes.items() for number in range(size)]
-    left_out = list(conftest.outside_of_the_share(items))
-    assert left_out == list(conftest.outside_of_the_share(items))  # the same every time
+    left_out = list(outside_of_the_share(items, share=4))
+    assert left_out == list(outside_of_the_share(items, share=4))  # the same every time
     kept = collections.Counter(each.nodeid.rpartition("-")[0] for each in items if each not in left_out)
     assert kept == {"a[cpu": 1, "a[cuda": 3, "b[cpu": 10}
-    monkeypatch.setattr(conftest, "SHARE", 1)
-    assert list(conftest.outside_of_the_share(items)) == []
+    assert list(outside_of_the_share(items, share=1)) == []
 
 
 def test_a_driver_that_is_too_old_is_named_with_what_to_do(monkeypatch):

@@ -7,9 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from conftest import BACKENDS
-from op_cases import cases
 from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
+from tests.support.backends import BACKENDS
+from tests.support.op_cases import cases
 
 MAPS = torch.randn(2, 8, 6, 6)
 

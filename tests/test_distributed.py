@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import distributed_worker as worker
-
-WORKER = Path(worker.__file__)
-TIMEOUT = 600
+from tests.support import distributed_worker as worker
+from tools import processes
 
 
 def run(ranks, *arguments):
-    """Return code and output; the whole process group is killed if it hangs."""
+    """Return code and output."""
     path = os.pathsep.join(filter(None, sys.path))  # the worker imports what the tests import
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(ranks), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"{ranks} ranks hang:\n{process.communicate()[0][-4000:]}")
-    return process.returncode, output
+    command = [sys.executable, "-m", worker.__name__, ranks, *arguments]
+    done = processes.run(command, one_stream=True, env=environment)
+    return done.returncode, done.stdout
 
 
 def results(folder, name, ranks):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ON_DEVICE
+from tests.support.backends import ON_DEVICE
 from tools import gpu_small
 from tools.emulator import build, mutants, record, replay, sanitize
 from tools.emulator.primitives import Primitives

@@ -8,45 +8,20 @@ import mmap
 
 import pytest
 import torch
-from test_gather import LAYOUTS, TOLERANCE
 
-import oracle
-from conftest import BACKENDS, GPU_BACKENDS
 from pixcontrast_ext import MemoryBank
 from pixcontrast_ext.ops import enqueue
+from tests.support.backends import BACKENDS, GPU_BACKENDS
+from tests.support.checks import TOLERANCE, check_bank, make_bank
+from tests.support.inputs import LAYOUTS, draw_maps
 
 BUFFERS = ("keys", "key_labels", "region_ptr", "region_fill", "pixel_ptr", "pixel_fill")
 
 
-def draw(batch, channels, height, width, classes, *, ignored=0.2, priorities=2**31 - 1):
-    embeddings = torch.randn(batch, channels, height, width)
-    labels = torch.randint(0, classes, (batch, height, width))
-    labels[torch.rand(labels.shape) < ignored] = 255
-    priority = torch.randint(-priorities, priorities, labels.shape, dtype=torch.int32)
-    return embeddings, labels, priority
-
-
-def make(classes, channels, regions, pixels, k, **kwargs):
-    """A bank and its truth."""
-    bank = MemoryBank(
-        classes, channels, region_slots=regions, pixel_slots=pixels, pixels_per_image=k, **kwargs
-    )
-    return bank, oracle.Rings(classes, regions, pixels, k, kwargs.get("normalize", True))
-
-
-def check(bank, rings, *, rtol=0.0, atol=1e-6):
-    offset = 0
-    for kind, slots in rings.slots.items():
-        for c in range(bank.num_classes):
-            ptr, fill, stored = rings.expected(kind, c)
-            assert (getattr(bank, f"{kind}_ptr")[c], getattr(bank, f"{kind}_fill")[c]) == (ptr, fill)
-            labels, keys = (t[c, offset : offset + slots] for t in (bank.key_labels, bank.keys))
-            assert labels.tolist() == [c if slot in stored else -1 for slot in range(slots)]
-            expected = torch.zeros(slots, bank.embed_dim, dtype=torch.float64)
-            for slot, row in stored.items():
-                expected[slot] = row
-            torch.testing.assert_close(keys.double(), expected, rtol=rtol, atol=atol)
-        offset += slots
+def draw(batch, channels, height, width, classes, **settings):
+    """Embeddings, labels and priorities."""
+    maps = draw_maps(batch, height, width, classes, channels=channels, **settings)
+    return maps.embeddings, maps.labels, maps.priority
 
 
 def rows_of(rings):
@@ -71,12 +46,12 @@ def rows_of(rings):
 @pytest.mark.parametrize("priorities", [2, 2**31 - 1])  # many ties, hardly any
 def test_rings_hold_what_the_rules_say(backend, poison, shape, slots, k, priorities):
     *size, classes = shape
-    bank, rings = make(classes, size[1], *slots, k)
+    bank, rings = make_bank(classes, size[1], *slots, k)
     for _ in range(4):
         batch = draw(*size, classes, ignored=0.2 if size[2] > 1 else 0.0, priorities=priorities)
         bank.enqueue(*batch[:2], priority=batch[2], backend=backend)
         rings.enqueue(*batch)
-        check(bank, rings)
+        check_bank(bank, rings)
     assert max(rows_of(rings)) >= 4
 
 
@@ -85,7 +60,7 @@ def test_rings_hold_what_the_rules_say(backend, poison, shape, slots, k, priorit
 @pytest.mark.parametrize("keys_dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(2, 19, 7, 9), (2, 17, 4, 16)])
 def test_layouts_and_dtypes(backend, poison, layout, dtype, keys_dtype, shape):
-    bank, rings = make(3, shape[1], 3, 7, 2, dtype=keys_dtype)
+    bank, rings = make_bank(3, shape[1], 3, 7, 2, dtype=keys_dtype)
     for _ in range(2):
         embeddings, labels, priority = draw(*shape, 3)
         embeddings = LAYOUTS[layout](embeddings.to(dtype))
@@ -93,18 +68,20 @@ def test_layouts_and_dtypes(backend, poison, layout, dtype, keys_dtype, shape):
         bank.enqueue(embeddings, labels, priority=priority, backend=backend)
         rings.enqueue(embeddings, labels, priority)
     # Rows are normalised in fp32 and rounded once.
-    check(bank, rings, atol=1e-6 + (0 if keys_dtype == torch.float32 else torch.finfo(keys_dtype).eps / 2))
+    check_bank(
+        bank, rings, atol=1e-6 + (0 if keys_dtype == torch.float32 else torch.finfo(keys_dtype).eps / 2)
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_without_normalisation_means_and_rows_stay_as_they_are(backend, poison, dtype):
-    bank, rings = make(3, 21, 4, 9, 3, normalize=False, dtype=dtype)
+    bank, rings = make_bank(3, 21, 4, 9, 3, normalize=False, dtype=dtype)
     for _ in range(3):
         embeddings, labels, priority = draw(2, 21, 6, 7, 3)
         embeddings = (embeddings * 5).to(dtype)
         bank.enqueue(embeddings, labels, priority=priority, backend=backend)
         rings.enqueue(embeddings, labels, priority)
-    check(bank, rings, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    check_bank(bank, rings, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -114,10 +91,10 @@ def test_large_image(backend, normalize, layout):
     embeddings, labels, priority = draw(1, 3, 131, 257, 3, ignored=0.1)
     embeddings += torch.tensor([1.0, -2.0, 0.5])[:, None, None]
     labels[:, :60] = 1
-    bank, rings = make(3, 3, 2, 40, 30, normalize=normalize)
+    bank, rings = make_bank(3, 3, 2, 40, 30, normalize=normalize)
     bank.enqueue(LAYOUTS[layout](embeddings), labels, priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
@@ -136,29 +113,29 @@ def test_large_image(backend, normalize, layout):
 )
 def test_stages_of_every_kind(monkeypatch, poison, shared, dtype, layout, channels, height, width):
     monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
-    bank, rings = make(3, channels, 3, 7, 2)
+    bank, rings = make_bank(3, channels, 3, 7, 2)
     embeddings, labels, priority = draw(2, channels, height, width, 3)
     labels[1, 2:] = labels[1, 2, 0]
     embeddings = LAYOUTS[layout](embeddings.to(dtype))
     embeddings.permute(0, 2, 3, 1)[labels == 255] = math.nan
     bank.enqueue(embeddings, labels, priority=priority, backend="cuda")
     rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 def test_many_classes_in_every_sixteen_pixels(backend):
     """A class that comes and goes: its sum is picked up where it was left."""
     embeddings, labels, priority = draw(2, 5, 40, 33, 7, ignored=0.5)
-    bank, rings = make(7, 5, 4, 40, 5)
+    bank, rings = make_bank(7, 5, 4, 40, 5)
     bank.enqueue(embeddings, labels, priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 9, 11), (2, 33, 70, 64)])
 @pytest.mark.parametrize("other", [name for name in BACKENDS if name != "reference"])
 def test_backends_agree(other, shape):
-    banks = {name: make(5, shape[1], 4, 9, 4)[0] for name in ("reference", other)}
+    banks = {name: make_bank(5, shape[1], 4, 9, 4)[0] for name in ("reference", other)}
     for _ in range(3):
         embeddings, labels, priority = draw(*shape, 5, priorities=40)
         for name, bank in banks.items():
@@ -177,10 +154,10 @@ def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
         ignore_index = 101
     embeddings, labels, priority = draw(2, 6, 7, 9, 5)
     labels[labels == 255] = ignore_index  # 0 and 3 are classes otherwise: their pixels are then ignored too
-    bank, rings = make(5, 6, 3, 8, 3, ignore_index=ignore_index)
+    bank, rings = make_bank(5, 6, 3, 8, 3, ignore_index=ignore_index)
     bank.enqueue(embeddings, labels.to(dtype), priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority, ignore_index)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 # --- what is never stored --------------------------------------------------------------------------------------------
@@ -195,20 +172,20 @@ def test_a_bad_pixel_harms_its_own_class_in_its_own_image_only(backend, value, l
     labels[0, 1] = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     embeddings[0, 3, 1, 1] = value  # of class 1, among sixteen pixels of all classes
     priority[0, 1, 1] = -(2**31)  # chosen first
-    bank, rings = make(3, 18, 9, 30, 5, normalize=normalize, dtype=keys_dtype)
+    bank, rings = make_bank(3, 18, 9, 30, 5, normalize=normalize, dtype=keys_dtype)
     bank.enqueue(LAYOUTS[layout](embeddings), labels, priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority)
-    check(bank, rings, rtol=torch.finfo(keys_dtype).eps, atol=1e-6)
+    check_bank(bank, rings, rtol=torch.finfo(keys_dtype).eps, atol=1e-6)
     assert bank.region_fill.tolist() == [2, 1, 2] and bank.pixel_fill.tolist() == [10, 9, 10]
 
 
 def test_a_bad_pixel_without_a_class_harms_nothing(backend):
     embeddings, labels, priority = draw(2, 5, 4, 8, 3, ignored=0.3)
     embeddings.permute(0, 2, 3, 1)[labels == 255] = math.nan
-    bank, rings = make(3, 5, 9, 30, 5)
+    bank, rings = make_bank(3, 5, 9, 30, 5)
     bank.enqueue(embeddings, labels, priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
     assert bank.region_fill.tolist() == [2, 2, 2]
 
 
@@ -220,33 +197,33 @@ def test_zero_rows_are_not_stored(backend):
     embeddings[:, :, 1, 0] = 0
     labels = torch.tensor([[[0, 0, 1, 1], [2, 2, 2, 2]]])
     priority = torch.arange(8, dtype=torch.int32).view(1, 2, 4)
-    bank, rings = make(3, 6, 2, 6, 4)
+    bank, rings = make_bank(3, 6, 2, 6, 4)
     for _ in range(2):
         bank.enqueue(embeddings, labels, priority=priority, backend=backend)
         rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
     assert bank.region_fill.tolist() == [0, 0, 2] and bank.pixel_fill.tolist() == [0, 4, 6]
 
 
 def test_refused_rows_leave_no_hole(backend):
     """Rows that are not stored do not move the pointer, in the middle of a ring as well."""
-    bank, rings = make(1, 4, 3, 5, 3)
+    bank, rings = make_bank(1, 4, 3, 5, 3)
     for step in range(6):
         embeddings, labels, priority = draw(3, 4, 2, 3, 1, ignored=0.0)
         embeddings[step % 3, :, step % 2, 1] = math.nan
         embeddings[(step + 1) % 3] = 0
         bank.enqueue(embeddings, labels, priority=priority, backend=backend)
         rings.enqueue(embeddings, labels, priority)
-        check(bank, rings)
+        check_bank(bank, rings)
 
 
 def test_norms_do_not_overflow_in_half_precision(backend):
     embeddings = torch.full((1, 64, 1, 2), 30000.0, dtype=torch.float16)
-    bank, rings = make(1, 64, 2, 2, 2, dtype=torch.float16)
+    bank, rings = make_bank(1, 64, 2, 2, 2, dtype=torch.float16)
     batch = embeddings, torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 2, dtype=torch.int32)
     bank.enqueue(*batch[:2], priority=batch[2], backend=backend)
     rings.enqueue(*batch)
-    check(bank, rings)
+    check_bank(bank, rings)
     assert bank.pixel_fill == 2
 
 
@@ -258,7 +235,7 @@ def test_what_overflows_in_the_dtype_of_the_keys_is_not_stored(backend):
         (torch.float16, [1, 1, 0], [1, 1, 0]),
         (torch.bfloat16, [1, 1, 1], [2, 1, 1]),
     ):
-        bank, _ = make(3, 4, 2, 3, 3, dtype=dtype, normalize=False)
+        bank, _ = make_bank(3, 4, 2, 3, 3, dtype=dtype, normalize=False)
         bank.enqueue(embeddings, labels, backend=backend)
         assert bank.region_fill.tolist() == regions and bank.pixel_fill.tolist() == pixels
         assert bank.keys.isfinite().all() and ((bank.keys != 0).any(-1) == (bank.key_labels >= 0)).all()
@@ -269,30 +246,30 @@ def test_what_overflows_in_the_dtype_of_the_keys_is_not_stored(backend):
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4), (2, 5, 4, 0)])
 def test_empty_maps_change_nothing(backend, poison, shape):
-    bank, rings = make(3, 5, 4, 6, 2)
+    bank, rings = make_bank(3, 5, 4, 6, 2)
     first = draw(2, 5, 4, 4, 3)
     bank.enqueue(*first[:2], priority=first[2], backend=backend)
     rings.enqueue(*first)
     bank.enqueue(torch.randn(shape), torch.zeros(shape[0], *shape[2:], dtype=torch.int64), backend=backend)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 def test_ignored_pixels_change_nothing(backend, poison):
-    bank, rings = make(3, 5, 4, 6, 2)
+    bank, rings = make_bank(3, 5, 4, 6, 2)
     first = draw(2, 5, 4, 4, 3)
     for labels in (first[1], torch.full_like(first[1], 255)):
         bank.enqueue(first[0], labels, priority=first[2], backend=backend)
     rings.enqueue(*first)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 def test_one_class_of_many(backend, poison):
     embeddings, _, priority = draw(3, 5, 4, 4, 3)
-    bank, rings = make(19, 5, 4, 6, 2)
+    bank, rings = make_bank(19, 5, 4, 6, 2)
     batch = embeddings, torch.full((3, 4, 4), 18), priority
     bank.enqueue(*batch[:2], priority=priority, backend=backend)
     rings.enqueue(*batch)
-    check(bank, rings)
+    check_bank(bank, rings)
     assert bank.region_fill.tolist() == [0] * 18 + [3]
 
 
@@ -303,7 +280,7 @@ def test_seed_governs_the_choice(backend):
     embeddings, labels, _ = draw(2, 5, 16, 16, 2)
     banks = []
     for seed in (5, 5, 6):
-        bank, _ = make(2, 5, 4, 8, 3)
+        bank, _ = make_bank(2, 5, 4, 8, 3)
         torch.manual_seed(seed)
         bank.enqueue(embeddings, labels, backend=backend)
         banks.append(bank.keys)
@@ -314,7 +291,7 @@ def test_pixels_are_drawn_from_the_whole_class(backend):
     """Over many draws every pixel of a class gets its turn, and none of another class does."""
     embeddings = torch.eye(16).view(1, 16, 4, 4).expand(10, 16, 4, 4)
     labels = (torch.arange(16) % 2).view(1, 4, 4).expand(10, 4, 4)
-    bank, _ = make(2, 16, 0, 200, 2)
+    bank, _ = make_bank(2, 16, 0, 200, 2)
     for _ in range(10):
         bank.enqueue(embeddings, labels, backend=backend)
     for c in range(2):
@@ -329,7 +306,7 @@ def test_repeats_bit_for_bit_at_any_thread_count(layout):
     try:
         for threads in [1, 2, 3] * 4:
             torch.set_num_threads(threads)
-            bank, _ = make(5, 37, 2, 7, 4)
+            bank, _ = make_bank(5, 37, 2, 7, 4)
             bank.enqueue(embeddings, labels, priority=priority, backend="cpu")
             results.append([getattr(bank, name) for name in BUFFERS])
     finally:
@@ -360,21 +337,21 @@ def test_nothing_beyond_the_end_is_touched(layout, dtype, size):
         embeddings = before_a_wall(embeddings.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     else:
         embeddings = before_a_wall(embeddings)
-    bank, rings = make(3, 17, 3, 5, 2)
+    bank, rings = make_bank(3, 17, 3, 5, 2)
     bank.keys, bank.key_labels = before_a_wall(bank.keys), before_a_wall(bank.key_labels)
     for _ in range(3):
         bank.enqueue(embeddings, before_a_wall(labels), priority=before_a_wall(priority), backend="cpu")
         rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 def test_no_gradient_reaches_the_bank(backend):
     embeddings, labels, priority = draw(2, 5, 4, 4, 3)
-    bank, rings = make(3, 5, 4, 6, 2)
+    bank, rings = make_bank(3, 5, 4, 6, 2)
     bank.enqueue(embeddings.requires_grad_(), labels, priority=priority, backend=backend)
     assert not bank.keys.requires_grad and embeddings.grad is None
     rings.enqueue(embeddings.detach(), labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 def test_collected_rows_have_a_fixed_shape(backend, poison):
@@ -442,31 +419,31 @@ _LABELS = torch.zeros(2, 4, 4, dtype=torch.int64)
     ],
 )
 def test_bad_input_changes_nothing(backend, change, error, message):
-    bank, rings = make(3, 5, 4, 6, 2)
+    bank, rings = make_bank(3, 5, 4, 6, 2)
     arguments = dict(embeddings=torch.zeros(2, 5, 4, 4), labels=_LABELS, backend=backend) | change
     with pytest.raises(error, match=message):
         bank.enqueue(**arguments)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 @pytest.mark.parametrize("value", [3, -1])
 def test_bad_label_changes_nothing(careful_backend, value):
-    bank, rings = make(3, 5, 4, 6, 2)
+    bank, rings = make_bank(3, 5, 4, 6, 2)
     message = rf"labels\[0, 0, 0\] is {value}, expected 0 <= label < num_classes=3"
     with pytest.raises(ValueError, match=message):
         bank.enqueue(torch.zeros(2, 5, 4, 4), _LABELS + value, backend=careful_backend)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 @pytest.mark.parametrize("value", [-1, -(2**63), 3, 2**31, 2**63 - 1])
 def test_bad_label_is_ignored_on_a_gpu(gpu_backend, poison, value):
     embeddings, labels, priority = draw(2, 5, 9, 7, 3)
-    bank, rings = make(3, 5, 4, 6, 2)
+    bank, rings = make_bank(3, 5, 4, 6, 2)
     bank.enqueue(
         embeddings, torch.where(labels == 255, value, labels), priority=priority, backend=gpu_backend
     )
     rings.enqueue(embeddings, labels, priority)
-    check(bank, rings)
+    check_bank(bank, rings)
 
 
 def test_bad_label_is_named_with_its_place(careful_backend):
@@ -483,7 +460,7 @@ def test_bad_label_is_named_with_its_place(careful_backend):
 
 def test_double_needs_the_reference():
     embeddings, labels, priority = draw(2, 5, 4, 4, 3)
-    bank, rings = make(3, 5, 4, 6, 2, dtype=torch.float64)
+    bank, rings = make_bank(3, 5, 4, 6, 2, dtype=torch.float64)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         bank.enqueue(embeddings.to(dtype), labels, priority=priority)
         rings.enqueue(embeddings.to(dtype), labels, priority)
@@ -491,4 +468,4 @@ def test_double_needs_the_reference():
             ValueError, match="backend 'cpu' cannot serve enqueue_collect on cpu tensors of torch.float64"
         ):
             bank.enqueue(embeddings.to(dtype), labels, backend="cpu")
-    check(bank, rings)
+    check_bank(bank, rings)

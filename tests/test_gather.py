@@ -5,22 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from pixcontrast_ext import gather_embeddings
+from tests.support.checks import TOLERANCE
+from tests.support.inputs import LAYOUTS
 
 
 def truth(embeddings, indices, normalize=True):
     rows = embeddings.double().permute(0, 2, 3, 1).reshape(-1, embeddings.shape[1])[indices]
     return F.normalize(rows, dim=1, eps=1e-300) if normalize else rows
-
-
-LAYOUTS = {
-    "contiguous": lambda e: e.contiguous(),
-    "channels_last": lambda e: e.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda e: e.transpose(2, 3).contiguous().transpose(2, 3),
-    "offset": lambda e: F.pad(e, (1, 2, 3, 0))[:, :, 3:, 1:-2],  # storage offset and padded strides
-    "strided": lambda e: e.repeat_interleave(2, 1)[:, ::2],
-}
-# Of the rows and of the gradient, relative to the largest value.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def embed(shape, layout, dtype):

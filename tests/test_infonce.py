@@ -6,26 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import oracle
-from conftest import GPU_BACKENDS, ON_DEVICE
 from pixcontrast_ext import backends, infonce
 from pixcontrast_ext.backends import cpu, cuda, native, reference, schedule
-
-BANK, RANDOM, BLOCKS = "bank", "random", "blocks"
-
-
-def draw(a, k, d, classes, *, order=RANDOM, dtype=torch.float32, unlabelled=0.1):
-    """Unit vectors and labels; keys in a bank's order, in any, or in short and long runs."""
-    anchors, keys = (F.normalize(torch.randn(n, d), dim=1).to(dtype) for n in (a, k))
-    anchor_labels, key_labels = torch.randint(0, classes, (a,)), torch.randint(0, classes, (k,))
-    if order == BANK:
-        anchor_labels, key_labels = anchor_labels.sort().values, key_labels.sort().values
-    elif order == BLOCKS:
-        runs = torch.randint(0, classes, (k,)).repeat_interleave(torch.randint(1, 150, (k,)))
-        key_labels = runs[:k]
-    anchor_labels[torch.rand(a) < unlabelled] = -1
-    key_labels[torch.rand(k) < unlabelled] = -1
-    return anchors, anchor_labels, keys, key_labels
+from tests.support import oracle
+from tests.support.backends import GPU_BACKENDS, ON_DEVICE
+from tests.support.checks import error
+from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
 
 
 def run(inputs, backend, *, temperature=0.1, exclude_self=False, weights=None):
@@ -59,12 +45,6 @@ def weight_rounding(backend, dtype):
     return 1e-3 if on_bf16_words or backend in GPU_BACKENDS else 1e-6
 
 
-def error(found, expected):
-    """Relative L2."""
-    scale = expected.norm()
-    return ((found.double() - expected).norm() / scale).item() if scale > 0 else found.abs().max().item()
-
-
 # --- the specification
 # -----------------------------------------------------------------------------------------------
 
@@ -72,7 +52,7 @@ def error(found, expected):
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("shape", [(9, 13, 3, 3), (7, 7, 4, 2), (5, 6, 2, 1), (1, 1, 1, 1), (3, 0, 2, 2)])
 def test_reference_is_the_definition(shape, exclude_self):
-    anchors, anchor_labels, keys, key_labels = draw(*shape, dtype=torch.float64)
+    anchors, anchor_labels, keys, key_labels = draw_rows(*shape, dtype=torch.float64)
     loss, count = reference.infonce_per_anchor(anchors, anchor_labels, keys, key_labels, 0.2, exclude_self)
     expected, expected_count = oracle.infonce(anchors, anchor_labels, keys, key_labels, 0.2, exclude_self)
     assert count.tolist() == expected_count
@@ -82,7 +62,7 @@ def test_reference_is_the_definition(shape, exclude_self):
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("classes", [3, 1])
 def test_gradcheck_in_double(classes, exclude_self):
-    anchors, anchor_labels, keys, key_labels = draw(6, 8, 3, classes, dtype=torch.float64)
+    anchors, anchor_labels, keys, key_labels = draw_rows(6, 8, 3, classes, dtype=torch.float64)
     anchors.requires_grad_(), keys.requires_grad_()
 
     def by_autograd(a, k):
@@ -118,7 +98,7 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
     monkeypatch.setattr(
         schedule, "splits", lambda rows, columns, slots, of_tile: splits(256, columns, 264, of_tile)
     )
-    anchors, _, keys, _ = inputs = draw(16, num_keys, 16, 1, dtype=dtype, unlabelled=0)
+    anchors, _, keys, _ = inputs = draw_rows(16, num_keys, 16, 1, dtype=dtype, unlabelled=0)
     inputs[3][100:] = 1
     before = torch.get_float32_matmul_precision()
     try:
@@ -139,7 +119,7 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
     """One that is 3.9 lower makes weights of the keys' gradient 49 times as large: fp16 ones overflowed."""
-    anchors, anchor_labels, keys, key_labels = draw(70, 150, 33, 3, dtype=dtype)
+    anchors, anchor_labels, keys, key_labels = draw_rows(70, 150, 33, 3, dtype=dtype)
     labels = anchor_labels.int(), key_labels.int()
     _, lse, weight, count, _ = torch.ops.pixcontrast.infonce_forward(
         anchors, labels[0], keys, labels[1], 0.1, False, False, "reference"
@@ -159,7 +139,7 @@ def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
 def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, splits):
     """The finish has a team of threads for 16 splits each, 8 at most; 257 channels are more than a team's at a time."""
     monkeypatch.setattr(schedule, "splits", lambda rows, columns, *_: min(splits, columns))
-    inputs = draw(3, 9000, 257, 2, unlabelled=0)
+    inputs = draw_rows(3, 9000, 257, 2, unlabelled=0)
     inputs[1][-1] = -1
     found = [run(inputs, "cuda")[1] for _ in range(2)]
     assert torch.equal(*found) and not found[0][-1].any()
@@ -181,7 +161,7 @@ SHAPES = [
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fp32_accuracy(backend, poison, shape, exclude_self, order):
-    inputs = draw(*shape, order=order)
+    inputs = draw_rows(*shape, order=order)
     weights = torch.randn(shape[0])
     settings = dict(temperature=0.07, exclude_self=exclude_self, weights=weights)
     found, expected = run(inputs, backend, **settings), exact(inputs, **settings)
@@ -192,7 +172,7 @@ def test_fp32_accuracy(backend, poison, shape, exclude_self, order):
 
 def rows_of_kind(kind: str, a: int, k: int, d: int, classes: int):
     """fp32 rows that products find hard in different ways, and the temperature that goes with their lengths."""
-    anchors, anchor_labels, keys, key_labels = draw(a, k, d, classes)
+    anchors, anchor_labels, keys, key_labels = draw_rows(a, k, d, classes)
     scale = 1.0
     if kind == "clustered":
         centres = F.normalize(torch.randn(classes + 1, d), dim=1)  # the last is of those without a label
@@ -260,7 +240,7 @@ def test_fp32_gradients_where_the_losses_are_small(gpu_backend, poison, distance
 )
 def test_fp32_rows_of_any_length(cuda_backend, poison, precision, of_anchors, of_keys):
     """A power of two on either side changes nothing but the temperature and the unit of the gradient."""
-    anchors, anchor_labels, keys, key_labels = draw(40, 90, 33, 3)
+    anchors, anchor_labels, keys, key_labels = draw_rows(40, 90, 33, 3)
     anchors[:, 0] = 1.0  # the largest, so that the power of two is known
     expected = exact((anchors, anchor_labels, keys, key_labels), temperature=0.5, exclude_self=False)
     scales = math.ldexp(1.0, of_anchors), math.ldexp(1.0, of_keys)
@@ -285,7 +265,7 @@ def test_fp32_rows_of_any_length(cuda_backend, poison, precision, of_anchors, of
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_what_is_not_finite_stays_in_its_class_and_row(cuda_backend, poison, precision, bad):
     """Behind an ignored label it is as if it were not there; behind another, no row is taken for a finite one."""
-    inputs = draw(40, 90, 33, 3, unlabelled=0)
+    inputs = draw_rows(40, 90, 33, 3, unlabelled=0)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
@@ -307,7 +287,7 @@ def test_what_is_not_finite_stays_in_its_class_and_row(cuda_backend, poison, pre
 @pytest.mark.parametrize("shape", [(3, 5, 7, 2), (300, 2011, 65, 7), (65, 513, 257, 1)])
 def test_every_instruction_set(instruction_set, poison, shape):
     for order in (BANK, RANDOM):
-        inputs = draw(*shape, order=order)
+        inputs = draw_rows(*shape, order=order)
         found, expected = run(inputs, "cpu", exclude_self=True), exact(inputs, exclude_self=True)
         for index, bar in enumerate((1e-6, 2e-6, 2e-6)):
             assert error(found[index], expected[index]) <= bar
@@ -319,7 +299,7 @@ def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order)
     """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may
     show, and where half-precision products are made that of the weights of its sum.
     """
-    inputs = draw(300, 999, 65, 7, order=order, dtype=dtype)
+    inputs = draw_rows(300, 999, 65, 7, order=order, dtype=dtype)
     found, expected = run(inputs, backend), exact(inputs)
     assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
     assert error(found[0], expected[0]) <= 1e-6
@@ -331,7 +311,7 @@ def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradient_before_rounding(backend, dtype):
-    anchors, anchor_labels, keys, key_labels = draw(200, 900, 64, 5, dtype=dtype)
+    anchors, anchor_labels, keys, key_labels = draw_rows(200, 900, 64, 5, dtype=dtype)
     inputs = (anchors, anchor_labels.int(), keys, key_labels.int())
     *_, anchor_grad = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, backend)
     _, expected, _ = exact(inputs)
@@ -393,7 +373,9 @@ def test_tiles_of_every_width_and_device(
     if not ON_DEVICE:
         tile = native.cuda_kernels.infonce_negatives_tile(0, code, True, channels, num_anchors, 999)
         assert (tile.rows, tile.columns) == tile_of_negatives
-    anchors, anchor_labels, keys, key_labels = draw(num_anchors, 999, channels, 5, order=order, dtype=dtype)
+    anchors, anchor_labels, keys, key_labels = draw_rows(
+        num_anchors, 999, channels, 5, order=order, dtype=dtype
+    )
     key_labels[64:96] = key_labels[160:224] = -1
     keys[key_labels < 0] = math.nan
     anchors[anchor_labels < 0] = math.nan
@@ -423,7 +405,7 @@ FUSED_SHAPES = [
 def test_own_products_of_every_instruction_set(instruction_set, poison, shape, dtype):
     """Ragged in every dimension; rows without a label hold NaN, which no masked lane may pick up."""
     for order, temperature, exclude_self in ((BANK, 0.07, False), (RANDOM, 1.0, True), (BLOCKS, 0.1, True)):
-        inputs = draw(*shape, order=order, dtype=dtype)
+        inputs = draw_rows(*shape, order=order, dtype=dtype)
         anchors, anchor_labels, keys, key_labels = inputs
         loss, expected, _ = exact(inputs, temperature=temperature, exclude_self=exclude_self)
         anchors[anchor_labels < 0], keys[key_labels < 0] = math.nan, math.nan
@@ -465,7 +447,7 @@ def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
         pytest.skip(f"{instruction_set} leaves the products to torch")
     before, results = torch.get_num_threads(), []
     for order in (BANK, RANDOM):
-        anchors, anchor_labels, keys, key_labels = draw(150, 1700, 40, 4, order=order, dtype=dtype)
+        anchors, anchor_labels, keys, key_labels = draw_rows(150, 1700, 40, 4, order=order, dtype=dtype)
         arguments = (anchors, anchor_labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu")
         try:
             for threads in (1, 2, 5, 40):
@@ -482,7 +464,7 @@ def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
 def test_own_products_hide_nothing(instruction_set, dtype, value):
     """A key that is not finite, first and last of the panels and tiles."""
     for at in (0, 31, 32, 511, 512, 1029):
-        anchors, anchor_labels, keys, key_labels = draw(30, 1030, 16, 5, dtype=dtype, unlabelled=0.0)
+        anchors, anchor_labels, keys, key_labels = draw_rows(30, 1030, 16, 5, dtype=dtype, unlabelled=0.0)
         keys[at, 15] = value
         settings = dict(temperature=0.1, reduction="none", backend="cpu")
         loss = infonce(anchors, anchor_labels, keys, key_labels, **settings)
@@ -494,7 +476,7 @@ def test_own_products_hide_nothing(instruction_set, dtype, value):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_extreme_logits(backend, temperature, scale):
     """Logits up to 1e6 with embeddings far from unit norm: no overflow, no lost digits beyond fp32's."""
-    anchors, anchor_labels, keys, key_labels = draw(40, 300, 24, 3)
+    anchors, anchor_labels, keys, key_labels = draw_rows(40, 300, 24, 3)
     inputs = (anchors * scale, anchor_labels, keys * scale, key_labels)
     found, expected = run(inputs, backend, temperature=temperature), exact(inputs, temperature=temperature)
     logit = scale * scale / temperature
@@ -507,7 +489,7 @@ def test_extreme_logits(backend, temperature, scale):
 
 def test_in_batch_uses_symmetry(backend):
     for exclude_self in (True, False):
-        anchors, anchor_labels, _, _ = draw(397, 1, 40, 6)
+        anchors, anchor_labels, _, _ = draw_rows(397, 1, 40, 6)
         weights = torch.randn(397)
         shared = anchors.clone().requires_grad_()
         loss = infonce(
@@ -525,7 +507,7 @@ def test_in_batch_uses_symmetry(backend):
 
 
 def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
-    anchors, anchor_labels, _, key_labels = draw(80, 80, 12, 4)
+    anchors, anchor_labels, _, key_labels = draw_rows(80, 80, 12, 4)
     shared, truth = anchors.clone().requires_grad_(), anchors.double().requires_grad_()
     infonce(
         shared, anchor_labels, shared, key_labels, temperature=0.1, reduction="none", backend=backend
@@ -537,7 +519,7 @@ def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
     """Where it allows TF32, rounded to nearest."""
-    inputs = draw(300, 1000, 64, 5)
+    inputs = draw_rows(300, 1000, 64, 5)
     expected, before = exact(inputs), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
@@ -555,7 +537,7 @@ def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
     """torch has an old and a new setting, and refuses to read the old one after a write to the new."""
-    inputs, setting = draw(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
+    inputs, setting = draw_rows(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
     exactly, before = run(inputs, gpu_backend), setting.fp32_precision
     try:
         setting.fp32_precision = "tf32"
@@ -567,7 +549,7 @@ def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
 
 
 def test_autocast_does_not_reach_the_logits(backend):
-    inputs = draw(100, 400, 64, 5)
+    inputs = draw_rows(100, 400, 64, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(inputs, backend)
     assert found[0].dtype == torch.float32 and error(found[0], exact(inputs)[0]) <= 1e-6
@@ -578,7 +560,7 @@ def test_autocast_does_not_reach_the_logits(backend):
 
 
 def test_mean_is_over_anchors_with_a_positive(backend):
-    inputs = draw(50, 60, 8, 30)
+    inputs = draw_rows(50, 60, 8, 30)
     loss, _, _ = run(inputs, backend)
     _, anchor_labels, _, key_labels = inputs
     has_positive = torch.tensor([y >= 0 and y in key_labels.tolist() for y in anchor_labels.tolist()])
@@ -632,7 +614,7 @@ def test_anchor_alone_with_itself_has_no_positive(backend):
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_rows_without_a_label_may_hold_anything(backend, order, value):
-    inputs = draw(200, 1500, 16, 5, order=order, unlabelled=0.3)
+    inputs = draw_rows(200, 1500, 16, 5, order=order, unlabelled=0.3)
     expected = run(inputs, backend, exclude_self=True)
     anchors, anchor_labels, keys, key_labels = inputs
     anchors, keys = anchors.clone(), keys.clone()
@@ -646,7 +628,7 @@ def test_rows_without_a_label_may_hold_anything(backend, order, value):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
 def test_any_negative_label_is_none(backend, poison, dtype):
-    anchors, anchor_labels, keys, key_labels = draw(300, 500, 16, 4, unlabelled=0.3)
+    anchors, anchor_labels, keys, key_labels = draw_rows(300, 500, 16, 4, unlabelled=0.3)
     expected = run((anchors, anchor_labels, keys, key_labels), backend)
 
     def scattered(labels):
@@ -659,7 +641,7 @@ def test_any_negative_label_is_none(backend, poison, dtype):
 
 def test_nan_propagates(backend):
     for side in (0, 2):
-        inputs = draw(30, 600, 16, 5, unlabelled=0.0)
+        inputs = draw_rows(30, 600, 16, 5, unlabelled=0.0)
         inputs[side][3, 2] = math.nan
         loss, _, _ = run(inputs, backend)
         assert loss[3 if side == 0 else slice(None)].isnan().all()
@@ -668,7 +650,7 @@ def test_nan_propagates(backend):
 @pytest.mark.parametrize("num_keys", [1, 17, 33, 65, 97, 513])
 def test_nan_propagates_from_the_last_negative(backend, num_keys):
     """Alone in its tile: a maximum that passes over NaN finds no negative there."""
-    anchors, anchor_labels, keys, key_labels = draw(30, num_keys + 1, 16, 5, unlabelled=0.0)
+    anchors, anchor_labels, keys, key_labels = draw_rows(30, num_keys + 1, 16, 5, unlabelled=0.0)
     anchor_labels[:], key_labels[:], key_labels[-1] = 0, 0, 1
     keys[-1] = math.nan
     loss, grad, _ = run((anchors, anchor_labels, keys, key_labels), backend)
@@ -701,7 +683,7 @@ def test_in_batch_padding_has_no_part_in_steep_gradients(backend, dtype, labels)
 
 
 def test_inf_gives_no_finite_loss(backend):
-    inputs = draw(30, 600, 16, 5, unlabelled=0.0)
+    inputs = draw_rows(30, 600, 16, 5, unlabelled=0.0)
     inputs[0][3] = math.inf
     loss, _, _ = run(inputs, backend)
     assert not loss[3].isfinite() and loss[4].isfinite()
@@ -712,7 +694,7 @@ def test_inf_gives_no_finite_loss(backend):
 
 
 def test_non_contiguous_inputs(backend):
-    anchors, anchor_labels, keys, key_labels = draw(60, 300, 24, 4)
+    anchors, anchor_labels, keys, key_labels = draw_rows(60, 300, 24, 4)
     expected = run((anchors, anchor_labels, keys, key_labels), backend)
     strided = (
         anchors.T.contiguous().T,
@@ -726,7 +708,7 @@ def test_non_contiguous_inputs(backend):
 
 
 def test_anchors_in_any_order(backend):
-    anchors, anchor_labels, keys, key_labels = draw(400, 900, 24, 9, order=BANK)
+    anchors, anchor_labels, keys, key_labels = draw_rows(400, 900, 24, 9, order=BANK)
     expected = run((anchors, anchor_labels, keys, key_labels), backend)
     shuffle = torch.randperm(400)
     found = run((anchors[shuffle], anchor_labels[shuffle], keys, key_labels), backend)
@@ -735,7 +717,7 @@ def test_anchors_in_any_order(backend):
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
-    inputs = draw(20, 50, 8, 3)
+    inputs = draw_rows(20, 50, 8, 3)
     asked = []
     module = backends.get(backend)
     forward = module.infonce_forward
@@ -752,7 +734,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
 
 def test_nothing_saved_aliases_the_keys(backend):
     """A bank is overwritten between forward and backward."""
-    anchors, anchor_labels, keys, key_labels = draw(50, 200, 8, 4)
+    anchors, anchor_labels, keys, key_labels = draw_rows(50, 200, 8, 4)
     gradients = []
     for overwrite in (False, True):
         anchors, bank = anchors.detach().clone().requires_grad_(), keys.clone()
@@ -766,7 +748,7 @@ def test_nothing_saved_aliases_the_keys(backend):
 
 def test_repeats_bit_for_bit(poison):
     for order, in_batch in ((BANK, False), (RANDOM, False), (RANDOM, True)):
-        inputs = draw(150, 700, 40, 7, order=order)
+        inputs = draw_rows(150, 700, 40, 7, order=order)
         if in_batch:
             inputs = (inputs[0], inputs[1], inputs[0], inputs[1])
         first = run(inputs, "cpu", exclude_self=in_batch)
@@ -819,7 +801,7 @@ def test_more_than_2_31_products():
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 5000])
 def test_tiles_hold_every_labelled_key_once(order, size):
-    _, _, keys, key_labels = draw(1, size, 4, 6, order=order)
+    _, _, keys, key_labels = draw_rows(1, size, 4, 6, order=order)
     tiles = cpu._Keys(keys, key_labels.int()).tiles
     seen = torch.zeros(size, dtype=torch.int64)
     for first, count, label in tiles:
@@ -897,7 +879,7 @@ def test_double_needs_the_reference():
 
 
 def test_differentiating_twice_is_refused(backend):
-    inputs = draw(20, 50, 8, 3)
+    inputs = draw_rows(20, 50, 8, 3)
     anchors = inputs[0].requires_grad_()
     loss = infonce(*inputs, temperature=0.1, backend=backend)
     (grad,) = torch.autograd.grad(loss, anchors, create_graph=True)

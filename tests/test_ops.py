@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conftest import GPU_BACKENDS
-from op_cases import SIZES, cases
 from pixcontrast_ext import MemoryBank, PixelContrastLoss, backends
+from tests.support.backends import GPU_BACKENDS
+from tests.support.op_cases import SIZES, cases
 
 Arguments = dict[str, Any]
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import processes
+
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_BEHIND = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist", "runs", "carry", "data")
 
@@ -24,15 +26,7 @@ LEFT_BEHIND = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist", "runs
 def run(*command, cwd, **environment):
     """Runs to the end, both streams together; the test states what it expects of the exit code."""
     environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=600,
-    )
+    return processes.run(command, one_stream=True, cwd=cwd, env=environment)
 
 
 def needed(module):

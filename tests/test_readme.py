@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distributed_worker import Network, readme_blocks
+from tests.support.distributed_worker import Network, readme_blocks
 
 
 def test_the_training_loop_of_readme():

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from conftest import BACKENDS
 from pixcontrast_ext import (
     MemoryBank,
     PixelContrastCrossEntropyLoss,
@@ -22,6 +21,7 @@ from pixcontrast_ext import (
     hard_anchor_sampling,
     infonce,
 )
+from tests.support.backends import BACKENDS
 
 
 def coded(labels, channels):

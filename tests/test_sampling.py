@@ -3,44 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-import oracle
-from conftest import BACKENDS
 from pixcontrast_ext import hard_anchor_sampling
+from tests.support.backends import BACKENDS
+from tests.support.checks import check_sampling
+from tests.support.inputs import draw_maps
 
 
-def draw(batch, height, width, classes, *, ignored=0.2, wrong=0.4, priorities=1000, seed=0):
+def draw(*size, wrong=0.4, priorities=1000, seed=0, **settings):
+    """Labels, predictions and priorities; the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (batch, height, width), generator=generator)
-    flip = torch.rand(labels.shape, generator=generator) < wrong
-    predictions = torch.where(flip, torch.randint(0, classes, labels.shape, generator=generator), labels)
-    labels[torch.rand(labels.shape, generator=generator) < ignored] = 255
-    priority = torch.randint(-priorities, priorities, labels.shape, dtype=torch.int32, generator=generator)
-    return labels, predictions, priority
-
-
-def check(labels, predictions, priority, backend, **settings):
-    sample = hard_anchor_sampling(labels, predictions, priority=priority, backend=backend, **settings)
-    min_pixels = settings.get("min_pixels")
-    indices, anchor_labels = oracle.sampling(
-        labels,
-        predictions,
-        priority,
-        settings["num_classes"],
-        settings["max_samples"],
-        settings["max_views"],
-        settings["max_views"] + 1 if min_pixels is None else min_pixels,
-        settings.get("ignore_index", 255),
-    )
-    padding = settings["max_samples"] - len(indices)
-    assert sample.indices.tolist() == indices + [0] * padding
-    assert sample.labels.tolist() == anchor_labels + [-1] * padding
-    assert sample.count.item() == len(indices)
-    assert (sample.indices.dtype, sample.labels.dtype, sample.count.dtype) == (
-        torch.int64,
-        torch.int32,
-        torch.int32,
-    )
-    return len(indices)
+    return draw_maps(*size, wrong=wrong, priorities=priorities, generator=generator, **settings)[1:]
 
 
 @pytest.mark.parametrize(
@@ -62,14 +34,14 @@ def test_chooses_what_the_rules_say(backend, poison, shape, settings, priorities
     *size, classes = shape
     ignored = 0.2 if size[1] > 1 else 0.0
     maps = draw(*size, classes, ignored=ignored, priorities=priorities)
-    assert check(*maps, backend, num_classes=classes, **settings) > 0
+    assert check_sampling(*maps, backend, num_classes=classes, **settings) > 0
 
 
 def test_all_hard_and_all_easy(backend):
     labels, _, priority = draw(2, 9, 9, 3)
     for predictions in (labels.clone(), torch.full_like(labels, 77)):
         assert (
-            check(
+            check_sampling(
                 labels,
                 predictions,
                 priority,
@@ -112,7 +84,7 @@ def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
         ignore_index = 101
     labels, predictions, priority = draw(2, 7, 9, 5)
     labels[labels == 255] = ignore_index  # 3 is a class otherwise: its pixels are then ignored too
-    check(
+    check_sampling(
         labels.to(dtype), predictions.to(dtype), priority, backend,
         num_classes=5, max_samples=40, max_views=6, min_pixels=1, ignore_index=ignore_index,
     )  # fmt: skip
@@ -122,7 +94,7 @@ def test_non_contiguous_maps(backend):
     labels, predictions, priority = draw(3, 14, 10, 4)
     transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (labels, predictions, priority)]
     assert not transposed[0].is_contiguous()
-    check(*transposed, backend, num_classes=4, max_samples=40, max_views=6, min_pixels=1)
+    check_sampling(*transposed, backend, num_classes=4, max_samples=40, max_views=6, min_pixels=1)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-import sanitized
-from conftest import BACKENDS, ON_DEVICE
+from tests.support import sanitized
+from tests.support.backends import BACKENDS, ON_DEVICE
 from tools.emulator import build, sanitize
 
 SANITIZED = [name for name in ("cpu", "cuda") if name in BACKENDS]
@@ -31,7 +31,7 @@ def modules() -> None:
 
 @pytest.mark.parametrize("backend", SANITIZED)
 def test_an_overrun_is_reported(backend):
-    done = sanitize.run("address", "sanitized", "overrun", backend)
+    done = sanitize.run("address", "tests.support.sanitized", "overrun", backend)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "gather" in done.stderr
 
 
@@ -42,7 +42,7 @@ def check(backend: str, *arguments: str, share: int = 1) -> None:
         PIXCONTRAST_TEST_SHARE=str(share),
     )
     done = sanitize.run(
-        "address", "sanitized", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **options
+        "address", "tests.support.sanitized", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **options
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from conftest import BACKENDS, ON_DEVICE, SHARE
 from pixcontrast_ext import (
     MemoryBank,
     PixelContrastLoss,
@@ -30,6 +29,7 @@ from pixcontrast_ext import (
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch, numerics, sort
 from pixcontrast_ext.backends.triton.infonce import plan, prepare, tiles
+from tests.support.backends import BACKENDS, ON_DEVICE, SHARE
 
 ROOT = Path(__file__).parents[1]
 if "triton" not in BACKENDS:

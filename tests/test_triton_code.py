@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from conftest import BACKENDS
 from pixcontrast_ext.backends.triton.infonce import tiles
+from tests.support.backends import BACKENDS
 from tools import compiled_code, triton_code
 
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may use

@@ -6,54 +6,97 @@ With --one-forward it is one forward at the paper's size instead: what a profile
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def contrast(a: int, k: int, d: int, dtype: torch.dtype, device: str, backend: str) -> None:
-    anchors, keys = (torch.randn(n, d, device=device, dtype=dtype, requires_grad=True) for n in (a, k))
-    anchor_labels, key_labels = (torch.randint(-1, 4, (n,), device=device) for n in (a, k))
-    infonce(
-        anchors, anchor_labels, keys, key_labels, temperature=1.0, exclude_self=True, backend=backend
-    ).backward()
-    infonce(
-        anchors, anchor_labels, anchors, anchor_labels, temperature=1.0, exclude_self=True, backend=backend
-    ).backward()
+Placed = Callable[[Tensor], Tensor]
+
+
+def as_they_are(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def rows(a: int, k: int, d: int, dtype: torch.dtype, device: str, placed: Placed) -> tuple[Tensor, ...]:
+    """Anchors, their labels, keys and theirs."""
+    anchors, keys = (placed(torch.randn(n, d, device=device).to(dtype)).requires_grad_() for n in (a, k))
+    anchor_labels, key_labels = (
+        placed(torch.randint(-1, 4, (n,), device=device, dtype=torch.int32)) for n in (a, k)
+    )
+    return anchors, anchor_labels, keys, key_labels
+
+
+def contrast(
+    a: int,
+    k: int,
+    d: int,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    placed: Placed = as_they_are,
+) -> None:
+    """Of a anchors, with k keys and among themselves; `placed` moves the tensors to where they are to lie."""
+    anchors, labels, keys, key_labels = rows(a, k, d, dtype, device, placed)
+    settings = dict(temperature=1.0, exclude_self=True, backend=backend)
+    infonce(anchors, labels, keys, key_labels, **settings).backward()
+    infonce(anchors, labels, anchors, labels, **settings).backward()
+
+
+def loss_alone(a: int, k: int, d: int, dtype: torch.dtype, backend: str, device: str) -> None:
     with torch.no_grad():
-        infonce(anchors, anchor_labels, keys, key_labels, temperature=1.0, backend=backend)
+        infonce(*rows(a, k, d, dtype, device, as_they_are), temperature=1.0, backend=backend)
 
 
-def maps(channels: int, dtype: torch.dtype, device: str, layout: torch.memory_format, backend: str) -> None:
-    embeddings = torch.randn(2, channels, 37, 41, device=device, dtype=dtype).to(memory_format=layout)
-    embeddings.requires_grad_()
-    labels, predictions = (torch.randint(0, 5, (2, 37, 41), device=device) for _ in range(2))
+def maps(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    layout: torch.memory_format = torch.contiguous_format,
+    placed: Placed = as_they_are,
+) -> None:
+    """Sampling, gathering and a bank, of embeddings of a shape [B, D, H, W]."""
+    embeddings = torch.randn(shape, device=device).to(dtype).to(memory_format=layout)
+    embeddings = placed(embeddings).requires_grad_()
+    batch, channels, height, width = shape
+    labels, predictions = (
+        placed(torch.randint(0, 5, (batch, height, width), device=device)) for _ in range(2)
+    )
+    priority = placed(torch.randint(2**31 - 1, labels.shape, dtype=torch.int32, device=device))
     sample = hard_anchor_sampling(
-        labels, predictions, num_classes=5, max_samples=70, max_views=9, backend=backend
+        labels, predictions, num_classes=5, max_samples=70, max_views=9, priority=priority, backend=backend
     )
     gather_embeddings(embeddings, sample.indices, backend=backend).float().square().sum().backward()
     bank = MemoryBank(5, channels, region_slots=3, pixel_slots=17, process_group=None).to(device)
+    for name, buffer in list(bank.named_buffers()):
+        setattr(bank, name, placed(buffer))
     for _ in range(2):
-        bank.enqueue(embeddings.detach(), labels, backend=backend)
+        bank.enqueue(embeddings.detach(), labels, priority=priority, backend=backend)
 
 
 def main(backend: str, device: str = "cuda", dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     torch.manual_seed(0)
     for dtype in dtypes:
         for shape in ((70, 150, 65), (33, 90, 300), (1, 1, 8)):
-            contrast(*shape, dtype, device, backend)
+            contrast(*shape, dtype, backend, device)
+            loss_alone(*shape, dtype, backend, device)
         for channels in (64, 128, 256, 512) if device == "cuda" else ():  # they have tiles of their own
-            contrast(70, 150, channels, dtype, device, backend)
+            contrast(70, 150, channels, dtype, backend, device)
+            loss_alone(70, 150, channels, dtype, backend, device)
     torch.set_float32_matmul_precision("high")
-    contrast(70, 150, 65, torch.float32, device, backend)
+    contrast(70, 150, 65, torch.float32, backend, device)
+    loss_alone(70, 150, 65, torch.float32, backend, device)
     torch.set_float32_matmul_precision("highest")
     for layout in (torch.contiguous_format, torch.channels_last):
-        maps(65, torch.float32, device, layout, backend)
-        maps(16, torch.bfloat16, device, layout, backend)
+        maps((2, 65, 37, 41), torch.float32, backend, device, layout)
+        maps((2, 16, 37, 41), torch.bfloat16, backend, device, layout)
 
 
 def one_forward(backend: str) -> None:

@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
 from pixcontrast_ext.backends import device as devices
 from tools.emulated import Emulated
+from tools.gpu_small import contrast, maps
 
 PROT_NONE = 0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -76,29 +76,6 @@ def overrun_kernel(values, total, count, BLOCK: tl.constexpr):
     tl.store(total, tl.sum(tl.load(values + i, mask=i <= count, other=0.0), 0))
 
 
-def contrast(a: int, k: int, d: int, dtype: torch.dtype) -> None:
-    anchors, keys = (copied(torch.randn(n, d).to(dtype)).requires_grad_() for n in (a, k))
-    anchor_labels, key_labels = (copied(torch.randint(-1, 4, (n,), dtype=torch.int32)) for n in (a, k))
-    settings = dict(temperature=1.0, exclude_self=True, backend="triton")
-    infonce(anchors, anchor_labels, keys, key_labels, **settings).backward()
-    infonce(anchors, anchor_labels, anchors, anchor_labels, **settings).backward()
-
-
-def maps(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
-    embeddings = copied(torch.randn(batch, channels, height, width).to(dtype)).requires_grad_()
-    labels, predictions = (copied(torch.randint(0, 5, (batch, height, width))) for _ in range(2))
-    priority = copied(torch.randint(2**31 - 1, labels.shape, dtype=torch.int32))
-    sample = hard_anchor_sampling(
-        labels, predictions, num_classes=5, max_samples=37, max_views=9, priority=priority, backend="triton"
-    )
-    gather_embeddings(embeddings, sample.indices, backend="triton").float().square().sum().backward()
-    bank = MemoryBank(5, channels, region_slots=3, pixel_slots=17, process_group=None)
-    for name, buffer in list(bank.named_buffers()):
-        setattr(bank, name, copied(buffer))
-    for _ in range(2):
-        bank.enqueue(embeddings.detach(), labels, priority=priority, backend="triton")
-
-
 def main() -> None:
     devices.gpu = Emulated()
     torch.manual_seed(0)
@@ -110,13 +87,13 @@ def main() -> None:
     with guarded_memory():
         # Masks are of shapes; of 16-bit dtypes, which share tiles, each has a part.
         for shape in ((70, 150, 65), (1, 1, 1), (33, 130, 64)):
-            contrast(*shape, torch.float32)
-        contrast(70, 150, 65, torch.float16)
-        contrast(1, 1, 1, torch.bfloat16)
-        contrast(33, 130, 64, torch.bfloat16)
+            contrast(*shape, torch.float32, "triton", placed=copied)
+        contrast(70, 150, 65, torch.float16, "triton", placed=copied)
+        contrast(1, 1, 1, torch.bfloat16, "triton", placed=copied)
+        contrast(33, 130, 64, torch.bfloat16, "triton", placed=copied)
         for shape in ((2, 5, 17, 19), (1, 1, 1, 1), (3, 33, 16, 16)):
-            maps(*shape, torch.float32)
-        maps(2, 5, 17, 19, torch.bfloat16)
+            maps(shape, torch.float32, "triton", placed=copied)
+        maps((2, 5, 17, 19), torch.bfloat16, "triton", placed=copied)
     print("no overrun")
 
 

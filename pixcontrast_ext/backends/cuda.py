@@ -78,11 +78,12 @@ def unsupported(
     return reason if reason or number is None else _unsupported_device(number)
 
 
-def _launch(kernel: str, device: torch.device, call: Call, **fields: Any) -> None:
-    """Enqueue a kernel with the fields of a call, and others, on the current stream of `device`.
+def launch(kernel: str, call: Call, **fields: Any) -> None:
+    """Enqueue a kernel with the fields of a call, and others, on the current stream of its tensors' device.
 
     Scratch memory may be dropped after the call: torch's allocator reuses it in the order of the stream.
     """
+    device = getattr(call, call.__slots__[0]).device
     devices.gpu.launch(device, functools.partial(_start, kernel), (call, fields))
 
 
@@ -117,9 +118,8 @@ def _sort_keys(count: int, device: torch.device) -> Tensor | None:
 
 def hard_anchor_sampling(call: Sampling) -> None:
     labels, pairs = call.labels, (call.num_classes, call.labels.shape[0])
-    _launch(
+    launch(
         "sampling",
-        labels.device,
         call,
         **_pools(labels, call.num_classes, kinds=2),
         pair_keys=labels.new_empty(pairs),
@@ -129,14 +129,13 @@ def hard_anchor_sampling(call: Sampling) -> None:
 
 
 def gather(call: Gather) -> None:
-    _launch("gather", call.indices.device, call)
+    launch("gather", call)
 
 
 def gather_backward(call: GatherBackward) -> None:
     indices = call.indices
-    _launch(
+    launch(
         "gather_backward",
-        indices.device,
         call,
         wide=torch.empty_like(call.grad_rows, dtype=torch.float32),
         row_pixels=torch.empty_like(indices),
@@ -151,9 +150,8 @@ def enqueue_collect(call: Collect) -> None:
     pools = _pools(call.labels, call.num_classes, kinds=1)
     chunks = pools["pool_keys"].shape[1]
     of_classes = call.rows.new_empty
-    _launch(
+    launch(
         "collect",
-        call.labels.device,
         call,
         **pools,
         chunk_sums=of_classes(batch, chunks, call.num_classes, channels, dtype=torch.float32),
@@ -163,7 +161,7 @@ def enqueue_collect(call: Collect) -> None:
 
 
 def enqueue_write(call: Write) -> None:
-    _launch("write", call.keys.device, call)
+    launch("write", call)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -243,9 +241,8 @@ def infonce_forward(call: InfonceForward) -> None:
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return anchors.new_empty(shape, dtype=dtype)
 
-    _launch(
+    launch(
         "infonce_forward",
-        anchors.device,
         call,
         **rows,
         splits=shares,
@@ -284,9 +281,8 @@ def infonce_backward(call: InfonceBackward) -> None:
         # Of the weights of anchors that have a part in it; from below, for a log-sum-exp that is of other keys.
         weights = call.grad_scale.abs() * call.pos_weight.clamp(min=2**-10)
         peak = torch.where(call.pos_weight > 0, weights, 0).amax()
-    _launch(
+    launch(
         "infonce_backward",
-        anchors.device,
         call,
         **rows,
         splits=shares,

@@ -20,6 +20,7 @@ from torch.library import Library
 
 import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from tools import processes
 
 # The torchvision of the package index is built for CUDA. Its library does not load beside a CPU-only torch, and its
 # import then fails on these two ops, which nothing here calls.
@@ -102,10 +103,8 @@ def trainer(environment: dict[str, str], tmp_path: Path) -> Callable[..., subpro
     """Runs `python -m pixcontrast_ext.trainer ARGS` to its end."""
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pixcontrast_ext.trainer", *map(str, args)]
-        return subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-        )
+        command = [sys.executable, "-m", "pixcontrast_ext.trainer", *args]
+        return processes.run(command, env=environment, cwd=tmp_path)
 
     return run
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from scipy.stats import ttest_rel
 
-import forked
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.compare import (
@@ -25,6 +24,7 @@ from pixcontrast_ext.trainer.compare import (
 )
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
 from pixcontrast_ext.trainer.train import Result
+from tests.support import forked
 
 FLAGS = (
     "--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --steps 2 --log-every 1 --device cpu"

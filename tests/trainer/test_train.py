@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import forked
 from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer import train as training
 from pixcontrast_ext.trainer.__main__ import main
@@ -22,6 +20,8 @@ from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.train import CrossEntropy, learning_rate, train
+from tests.support import forked
+from tools import processes
 
 
 def final(config):
@@ -116,6 +116,24 @@ def test_resuming_a_finished_run_changes_nothing(tiny):
     assert_same_state(before, final(config))
 
 
+def steps_until_killed(config, target, output, *command):
+    """Rows of the log when a run was killed after `target` of them, or None if it came to its end before that."""
+    process, rows = forked.start(output, *command), 0
+    end = time.monotonic() + processes.LIMIT
+    while rows < target and process.is_alive():
+        if time.monotonic() > end:
+            process.kill()
+            raise processes.overdue("a training run", forked.errors_of(output).read_text())
+        time.sleep(0.002)
+        rows = len(read_rows(config.out / "train.csv"))
+    process.kill()
+    process.join()
+    if process.exitcode == -signal.SIGKILL:
+        return rows
+    assert process.exitcode == 0, forked.errors_of(output).read_text()
+    return None
+
+
 def test_kill_9_then_resume_is_the_unbroken_run(tiny, tmp_path):
     """A real process, killed at whatever it is doing, three times over."""
     config = tiny("unbroken", steps=24, checkpoint_every=3, log_every=1)
@@ -123,21 +141,16 @@ def test_kill_9_then_resume_is_the_unbroken_run(tiny, tmp_path):
     killed = replace(config, out=config.out.with_name("killed"))
     save_config(killed, tmp_path / "killed.json")
     command, output = ["train", "--config", tmp_path / "killed.json"], tmp_path / "output.txt"
-    rows, kills = 0, 0
+    saved = 0
     for target in (4, 11, 17):
-        process = forked.start(output, *command, *(["--resume"] if kills else []))
-        deadline = time.monotonic() + 120
-        while rows < target and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.002)
-            rows = len(read_rows(killed.out / "train.csv"))
-        assert rows >= target, forked.errors_of(output).read_text() or "too slow"
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        before = shutil.copytree(killed.out, tmp_path / f"before {target}") if saved else None
+        resume = ["--resume"] if saved else []
+        while (rows := steps_until_killed(killed, target, output, *command, *resume)) is None:
+            shutil.rmtree(killed.out)  # it had come to its end before anyone looked: once more
+            if before is not None:
+                shutil.copytree(before, killed.out)
         saved = final(killed)["step"]
         assert saved >= rows - 3 - 1  # at most the steps since the last checkpoint (and one on its way)
-        rows = saved
-    assert kills >= 2
     train(killed, resume=True)
     assert_same_state(final(config), final(killed))
     assert_same_record(config.out, killed.out)
@@ -223,8 +236,7 @@ def test_camvid_trains(tiny, camvid, quick_tsne):
 
 def torchrun(environment, world, *args):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += ["-m", "pixcontrast_ext.trainer", *map(str, args)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return processes.run([*command, "-m", "pixcontrast_ext.trainer", *args], env=environment)
 
 
 def test_two_ranks_train_resume_and_evaluate(tiny, environment, tmp_path, capsys):

@@ -5,25 +5,24 @@ tensor, past `load_state_dict`.
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
-import two_ranks
+from tests.support import two_ranks
 
 pytest.importorskip("transformers", reason="transformers is not installed: make test-trainers")
 pytest.importorskip("accelerate", reason="accelerate is not installed: make test-trainers")
 
 from safetensors.torch import load_file, save_file
 
-import transformers_ranks
+from tests.support import transformers_ranks
 
 
 def test_two_ranks_stay_alike_through_the_warm_up(tmp_path):
-    script = Path(__file__).with_name("transformers_ranks.py")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", two_ranks.RANKS)
-    two_ranks.run(tmp_path, *torchrun, script, tmp_path)
+    script = ("-m", "tests.support.transformers_ranks")
+    two_ranks.run(tmp_path, *torchrun, *script, tmp_path)
     two_ranks.check(tmp_path)
 
 

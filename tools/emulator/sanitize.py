@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+from tools import processes
 from tools.emulator.build import ROOT, compiler
 
 _RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
@@ -45,13 +46,10 @@ def _prefix() -> list[str]:
     return fixed if works else []
 
 
-def run(
-    variant: str, module: str, *arguments: object, timeout: float = 900, **options: str
-) -> subprocess.CompletedProcess[str]:
+def run(variant: str, module: str, *arguments: object, **options: str) -> subprocess.CompletedProcess[str]:
     """`python -m module arguments ...`; `options` are environment variables."""
     environment = {**os.environ, **_OPTIONS, "PYTHONPATH": str(ROOT), **options}
     if variant in _RUNTIMES:
         # The C++ library as well: its exceptions are caught by the sanitizer, which looks for it at the start.
         environment["LD_PRELOAD"] = f"{_library(_RUNTIMES[variant])} {_library('libstdc++.so.6')}"
-    command = [*_prefix(), sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    return processes.run([*_prefix(), sys.executable, "-m", module, *arguments], env=environment)

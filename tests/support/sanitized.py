@@ -1,7 +1,7 @@
 """Runs tests with the CPU kernels compiled for AddressSanitizer and UndefinedBehaviorSanitizer, the emulator likewise.
 
-    python -m sanitized pytest ARGUMENT ...
-    python -m sanitized overrun cpu|cuda
+    python -m tests.support.sanitized pytest ARGUMENT ...
+    python -m tests.support.sanitized overrun cpu|cuda
 
 in a process that tools/emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that
 the sanitizer gives out, so that a kernel's access behind a tensor is reported.
@@ -58,23 +58,19 @@ def overrun(backend: str) -> None:
     """What has to be reported: a kernel is told of one index more than there is."""
     import torch
 
-    from pixcontrast_ext.backends import native
+    from pixcontrast_ext.backends import cuda, native
+    from pixcontrast_ext.backends import device as devices
+    from pixcontrast_ext.backends.calls import Gather
+    from tools.emulated import Emulated
     from tools.emulator.build import build, load
 
-    fields = dict(
-        **native.map_fields(torch.zeros(1, 3, 2, 2)),
-        indices=torch.zeros(4, dtype=torch.int64),
-        num_rows=5,
-        normalize=True,
-        rows_dtype=0,
-        rows=torch.zeros(5, 3),
-        inv_norm=torch.zeros(5),
-    )
+    indices = torch.zeros(4, dtype=torch.int64)
+    call = Gather(torch.zeros(1, 3, 2, 2), indices, True, torch.float32, torch.zeros(5, 3), torch.zeros(5))
     if backend == "cpu":
-        native.launch("gather", **fields, wide=torch.zeros(5, 3), threads=1)
+        native.launch("gather", call, num_rows=5, wide=torch.zeros(5, 3), threads=1)
     else:
-        native.cuda_kernels = load(build("address")).cuda
-        native.launch_cuda("gather", torch.device("cpu"), **fields)
+        devices.gpu = Emulated(load(build("address")).cuda)
+        cuda.launch("gather", call, num_rows=5)
 
 
 if __name__ == "__main__":

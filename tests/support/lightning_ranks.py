@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from two_ranks import BATCH, RANKS, STEPS, Images, Network, save
+from tests.support.two_ranks import BATCH, RANKS, STEPS, Images, Network, save
 
 
 class Module(lightning.LightningModule):

@@ -8,12 +8,15 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
+from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
 
 from pixcontrast_ext.trainer.__main__ import main
+from tools import processes
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["pixcontrast_ext.trainer.__main__", "torch._dynamo"])
@@ -39,25 +42,40 @@ def _run(output: Path, args: list[str], environment: dict[str, str]) -> None:
     sys.exit(main(args))
 
 
-def ranks(folder: Path, world: int, *args: object, timeout: float = 300) -> str:
+def _exit_codes(running: list[ForkServerProcess]) -> list[int | None]:
+    """When all have ended, or one has failed, for which the others may wait, or the limit is reached."""
+    end = time.monotonic() + processes.LIMIT
+    waiting = [process.sentinel for process in running]
+    while waiting and not any(process.exitcode for process in running):
+        ended = connection.wait(waiting, end - time.monotonic())
+        if not ended:
+            break
+        waiting = [sentinel for sentinel in waiting if sentinel not in ended]
+    return [process.exitcode for process in running]
+
+
+def ranks(folder: Path, world: int, *args: object) -> str:
     """What all of them print, started as by torchrun.
 
     Raises:
-        AssertionError: with what they complain of, unless all succeed in time.
+        AssertionError: with what they complain of, unless all succeed.
+        TimeoutError: with the same, if one hangs.
     """
     with socket.create_server(("localhost", 0)) as free:
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
     outputs = [folder / f"rank{rank}.txt" for rank in range(world)]
-    processes = [
+    running = [
         start(output, *args, RANK=str(rank), LOCAL_RANK=str(rank), **address)
         for rank, output in enumerate(outputs)
     ]
-    for process in processes:
-        process.join(timeout)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
+    codes = _exit_codes(running)
+    for process in running:
         process.kill()
         process.join()
-    read = [path.read_text() for output in outputs for path in (output, errors_of(output)) if path.exists()]
-    assert codes == [0] * world, f"exit codes {codes}\n{''.join(read)}"
+    read = "".join(
+        path.read_text() for output in outputs for path in (output, errors_of(output)) if path.exists()
+    )
+    if None in codes and not any(codes):
+        raise processes.overdue(f"one of {world} ranks", read)
+    assert codes == [0] * world, f"exit codes {codes}\n{read}"
     return "".join(output.read_text() for output in outputs)

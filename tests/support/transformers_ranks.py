@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from two_ranks import BATCH, STEPS, Images, Network, save
+from tests.support.two_ranks import BATCH, STEPS, Images, Network, save
 
 
 class Config(PretrainedConfig):

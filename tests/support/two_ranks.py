@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, ProjectionHead
+from tools import processes
 
 RANKS, STEPS, BATCH, WARMUP_STEPS = 2, 20, 2, 3
 CLASSES, WIDTH, PIXELS = 3, 8, 8
 IMAGES = RANKS * STEPS * BATCH
-TIMEOUT = 120  # seconds until a run counts as hung
 
 
 class Images(Dataset):
@@ -63,29 +60,16 @@ def save(network: Network, folder: str, rank: int) -> None:
     torch.save(state, Path(folder) / f"rank{rank}.pt")
 
 
-def run(folder: Path, *command: str | Path) -> None:
-    """Run a script to the end; the whole process group is killed if it hangs."""
+def run(folder: Path, *command: object) -> None:
+    """Runs a script to the end."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # a script imports what the tests import
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"the ranks hang:\n{process.communicate()[0][-4000:]}")
-    assert process.returncode == 0, output[-4000:]
+    done = processes.run([sys.executable, *command], one_stream=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def check(folder: Path) -> None:

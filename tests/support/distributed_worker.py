@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pixcontrast_ext import MemoryBank, PixelContrastLoss, ProjectionHead
 from pixcontrast_ext.ops import exchange
+from tools import processes
 
 CLASSES, CHANNELS, PIXELS = 4, 6, (5, 7)
 # Images of a rank in each step: all the same, one rank with fewer, one with none at all.
@@ -238,7 +239,7 @@ def readme(rank, *, steps=20, warmup_steps=6):
 
 
 def readme_blocks():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     section = text[text.index("## In the trainer you have") : text.index("## The API at a glance")]
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
@@ -284,7 +285,7 @@ def leaves_out_a_step(rank, missing, left_out):
         if step == left_out:
             os.environ[exchange.TIMEOUT_VARIABLE] = "3"
             if rank == missing:
-                time.sleep(300)  # ended with the other rank
+                time.sleep(processes.LIMIT)  # ended with the other rank
                 return
         embeddings, labels, _ = batch(rank, step, 2)
         loss(embeddings, labels, labels)
@@ -349,7 +350,7 @@ def run(rank, ranks, listener, *arguments):
     """One rank to its end, with what torchrun tells it. Returns the exit code."""
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        limit = datetime.timedelta(minutes=5)
+        limit = datetime.timedelta(seconds=processes.LIMIT)
         store = dist.TCPStore(
             "localhost",
             listener.getsockname()[1],

@@ -1,0 +1,1 @@
+"""Tests of the package and of its tools; what they share is in `support`."""

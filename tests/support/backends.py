@@ -1,0 +1,35 @@
+"""Which backends run here, and how much of each test: what the environment says. It imports no torch.
+
+The backends for a GPU take CPU tensors: the kernels of `cuda` run in the emulator, those of `triton` in Triton's
+interpreter, or, with PIXCONTRAST_TEST_CUDA=device, both on a GPU that gets copies of the tensors.
+PIXCONTRAST_TEST_BACKENDS names those to test; a comma between two. PIXCONTRAST_TEST_SHARE=4 runs a quarter of the
+combinations of each test, where all take too long.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import pytest
+
+ON_DEVICE = os.environ.get("PIXCONTRAST_TEST_CUDA") == "device"
+BACKENDS = os.environ.get("PIXCONTRAST_TEST_BACKENDS", "reference,cpu,cuda,triton").split(",")
+GPU_BACKENDS = [name for name in BACKENDS if name in ("cuda", "triton")]
+EMULATOR = os.environ.get("PIXCONTRAST_TEST_EMULATOR", "plain")  # a variant of tools/emulator/build.py
+SHARE = int(os.environ.get("PIXCONTRAST_TEST_SHARE", "1"))
+
+
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def outside_of_the_share(items: list[pytest.Item], share: int) -> Iterator[pytest.Item]:
+    """All but one in `share` of the combinations of each test and backend; names draw them, the same every time."""
+    groups: dict[tuple[str, object], list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault((item.nodeid.partition("[")[0], parameters(item).get("backend")), []).append(item)
+    for group in groups.values():
+        drawn = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        yield from drawn[-(-len(group) // share) :]

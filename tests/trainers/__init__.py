@@ -1,0 +1,1 @@
+"""Tests of the loss inside other trainers, which need an environment of their own: make test-trainers."""

@@ -1,0 +1,46 @@
+"""Runs other programs for tests and tools. A limit ends what hangs; it lies far beyond what anything takes, also on a
+busy machine, since a time is nothing that a test may depend on.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+LIMIT = float(os.environ.get("PIXCONTRAST_TEST_LIMIT", "1800"))  # seconds
+
+
+def overdue(what: str, output: str) -> TimeoutError:
+    return TimeoutError(
+        f"{what} was still running after {LIMIT:.0f} s. If its last lines, below, show that it was getting on, the "
+        "machine is too busy: repeat this test alone, or set PIXCONTRAST_TEST_LIMIT to more seconds. If not, it hangs."
+        f"\n{output[-4000:]}"
+    )
+
+
+def run(
+    command: Iterable[object], *, one_stream: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with the output as text, standard error in it or beside it.
+
+    Raises:
+        TimeoutError: after LIMIT seconds; the process and all that it started have been killed then.
+    """
+    words = [str(word) for word in command]
+    errors_to = subprocess.STDOUT if one_stream else subprocess.PIPE
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=errors_to, text=True, start_new_session=True, **options
+    )
+    try:
+        output, errors = process.communicate(timeout=LIMIT)
+    except BaseException as error:  # an interrupt leaves nothing behind either
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise overdue(shlex.join(words), output + (errors or "")) from None
+        raise
+    return subprocess.CompletedProcess(words, process.returncode, output, errors)
