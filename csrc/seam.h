@@ -41,7 +41,12 @@ class Fields {
   template <class Value>
   void operator()(const char* name, Value& field) {
     if (!values_.contains(name)) throw py::type_error(std::string(kernel_) + ": missing field: " + name);
-    assign(name, field, values_[name]);
+    try {
+      assign(name, field, values_[name]);
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(kernel_) + ": " + name + " may not be " +
+                           std::string(py::repr(values_[name])));
+    }
     ++used_;
   }
 

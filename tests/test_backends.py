@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 
 import pixcontrast_ext
 from pixcontrast_ext import available_backends, backends, infonce, use_backend
-from pixcontrast_ext.backends import cuda, native, schedule
+from pixcontrast_ext.backends import cuda, native, precision, splits
+from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.info import report
-from tests.support.backends import outside_of_the_share
+from tests.support.backends import GPU_BACKENDS, ON_DEVICE, outside_of_the_share
 
 ROWS, LABELS = torch.randn(6, 4), torch.arange(6) % 2
 PACKAGE = Path(pixcontrast_ext.__file__).parent
@@ -32,7 +34,7 @@ def served_by(**arguments) -> str:
     originals = {name: module.infonce_forward for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.infonce_forward = lambda *args, n=name: (seen.append(n), originals[n](*args))
+            module.infonce_forward = lambda call, n=name: (seen.append(n), originals[n](call))
         infonce(ROWS, LABELS, ROWS.clone(), LABELS, temperature=0.1, **arguments)
     finally:
         for name, module in modules.items():
@@ -55,8 +57,8 @@ def test_precedence(monkeypatch):
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     for name in ("cuda", "triton"):
-        monkeypatch.setitem(backends.DEVICES, name, ("cuda",))  # as outside of these tests
         with pytest.raises(
             ValueError, match=f"backend '{name}' cannot serve infonce on cpu tensors of torch.float32"
         ):
@@ -140,8 +142,7 @@ def test_the_reference_serves_for_want_of_the_module_with_one_warning(unbuilt, r
 
 @pytest.mark.parametrize("triton", [None, "not installed"])
 def test_the_warning_is_for_cuda_tensors_as_well(unbuilt, triton, recwarn, monkeypatch):
-    for name in ("cuda", "triton"):
-        monkeypatch.setitem(backends.DEVICES, name, ("cuda",))
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(backends.get("triton"), "unsupported", lambda *_: triton)
     name = backends.resolve(None, "infonce", torch.device("cuda"), torch.float32, 64)
     assert (name, len(recwarn)) == (("triton", 0) if triton is None else ("reference", 1))
@@ -206,13 +207,17 @@ def test_a_wrong_instruction_set_stops_calls_and_not_the_import():
 
 
 def test_kernels_refuse_missing_and_superfluous_fields():
-    for fields, message in (({}, "missing field: source"), ({"colour": 1}, "missing field")):
+    for fields, message in (({}, "widen: missing field: source"), ({"colour": 1}, "widen: missing field")):
         with pytest.raises(TypeError, match=message):
             native._C.widen(**fields)
-    whole = dict(source=0, source_dtype=0, indices=0, num_rows=0, channels=0, rows=0, threads=1)
+    whole = dict(source=None, indices=None, num_rows=0, channels=0, rows=None, threads=1)
     native._C.widen(**whole)
-    with pytest.raises(TypeError, match="superfluous fields: 1"):
+    with pytest.raises(TypeError, match="widen: superfluous fields: 1"):
         native._C.widen(**whole, colour=1)
+    with pytest.raises(TypeError, match="widen: num_rows may not be None"):
+        native._C.widen(**whole | dict(num_rows=None))
+    with pytest.raises(TypeError, match="widen: rows may not be 0"):
+        native._C.widen(**whole | dict(rows=0))
 
 
 def test_launch_refuses_what_a_pointer_cannot_say():
@@ -223,25 +228,82 @@ def test_launch_refuses_what_a_pointer_cannot_say():
 
 
 def test_launch_refuses_another_dtype():
-    with pytest.raises(TypeError, match="plan_tiles: key_labels must be torch.int32, got torch.int64"):
+    fields = dict(indices=None, num_rows=4, channels=4, threads=1)
+    with pytest.raises(TypeError, match="plan_tiles: key_labels must be int32, got int64"):
         native.launch("plan_tiles", key_labels=torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(TypeError, match="widen: source must be fp32, fp16 or bf16, got torch.float64"):
-        native.launch("widen", source=torch.zeros(4, 4, dtype=torch.float64))
-    with pytest.raises(TypeError, match="sampling: labels must be torch.int64, got torch.int32"):
+    with pytest.raises(TypeError, match="widen: source must be float32, float16 or bfloat16, got float64"):
+        native.launch(
+            "widen", source=torch.zeros(4, 4, dtype=torch.float64), rows=torch.zeros(4, 4), **fields
+        )
+    with pytest.raises(
+        TypeError, match="widen: rows must be float32, got float16"
+    ):  # it would write fp32 there
+        native.launch("widen", source=torch.zeros(4, 4), rows=torch.zeros(4, 4).half(), **fields)
+    with pytest.raises(TypeError, match="sampling: labels must be int64, got int32"):
         native.launch("sampling", labels=torch.zeros(1, 3, 3, dtype=torch.int32))
+    with pytest.raises(TypeError, match="plan_tiles: key_labels must be int32, got another dtype"):
+        native.launch("plan_tiles", key_labels=torch.zeros(4, dtype=torch.int8))
 
 
-def test_every_pointer_field_has_a_dtype_or_a_code():
-    """A field of params.h that points to numbers is in the table of dtypes, unless a dtype code goes with it."""
-    text = (PACKAGE.parent / "csrc" / "params.h").read_text()
-    pointers = {
-        n
-        for line in re.findall(r"^\s+(?:const )?\w+ ?\*.*;", text, re.M)
-        for n in re.findall(r"\*(\w+)", line)
-    }
-    pointers |= set(re.findall(r"^\s+(?:const )?\w+\* (\w+);", text, re.M))
-    coded = {"map", "rows", "grad_rows", "grad_map", "source", "keys", "anchors", "panels"}
-    assert len(pointers) > 40 and pointers - coded == set(native._FIELD_DTYPES)
+def refusal(kernel: Callable[..., None], fields: dict[str, object]) -> str:
+    """What a kernel says of these fields and one that no struct has, so that it is never run."""
+    with pytest.raises(TypeError) as error:
+        kernel(**fields, no_such_field=0)
+    return str(error.value)
+
+
+# A value for every kind of field, of which a struct takes the first that fits.
+SCALAR, POINTER, MAP = 1, None, (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))
+
+
+def fields_of(kernel: Callable[..., None]) -> dict[str, object]:
+    """The fields of a struct, found by what its kernel misses."""
+    fields: dict[str, object] = {}
+    while found := re.search(r"missing field: (\w+)", refusal(kernel, fields)):
+        name = found[1]
+        fitting = [
+            value
+            for value in (SCALAR, POINTER, MAP)
+            if f": {name} may not be" not in refusal(kernel, fields | {name: value})
+        ]
+        fields[name] = fitting[0]
+    return fields
+
+
+def kernels() -> list[tuple[str, str]]:
+    """(module, kernel) of all that take the fields of a struct."""
+    on_cpu = "sampling gather gather_backward collect write plan_tiles collect_keys widen infonce_negatives "
+    on_cpu += "infonce_positives infonce_fused_forward infonce_finish infonce_score_gradients"
+    on_gpu = "sampling gather gather_backward collect write infonce_forward infonce_backward"
+    return [("cpu", name) for name in on_cpu.split()] + [
+        ("cuda", name) for name in on_gpu.split() if "cuda" in GPU_BACKENDS and not ON_DEVICE
+    ]
+
+
+@pytest.mark.parametrize(("module", "name"), kernels())
+def test_every_pointer_of_a_struct_has_one_dtype(module, name):
+    """But for rows and maps, which come in three; all else is refused by name."""
+    kernel = getattr(native._C if module == "cpu" else devices.gpu.kernels, name)
+    fields = fields_of(kernel)
+    assert len(fields) > 5 and set(fields.values()) >= {SCALAR, POINTER}
+    for field, value in fields.items():
+        if value is SCALAR:
+            continue
+        taken = set()
+        for dtype in (*native.DTYPE_CODES.values(), -1, len(native.DTYPE_CODES)):
+            pointer = (64, dtype) if value is POINTER else (64, dtype, *MAP[2:])
+            changed = {field: pointer}
+            if field == "embeddings" and "grad_embeddings" in fields:  # whose dtype is the map's
+                changed["grad_embeddings"] = pointer
+            said = refusal(kernel, fields | changed)
+            refused = said.startswith(f"{name}: {field} must be ")
+            assert refused or said.endswith("superfluous fields: 1"), said
+            taken |= set() if refused else {dtype}
+        rows = {native.DTYPE_CODES[dtype] for dtype in native.DTYPES}
+        assert taken == rows or (len(taken) == 1 and taken <= set(native.DTYPE_CODES.values())), (
+            field,
+            taken,
+        )
 
 
 def test_scratch_memory_outlives_the_kernel(monkeypatch):
@@ -260,7 +322,7 @@ def test_scratch_memory_outlives_the_kernel(monkeypatch):
     seen = []
     fake = type("Module", (), {"kernel": staticmethod(lambda **fields: seen.append(Scratch.alive))})
     monkeypatch.setattr(native, "_C", fake)
-    native.launch("kernel", scratch=Scratch())
+    native.launch("kernel", None, scratch=Scratch())
     assert seen == [1]
 
 
@@ -287,15 +349,16 @@ def test_products_stay_fp32_before_torch_2_9(torch_before_2_9, precision, monkey
 
 
 def test_tf32_is_asked_for_by_its_old_name_before_torch_2_9(torch_before_2_9, monkeypatch):
-    assert schedule.full_float32(torch.float32) and not schedule.full_float32(torch.bfloat16)
+    assert precision.full_float32(torch.float32) and not precision.full_float32(torch.bfloat16)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert not schedule.full_float32(torch.float32)
+    assert not precision.full_float32(torch.float32)
 
 
 # --- layering --------------------------------------------------------------------------------------------------------
 
 # trainer -> loss, bank, head -> ops -> backends -> _C
 LAYERS = ["_C", "backends", "ops", "model", "public", "trainer"]
+SHARED = ("calls", "device", "errors", "native", "precision", "splits")  # by the backends
 
 
 def layer(path: str) -> str:
@@ -346,18 +409,19 @@ def test_imports_point_one_way(module, file):
             allowed = layer(imported) != "trainer"
         assert allowed, f"{module or '__init__'} imports {imported}"
         if module.startswith("backends.") and imported.startswith("backends."):
-            shared = imported in ("backends.native", "backends.schedule")
-            within = module.startswith("backends.triton") and imported.startswith("backends.triton")
+            shared = imported.removeprefix("backends.") in SHARED
+            within = module.split(".")[1] == imported.split(".")[1]
             assert shared or within, f"{module} imports {imported}: backends do not know each other"
         if imported == "_C":
             assert module == "backends.native", f"{module} imports the compiled module"
 
 
-def test_the_reference_imports_torch_only():
+def test_the_reference_imports_torch_and_calls_only():
     tree = ast.parse((PACKAGE / "backends" / "reference.py").read_text())
     names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert names <= {"__future__", "math", "torch"}
+    assert names <= {"__future__", "math", "torch", "pixcontrast_ext"}
+    assert imports_of(PACKAGE / "backends" / "reference.py") == {"backends.calls", "backends.errors"}
 
 
 def test_import_is_quiet_and_lean():
@@ -384,10 +448,10 @@ def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
         for row_tiles in (1, 16, 256, 5000):
             for keys in (1, 19_000, 190_000, 300_000, 1_000_000, 20_000_000):
                 column_tiles = -(-keys // columns_of_tile)
-                splits = schedule.splits(row_tiles, column_tiles, 264, columns_of_tile)
-                assert -(-column_tiles // splits) * columns_of_tile <= 65_536
-                assert 1 <= splits <= column_tiles and splits <= 1024
-    assert schedule.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before
+                shares = splits.splits(row_tiles, column_tiles, 264, columns_of_tile)
+                assert -(-column_tiles // shares) * columns_of_tile <= 65_536
+                assert 1 <= shares <= column_tiles and shares <= 1024
+    assert splits.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before
 
 
 def test_a_share_of_the_combinations_has_some_of_every_test_and_backend():
@@ -409,7 +473,7 @@ def test_a_share_of_the_combinations_has_some_of_every_test_and_backend():
 def test_a_driver_that_is_too_old_is_named_with_what_to_do(monkeypatch):
     problem = "cudaErrorInsufficientDriver, CUDA driver version is insufficient for CUDA runtime version"
     kernels = types.SimpleNamespace(runtime_problem=lambda: problem)
-    monkeypatch.setattr(native, "cuda_kernels", kernels)
+    monkeypatch.setattr(devices, "gpu", types.SimpleNamespace(kernels=kernels))
     for compiler, message in {
         "g++ 12, nvcc 13.0": "nvcc 13.0) needs driver 580 or later: update it, or build with CUDA 12, which needs 525",
         "g++ 12, nvcc 12.8": "nvcc 12.8) needs driver 525 or later: update it",

@@ -12,12 +12,13 @@ import torch
 from pixcontrast_ext import (
     MemoryBank,
     PixelContrastLoss,
-    backends,
     gather_embeddings,
     hard_anchor_sampling,
     infonce,
 )
-from pixcontrast_ext.backends import cuda, native, reference, schedule, triton
+from pixcontrast_ext.backends import cuda, reference, splits
+from pixcontrast_ext.backends import device as devices
+from pixcontrast_ext.backends.calls import InfonceForward
 from pixcontrast_ext.backends.triton import numerics
 from tests.support.backends import GPU_BACKENDS
 from tests.support.checks import error
@@ -35,18 +36,14 @@ GRADIENT_BAR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch):
     """Tensors of this file lie on the device, whatever the other tests were given."""
-    monkeypatch.setattr(native, "cuda_kernels", getattr(native._C, "cuda", None))
-    monkeypatch.setattr(native, "cuda_device_type", "cuda")
-    monkeypatch.setattr(triton, "INTERPRETED", False)
-    for name in BACKENDS:
-        monkeypatch.setitem(backends.DEVICES, name, ("cuda",))
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
 
 
 @pytest.fixture(params=BACKENDS)
 def device_backend(request):
     if request.param == "triton" and numerics.INTERPRETED.value:
         pytest.skip("Triton interprets in this process; PIXCONTRAST_TEST_CUDA=device makes it compile")
-    if request.param == "cuda" and native.cuda_kernels is None:
+    if request.param == "cuda" and devices.gpu.kernels is None:
         pytest.skip("the module was built without CUDA kernels")
     return request.param
 
@@ -340,20 +337,17 @@ def test_tensors_of_another_device(device_backend):
         torch.testing.assert_close(a.to(DEVICE), b, rtol=1e-6, atol=1e-7)
 
 
-def test_a_refused_launch_raises():
-    if native.cuda_kernels is None:
+def test_a_refused_launch_raises(monkeypatch):
+    if devices.gpu.kernels is None:
         pytest.skip("the module was built without CUDA kernels")
     inputs = draw(64, 100, 64, 3)
     with pytest.raises(RuntimeError, match="infonce_.*invalid"):
         outputs = [torch.empty(64, device=DEVICE) for _ in range(3)]
-        before = schedule.splits
-        try:
-            schedule.splits = lambda *_: 70_000  # beyond what a grid may have
-            cuda.infonce_forward(
-                *inputs, 0.1, False, *outputs, torch.empty(64, device=DEVICE, dtype=torch.int32), None
-            )
-        finally:
-            schedule.splits = before
+        count = torch.empty(64, device=DEVICE, dtype=torch.int32)
+        monkeypatch.setattr(splits, "splits", lambda *_: 70_000)  # beyond what a grid may have
+        cuda.infonce_forward(InfonceForward(*inputs, 0.1, False, False, *outputs, count, None))
+    monkeypatch.undo()
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     assert infonce(*inputs, temperature=0.1).isfinite()
 
 

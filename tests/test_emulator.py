@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from pixcontrast_ext.backends import device as devices
 from tests.support.backends import ON_DEVICE
 from tools import gpu_small
 from tools.emulator import build, mutants, record, replay, sanitize

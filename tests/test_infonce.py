@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from pixcontrast_ext import backends, infonce
-from pixcontrast_ext.backends import cpu, cuda, native, reference, schedule
+from pixcontrast_ext.backends import cuda, native, reference, splits
+from pixcontrast_ext.backends import device as devices
+from pixcontrast_ext.backends.cpu import infonce as on_cpu
 from tests.support import oracle
 from tests.support.backends import GPU_BACKENDS, ON_DEVICE
 from tests.support.checks import error
@@ -41,7 +43,7 @@ def weight_rounding(backend, dtype):
     """What a backend that rounds the weights of its second product may add to the anchors' gradient."""
     if dtype == torch.float32:
         return 1e-6
-    on_bf16_words = backend == "cpu" and cpu.native.fused_dtype(dtype) == torch.bfloat16
+    on_bf16_words = backend == "cpu" and native.fused_dtype(dtype) == torch.bfloat16
     return 1e-3 if on_bf16_words or backend in GPU_BACKENDS else 1e-6
 
 
@@ -94,9 +96,9 @@ def test_gradcheck_in_double(classes, exclude_self):
 def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype, precision, num_keys, bar):
     """As 16,384 anchors share out the walk on an H100: one block alone would fall short by 6e-4 and 4e-4."""
     monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
-    splits = schedule.splits
+    before = splits.splits
     monkeypatch.setattr(
-        schedule, "splits", lambda rows, columns, slots, of_tile: splits(256, columns, 264, of_tile)
+        splits, "splits", lambda rows, columns, slots, of_tile: before(256, columns, 264, of_tile)
     )
     anchors, _, keys, _ = inputs = draw_rows(16, num_keys, 16, 1, dtype=dtype, unlabelled=0)
     inputs[3][100:] = 1
@@ -135,10 +137,10 @@ def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
-@pytest.mark.parametrize("splits", [31, 32, 47, 128])
-def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, splits):
+@pytest.mark.parametrize("count", [31, 32, 47, 128])
+def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, count):
     """The finish has a team of threads for 16 splits each, 8 at most; 257 channels are more than a team's at a time."""
-    monkeypatch.setattr(schedule, "splits", lambda rows, columns, *_: min(splits, columns))
+    monkeypatch.setattr(splits, "splits", lambda rows, columns, *_: min(count, columns))
     inputs = draw_rows(3, 9000, 257, 2, unlabelled=0)
     inputs[1][-1] = -1
     found = [run(inputs, "cuda")[1] for _ in range(2)]
@@ -323,7 +325,7 @@ def test_gradient_before_rounding(backend, dtype):
 @pytest.mark.parametrize("shared", [100, 164, 228])
 def test_both_passes_know_labels_by_the_same_pieces(monkeypatch, shared):
     monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
-    kernels = native.cuda_kernels
+    kernels = devices.gpu.kernels
     for dtype, full_float32 in ((0, False), (0, True), (1, True), (2, True)):
         for channels in range(64 if dtype == 0 else 8, 513, 64 if dtype == 0 else 8):
             for num_anchors in (64, 65):
@@ -371,7 +373,7 @@ def test_tiles_of_every_width_and_device(
     monkeypatch.setattr(cuda, "_cut", lambda *how, cut=cuda._cut.__wrapped__: (cut(*how)[0], 1))
     code = native.DTYPE_CODES[dtype]
     if not ON_DEVICE:
-        tile = native.cuda_kernels.infonce_negatives_tile(0, code, True, channels, num_anchors, 999)
+        tile = devices.gpu.kernels.infonce_negatives_tile(0, code, True, channels, num_anchors, 999)
         assert (tile.rows, tile.columns) == tile_of_negatives
     anchors, anchor_labels, keys, key_labels = draw_rows(
         num_anchors, 999, channels, 5, order=order, dtype=dtype
@@ -443,7 +445,7 @@ def test_digits_do_not_fade_with_the_number_of_keys(instruction_set):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
-    if cpu.native.fused_dtype(dtype) is None:
+    if native.fused_dtype(dtype) is None:
         pytest.skip(f"{instruction_set} leaves the products to torch")
     before, results = torch.get_num_threads(), []
     for order in (BANK, RANDOM):
@@ -722,7 +724,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
     module = backends.get(backend)
     forward = module.infonce_forward
     monkeypatch.setattr(
-        module, "infonce_forward", lambda *args: (asked.append(args[-1] is not None), forward(*args))
+        module, "infonce_forward", lambda call: (asked.append(call.anchor_grad is not None), forward(call))
     )
     infonce(*inputs, temperature=0.1, backend=backend)
     inputs[0].requires_grad_()
@@ -769,7 +771,7 @@ def test_own_loops_do_not_depend_on_threads():
         )
         torch.manual_seed(0)
         output = torch.randn(64, 9)
-        cpu.native.launch(
+        native.launch(
             "infonce_negatives", scores=weights, num_rows=64, num_keys=301, anchor_labels=torch.arange(64).int() % 4,
             key_labels=torch.arange(301).int() % 4, scale=3.0, shift=shift, sum=total, output=output, channels=9,
             threads=threads,
@@ -785,7 +787,7 @@ def test_more_than_2_31_products():
     labels = torch.zeros(1, dtype=torch.int32).expand(2**29 + 5)
     assert keys.numel() > 2**31
     tiles, count = torch.empty(2**21, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
-    cpu.native.launch(
+    native.launch(
         "plan_tiles", key_labels=labels.contiguous(), num_keys=labels.shape[0], max_keys=512, tiles=tiles,
         capacity=tiles.shape[0], num_tiles=count,
     )  # fmt: skip
@@ -802,10 +804,10 @@ def test_more_than_2_31_products():
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 5000])
 def test_tiles_hold_every_labelled_key_once(order, size):
     _, _, keys, key_labels = draw_rows(1, size, 4, 6, order=order)
-    tiles = cpu._Keys(keys, key_labels.int()).tiles
+    tiles = on_cpu._Keys(keys, key_labels.int()).tiles
     seen = torch.zeros(size, dtype=torch.int64)
     for first, count, label in tiles:
-        assert 0 < count <= cpu.BLOCK_K
+        assert 0 < count <= on_cpu.BLOCK_K
         seen[first : first + count] += 1
         if label >= 0:
             assert (key_labels[first : first + count] == label).all()

@@ -519,8 +519,12 @@ def test_bad_label_is_named_even_where_no_embedding_is(backend, value):
 
 def test_logits_that_do_not_fit(backend):
     embeddings, labels, logits = batch()
-    for wrong in (logits[:, :3], logits[:1], logits[0]):
-        with pytest.raises(ValueError, match=r"logits must have shape \[2, 4, h, w\], got"):
+    for wrong, message in (
+        (logits[:, :3], r"logits must have shape \[B, 4, h, w\], got"),
+        (logits[0], r"logits must have shape \[B, 4, h, w\], got"),
+        (logits[:1], r"logits \(1, .* do not fit embeddings \(2, .* the same batch"),
+    ):
+        with pytest.raises(ValueError, match=message):
             PixelContrastCrossEntropyLoss(4, backend=backend)(wrong, embeddings, labels)
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pixcontrast_ext import MemoryBank, PixelContrastLoss, backends
+from pixcontrast_ext import MemoryBank, PixelContrastLoss
+from pixcontrast_ext.backends import device as devices
 from tests.support.backends import GPU_BACKENDS
 from tests.support.op_cases import SIZES, cases
 
@@ -339,7 +340,7 @@ def test_too_many_pairs_are_refused_before_they_are_counted(backend, op):
 
 @pytest.mark.parametrize("op", SIZES)
 def test_backends_that_do_not_exist(op):
-    for name in ("", "gpu", "CPU", "native", "schedule", "triton.launch", ".cpu", "cpu ", "../cpu"):
+    for name in ("", "gpu", "CPU", "native", "splits", "triton.launch", ".cpu", "cpu ", "../cpu"):
         assert_refused(op, valid(op, name), f"names the backend {name!r}, expected one of")
     for name in (None, 1, ["cpu"]):
         assert_refused(op, valid(op, name))
@@ -347,8 +348,8 @@ def test_backends_that_do_not_exist(op):
 
 @pytest.mark.parametrize("op", SIZES)
 def test_backends_of_another_device(monkeypatch, op):
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     for name in ("cuda", "triton"):
-        monkeypatch.setitem(backends.DEVICES, name, ("cuda",))  # as outside of these tests
         assert_refused(
             op, valid(op, name), f"backend '{name}' cannot serve {op}", "it takes tensors on cuda, got cpu"
         )

@@ -26,6 +26,7 @@ from pixcontrast_ext import (
     hard_anchor_sampling,
     infonce,
 )
+from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import triton as triton_backend
 from pixcontrast_ext.backends.triton import launch, numerics, sort
 from pixcontrast_ext.backends.triton.infonce import plan, prepare, tiles
@@ -112,7 +113,7 @@ def test_versions_that_do_not_serve(monkeypatch, version, reason):
 
 
 def test_an_old_device_is_named(monkeypatch):
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -129,12 +130,11 @@ def test_an_old_device_is_named(monkeypatch):
 
 def test_the_device_asked_is_the_one_of_the_tensors(monkeypatch):
     """The current one is too old, the other is not."""
-    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0) if index else (7, 5))
-    monkeypatch.setitem(backends.DEVICES, "triton", ("cuda",))
     triton_backend._unsupported_device.cache_clear()
     try:
         old, new = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -319,7 +319,7 @@ def test_tiles_fit_each_other(kind):
 @pytest.mark.parametrize("major", [8, 9])
 def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, channels):
     """Loss and gradients against fp64, with the tiles of each device."""
-    monkeypatch.setattr(launch, "capability", lambda device: (major, 0))
+    monkeypatch.setattr(devices.gpu, "capability", lambda device: (major, 0))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(arithmetic, torch.float32)
     rows = [torch.nn.functional.normalize(torch.randn(n, channels), dim=1).to(dtype) for n in (37, 70)]
     anchor_labels, key_labels = (torch.randint(-1, 4, (n,), dtype=torch.int32) for n in (37, 70))

@@ -26,8 +26,8 @@ def positives(scores, neg_lse):
     sigma = scores.clone()[:, None]
     loss, weight, count = torch.zeros(n).double(), torch.zeros(n).double(), torch.zeros(n, dtype=torch.int64)
     native.launch(
-        "infonce_positives", scores=sigma, num_rows=n, num_keys=1, neg_lse=neg_lse, anchor_index=None, key_index=None,
-        scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
+        "infonce_positives", scores=sigma, num_rows=n, num_keys=1, neg_lse_log2=neg_lse, anchor_index=None,
+        key_index=None, scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
     )  # fmt: skip
     assert (count == 1).all() and torch.equal(weight.nan_to_num(), sigma[:, 0].double().nan_to_num())
     return loss, sigma[:, 0]
@@ -80,7 +80,7 @@ def test_half_precision_is_widened_exactly(instruction_set):
         every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(-1, 1)
         wide = torch.empty(2**16, 1)
         native.launch(
-            "widen", source=every, source_dtype=native.DTYPE_CODES[dtype], indices=None, num_rows=2**16, channels=1,
+            "widen", source=every, indices=None, num_rows=2**16, channels=1,
             rows=wide, threads=1,
         )  # fmt: skip
         assert torch.equal(wide.nan_to_num(nan=12345.0), every.float().nan_to_num(nan=12345.0))
