@@ -196,7 +196,7 @@ void infonce_forward(const InfonceForwardParams& given) {
         kFinishTeam * unsigned(std::clamp<int64_t>(p.splits / kSplitsOfTeam, 1, kMostFinishTeams));
     launch(p, "infonce_fwd_finish_kernel", infonce_fwd_finish_kernel, dim3(unsigned(p.num_anchors)), threads,
            shared_bytes<float4>(threads) + 2 * shared_bytes<float>(size_t(p.splits)), p, kWeightBias<Math>,
-           kSigmaBias<Math>);
+           float(kSigmaBias<Math>));
   });
 }
 

@@ -10,16 +10,18 @@ namespace pxc::cuda {
 // as large.
 __device__ __forceinline__ float weight_scale(const float* peak) {
   if (peak == nullptr) return 1.f;
-  const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, -110);
-  return power_of_two(9 - exponent);
+  constexpr int kLargestExponent = 9, kSmallestPeak = -110;
+  static_assert(kLargestExponent - kSmallestPeak <= 127, "the power of two is a float");
+  const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, kSmallestPeak);
+  return power_of_two(kLargestExponent - exponent);
 }
 
-// ds of eq. (5) of one anchor, which holds its log-sum-exp and its factors of negatives and of positives.
-__device__ __forceinline__ float negative_gradient(const float4& anchor, float score) {
-  return anchor.y * exp2_approx(score - anchor.x);
+// ds of eq. (5) of one anchor.
+__device__ __forceinline__ float negative_gradient(const Coefficients& anchor, float score) {
+  return anchor.push * exp2_approx(score - anchor.neg_lse_log2);
 }
-__device__ __forceinline__ float positive_gradient(const float4& anchor, float score) {
-  return -anchor.z / (1.f + exp2_approx(score - anchor.x));
+__device__ __forceinline__ float positive_gradient(const Coefficients& anchor, float score) {
+  return -anchor.pull / (1.f + exp2_approx(score - anchor.neg_lse_log2));
 }
 
 template <class Tile>
@@ -28,8 +30,8 @@ using BackwardEngine = Engine<Tile, kWeightParts<Tile>>;
 // The shared memory of a block of the backward.
 template <class Tile>
 size_t backward_bytes(int64_t row_stride) {
-  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<float4>(2 * Tile::kBlockK) +
-         shared_bytes<float4>(Tile::kBlockA);
+  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<Coefficients>(2 * Tile::kBlockK) +
+         shared_bytes<Coefficients>(Tile::kBlockA);
 }
 
 // Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
@@ -41,9 +43,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   SharedMemory memory;
   const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
   const Engine engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
-  float4* coefficients = memory.take<float4>(2 * Tile::kBlockK);
-  float4* own_coefficients = memory.take<float4>(Tile::kBlockA);  // their labels at least
-  const float4* all_coefficients = reinterpret_cast<const float4*>(p.coefficients);
+  Coefficients* coefficients = memory.take<Coefficients>(2 * Tile::kBlockK);
+  Coefficients* own_coefficients = memory.take<Coefficients>(Tile::kBlockA);  // their labels at least
+  const Coefficients* all_coefficients = reinterpret_cast<const Coefficients*>(p.coefficients);
   const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys.data == nullptr;
 
@@ -51,7 +53,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     const int64_t row = engine.first_row + threadIdx.x;
     own_coefficients[threadIdx.x] =
         symmetric && row < keys.count ? all_coefficients[row]
-                                      : make_float4(0.f, 0.f, 0.f, bits_float(uint32_t(label_at(keys, row))));
+                                      : Coefficients{.neg_lse_log2 = 0.f,
+                                                     .push = 0.f,
+                                                     .pull = 0.f,
+                                                     .label_bits = bits_float(uint32_t(label_at(keys, row)))};
   }
   sync_block();  // they are there, also for a block that visits nothing
   typename Engine::Output output = {};
@@ -73,13 +78,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         each_score<Tile>([&](int n, int e) {
           const int column = engine.local_column(n) + e;
           const int64_t place = int64_t(first_column) + column;
-          const float4 anchor = coefficients[stage * Tile::kBlockK + column];
-          const int label = place < anchors.count ? int(float_bits(anchor.w)) : -1;
+          const Coefficients anchor = coefficients[stage * Tile::kBlockK + column];
+          const int label = place < anchors.count ? anchor.label() : -1;
           each_row<Tile>([&](int f, int half) {
             float& score = scores[f][n][2 * half + e];
-            const float4 mirror = own_coefficients[engine.local_row(f, half)];  // registers are short here
+            const Coefficients mirror =
+                own_coefficients[engine.local_row(f, half)];  // registers are short here
             const float scaled = score * scale;
-            if (!mixed || label != int(float_bits(mirror.w))) {
+            if (!mixed || label != mirror.label()) {
               score =
                   negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);
             } else {
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const float unscale = (p.unscale == nullptr ? 1.f : p.unscale[0]) / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
-        const int own_label = int(float_bits(own_coefficients[engine.local_row(f, i / 2)].w));
+        const int own_label = own_coefficients[engine.local_row(f, i / 2)].label();
         output[f][n][i] = own_label < 0 ? 0.f : output[f][n][i] * unscale;
       });
   if (p.grad_parts == nullptr) {

@@ -111,9 +111,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       });
 
   const int64_t part = int64_t(blockIdx.y) * p.num_anchors + engine.first_row;
-  const float total = engine.sum_over_row(sum);
+  const float sum_of_row = engine.sum_over_row(sum);
   const int rows_left = min(anchors.count - engine.first_row, Tile::kBlockA);
-  if (int(threadIdx.x) < rows_left) p.sum_parts[part + threadIdx.x] = total;
+  if (int(threadIdx.x) < rows_left) p.sum_parts[part + threadIdx.x] = sum_of_row;
   if (engine.quad == 0 && engine.col_warp == 0) {
     each_row<Tile>([&](int f, int half) {
       const int row = engine.local_row(f, half);
@@ -131,7 +131,9 @@ struct Negatives {
   float shift, sum;
 
   // Eq. (1) in units of log2; without negatives the sum is 0, and this -inf.
-  __device__ __forceinline__ float lse(float weight_bias) const { return shift + log2f(sum) - weight_bias; }
+  __device__ __forceinline__ float lse_log2(float weight_bias) const {
+    return shift + log2f(sum) - weight_bias;
+  }
 };
 
 __device__ __forceinline__ Negatives combine_negatives(const InfonceForwardParams& p, int64_t row) {
@@ -154,7 +156,7 @@ __device__ __forceinline__ Negatives combine_negatives(const InfonceForwardParam
 // and what is one for all, but spares a register here.
 struct alignas(16) RowOfPositives {
   int label, excluded;
-  float neg_lse, scale;
+  float neg_lse_log2, scale;
 };
 
 // What a block of pass 2 is about: a tile of anchors, and one of the splits of its walk.
@@ -182,11 +184,12 @@ __device__ __forceinline__ RowOfPositives row_of_positives(const InfonceForwardP
   const int label = label_at(anchors, row);
   int excluded = -1;
   if (p.exclude_self && label >= 0) excluded = p.keys.data == nullptr ? int(row) : p.order[row];
-  const float neg_lse = row < anchors.count ? combine_negatives(p, row).lse(kWeightBias<Tile>) : 0.f;
+  const float neg_lse_log2 =
+      row < anchors.count ? combine_negatives(p, row).lse_log2(kWeightBias<Tile>) : 0.f;
   return {
       .label = label < 0 ? INT32_MIN : label,
       .excluded = excluded,
-      .neg_lse = neg_lse,
+      .neg_lse_log2 = neg_lse_log2,
       .scale = *p.score_scale,
   };
 }
@@ -233,12 +236,12 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
             const int column = engine.local_column(n) + e;
             const bool positive = key_labels[stage * Tile::kBlockK + column] == own.label &&
                                   first_column + unsigned(column) != unsigned(own.excluded);
-            const float margin = own.neg_lse - score * own.scale;
+            const float margin = own.neg_lse_log2 - score * own.scale;
             const float odds = positive ? exp2_approx(-fabsf(margin)) : 0.f;
             const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
             margins += positive ? fmaxf(margin, 0.f) : 0.f;
             all_odds += fmaf(all_odds, odds, odds);
-            score = positive ? sigma * float(1 << int(kSigmaBias<Tile>)) : 0.f;
+            score = positive ? sigma * float(1 << kSigmaBias<Tile>) : 0.f;
             weight_of_tile += positive ? sigma : 0.f;
             count[f][half] += positive;
           });
@@ -330,9 +333,10 @@ __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t strid
 __global__ void __launch_bounds__(kFinishThreads)
     infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias, float sigma_bias) {
   SharedMemory memory;
-  float4* shares = memory.take<float4>(blockDim.x);            // of the teams, of four channels each
-  float* away_factors = memory.take<float>(size_t(p.splits));  // of a split's O; below 0: it was not written
-  float* towards_factors = memory.take<float>(size_t(p.splits));  // and of its G
+  float4* shares = memory.take<float4>(blockDim.x);  // of the teams, of four channels each
+  float* negative_factors =
+      memory.take<float>(size_t(p.splits));  // of a split's O; below 0: it was not written
+  float* positive_factors = memory.take<float>(size_t(p.splits));  // and of its G
   const int64_t row = blockIdx.x, anchor = p.order[row];
   const int lane = int(threadIdx.x) % kWarp;
   if (p.sorted_labels[row] < 0) {  // it has no part in any tile
@@ -362,7 +366,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const bool contrasts = pos_count > 0;
   if (threadIdx.x == 0) {
     p.loss[anchor] = contrasts ? loss / float(pos_count) : 0.f;
-    p.neg_lse[anchor] = negatives.lse(weight_bias) * kLn2;
+    p.neg_lse[anchor] = negatives.lse_log2(weight_bias) * kLn2;
     p.pos_weight[anchor] = contrasts ? pos_weight : 0.f;
     p.pos_count[anchor] = contrasts ? pos_count : 0;
   }
@@ -370,8 +374,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int64_t split = threadIdx.x; split < p.splits; split += blockDim.x) {
     const int64_t part = split * p.num_anchors + row;
     const float shift = p.shift_parts[part];
-    away_factors[split] = shift == -INFINITY ? -1.f : exp2_approx(shift - negatives.shift);
-    towards_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;
+    negative_factors[split] = shift == -INFINITY ? -1.f : exp2_approx(shift - negatives.shift);
+    positive_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;
   }
   sync_block();  // the factors are there
   const float push = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
@@ -384,12 +388,13 @@ __global__ void __launch_bounds__(kFinishThreads)
     const int64_t d = first + 4 * member, place = row * p.part_channels + d;
     const bool inside = d < p.grad_channels;
     if (inside) {
-      const float4 away = sum_of_parts(p.negative_parts + place, stride, away_factors, team, int(p.splits),
-                                       teams),
-                   towards = sum_of_parts(p.positive_parts + place, stride, towards_factors, team,
-                                          positive_splits, teams);
-      shares[threadIdx.x] = make_float4(push * away.x - pull * towards.x, push * away.y - pull * towards.y,
-                                        push * away.z - pull * towards.z, push * away.w - pull * towards.w);
+      const float4 negative_sum = sum_of_parts(p.negative_parts + place, stride, negative_factors, team,
+                                               int(p.splits), teams),
+                   positive_sum = sum_of_parts(p.positive_parts + place, stride, positive_factors, team,
+                                               positive_splits, teams);
+      shares[threadIdx.x] = make_float4(
+          push * negative_sum.x - pull * positive_sum.x, push * negative_sum.y - pull * positive_sum.y,
+          push * negative_sum.z - pull * positive_sum.z, push * negative_sum.w - pull * positive_sum.w);
     }
     sync_block();  // the shares are there
     if (inside && team == 0) {

@@ -40,8 +40,9 @@ constexpr int kUsualExponent = 8, kSmallestUsual = -8, kPlaneThreads = 256, kPla
 // Times which numbers of at most `peak` become fp16 ones, as an exponent of two.
 __device__ __forceinline__ int plane_exponent(float peak) {
   const int exponent = int(float_bits(peak) >> 23) - 127;
-  if (peak == 0.f || (exponent >= kSmallestUsual && exponent < 15 - kUsualExponent)) return kUsualExponent;
-  return min(14 - exponent, 126);
+  if (peak == 0.f || (exponent >= kSmallestUsual && exponent < kHalfExponent - kUsualExponent))
+    return kUsualExponent;
+  return min(kHalfExponent - 1 - exponent, 126);
 }
 
 // What the planes' products are to be multiplied by.

@@ -118,7 +118,15 @@ __global__ void __launch_bounds__(kOrderThreads)
   find_ranges<kPiece>(labels, count, ranges, blockIdx.x);
 }
 
-// Says that an anchor is visited as the `place`-th. For the backward also what eq. (5) needs of it.
+// Of an anchor, for ds of eq. (5): negatives get push exp2(score - neg_lse_log2), positives -pull sigma.
+struct alignas(16) Coefficients {
+  float neg_lse_log2, push, pull;
+  float label_bits;  // an integer among floats would split the load of all four
+
+  __device__ __forceinline__ int label() const { return int(float_bits(label_bits)); }
+};
+
+// Says that an anchor is visited as the `place`-th. For the backward also its coefficients.
 template <class Params>
 __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
   const int label = max(p.anchor_labels[anchor], -1);
@@ -127,10 +135,13 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
   if constexpr (std::is_same_v<Params, InfonceBackwardParams>) {
     // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
     const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
-    const float factor = alone ? 0.f : p.grad_scale[anchor];
-    reinterpret_cast<float4*>(p.coefficients)[place] =
-        make_float4(alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
-                    alone ? 0.f : factor * p.pos_weight[anchor], factor, bits_float(uint32_t(label)));
+    const float pull = alone ? 0.f : p.grad_scale[anchor];
+    reinterpret_cast<Coefficients*>(p.coefficients)[place] = {
+        .neg_lse_log2 = alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
+        .push = alone ? 0.f : pull * p.pos_weight[anchor],
+        .pull = pull,
+        .label_bits = bits_float(uint32_t(label)),
+    };
   }
 }
 

@@ -128,8 +128,8 @@ MUTANTS = [
     Mutant(
         "a part of the positives that nobody wrote",
         "infonce_forward.cuh",
-        "towards_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;",
-        "towards_factors[split] = 1.f;",
+        "positive_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;",
+        "positive_factors[split] = 1.f;",
     ),
     Mutant(
         "every split of pass 2 walks the first",
