@@ -101,7 +101,7 @@ def interleave(
     return times
 
 
-# ------------------------------------------------------------------------------------------------- launches
+# Launches
 
 # What makes the host wait for the device: on a CPU, the operators that would; on a GPU, the runtime's own calls.
 READS_ON_HOST = {

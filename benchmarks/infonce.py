@@ -127,9 +127,8 @@ class Rowset:
 def loss_method(function: Callable[..., Tensor], inputs: Inputs, limits: tuple[float, float]) -> Method:
     def verify() -> Errors:
         with torch.no_grad():
-            inputs.part.loss(
-                function
-            )  # what is compiled is compiled for this as well, before anything is timed
+            # Whatever is compiled is compiled for this call as well, before anything is timed.
+            inputs.part.loss(function)
         loss, gradient = inputs.part.train(function)
         truth, true_gradient = inputs.truth
         errors = {
@@ -269,9 +268,8 @@ def on_cuda(shape: Rows, dtype: str, inputs: Callable[[], Inputs]) -> dict[str, 
         attention = MaskedAttention(rows.anchors, rows.anchor_labels, rows.keys, rows.key_labels)
         return attention_method(partial(attention, temperature=TEMPERATURE), rows, True, PLAIN[dtype][1])
 
-    limits = PLAIN[
-        "tf32" if ELEMENTS[dtype] == torch.float32 else dtype
-    ]  # Inf-CL knows no more precise products
+    # Inf-CL knows no more precise products.
+    limits = PLAIN["tf32" if ELEMENTS[dtype] == torch.float32 else dtype]
 
     def one_positive(package: str, function: Callable[..., Tensor]) -> Candidate:
         return Candidate(

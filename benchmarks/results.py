@@ -118,7 +118,7 @@ def write(path: Path, records: Iterable[Record]) -> None:
             writer.writerow(line | {"value": f"{record.row.value:.6g}"})
 
 
-# ------------------------------------------------------------------------------------------------- reading them
+# Reading records
 
 CaseKey = tuple[str, str, str, str]
 

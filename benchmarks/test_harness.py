@@ -32,7 +32,7 @@ def value(rows: list[Row], name: str, metric: str, part: str = "fwd") -> float:
     return found
 
 
-# ------------------------------------------------------------------------------------------------- measuring
+# Measuring
 
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])
@@ -206,7 +206,7 @@ def test_a_wrong_loss_is_caught_at_its_shape():
     assert all(error > limit for error, limit in bad.values())
 
 
-# ------------------------------------------------------------------------------------------------- shapes
+# Shapes
 
 
 def test_shapes_are_read_as_they_are_written():
@@ -236,7 +236,7 @@ def test_backends_are_those_named_or_ready():
     assert cli.backends_of("infonce", "cpu", ["reference"]) == ["reference"]
 
 
-# ------------------------------------------------------------------------------------------------- results
+# Results
 
 ABOUT = Environment("a device", 2, "3.11", "2.13", "", "0.1.0", "abc1234", "2026-01-31")
 
@@ -328,7 +328,7 @@ def test_check_names_what_fell(monkeypatch, capsys):
     assert cli.check("cpu", FAST, [], terminal) == 2
 
 
-# ------------------------------------------------------------------------------------------------- pages
+# Pages
 
 
 def test_the_page_and_the_readme_say_what_the_results_say():

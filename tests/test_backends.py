@@ -354,7 +354,7 @@ def test_tf32_is_asked_for_by_its_old_name_before_torch_2_9(torch_before_2_9, mo
     assert not precision.full_float32(torch.float32)
 
 
-# --- layering --------------------------------------------------------------------------------------------------------
+# Layering
 
 # trainer -> loss, bank, head -> ops -> backends -> _C
 LAYERS = ["_C", "backends", "ops", "model", "public", "trainer"]
@@ -432,12 +432,8 @@ before = set(sys.modules)  # torch imports triton where it is installed
 import pixcontrast_ext
 print([name for name in ('torch._dynamo', 'triton', 'kornia', 'matplotlib') if name in set(sys.modules) - before])
 """
-    quiet = [
-        "-W",
-        "error",
-        "-W",
-        "ignore:Failed to initialize NumPy",
-    ]  # which torch says where it is not installed
+    # Where NumPy is not installed, torch says so.
+    quiet = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"]
     done = subprocess.run([sys.executable, *quiet, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 

@@ -42,7 +42,7 @@ def same(bank, expected):
     )
 
 
-# --- construction ----------------------------------------------------------------------------------------------------
+# Construction
 
 
 def test_a_new_bank_is_empty():
@@ -93,7 +93,7 @@ def test_a_loss_refuses_the_bank_of_another_problem(change, message):
         PixelContrastLoss(**change, bank=make())
 
 
-# --- views, moves, copies --------------------------------------------------------------------------------------------
+# Views, moves, copies
 
 
 @pytest.mark.parametrize(("regions", "pixels"), [(4, 6), (0, 6), (4, 0), (0, 0)])
@@ -180,7 +180,7 @@ def test_keys_that_require_grad_are_rejected(use):
     assert (bank.key_labels == -1).all()
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def test_a_checkpoint_continues_where_it_was_written():
@@ -295,7 +295,7 @@ def test_a_pointer_outside_its_ring_is_never_used():
     assert (bank.key_labels == -1).all()
 
 
-# --- rows without a map ----------------------------------------------------------------------------------------------
+# Rows without a map
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

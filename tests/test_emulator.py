@@ -87,7 +87,7 @@ def bits(values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32).view(np.uint32)
 
 
-# --- what the primitives do: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "m16n8k8" ------------------------------
+# What the primitives do: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "m16n8k8"
 
 LANE = np.arange(32)
 GROUP, MEMBER = LANE // 4, LANE % 4  # the manual's groupID, threadID_in_group
@@ -285,7 +285,7 @@ def test_nvcc_compiles_the_primitives(tmp_path):
     assert compile_for_device(tmp_path / "primitives.o", "-arch=sm_80", "-c").stat().st_size > 0
 
 
-# --- the emulator's own ----------------------------------------------------------------------------------------------
+# The emulator itself
 
 
 def test_every_kernel_runs_on_small_shapes():
@@ -453,7 +453,7 @@ def test_an_empty_grid_is_no_launch(plain):
     assert counter[0] == 0
 
 
-# --- sanitizers ------------------------------------------------------------------------------------------------------
+# Sanitizers
 
 
 def sanitized(variant: str, target: str) -> Path:

@@ -160,7 +160,7 @@ def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
     check_bank(bank, rings)
 
 
-# --- what is never stored --------------------------------------------------------------------------------------------
+# What is never stored
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -241,7 +241,7 @@ def test_what_overflows_in_the_dtype_of_the_keys_is_not_stored(backend):
         assert bank.keys.isfinite().all() and ((bank.keys != 0).any(-1) == (bank.key_labels >= 0)).all()
 
 
-# --- nothing to store ------------------------------------------------------------------------------------------------
+# Nothing to store
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4), (2, 5, 4, 0)])
@@ -273,7 +273,7 @@ def test_one_class_of_many(backend, poison):
     assert bank.region_fill.tolist() == [0] * 18 + [3]
 
 
-# --- randomness and order --------------------------------------------------------------------------------------------
+# Randomness and order
 
 
 def test_seed_governs_the_choice(backend):
@@ -370,7 +370,7 @@ def test_collected_rows_have_a_fixed_shape(backend, poison):
     assert ((rows != 0).any(-1) == (row_labels >= 0)).all()
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
+# Bad input
 
 _LABELS = torch.zeros(2, 4, 4, dtype=torch.int64)
 

@@ -1,3 +1,5 @@
+"""`gather_embeddings` and its gradient against indexing in fp64."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""`infonce`: the definition in loops, accuracy against fp64, memory and layouts, and what must not leak into a row."""
+
 from __future__ import annotations
 
 import math
@@ -47,8 +49,7 @@ def weight_rounding(backend, dtype):
     return 1e-3 if on_bf16_words or backend in GPU_BACKENDS else 1e-6
 
 
-# --- the specification
-# -----------------------------------------------------------------------------------------------
+# The specification
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
@@ -83,8 +84,7 @@ def test_gradcheck_in_double(classes, exclude_self):
     assert torch.autograd.gradcheck(in_batch, (anchors,))
 
 
-# --- accuracy
-# --------------------------------------------------------------------------------------------------------
+# Accuracy
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
@@ -557,8 +557,7 @@ def test_autocast_does_not_reach_the_logits(backend):
     assert found[0].dtype == torch.float32 and error(found[0], exact(inputs)[0]) <= 1e-6
 
 
-# --- reduction and empty sets
-# ----------------------------------------------------------------------------------------
+# Reduction and empty sets
 
 
 def test_mean_is_over_anchors_with_a_positive(backend):
@@ -609,8 +608,7 @@ def test_anchor_alone_with_itself_has_no_positive(backend):
     assert loss.item() == 0 and (anchors.grad == 0).all()
 
 
-# --- what must not leak
-# ----------------------------------------------------------------------------------------------
+# What must not leak
 
 
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
@@ -691,8 +689,7 @@ def test_inf_gives_no_finite_loss(backend):
     assert not loss[3].isfinite() and loss[4].isfinite()
 
 
-# --- memory and layout
-# -----------------------------------------------------------------------------------------------
+# Memory and layout
 
 
 def test_non_contiguous_inputs(backend):
@@ -763,12 +760,7 @@ def test_own_loops_do_not_depend_on_threads():
     scores = torch.randn(64, 301)
     results = []
     for threads in (1, 2, 5):
-        weights, shift, total, output = (
-            scores.clone(),
-            torch.full((64,), -math.inf),
-            torch.zeros(64),
-            torch.randn(64, 9),
-        )
+        weights, shift, total = scores.clone(), torch.full((64,), -math.inf), torch.zeros(64)
         torch.manual_seed(0)
         output = torch.randn(64, 9)
         native.launch(
@@ -796,8 +788,7 @@ def test_more_than_2_31_products():
     assert last[0] + last[1] == labels.shape[0]
 
 
-# --- tiles
-# -----------------------------------------------------------------------------------------------------------
+# Tiles
 
 
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
@@ -814,8 +805,7 @@ def test_tiles_hold_every_labelled_key_once(order, size):
     assert (seen[key_labels >= 0] == 1).all() and (seen <= 1).all()
 
 
-# --- bad input
-# -------------------------------------------------------------------------------------------------------
+# Bad input
 
 _ROWS = torch.zeros(3, 4)
 _LABELS = torch.zeros(3, dtype=torch.int64)

@@ -1,3 +1,7 @@
+"""`PixelContrastLoss`, `PixelContrastCrossEntropyLoss` and `ProjectionHead`: steps of theirs, and what a trainer does
+with them.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -36,7 +40,7 @@ def bank_of(classes=4, channels=12, **settings):
     return MemoryBank(classes, channels, **(dict(region_slots=20, pixel_slots=30) | settings))
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
+# Sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -69,7 +73,7 @@ def test_labels_and_logits_of_another_size_are_picked(backend):
     assert torch.equal(found, expected) and found > 0
 
 
-# --- PixelContrastLoss -----------------------------------------------------------------------------------------------
+# PixelContrastLoss
 
 
 @pytest.mark.parametrize("with_bank", [False, True])
@@ -112,9 +116,8 @@ def test_base_temperature_scales(backend):
 def test_enqueues_after_the_loss_and_in_training_only(quick_backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(), backend=quick_backend)
-    assert (
-        criterion(embeddings, labels, logits) == 0
-    )  # an empty bank: the batch is not contrasted with itself
+    # With an empty bank: the batch is not contrasted with itself.
+    assert criterion(embeddings, labels, logits) == 0
     filled = criterion.bank.region_fill.clone()
     assert (filled == 2).all()
     assert criterion.eval()(embeddings, labels, logits) > 0
@@ -320,7 +323,7 @@ def test_bank_of_another_width_is_named(backend):
         criterion(embeddings, labels, logits)
 
 
-# --- PixelContrastCrossEntropyLoss -----------------------------------------------------------------------------------
+# PixelContrastCrossEntropyLoss
 
 
 def test_is_cross_entropy_plus_weighted_contrast(backend):
@@ -535,7 +538,7 @@ def test_state_dict_holds_bank_and_step():
     }
 
 
-# --- what a trainer does with them -----------------------------------------------------------------------------------
+# What a trainer does with them
 
 
 def train_step(criterion, embeddings, labels, logits):
@@ -722,7 +725,7 @@ def test_both_losses_have_the_same_options():
         PixelContrastCrossEntropyLoss(4, temprature=0.1)
 
 
-# --- ProjectionHead --------------------------------------------------------------------------------------------------
+# ProjectionHead
 
 
 @pytest.mark.parametrize(

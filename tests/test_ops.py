@@ -92,7 +92,7 @@ def assert_error_or_right(op: str, arguments: Arguments) -> bool:
     return True
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
+# Sizes
 
 
 def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
@@ -167,7 +167,7 @@ def test_ragged_sizes_on_every_instruction_set(instruction_set, op, letter):
         assert assert_error_or_right(op, with_size(op, arguments, letter, size))
 
 
-# --- dtypes, layouts and other kinds of tensors ----------------------------------------------------------------------
+# Dtypes, layouts and other kinds of tensors
 
 
 @pytest.mark.parametrize(("op", "name"), arguments_of("Tensor"))
@@ -263,7 +263,7 @@ def test_strangers_are_refused(backend, op, name, kind):
     assert_refused(op, arguments | {name: STRANGERS[kind](arguments[name])})
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# Numbers
 
 
 LEAST = {
@@ -335,7 +335,7 @@ def test_too_many_pairs_are_refused_before_they_are_counted(backend, op):
     assert_refused(op, arguments, "B * num_classes must be at most")
 
 
-# --- backends --------------------------------------------------------------------------------------------------------
+# Backends
 
 
 @pytest.mark.parametrize("op", SIZES)
@@ -364,7 +364,7 @@ def test_rows_too_wide_for_a_backend(gpu_backend, op):
     assert_refused(op, arguments, "up to 512 channels, got 513")
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# Memory
 
 
 @pytest.mark.parametrize("name", written("enqueue_write"))
@@ -459,7 +459,7 @@ def test_every_op_is_in_the_battery():
         assert list(tensors) == [name for of, name in arguments_of("Tensor") if of == op]
 
 
-# --- ops that speak to the host ---
+# Ops that speak to the host
 
 
 def test_numbers_of_nothing_and_of_something_else_are_refused():

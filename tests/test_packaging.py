@@ -37,7 +37,7 @@ def needed(module):
     return set(re.findall(r"\(NEEDED\).*\[(.+)\]", out))
 
 
-# ---------------------------------------------------------------------------------------- sdist and wheel
+# Sdist and wheel
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_an_installed_package_without_its_module_gives_the_reason(clone):
     assert line.startswith("the compiled module is missing or does not load: ")
 
 
-# ---------------------------------------------------------------------------------------------- setup.py
+# setup.py
 
 TOY_SOURCES = {
     "csrc/params.h": "int answer();\n",

@@ -125,9 +125,8 @@ def test_5_no_key_of_a_bank_is_taken_for_the_anchor_itself(backend):
     criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend)
     embeddings = torch.randn(1, 4, 4, 4)
     criterion(embeddings, labels, labels)
-    rows = (
-        F.normalize(embeddings, dim=1).permute(0, 2, 3, 1).reshape(16, 4)
-    )  # 16 anchors, 2 keys, all of them count
+    # 16 anchors, 2 keys, all of them count.
+    rows = F.normalize(embeddings, dim=1).permute(0, 2, 3, 1).reshape(16, 4)
     scores = rows @ bank.flat()[0].T / 0.1
     own, other = scores.gather(1, labels.view(-1, 1)), scores.gather(1, 1 - labels.view(-1, 1))
     assert criterion(embeddings, labels, labels).item() == pytest.approx(
@@ -226,9 +225,8 @@ def profiled(step):
     return ops, calls, peak
 
 
-@pytest.mark.parametrize(
-    "backend", [name for name in BACKENDS if name != "triton"]
-)  # the interpreter is Python
+# Without Triton, whose interpreter is Python.
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_10_work_does_not_grow_with_the_pairs_of_image_and_class(backend):
     """There was a Python loop over them: 1930 ops to sample a batch of 8, 2990 to enqueue it."""
     found = []

@@ -1,3 +1,5 @@
+"""`hard_anchor_sampling` against the rules as loops."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,10 +22,8 @@ def draw(*size, wrong=0.4, priorities=1000, seed=0, **settings):
     [
         ((3, 17, 23, 5), dict(max_samples=64, max_views=10)),
         ((2, 8, 9, 6), dict(max_samples=5, max_views=3, min_pixels=1)),  # fewer samples than pairs
-        (
-            (4, 16, 31, 19),
-            dict(max_samples=1024, max_views=100, min_pixels=1),
-        ),  # more than there are pixels of a class
+        # More samples than there are pixels of a class.
+        ((4, 16, 31, 19), dict(max_samples=1024, max_views=100, min_pixels=1)),
         ((1, 5, 7, 3), dict(max_samples=100, max_views=100, min_pixels=1)),  # more samples than pixels
         ((1, 1, 1, 1), dict(max_samples=1, max_views=1, min_pixels=0)),
         ((2, 13, 11, 2), dict(max_samples=1, max_views=1, min_pixels=1)),

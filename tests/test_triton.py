@@ -340,11 +340,8 @@ def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, ch
     finally:
         setting.fp32_precision = before
     expected = gradients("reference", [x.double() for x in rows])
-    bars = {
-        torch.float32: 2e-6,
-        torch.float16: 1.5e-3,
-        torch.bfloat16: 4e-3,
-    }  # rounding of a gradient to its dtype too
+    # With the rounding of a gradient to its dtype.
+    bars = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 4e-3}
     bar = 1e-3 if arithmetic == "high" else bars[dtype]
     for ours, exact in zip(found, expected, strict=True):
         assert (ours.double() - exact).norm() <= bar * exact.norm()
@@ -368,7 +365,7 @@ def test_a_temperature_beyond_float32(temperature):
     torch.testing.assert_close(loss, expected)
 
 
-# --- the order of visits ---
+# The order of visits
 
 
 @pytest.mark.parametrize("count", [1, 300, 2048, 2049, 5000])
@@ -407,7 +404,7 @@ def test_positives_visit_their_own_class_only():
     assert share <= 0.008
 
 
-# --- a shift that is known before the walk ---
+# A shift that is known before the walk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -573,7 +570,7 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
     assert changed[3] > 0
 
 
-# --- what tensor cores do to sums ---
+# What tensor cores do to sums
 
 
 def truncating_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:

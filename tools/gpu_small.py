@@ -119,9 +119,8 @@ if __name__ == "__main__":
         from tools import emulated
 
         emulated.serve((arguments.backend,))
-        main(
-            arguments.backend, "cpu", DTYPES[:1]
-        )  # to see that it runs: the interpreter takes minutes for all
+        # To see that it runs: for all dtypes the interpreter takes minutes.
+        main(arguments.backend, "cpu", DTYPES[:1])
     else:
         (one_forward if arguments.one_forward else main)(arguments.backend)
         torch.cuda.synchronize()

@@ -1,3 +1,5 @@
+"""Augmentation: images and labels move together, and the same way for a seed."""
+
 from __future__ import annotations
 
 import torch

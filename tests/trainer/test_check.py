@@ -1,3 +1,5 @@
+"""`check-data`: the census of a dataset, and the problems that it lists."""
+
 from __future__ import annotations
 
 import sys

@@ -1,3 +1,5 @@
+"""The checkpoint store: what is kept, and what a damaged file or a write that dies does to it."""
+
 from __future__ import annotations
 
 import logging

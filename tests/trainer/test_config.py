@@ -1,3 +1,5 @@
+"""Configurations: files, flags over them, and values that are refused."""
+
 from __future__ import annotations
 
 import json

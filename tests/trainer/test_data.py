@@ -1,3 +1,5 @@
+"""Loading data: synthetic scenes, CamVid's layouts, and the order of batches."""
+
 from __future__ import annotations
 
 import numpy as np

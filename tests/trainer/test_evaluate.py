@@ -1,3 +1,5 @@
+"""Scores: IoU by hand and by torchmetrics, of a known model, and of an exported one."""
+
 from __future__ import annotations
 
 import math

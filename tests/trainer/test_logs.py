@@ -1,3 +1,5 @@
+"""The record of a run, which a resumed one goes on with."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,3 +1,5 @@
+"""The command line as users meet it: help, a run from training to evaluation, errors in a line."""
+
 from __future__ import annotations
 
 import json

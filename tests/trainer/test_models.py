@@ -1,3 +1,5 @@
+"""Models: sizes, gradients, and a network of one's own."""
+
 from __future__ import annotations
 
 import pytest

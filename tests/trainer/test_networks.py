@@ -176,7 +176,7 @@ def test_contrast_leaves_no_trace(name):
         assert set(outputs) == {"seg"} and torch.equal(outputs["seg"], model(images)["seg"])
 
 
-# --- weights -------------------------------------------------------------------------------------------------------
+# Weights
 
 
 def randomised(module):
@@ -291,7 +291,7 @@ def test_a_run_starts_from_its_weights_and_resumes_without_them(tiny, tmp_path, 
     assert seen == [path]
 
 
-# --- the extra -------------------------------------------------------------------------------------------------------
+# The extra "models"
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
@@ -314,7 +314,7 @@ def test_a_torchvision_of_another_torch_is_told(monkeypatch):
         build_model("hrnet_w18", 3)
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+# Training
 
 
 @pytest.mark.parametrize(("name", "size"), [("hrnet_w48", (128, 64)), ("deeplabv3_resnet50", (90, 120))])
@@ -343,9 +343,8 @@ def test_deeplabv3_on_one_image_is_told(deeplabv3):
     with pytest.raises(ValueError, match="at least two images at a time, got 1: raise --batch-size"):
         deeplabv3(torch.rand(1, 3, 64, 64))
     shared = train.share_norms(deeplabv3, Ranks(0, 2, torch.device("cuda", 0)))
-    with pytest.raises(
-        ValueError, match="Expected more than 1 value per channel"
-    ):  # torch's: there is one rank here
+    # Torch's own error: there is one rank here.
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         shared.train()(torch.rand(1, 3, 64, 64))
 
 

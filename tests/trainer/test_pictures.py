@@ -1,3 +1,5 @@
+"""Pictures of a run: panels, curves, t-SNE, confusion matrix, legend."""
+
 from __future__ import annotations
 
 import numpy as np

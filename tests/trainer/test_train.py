@@ -1,3 +1,5 @@
+"""Training: resumed and killed runs against the unbroken one, several ranks, dtypes, and whether it learns."""
+
 from __future__ import annotations
 
 import shutil
@@ -269,9 +271,7 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, tmp_path, capsys
     train(alone)
     # Not equal: the ranks' norms see half a batch each, and their augmentation differs.
     for one, two in zip(*(read_rows(run.out / "train.csv") for run in (alone, config)), strict=True):
-        assert one["cross_entropy"] == pytest.approx(
-            two["cross_entropy"], rel=0.3
-        )  # other augmentation and norms
+        assert one["cross_entropy"] == pytest.approx(two["cross_entropy"], rel=0.3)
 
 
 def test_evaluation_is_of_the_first_ranks_statistics(tiny, monkeypatch):

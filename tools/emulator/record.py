@@ -69,7 +69,7 @@ def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
     return torch.tensor([], dtype=torch.uint8).set_(storage).numpy().copy()
 
 
-# --- problems --------------------------------------------------------------------------------------------------------
+# Problems
 
 
 def _maps(batch: int, height: int, width: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,10 +174,8 @@ def _infonce(precision: str) -> None:
             continue
         anchor_rows, anchor_labels = _rows(anchors, channels, classes, dtype)
         key_rows, key_labels = _rows(keys, channels, classes, dtype)
-        if anchors in (
-            37,
-            70,
-        ):  # of tiles of one class, and a class that most parts of the positives see none of
+        # Tiles of one class, and a class of which most parts of the positives see nothing.
+        if anchors in (37, 70):
             key_labels[10:][key_labels[10:] == 1] = 0
             key_labels, order = key_labels.sort()
             key_rows = key_rows[order]
@@ -236,8 +234,7 @@ def record(path: Path, kernels: Any) -> int:
     torch.manual_seed(20210118)
     recorder = Recorder(kernels)
     before = torch.get_float32_matmul_precision()
-    # torch.empty is filled with NaN and the largest integers then.
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN and the largest integers
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(devices, "gpu", recorder)
