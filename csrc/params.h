@@ -386,13 +386,13 @@ struct InfonceBackwardParams : Launch, InfonceRows {
   const float* pos_weight;  // [A]
   const float* grad_scale;  // [A], g / |P|
   const float* peak;        // [] of the largest weight: fp16 ones are scaled by it; or null
-  float* coefficients;    // [A, 4] scratch: neg_lse in log2 units, factors of negatives and positives, index
-  int32_t* label_ranges;  // [anchor tiles, 2] scratch: smallest and largest label
-  float* grad_parts;      // [splits, K, grad_channels] scratch; null with one split
-  float* grad;            // [K, grad_channels] out, of the keys; of the anchors if they are the keys
-  int64_t grad_channels;  // D
+  float* factors;           // [A, 4] scratch: neg_lse_log2, push, pull, and the label
+  int32_t* label_ranges;    // [anchor tiles, 2] scratch: smallest and largest label
+  float* grad_parts;        // [splits, K, grad_channels] scratch; null with one split
+  float* grad;              // [K, grad_channels] out, of the keys; of the anchors if they are the keys
+  int64_t grad_channels;    // D
   PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_labels, num_keys, neg_lse, pos_weight, grad_scale,
-             peak, coefficients, label_ranges, grad_parts, grad, grad_channels)
+             peak, factors, label_ranges, grad_parts, grad, grad_channels)
 };
 
 }  // namespace cuda

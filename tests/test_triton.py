@@ -549,9 +549,9 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
         if kernel.fn.__name__ != "infonce_fwd_negatives_kernel" or not arguments[6]:
             return before(kernel, grid, *arguments, **options)
         parts = next(argument for argument in arguments if hasattr(argument, "away"))
-        again, totals = int(parts.again.sum()), parts.total.clone()
+        again, totals = int(parts.again.sum()), parts.sum.clone()
         before(kernel, grid, *arguments, **options)
-        changed.append(again + int((totals != parts.total).sum()))
+        changed.append(again + int((totals != parts.sum).sum()))
 
     monkeypatch.setattr(launch, "launch", watched)
     rows = torch.nn.functional.normalize(torch.randn(3000, 32), dim=1)

@@ -17,10 +17,10 @@ __device__ __forceinline__ float weight_scale(const float* peak) {
 }
 
 // ds of eq. (5) of one anchor.
-__device__ __forceinline__ float negative_gradient(const Coefficients& anchor, float score) {
+__device__ __forceinline__ float negative_gradient(const Factors& anchor, float score) {
   return anchor.push * exp2_approx(score - anchor.neg_lse_log2);
 }
-__device__ __forceinline__ float positive_gradient(const Coefficients& anchor, float score) {
+__device__ __forceinline__ float positive_gradient(const Factors& anchor, float score) {
   return -anchor.pull / (1.f + exp2_approx(score - anchor.neg_lse_log2));
 }
 
@@ -30,8 +30,8 @@ using BackwardEngine = Engine<Tile, kWeightParts<Tile>>;
 // The shared memory of a block of the backward.
 template <class Tile>
 size_t backward_bytes(int64_t row_stride) {
-  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<Coefficients>(2 * Tile::kBlockK) +
-         shared_bytes<Coefficients>(Tile::kBlockA);
+  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<Factors>(2 * Tile::kBlockK) +
+         shared_bytes<Factors>(Tile::kBlockA);
 }
 
 // Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
@@ -43,20 +43,20 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   SharedMemory memory;
   const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
   const Engine engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
-  Coefficients* coefficients = memory.take<Coefficients>(2 * Tile::kBlockK);
-  Coefficients* own_coefficients = memory.take<Coefficients>(Tile::kBlockA);  // their labels at least
-  const Coefficients* all_coefficients = reinterpret_cast<const Coefficients*>(p.coefficients);
+  Factors* factors = memory.take<Factors>(2 * Tile::kBlockK);
+  Factors* own_factors = memory.take<Factors>(Tile::kBlockA);  // their labels at least
+  const Factors* all_factors = reinterpret_cast<const Factors*>(p.factors);
   const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys.data == nullptr;
 
   if (int(threadIdx.x) < Tile::kBlockA) {
     const int64_t row = engine.first_row + threadIdx.x;
-    own_coefficients[threadIdx.x] =
-        symmetric && row < keys.count ? all_coefficients[row]
-                                      : Coefficients{.neg_lse_log2 = 0.f,
-                                                     .push = 0.f,
-                                                     .pull = 0.f,
-                                                     .label_bits = bits_float(uint32_t(label_at(keys, row)))};
+    own_factors[threadIdx.x] = symmetric && row < keys.count
+                                   ? all_factors[row]
+                                   : Factors{.neg_lse_log2 = 0.f,
+                                             .push = 0.f,
+                                             .pull = 0.f,
+                                             .label_bits = bits_float(uint32_t(label_at(keys, row)))};
   }
   sync_block();  // they are there, also for a block that visits nothing
   typename Engine::Output output = {};
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       [&](int stage, int64_t first) {
         if (int(threadIdx.x) >= Tile::kBlockK) return;
         const bool inside = first + threadIdx.x < anchors.count;  // zeros behind: their factors are 0
-        cp_async_16(coefficients + stage * Tile::kBlockK + threadIdx.x,
-                    inside ? all_coefficients + first + threadIdx.x : all_coefficients, inside ? 16 : 0);
+        cp_async_16(factors + stage * Tile::kBlockK + threadIdx.x,
+                    inside ? all_factors + first + threadIdx.x : all_factors, inside ? 16 : 0);
       },
       [&](int stage, bool mixed, unsigned first_column) {
         typename Engine::Scores scores;
@@ -78,12 +78,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         each_score<Tile>([&](int n, int e) {
           const int column = engine.local_column(n) + e;
           const int64_t place = int64_t(first_column) + column;
-          const Coefficients anchor = coefficients[stage * Tile::kBlockK + column];
+          const Factors anchor = factors[stage * Tile::kBlockK + column];
           const int label = place < anchors.count ? anchor.label() : -1;
           each_row<Tile>([&](int f, int half) {
             float& score = scores[f][n][2 * half + e];
-            const Coefficients mirror =
-                own_coefficients[engine.local_row(f, half)];  // registers are short here
+            const Factors mirror = own_factors[engine.local_row(f, half)];  // registers are short here
             const float scaled = score * scale;
             if (!mixed || label != mirror.label()) {
               score =
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   const float unscale = (p.unscale == nullptr ? 1.f : p.unscale[0]) / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
-        const int own_label = own_coefficients[engine.local_row(f, i / 2)].label();
+        const int own_label = own_factors[engine.local_row(f, i / 2)].label();
         output[f][n][i] = own_label < 0 ? 0.f : output[f][n][i] * unscale;
       });
   if (p.grad_parts == nullptr) {

@@ -119,14 +119,14 @@ __global__ void __launch_bounds__(kOrderThreads)
 }
 
 // Of an anchor, for ds of eq. (5): negatives get push exp2(score - neg_lse_log2), positives -pull sigma.
-struct alignas(16) Coefficients {
+struct alignas(16) Factors {
   float neg_lse_log2, push, pull;
   float label_bits;  // an integer among floats would split the load of all four
 
   __device__ __forceinline__ int label() const { return int(float_bits(label_bits)); }
 };
 
-// Says that an anchor is visited as the `place`-th. For the backward also its coefficients.
+// Says that an anchor is visited as the `place`-th. For the backward also its factors.
 template <class Params>
 __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
   const int label = max(p.anchor_labels[anchor], -1);
@@ -136,7 +136,7 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
     // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
     const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
     const float pull = alone ? 0.f : p.grad_scale[anchor];
-    reinterpret_cast<Coefficients*>(p.coefficients)[place] = {
+    reinterpret_cast<Factors*>(p.factors)[place] = {
         .neg_lse_log2 = alone ? INFINITY : p.neg_lse[anchor] * kLog2E,
         .push = alone ? 0.f : pull * p.pos_weight[anchor],
         .pull = pull,

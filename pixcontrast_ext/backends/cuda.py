@@ -290,7 +290,7 @@ def infonce_backward(call: InfonceBackward) -> None:
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
         sort_keys=_sort_keys(num_anchors, anchors.device),
         peak=peak,
-        coefficients=anchors.new_empty(num_anchors, 4, dtype=torch.float32),
+        factors=anchors.new_empty(num_anchors, 4, dtype=torch.float32),
         label_ranges=anchors.new_empty(anchor_tiles, 2, dtype=torch.int32),
         grad_parts=grad.new_empty(shares, *grad.shape) if shares > 1 else None,
         grad_channels=grad.shape[1],

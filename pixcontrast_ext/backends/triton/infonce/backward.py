@@ -35,16 +35,16 @@ _FINISH = dict(BLOCK=1024, num_warps=4)
 @triton.jit
 def load_factors(factors, place, inside):
     """Those of the anchors at places; others have no part in anything."""
-    lse = tl.load(factors.lse + place, mask=inside, other=float("inf"))
+    neg_lse_log2 = tl.load(factors.neg_lse_log2 + place, mask=inside, other=float("inf"))
     push = tl.load(factors.push + place, mask=inside, other=0.0)
     pull = tl.load(factors.pull + place, mask=inside, other=0.0)
-    return Factors(lse, push, pull, factors.peaks)
+    return Factors(neg_lse_log2, push, pull, factors.peaks)
 
 
 @triton.jit
-def score_gradient(scores, lse, push, pull, positive, MASKED: tl.constexpr):
+def score_gradient(scores, neg_lse_log2, push, pull, positive, MASKED: tl.constexpr):
     """ds of eq. (5), of a positive and of a negative."""
-    odds = tl.exp2(scores - lse)
+    odds = tl.exp2(scores - neg_lse_log2)
     gradient = push * odds
     if MASKED:
         gradient = tl.where(positive, -pull * reciprocal(1.0 + odds), gradient)
@@ -77,12 +77,12 @@ def fold_gradient(
         label = tl.load(sides.anchor_labels + place, mask=inside, other=-1)
         positive = label[None, :] == rows.label[:, None]
     weights = score_gradient(
-        scores, others.lse[None, :], others.push[None, :], others.pull[None, :], positive, MASKED
+        scores, others.neg_lse_log2[None, :], others.push[None, :], others.pull[None, :], positive, MASKED
     )
     if SYMMETRIC:
         own = rows.factors
         weights += score_gradient(
-            scores, own.lse[:, None], own.push[:, None], own.pull[:, None], positive, MASKED
+            scores, own.neg_lse_log2[:, None], own.push[:, None], own.pull[:, None], positive, MASKED
         )
     if MASKED:
         index = place

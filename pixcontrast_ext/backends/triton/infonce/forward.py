@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from pixcontrast_ext.backends import splits
 from pixcontrast_ext.backends.calls import InfonceForward
@@ -46,7 +47,7 @@ class Parts(NamedTuple):
     again: Any  # [tiles of rows] int32: the shift did not serve
     shift: Any  # [A] in log2 units
     # [programs beside each other, splits, A] sums of exp2(score - shift); inf where a weight is beyond its dtype.
-    total: Any
+    sum: Any
     away: Any  # [splits, A, channels] sums of exp2(score - shift) key
     loss: Any  # [programs of the plan, A] of the positives, and so the rest
     pos_weight: Any
@@ -58,7 +59,7 @@ class Outputs(NamedTuple):
     """As the caller has them, in his order."""
 
     loss: Any  # [A] eq. (3)
-    neg_lse: Any  # [A] eq. (1), natural units
+    neg_lse: Any  # [A] eq. (1)
     pos_weight: Any  # [A] eq. (4)
     pos_count: Any  # [A] int32
     anchor_grad: Any  # [A, channels] eq. (6) for g = 1; only WITH_GRAD
@@ -86,20 +87,20 @@ def differ(column_labels, row_labels):
 
 
 @triton.jit
-def total_of(parts, beside, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
+def sum_of(parts, beside, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
     """The sum of the splits of anchors' negatives, as the programs numbered `beside` have it: each adds the chunks of
     scores in another order, and its weights belong to its own sum.
     """
-    total = tl.zeros(place.shape, tl.float32)
+    sum = tl.zeros(place.shape, tl.float32)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)[:, None]
         part = (beside * splits + split).to(tl.int64) * num_anchors + place[None, :]
-        total += tl.sum(tl.load(parts.total + part, mask=(split < splits) & inside[None, :], other=0.0), 0)
-    return total
+        sum += tl.sum(tl.load(parts.sum + part, mask=(split < splits) & inside[None, :], other=0.0), 0)
+    return sum
 
 
 @triton.jit
-def shift_served(total, listed, with_grad, WALK: tl.constexpr):
+def shift_served(sum, listed, with_grad, WALK: tl.constexpr):
     """Whether nothing has overflowed, and nothing that matters vanished: an fp16 weight is off by up to 2^-25, or two
     parts of one together, and no sum of them by more than 2^-11, or 2^-19, of itself.
     """
@@ -107,7 +108,7 @@ def shift_served(total, listed, with_grad, WALK: tl.constexpr):
     if WALK.half:
         of_weights = listed * WALK.columns * (2.0**-6 if WALK.parts == 2 else 2.0**-14)
         least = tl.where(with_grad != 0, of_weights, least)
-    return (total >= least) & (total <= 2.0**100)
+    return (sum >= least) & (sum <= 2.0**100)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "num_keys", "with_grad"])
@@ -135,8 +136,8 @@ def infonce_fwd_shift_kernel(
         beside = tl.where(with_grad != 0, tl.cdiv(WALK.chunks, WALK.out), 1)
         again = 0
         for i in range(0, beside):
-            total = total_of(parts, i, splits, num_anchors, place, inside, 16)
-            served = shift_served(total, listed, with_grad, WALK)
+            sum = sum_of(parts, i, splits, num_anchors, place, inside, 16)
+            served = shift_served(sum, listed, with_grad, WALK)
             again = tl.maximum(again, tl.max((has_negative & (served == 0)).to(tl.int32), 0))
         tl.store(parts.again + tl.program_id(0), again, mask=split == 0)
         listed = tl.where(again > 0, listed, 0)
@@ -196,7 +197,7 @@ def infonce_fwd_negatives_kernel(
         room = tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
         shift -= tl.where(tl.abs(shift) < 2.0**20, room, 0.0)
     shift = beside_scores(shift, WALK)
-    total = tl.zeros([WALK.rows], tl.float32)
+    sum = tl.zeros([WALK.rows], tl.float32)
     largest = tl.zeros([WALK.rows], tl.float32)
     outputs = zeros(WALK)
     own_low = tl.min(tl.where(own < 0, NO_LABEL, own), 0)
@@ -222,7 +223,7 @@ def infonce_fwd_negatives_kernel(
             here_label = tl.load(sides.key_labels + here, mask=here < num_keys, other=-1)
             scores = tl.where(differ(here_label, own), scores, float("-inf"))
         weights = tl.exp2(product(scores, scale) - shift[:, None])
-        total += tl.sum(weights, 1)
+        sum += tl.sum(weights, 1)
         if WITH_GRAD:
             if WALK.half:
                 largest = tl.maximum(largest, tl.max(weights, 1))
@@ -231,7 +232,7 @@ def infonce_fwd_negatives_kernel(
         store_rows(parts.away, part, place < end, outputs, first, WALK)
     tl.store(parts.shift + place, shift, mask=place < tl.where((split == 0) & (first == 0), end, 0))
     part += (tl.program_id(2) * splits).to(tl.int64) * num_anchors
-    tl.store(parts.total + part, tl.where(largest <= 60000.0, total, float("inf")), mask=place < end)
+    tl.store(parts.sum + part, tl.where(largest <= 60000.0, sum, float("inf")), mask=place < end)
 
 
 @triton.jit
@@ -281,9 +282,9 @@ def infonce_fwd_positives_kernel(
         if not IN_ORDER:
             end = tl.where(exclude_self != 0, num_anchors, 0)
             excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
-        total = total_of(parts, 0, splits, num_anchors, place, inside, 64)
-        neg_lse = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(total)
-        neg_lse = beside_scores(neg_lse, WALK)
+        sum = sum_of(parts, 0, splits, num_anchors, place, inside, 64)
+        neg_lse_log2 = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(sum)
+        neg_lse_log2 = beside_scores(neg_lse_log2, WALK)
         # Rows behind the last may be another tile's, or none.
         row = load_rows(sides.anchors, tl.where(inside, place, begin), inside, first, WALK, False)
         loss = tl.zeros([WALK.rows], tl.float32)
@@ -305,7 +306,7 @@ def infonce_fwd_positives_kernel(
             label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
             scores = multiply_rows(row, key, WALK)
             positive = (here_label == own)[None, :] & (here[None, :] != excluded[:, None])
-            margin = neg_lse[:, None] - product(scores, scale)
+            margin = neg_lse_log2[:, None] - product(scores, scale)
             odds = tl.exp2(-tl.abs(margin))
             sigma = tl.where(margin >= 0, 1.0, odds) * reciprocal(1.0 + odds)
             sigma = tl.where(positive, sigma, 0.0)
@@ -346,7 +347,7 @@ def infonce_fwd_finish_kernel(
     inside = place < num_anchors
     labelled = tl.load(sides.anchor_labels + place, mask=inside, other=-1) >= 0
     index = tl.load(sides.order + place, mask=inside, other=0)
-    total = total_of(parts, 0, splits, num_anchors, place, inside, SPLITS)
+    sum = sum_of(parts, 0, splits, num_anchors, place, inside, SPLITS)
     shift = tl.load(parts.shift + place, mask=inside, other=0.0)
     sharing = tl.load(plan.counts + 1)
     loss = tl.zeros([ROWS], tl.float32)
@@ -361,9 +362,9 @@ def infonce_fwd_finish_kernel(
         pos_count += tl.sum(tl.load(parts.pos_count + part, mask=present, other=0), 1)
     contrasts = labelled & (pos_count > 0)
     count = tl.maximum(pos_count, 1).to(tl.float32)
-    lse = tl.where(labelled, (shift + tl.log2(total)) * LN2, float("-inf"))
+    neg_lse = tl.where(labelled, (shift + tl.log2(sum)) * LN2, float("-inf"))
     tl.store(outs.loss + index, tl.where(contrasts, loss / count, 0.0), mask=inside)
-    tl.store(outs.neg_lse + index, lse, mask=inside)
+    tl.store(outs.neg_lse + index, neg_lse, mask=inside)
     tl.store(outs.pos_weight + index, tl.where(contrasts, weight, 0.0), mask=inside)
     tl.store(outs.pos_count + index, tl.where(contrasts, pos_count, 0), mask=inside)
     if WITH_GRAD:
@@ -373,8 +374,8 @@ def infonce_fwd_finish_kernel(
         for start in tl.range(0, WALK.channels, BLOCK):
             d = start + tl.arange(0, BLOCK)
             beside = start // (WALK.out * WALK.chunk)
-            total = total_of(parts, beside, splits, num_anchors, place, inside, SPLITS)
-            push = tl.where(total == 0.0, 0.0, weight / total)
+            sum = sum_of(parts, beside, splits, num_anchors, place, inside, SPLITS)
+            push = tl.where(sum == 0.0, 0.0, weight / sum)
             row = (d < WALK.channels)[None, None, :]
             away = tl.zeros([ROWS, BLOCK], tl.float32)
             towards = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -397,6 +398,26 @@ def infonce_fwd_finish_kernel(
             tl.store(lines, tl.where(contrasts[:, None], grad, 0.0), mask=written)
 
 
+def _room_for_parts(
+    loss: Tensor, row_tiles: int, shares: int, most: int, beside: int, channels: int | None
+) -> Parts:
+    """Of that many programs on each tile of rows, `most` of them for the positives; without channels no gradient."""
+    size = loss.shape[0]
+    sums = loss.new_empty(1 + beside, shares, size)
+    part_loss, part_weight, part_count = loss.new_empty(3, most, size)
+    return Parts(
+        largest=sums[0],
+        again=loss.new_empty(row_tiles, dtype=torch.int32),
+        shift=torch.empty_like(loss),
+        sum=sums[1:],
+        away=loss if channels is None else loss.new_empty(shares, size, channels),
+        loss=part_loss,
+        pos_weight=part_weight,
+        pos_count=part_count.view(torch.int32),
+        towards=loss if channels is None else loss.new_empty(most, size, channels),
+    )
+
+
 def infonce_forward(call: InfonceForward) -> None:
     anchors, keys, loss = call.anchors, call.keys, call.loss
     (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
@@ -415,19 +436,7 @@ def infonce_forward(call: InfonceForward) -> None:
     plan = plan_of(sides.anchor_labels, ranges, positives.rows, positives.slots, fewest, most)
     with_grad = call.anchor_grad is not None
     beside = negatives.beside if with_grad else 1
-    sums = loss.new_empty(1 + beside, shares, num_anchors)
-    part_loss, part_weight, part_count = loss.new_empty(3, most, num_anchors)
-    parts = Parts(
-        largest=sums[0],
-        again=call.anchor_labels.new_empty(row_tiles),
-        shift=torch.empty_like(loss),
-        total=sums[1:],
-        away=loss.new_empty(shares, num_anchors, channels) if with_grad else loss,
-        loss=part_loss,
-        pos_weight=part_weight,
-        pos_count=part_count.view(torch.int32),
-        towards=loss.new_empty(most, num_anchors, channels) if with_grad else loss,
-    )
+    parts = _room_for_parts(loss, row_tiles, shares, most, beside, channels if with_grad else None)
     grad = loss if call.anchor_grad is None else call.anchor_grad
     outs = Outputs(loss, call.neg_lse, call.pos_weight, call.pos_count, grad)
     counts, scale = (num_anchors, num_keys), scale_of(call.temperature)

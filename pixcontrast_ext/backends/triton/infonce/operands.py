@@ -35,7 +35,7 @@ class Terms(NamedTuple):
 class Factors(NamedTuple):
     """What it multiplies, in the anchors' order."""
 
-    lse: Any  # [A] in log2 units, and inf for one without negatives
+    neg_lse_log2: Any  # [A] in log2 units, and inf for one without negatives
     push: Any  # [A] of the negatives of eq. (5)
     pull: Any  # [A] of the positives
     peaks: Any  # [MOST_BLOCKS] the largest weights, 0 where there is none

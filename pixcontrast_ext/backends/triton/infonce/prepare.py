@@ -97,13 +97,15 @@ def prepare_factors(source, terms, factors, count, block, blocks, inv_temperatur
         place = start + tl.arange(0, LINES)
         label = tl.load(source.labels + place, mask=place < count, other=-1)
         index = tl.load(source.order + place, mask=label >= 0, other=0)
-        lse = tl.load(terms.neg_lse + index) * LOG2E
-        # Without negatives exp2(score - lse) has to be 0, and sigma as well.
-        alone = (lse == float("-inf")) | (label < 0)
+        neg_lse_log2 = tl.load(terms.neg_lse + index) * LOG2E
+        # Without negatives exp2(score - neg_lse_log2) has to be 0, and sigma as well.
+        alone = (neg_lse_log2 == float("-inf")) | (label < 0)
         pull = tl.where(alone, 0.0, tl.load(terms.grad_scale + index) * inv_temperature)
         push = tl.where(alone, 0.0, tl.load(terms.pos_weight + index) * pull)
         peak = tl.maximum(peak, tl.max(tl.maximum(tl.abs(pull), tl.abs(push)), 0))
-        tl.store(factors.lse + place, tl.where(alone, float("inf"), lse), mask=place < count)
+        tl.store(
+            factors.neg_lse_log2 + place, tl.where(alone, float("inf"), neg_lse_log2), mask=place < count
+        )
         tl.store(factors.push + place, push, mask=place < count)
         tl.store(factors.pull + place, pull, mask=place < count)
     tl.store(factors.peaks + block, peak)
@@ -184,8 +186,8 @@ def prepare(
     unscale = anchors.new_empty(2, dtype=torch.float32)
     factors = Factors(unscale, unscale, unscale, unscale)
     if terms is not None:
-        lse, push, pull = (torch.empty_like(term) for term in terms)
-        factors = Factors(lse, push, pull, unscale.new_zeros(MOST_BLOCKS.value))
+        neg_lse_log2, push, pull = (torch.empty_like(term) for term in terms)
+        factors = Factors(neg_lse_log2, push, pull, unscale.new_zeros(MOST_BLOCKS.value))
     num_tiles = 0 if ranges is None else ranges.shape[1]
     for again in (False, True) if in_planes else (False,):
         range_blocks = 0 if again else triton.cdiv(num_tiles, RANGES.value)
