@@ -19,9 +19,9 @@ void write(const WriteParams&);
 void infonce_forward(const InfonceForwardParams&);
 void infonce_backward(const InfonceBackwardParams&);
 
-// How a pass is cut up on a device, which may depend on how much there is. Rows and columns are anchors and
-// keys in the forward's passes, over the negatives and over the positives, and keys and anchors in the
-// backward; the labels of the columns are known by pieces of a tile.
+// How a pass is cut into tiles on a device, which may depend on the number of anchors and keys. Rows are
+// anchors and columns are keys in the forward's two passes; in the backward it is the other way round. The
+// range of the columns' labels is known for each piece of a tile.
 struct InfonceTile {
   int rows, columns, piece;
   int64_t shared;  // bytes of a block

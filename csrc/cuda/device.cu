@@ -1,4 +1,4 @@
-// What the module's own CUDA runtime, linked statically, says of itself.
+// Asks the module's own CUDA runtime, linked statically, whether it works.
 #include "../portable.h"
 #include "cuda.h"
 

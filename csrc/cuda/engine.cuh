@@ -1,5 +1,5 @@
 // The engine of every pass: a block keeps a tile of rows in shared memory and walks over tiles of columns.
-// Rows times columns are scores, the caller makes weights of them, and weights times columns add up to the
+// Rows times columns give scores, which the caller turns into weights; weights times columns add up to the
 // output.
 #pragma once
 
@@ -21,11 +21,12 @@ __device__ __forceinline__ int label_at(const Side& side, int64_t place) {
 
 struct Visit {
   int tile;
-  bool mixed;       // it may hold a positive of the block, or a column without a label
-  bool unlabelled;  // it does hold such a column, or ends behind the last
+  bool mixed;       // a column may have the label of one of the block's rows, or none
+  bool unlabelled;  // some column has no label, or the tile ends past the last column
 };
 
-// Loops over a thread's registers, unrolled: an index known only at run time would move them to local memory.
+// Loops over a thread's registers, unrolled: an index known only at run time would force them into local
+// memory.
 template <class Tile, class Visit>
 __device__ __forceinline__ void each_row(Visit visit) {
 #pragma unroll
@@ -54,8 +55,9 @@ __device__ __forceinline__ void each_output(Visit visit) {
   }
 }
 
-// Places in fragments, as the PTX manual lays them out: of a 16 x 8 piece of sums, the four of a thread are
-// at rows `group` and `group` + 8, columns 2 `quad` and the next.
+// One block's work, weights being stored as `kParts` 16-bit numbers that add up to them. Places in fragments
+// are those of the PTX manual: of a 16 x 8 piece of sums, a thread holds four, at rows `group` and `group` +
+// 8, columns 2 `quad` and the next.
 template <class Tile, int kParts>
 struct Engine {
   using T = typename Tile::T;
@@ -85,25 +87,25 @@ struct Engine {
     exchange = memory.template take<float>(Tile::kColWarps * Tile::kBlockA);
   }
 
-  // What the constructor takes of a block's shared memory, for rows of `row_stride` bytes there.
+  // The shared memory that the constructor takes, if a row has `row_stride` bytes there.
   static size_t bytes(int64_t row_stride) {
     return shared_bytes<unsigned char>((Tile::kBlockA + 2 * Tile::kBlockK) * row_stride) +
            shared_bytes<unsigned char>(kParts * kWeightBytes) +
            shared_bytes<float>(Tile::kColWarps * Tile::kBlockA);
   }
 
-  // Of a row in device memory and in shared memory.
+  // Bytes of a row: in device memory, in shared memory, and of one plane in shared memory.
   __device__ __forceinline__ int row_bytes() const {
     return Tile::kFull ? Tile::kMaxRowBytes : rows.row_bytes;
   }
   __device__ __forceinline__ int row_stride() const { return (row_bytes() + 127) / 128 * 128; }
   __device__ __forceinline__ int plane_stride() const { return row_stride() / Tile::kPlanes; }
 
-  // Within the block's tile, row `half` of 2 of fragment `f`.
+  // The place within the block's tile of row `half` (0 or 1) of fragment `f`.
   __device__ __forceinline__ int local_row(int f, int half) const {
     return (row_warp * Tile::kFragments + f) * 16 + half * 8 + group;
   }
-  // Within a tile of columns, the first of the two of piece `n` of the scores.
+  // The place within a tile of columns of the first of the two that piece `n` of the scores has.
   __device__ __forceinline__ int local_column(int n) const {
     return (col_warp * Tile::kScoreCols + n) * 8 + quad * 2;
   }
@@ -112,7 +114,7 @@ struct Engine {
     return (n / 2 * Tile::kColWarps + col_warp) * 16 + n % 2 * 8;
   }
 
-  // Starts copying kCount rows of a side. What has no label becomes 0, whatever it holds (0 * NaN is NaN).
+  // Starts copying kCount rows of a side. Rows without a label become 0, whatever they hold (0 * NaN is NaN).
   template <int kCount>
   __device__ __forceinline__ void load(unsigned char* tile, const Side& side, int64_t first,
                                        bool check_labels) const {
@@ -136,7 +138,8 @@ struct Engine {
     }
   }
 
-  // The same of columns that lie in the order of visits and all have labels, as long as the tile takes.
+  // The same for columns that are stored in the order of visits, all have labels, and are as long as the tile
+  // allows.
   __device__ __forceinline__ void load_whole_columns(unsigned char* tile, int64_t first) const {
     constexpr int kRowsAtATime = Tile::kThreads / 8;
     static_assert(kRowsAtATime % 8 == 0, "rows that far apart are swizzled alike");
@@ -157,8 +160,8 @@ struct Engine {
     return column_tiles + stage * Tile::kBlockK * row_stride();
   }
 
-  // Visits the tiles of a walk: weigh(stage, mixed, first column) for each, with the tile in shared memory.
-  // load_extra(stage, first column) starts the copies that go with a tile.
+  // Visits the tiles of a walk and calls weigh(stage, mixed, first column) for each, with the tile in shared
+  // memory. load_extra(stage, first column) starts the copies that accompany a tile.
   template <class Walk, class LoadExtra, class Weigh>
   __device__ __forceinline__ void run(Walk& walk, LoadExtra load_extra, Weigh weigh) const {
     Visit visit = walk.next();
@@ -202,8 +205,8 @@ struct Engine {
     }
   }
 
-  // Of whole rows, more of them than the registers can hold for two steps: of the columns the next step is on
-  // the way, of the rows the next two fragments.
+  // For whole rows, where the registers cannot hold the fragments of all of a warp's rows for two steps:
+  // loads run ahead by one step of the columns, and by two fragments of the rows.
   __device__ __forceinline__ void multiply_many_rows(Scores& scores, int stage) const {
     constexpr int kFragments = Tile::kFragments, kAll = Tile::kMaxRowBytes / 32, kAhead = 2;
     static_assert(Tile::kScoreCols % 2 == 0, "four matrices at a time are two pieces of the columns");
@@ -241,7 +244,7 @@ struct Engine {
     }
   }
 
-  // Four matrices at a time: of two pieces of the columns in one step, or of one piece in two.
+  // ldmatrix loads four matrices at a time: two pieces of the columns in one step, or one piece in two steps.
   static constexpr bool kPairs = Tile::kScoreCols % 2 == 0;
   static constexpr int kSteps = kPairs ? 1 : 2;
 
@@ -251,13 +254,13 @@ struct Engine {
     uint32_t columns[kSteps][Tile::kPlanes][Tile::kScoreCols][2];
   };
 
-  // Where a lane finds its part of the fragments.
+  // Where a lane reads its part of the fragments.
   struct LanePlaces {
     const unsigned char* columns;  // of the warp
     int column_offset, row_offset;
   };
 
-  // The fragments from `chunk` on of the 128 bytes that begin at `byte` of each plane.
+  // Loads the fragments that begin at `chunk` of the 128 bytes from `byte` on, in each plane.
   __device__ __forceinline__ void load_fragments(Fragments& to, const LanePlaces& from, int byte,
                                                  int chunk) const {
 #pragma unroll
@@ -283,11 +286,11 @@ struct Engine {
     }
   }
 
-  // A single sum would make every product wait for the one before: one score takes turns with another.
+  // With a single score per warp, every product would wait for the one before: two sums take turns.
   static constexpr bool kTwoSums = Tile::kPlanes == 2 || Tile::kFragments * Tile::kScoreCols == 1;
 
-  // Tensor cores cut off what does not fit their sum, fp32 additions round: of two planes, the products of
-  // the high ones are added up outside of them, and the small ones by themselves.
+  // Tensor cores truncate when they add to a sum, fp32 additions round. With two planes, the products of the
+  // high planes are therefore added up by fp32 additions, and the small products in a sum of their own.
   __device__ __forceinline__ static void multiply_fragments(Scores& scores, Scores& others,
                                                             const Fragments& of) {
 #pragma unroll
@@ -328,8 +331,8 @@ struct Engine {
     clear(scores);
     if (kTwoSums) clear(others);
     if constexpr (Tile::kFull && kPairs) {
-      // The fragments of the next step are on the way while this one's are multiplied. Of two planes, more
-      // would be on the way at once than there are registers, if the whole loop were unrolled.
+      // The next step's fragments are loaded while this one's are multiplied. With two planes, a loop
+      // unrolled whole would have more loads in flight than there are registers.
       constexpr int kAll = Tile::kMaxRowBytes / Tile::kPlanes / 32;
       constexpr int kUnrolled = Tile::kPlanes == 2 ? 4 : kAll;
       Fragments fragments[2];
@@ -358,7 +361,7 @@ struct Engine {
     });
   }
 
-  // The byte at which a chunk of the weights begins, of one part.
+  // The byte at which a chunk of the weights begins, within one part.
   static constexpr int kWeightStride = Tile::kBlockK * int(sizeof(T));  // bytes of a row
   __device__ __forceinline__ static int weight_offset(int row, int chunk) {
     constexpr int kChunks = kWeightStride / 16;
@@ -384,7 +387,7 @@ struct Engine {
     sync_row_warps();  // the weights of all columns are there
   }
 
-  // Constant ids, or a kernel counts as one that uses all 16 barriers of a block.
+  // The ids are constants: with a computed one, the compiler would reserve all 16 barriers of a block.
   __device__ __forceinline__ void sync_row_warps() const {
     static_assert(Tile::kRowWarps <= 2, "an id for each");
     if (Tile::kRowWarps == 1 || row_warp == 0) {
@@ -394,9 +397,9 @@ struct Engine {
     }
   }
 
-  // output += weights . columns, for the warp's rows and its share of the channels. Rows as long as the tile
-  // takes are spared the question of every 16 channels whether there are any: it keeps the compiler from
-  // loading ahead.
+  // output += weights . columns, for the warp's rows and its share of the channels. If a row fills the tile,
+  // every piece of 16 channels exists, so the bounds test, which stops the compiler from hoisting loads, is
+  // compiled out.
   __device__ __forceinline__ void accumulate(Output& output, int stage) const {
     const bool whole = row_stride() == Tile::kMaxRowBytes;
     if constexpr (Tile::kPlanes == 2) {
@@ -423,7 +426,7 @@ struct Engine {
     ldmatrix_x4(a, weights + offset_further(offset, 2 * step) + f * 16 * kWeightStride + part * kWeightBytes);
   }
 
-  // Columns of a step by 16 channels: those of pieces n and n + 1 of the output.
+  // A step's columns by 16 channels, those of pieces n and n + 1 of the output.
   __device__ __forceinline__ void load_columns(uint32_t (&b)[4], int stage, int step, int plane,
                                                int n) const {
     const unsigned char* tile = column_tile(stage) + step * 16 * row_stride() + plane * plane_stride();
@@ -459,8 +462,8 @@ struct Engine {
     }
   }
 
-  // The same of two parts and two planes for a step or two, summed apart: the sum is rounded when it is
-  // added.
+  // The same for two parts and two planes, a step or two at a time, summed apart: adding that sum to the
+  // output rounds, where a tensor core would truncate.
   template <bool kWhole>
   __device__ __forceinline__ void accumulate_planes(Output& output, int stage, int first_step) const {
     uint32_t a[kStepsOfPlanes][2][Tile::kFragments][4];
@@ -499,8 +502,8 @@ struct Engine {
     }
   }
 
-  // Sums a value of each row over the threads that share it; thread `row` of the block gets that row's. All
-  // call it.
+  // Sums a value of each row over the threads that share the row; thread `row` of the block gets the sum. The
+  // whole block calls it.
   template <class Value>
   __device__ __forceinline__ Value sum_over_row(const Value (&values)[Tile::kFragments][2]) const {
     static_assert(sizeof(Value) == sizeof(float), "they share the exchange");
@@ -520,8 +523,8 @@ struct Engine {
     return sum;
   }
 
-  // Writes output [rows, stride], as far as there are rows and channels; row i goes to places[i] (null: to
-  // i).
+  // Writes output [rows, stride], leaving out rows and channels past the last; row i goes to places[i] (null:
+  // to i).
   __device__ __forceinline__ void write(const Output& output, float* to, const int32_t* places,
                                         int64_t stride, int64_t num_channels) const {
     each_row<Tile>([&](int f, int half) {

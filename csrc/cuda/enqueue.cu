@@ -1,3 +1,4 @@
+// Launchers of enqueue: how the chunks of a map are staged, and the order of the launches.
 #include <algorithm>
 #include <type_traits>
 

@@ -2,9 +2,10 @@
 // region) and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the
 // candidates that are labelled go into the rings, in image order.
 //
-// The map is read once, a chunk of an image by each block, and leaves a sum per chunk and class behind;
-// chunks without any class are not read. The order of every sum is fixed on a device: pixels of one class
-// that follow each other in a strip, then the strips of a chunk, in fp32, then the chunks, in fp64.
+// Each block reads a chunk of an image and writes a sum per class; chunks without any class are not read. A
+// map is read once, or twice if its pixels are normalised and have more channels than a stage holds. On a
+// given device the order of every sum is fixed: consecutive pixels of one class in a strip, then the strips
+// of a chunk, in fp32, then the chunks, in fp64.
 #pragma once
 
 #include "pixels.cuh"
@@ -17,13 +18,13 @@ constexpr int kRegionThreads = 256;
 constexpr int kMaxSlice = 1024;  // channels
 constexpr int kWriteThreads = 256;
 
-// How the blocks of collect_regions_kernel go about their chunks: by stages of a strip of the pixels and a
-// slice of their channels.
+// How the blocks of collect_regions_kernel work through their chunks: in stages of a strip of pixels by a
+// slice of channels.
 struct RegionTile {
   int strip;            // pixels: 32, 64 or 128
   int slice;            // channels
   int unit;             // bytes that are copied at once, 16 or 4; 0: a number at a time, through registers
-  bool sums_in_shared;  // those of all classes; else they are where they end up
+  bool sums_in_shared;  // the sums of all classes; else they are added up in device memory
 };
 
 template <class T, int kCount>
@@ -32,7 +33,7 @@ struct alignas(kCount * sizeof(T)) Vector {
 };
 
 // A stage in shared memory: lines of neighbours in device memory, which are the pixels of a channel, or the
-// channels of a pixel. 16 bytes between the lines keep a column of them off each other's banks.
+// channels of a pixel. 16 bytes of padding between the lines keep a column of them in different banks.
 template <class In, bool kChannelsLast>
 struct Stage {
   static constexpr int kVector = 16 / int(sizeof(In));          // numbers of 16 bytes
@@ -59,7 +60,7 @@ struct Stage {
   }
 };
 
-// What a pixel of the strip counts for.
+// The class that a pixel of the strip counts for, and its weight.
 struct alignas(8) Weight {
   int label;  // -1: nothing
   float weight;
@@ -78,7 +79,7 @@ struct RegionChunk {
   }
 };
 
-// Starts copying a stage, or copies it; zeros for pixels behind the last.
+// Starts copying a stage, or copies it if unit is 0; pixels past the last are zeros.
 template <class In, bool kChannelsLast>
 __device__ __forceinline__ void load_stage(const CollectParams& p, const RegionTile& tile,
                                            const RegionChunk<In>& chunk, int first_pixel,
@@ -91,7 +92,7 @@ __device__ __forceinline__ void load_stage(const CollectParams& p, const RegionT
   const bool inside = first_pixel + pixel < chunk.size;
   if (inside) from += chunk.address_of(p, first_pixel + pixel) - chunk.map;
   if (tile.unit == 0) {
-    constexpr int kInFlight = 16;  // loads of a thread, or memory would wait for it
+    constexpr int kInFlight = 16;  // loads of a thread at once, or memory would idle
     const int present = inside ? channels : 0;
     for (int first = part; first < channels; first += parts * kInFlight) {
       In values[kInFlight];
@@ -118,7 +119,7 @@ __device__ __forceinline__ void load_stage(const CollectParams& p, const RegionT
   }
 }
 
-// Adds the squares of a thread's share of a stage: of a channel in so many, of kSquares pixels.
+// Adds the squares of a thread's share of a stage: every parts-th channel of kSquares pixels.
 template <class In, bool kChannelsLast>
 __device__ __forceinline__ void add_squares(const Stage<In, kChannelsLast>& stage, const In* staged,
                                             int channels,
@@ -136,8 +137,8 @@ __device__ __forceinline__ void add_squares(const Stage<In, kChannelsLast>& stag
   }
 }
 
-// sums[label][channel] += the weighted pixels of a strip; thread d takes channel d. Sums of a run of one
-// class stay in a register.
+// sums[label][channel] += the weighted pixels of a strip; thread d takes channel d. The sum of a run of
+// pixels of one class stays in a register.
 template <class In, bool kChannelsLast>
 __device__ __forceinline__ void add_strip(const Stage<In, kChannelsLast>& stage, const In* staged,
                                           const Weight* weights, int channels, float* sums, int64_t stride) {
@@ -170,9 +171,9 @@ __device__ __forceinline__ void add_strip(const Stage<In, kChannelsLast>& stage,
   }
 }
 
-// Sums of the normalised pixels of each class, a block per chunk. If it is copied asynchronously, the next
-// stage is on the way while one is summed. Norms take all channels: a map with more of them than fit comes
-// twice, strip by strip, the second time out of a cache.
+// Sums of the normalised pixels of each class, a block per chunk. Where copies are asynchronous, the next
+// stage is loaded while one is summed. A norm needs all channels: if a stage does not hold them all, each
+// strip is read twice, the second time from a cache.
 template <class In, bool kChannelsLast>
 __global__ void __launch_bounds__(kRegionThreads, 2)
     collect_regions_kernel(CollectParams p, Pools pools, RegionTile tile) {
@@ -204,7 +205,8 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   };
 
   const int slices = int((p.channels + tile.slice - 1) / tile.slice);
-  // The first stages of a strip are of norms, the last of sums; weights stand before the first sums.
+  // The first stages of a strip are for its norms, the last for the sums; the weights are ready before the
+  // first sum.
   const int stages_of_strip = slices == 1 || !p.normalize ? slices : 2 * slices;
   const int weighing_stage = p.normalize ? slices - 1 : 0;
   const int strips = (chunk.size + tile.strip - 1) / tile.strip, stages = strips * stages_of_strip;
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
     const int of_strip = i % stages_of_strip;
     const bool of_norms = p.normalize && of_strip < slices, of_sums = of_strip >= stages_of_strip - slices;
     const bool weighs = of_strip == weighing_stage;
-    int label = -1;  // asked for ahead
+    int label = -1;  // loaded ahead
     if (weighs && thread < tile.strip && strip + thread < chunk.size) {
       label =
           class_of(p.labels[image * pools.pixels + first + strip + thread], p.num_classes, p.ignore_index);
@@ -260,7 +262,8 @@ __global__ void __launch_bounds__(kRegionThreads, 2)
   for_each_sum([&](int64_t i) { chunk_sums[i] = sums[i]; });
 }
 
-// Stores value(d) for all channels, or zeros if the norm of what is stored is zero or not finite; by a warp.
+// Stores value(d) for all channels, or zeros if the stored row's norm would be zero or not finite; a warp
+// calls it.
 template <class Out, class Value>
 __device__ __forceinline__ bool store_row(Out* row, int64_t channels, const Value& value) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -275,8 +278,8 @@ __device__ __forceinline__ bool store_row(Out* row, int64_t channels, const Valu
   return good;
 }
 
-// What an image offers of one class, a block for each: first all threads sum the chunks and select the
-// pixels, then a warp makes a row.
+// The candidates of one class in one image, by one block: first all threads sum the chunks and select the
+// pixels, then each warp makes one row at a time.
 template <class In, class Out>
 __global__ void __launch_bounds__(kSelectThreads, 4) collect_rows_kernel(CollectParams p, Pools pools) {
   SharedMemory shared;
@@ -316,7 +319,7 @@ __global__ void __launch_bounds__(kSelectThreads, 4) collect_rows_kernel(Collect
       double squares = 0.0;
       for (int64_t d = lane; d < p.channels; d += kWarp) squares += sums[d] * sums[d];
       squares = warp_sum(squares);
-      // A zero or NaN sum needs no scale: store_row refuses it.
+      // A zero or NaN sum needs no scale: store_row rejects it.
       const double to_unit = squares > 0.0 ? 1.0 / sqrt(squares) : 1.0;
       const double scale = p.normalize ? to_unit : 1.0 / double(size);
       good = store_row(out, p.channels, [&](int64_t d) { return float(sums[d] * scale); });
@@ -330,8 +333,8 @@ __global__ void __launch_bounds__(kSelectThreads, 4) collect_rows_kernel(Collect
   }
 }
 
-// A ring per block: the regions or the pixels of a class. Counts what there is to write, of which the last
-// `slots` stay, then places a candidate per thread and copies a row per warp.
+// A ring per block: the regions or the pixels of a class. Counts the rows to write, of which the last `slots`
+// are kept, then places one candidate per thread and copies one row per warp.
 template <class Word>
 __global__ void __launch_bounds__(kWriteThreads, 4) write_kernel(WriteParams p) {
   SharedMemory shared;
@@ -380,7 +383,7 @@ __global__ void __launch_bounds__(kWriteThreads, 4) write_kernel(WriteParams p) 
   sync_block();  // everybody has read the pointer
   if (thread == 0) {
     *ptr = (start + written) % slots;
-    *fill = min(int64_t(uint64_t(*fill) + uint64_t(written)), slots);  // whatever stood there
+    *fill = min(int64_t(uint64_t(*fill) + uint64_t(written)), slots);  // whatever the counter held
   }
 }
 

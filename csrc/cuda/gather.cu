@@ -1,3 +1,4 @@
+// Launchers of the gather and of its backward, which sorts the rows by pixel before it writes the map.
 #include <type_traits>
 
 #include "cuda.h"

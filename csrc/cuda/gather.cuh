@@ -1,5 +1,5 @@
-// Gathering chosen pixels out of the strided map, a warp per row, and the dense gradient of the map, of which
-// every element is written exactly once: the sum of the rows that name its pixel, in row order, or zero.
+// Gathering chosen pixels from the strided map, a warp per row, and the dense gradient of the map. Each of
+// its elements is written exactly once: the sum of the rows that name its pixel, in row order, or zero.
 #pragma once
 
 #include "pixels.cuh"
@@ -19,7 +19,7 @@ __device__ __forceinline__ bool is_pixel(const EmbeddingMap& m, int64_t index) {
   return index >= 0 && index < num_pixels(m);
 }
 
-// The pixel is read twice, the second time out of a cache: a row of any width needs no memory.
+// The pixel is read twice, the second time from a cache, so that a row of any width needs no storage.
 template <class In, class Out>
 __global__ void __launch_bounds__(kRowThreads) gather_kernel(GatherParams p) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kRowThreads) gather_kernel(GatherParams p) {
   if (lane == 0) p.inv_norm[row] = scale;
 }
 
-// d(x / |x|): the gradient less its part along the row. A row without gradient names no pixel from here on,
-// so that padding cannot carry a NaN into the map's gradient, nor keep one thread busy with all of its rows.
+// d(x / |x|): the gradient less its part along the row. A row whose gradient is zero names no pixel from here
+// on: padding can neither carry a NaN into the map's gradient, nor keep one thread busy with all of its rows.
 template <class In, class Row>
 __global__ void __launch_bounds__(kRowThreads, 4) gather_bwd_rows_kernel(GatherBackwardParams p) {
   const int lane = int(threadIdx.x) % kWarp;
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kRowThreads) gather_bwd_rank_kernel(GatherBack
   if (place < p.num_rows) emit_ranked(p.sort_keys, tiles, place, put_in_order(p));
 }
 
-// A tile of kWarp pixels and some channels per warp. Each lane looks up one pixel; then lanes are neighbours
-// in memory, be that pixels or channels.
+// A tile of kWarp pixels and some channels per warp. Each lane looks up one pixel; then the lanes write
+// neighbours in memory, be those pixels or channels.
 template <class In>
 __global__ void __launch_bounds__(kSpreadThreads)
     gather_bwd_map_kernel(GatherBackwardParams p, int64_t slices) {

@@ -13,7 +13,7 @@ struct Use {
   using type = Tile;
 };
 
-// Calls visit with the tile of an element type and a number of channels.
+// Calls visit with the tile for an element type and a number of channels.
 template <class Math, class Visit>
 auto with_channels(int64_t channels, Visit visit) {
   if (channels <= 256) return visit(Use<Tile<Math, 256>>{});
@@ -23,7 +23,7 @@ auto with_channels(int64_t channels, Visit visit) {
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// The shared memory of a block, for rows of `row_stride` bytes there.
+// The shared memory of a block, if a row has `row_stride` bytes there.
 template <class Tile>
 size_t shared_bytes_of(Pass pass, int64_t row_stride) {
   switch (pass) {
@@ -36,20 +36,20 @@ size_t shared_bytes_of(Pass pass, int64_t row_stride) {
   }
 }
 
-// The stride of rows of so many channels.
+// The bytes of a row of so many channels in shared memory.
 template <class Tile>
 int64_t row_stride_of(int64_t channels) {
   return blocks_of(2 * Tile::kPlanes * channels, 128) * 128;
 }
 
-// The tile of a pass of the forward: rows of the usual lengths have one of their own, and a larger one where
-// a multiprocessor has room for it.
+// Calls visit with the tile for a pass of the forward: rows of the usual lengths have a tile of their own,
+// and a larger one where a multiprocessor has room for it.
 template <class Math, Pass kPass, class Visit>
 auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_t num_keys, Visit visit) {
   const auto fits = [&](auto use) {
     using Tile = typename decltype(use)::type;
     const size_t block =
-        shared_bytes_of<Tile>(kPass, Tile::kMaxRowBytes) + 1024;  // the device takes 1 KB of it
+        shared_bytes_of<Tile>(kPass, Tile::kMaxRowBytes) + 1024;  // the device reserves 1 KB per block
     return Tile::kResident * block <= shared_of_multiprocessor(device);
   };
   const auto larger_or = [&](auto larger, auto other) { return fits(larger) ? visit(larger) : visit(other); };
@@ -62,7 +62,7 @@ auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_
       if constexpr (kPass == Pass::kPositives) {
         return visit(Use<Tile<Math, 256, true>>{});
       } else {
-        // Few anchors would leave half of a wide one's rows idle, and few tiles most multiprocessors.
+        // Few anchors would leave half of a wide tile's rows idle, and few tiles most multiprocessors.
         using Wide = Tile<Math, 256, true, 4, true>;
         const int64_t tiles = blocks_of(num_anchors, Wide::kBlockA) * blocks_of(num_keys, Wide::kBlockK);
         const bool pays = num_anchors > Wide::kBlockA / 2 && tiles >= multiprocessors(device);
@@ -92,7 +92,7 @@ auto with_math(DType dtype, bool full_float32, Visit visit) {
   }
 }
 
-// Splits fp32 rows into planes, which then stand for the rows.
+// Splits fp32 rows into planes, which then take the place of the rows.
 template <class Math, class Params>
 Params with_planes(Params p) {
   if (p.anchors.dtype != DType::kFloat32) return p;
@@ -106,7 +106,8 @@ Params with_planes(Params p) {
   return p;
 }
 
-// Sorts the anchors, and finds the ranges of the columns' labels: of keys at once, of sorted anchors after.
+// Sorts the anchors, and finds the ranges of the columns' labels: those of keys in the same launch, those of
+// anchors in a launch after the sort.
 template <int kPiece, class Params>
 void order_anchors(const Params& p, bool columns_are_keys) {
   const int64_t ranges_of_keys = columns_are_keys ? blocks_of(p.num_keys, kOrderThreads) : 0;
@@ -179,15 +180,15 @@ void infonce_forward(const InfonceForwardParams& given) {
     const InfonceForwardParams p = with_planes<Math>(given);
     with_forward_tile<Math, Pass::kNegatives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      order_anchors<Tile::S::kColumns>(p, p.keys.data != nullptr);  // pass 2 has pieces as long
+      order_anchors<Tile::S::kColumns>(p, p.keys.data != nullptr);  // pass 2 has pieces of the same length
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
              shared_bytes_of<Tile>(Pass::kNegatives, row_stride_of<Tile>(p.channels)), p);
     });
     with_forward_tile<Math, Pass::kPositives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      // How many classes there are is known to the device alone: it chooses the splits, and blocks take
-      // several.
+      // Only the device knows how many classes there are: it chooses the splits, and a block may take several
+      // pieces of work.
       launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile>,
              dim3(unsigned(p.positive_blocks)), Tile::kThreads,
              shared_bytes_of<Tile>(Pass::kPositives, row_stride_of<Tile>(p.channels)), p);

@@ -5,8 +5,8 @@
 
 namespace pxc::cuda {
 
-// A power of two that takes weights of at most `peak` to 2^10 and below. That leaves fp16 room above, for a
-// log-sum-exp that is not that of these rows may make them larger, and digits below, for weights a thousandth
+// A power of two that takes weights of at most `peak` to 2^10 or less. That leaves fp16 room above, as a
+// log-sum-exp of other rows than these may make weights larger, and precision below, for weights a thousandth
 // as large.
 __device__ __forceinline__ float weight_scale(const float* peak) {
   if (peak == nullptr) return 1.f;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
       walk,
       [&](int stage, int64_t first) {
         if (int(threadIdx.x) >= Tile::kBlockK) return;
-        const bool inside = first + threadIdx.x < anchors.count;  // zeros behind: their factors are 0
+        const bool inside = first + threadIdx.x < anchors.count;  // zeros past the last: push and pull are 0
         cp_async_16(factors + stage * Tile::kBlockK + threadIdx.x,
                     inside ? all_factors + first + threadIdx.x : all_factors, inside ? 16 : 0);
       },
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
               const int64_t row = int64_t(engine.first_row) + engine.local_row(f, half);
               if (p.exclude_self && label >= 0 && row == (symmetric ? place : p.order[place])) score = 0.f;
             }
-            // An anchor that takes no part has factors of 0, its mirror may be anything.
+            // An anchor without a label has a push and pull of 0, but its mirror may be anything.
             score = mixed && label < 0 ? 0.f : score * peak_scale;
           });
         });

@@ -5,7 +5,7 @@
 
 namespace pxc::cuda {
 
-// Starts copying the labels of a tile's columns to `labels`; of what lies behind the last, -1.
+// Starts copying the labels of a tile's columns to `labels`; columns past the last get -1.
 template <int kCount>
 __device__ __forceinline__ void load_labels(int* labels, const Side& side, int64_t first) {
   if (int(threadIdx.x) >= kCount) return;
@@ -126,11 +126,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   }
 }
 
-// The splits of an anchor's negatives combined, in their order: the shift, the sum of exp2(score - shift).
+// All splits of an anchor's negatives, combined in a fixed order: the shift, and the sum of exp2(score -
+// shift).
 struct Negatives {
   float shift, sum;
 
-  // Eq. (1) in units of log2; without negatives the sum is 0, and this -inf.
+  // Eq. (1) in units of log2. Without negatives the sum is 0, and this is -inf.
   __device__ __forceinline__ float lse_log2(float weight_bias) const {
     return shift + log2f(sum) - weight_bias;
   }
@@ -146,20 +147,20 @@ __device__ __forceinline__ Negatives combine_negatives(const InfonceForwardParam
   for (int64_t split = 0; split < p.splits; ++split) {
     const float shift = p.shift_parts[split * p.num_anchors + row];
     const float sum = p.sum_parts[split * p.num_anchors + row];
-    // A maximum passes over NaN: a part without a shift has met no negative, or NaN only, as its sum tells.
+    // A maximum ignores NaN: a split without a shift has met no negative, or only NaN, which its sum then is.
     all.sum += shift == -INFINITY ? sum : sum * exp2_approx(shift - all.shift);
   }
   return all;
 }
 
-// An anchor of a block: the label of its positives, the key that is the anchor itself (-1: none), eq. (1),
-// and what is one for all, but spares a register here.
+// An anchor of a block of pass 2: the label of its positives, the key that is the anchor itself (-1: none),
+// eq. (1), and the scale, which is the same for all but would take a register elsewhere.
 struct alignas(16) RowOfPositives {
   int label, excluded;
   float neg_lse_log2, scale;
 };
 
-// What a block of pass 2 is about: a tile of anchors, and one of the splits of its walk.
+// A piece of work for a block of pass 2: a tile of anchors, and one of the splits of its walk.
 struct PositivesItem {
   int number, split, splits;
 };
@@ -170,7 +171,7 @@ using PositivesEngine = Engine<Tile, kWeightParts<Tile>>;
 // The shared memory of a block of pass 2.
 template <class Tile>
 size_t positives_bytes(int64_t row_stride) {
-  // Of what follows the engine the backward has more, and a block of either pass takes as much.
+  // The backward keeps more beside the engine, and pass 2 asks for as much.
   constexpr size_t kBytes = shared_bytes<float4>(2 * Tile::kBlockK + Tile::kBlockA);
   static_assert(shared_bytes<int>(kClassTileScratch) + shared_bytes<int>(2 * Tile::kBlockK) +
                     shared_bytes<RowOfPositives>(Tile::kBlockA) <=
@@ -194,7 +195,8 @@ __device__ __forceinline__ RowOfPositives row_of_positives(const InfonceForwardP
   };
 }
 
-// Pass 2 over anchors of a class or several and the keys of those, knowing eq. (1): eq. (2) to (4), and G.
+// Pass 2 over anchors of one class or several and the keys of those classes, given eq. (1): eq. (2) to (4),
+// and G.
 template <class Tile>
 __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
                                               const PositivesItem& item, SharedMemory& memory) {
@@ -226,8 +228,8 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
         typename PositivesEngine<Tile>::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
         each_row<Tile>([&](int f, int half) {
-          // The sum of log(1 + odds) is the log of 1 + `all_odds`, which keeps what tiny odds would lose in
-          // 1 + odds. Few of a thread's scores share a row: it stays far below the largest float.
+          // The sum of log(1 + odds) is log(1 + `all_odds`). Unlike 1 + odds, `all_odds` does not lose tiny
+          // odds, and it stays far below the largest float, as few of a thread's scores share a row.
           static_assert(2 * Tile::kScoreCols <= 64, "a sum of odds doubles with each");
           float margins = 0.f, all_odds = 0.f, weight_of_tile = 0.f;
           const RowOfPositives own = own_rows[engine.local_row(f, half)];  // registers are short here
@@ -267,8 +269,9 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
   }
 }
 
-// How many blocks share the walk of a tile. gridDim.x blocks run at a time, so that many items are a round:
-// of one to four rounds, the number that ends soonest, or one of fewer rounds that ends hardly later.
+// How many blocks share the walk of a tile. gridDim.x blocks run at a time, so that many items make a round.
+// Of the numbers that fill one to four rounds, this is the one that ends soonest, or one of fewer rounds that
+// ends hardly later.
 __device__ __forceinline__ int splits_of_positives(const InfonceForwardParams& p, int tiles) {
   const int blocks = int(gridDim.x);
   int best = int(p.fewest_splits);
@@ -290,7 +293,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   while (true) {
     SharedMemory memory;
     int* scratch = memory.take<int>(kClassTileScratch);
-    int* kept_number = scratch + kClassTileScratch - 1;  // not in a register, which are short in the walk
+    int* kept_number = scratch + kClassTileScratch - 1;  // not in a register: the walk has none to spare
     const int columns = int(p.keys.data == nullptr ? p.num_anchors : p.num_keys);
     const bool grouped = are_grouped<Tile::kThreads>(
         p.label_ranges, (columns + Tile::S::kColumns - 1) / Tile::S::kColumns, scratch);
@@ -308,13 +311,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   }
 }
 
-// Of the second stage: a team of threads goes through all channels, four of them a thread. There is a team
-// for every so many splits, up to a number of teams, which share them.
+// The second stage: a team of threads covers the channels, four per thread. There is one team for every
+// kSplitsOfTeam splits, up to kMostFinishTeams, and the teams share the splits.
 constexpr int kFinishTeam = 64, kSplitsOfTeam = 16, kMostFinishTeams = 8;
 constexpr int kFinishThreads = kFinishTeam * kMostFinishTeams;
 
-// Adds up four channels of every n-th split of a row, as far as their factors are 0 or more: the others were
-// not written.
+// Adds up four channels of a row over every `step`-th split, each times its factor. Splits with a negative
+// factor were not written, and are skipped.
 __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t stride, const float* factors,
                                                int first, int splits, int step) {
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -329,7 +332,7 @@ __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t strid
   return sum;
 }
 
-// The second stage: adds up the splits of an anchor, a block for one, and puts it where the caller has it.
+// Combines the splits of an anchor, one block per anchor, and writes the results in the caller's order.
 __global__ void __launch_bounds__(kFinishThreads)
     infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias, float sigma_bias) {
   SharedMemory memory;

@@ -1,4 +1,5 @@
-// The rows of both sides, as the engine takes them: where they lie, and the planes that stand for fp32 rows.
+// The rows of both sides as the engine takes them: where they are in memory, and the planes that represent
+// fp32 rows.
 #pragma once
 
 #include "engine.cuh"
@@ -17,7 +18,7 @@ __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
   };
 }
 
-// The keys of either pass: null where the anchors are the keys.
+// The keys; `p.keys` is null where the anchors are the keys.
 template <class Tile, class Params>
 __device__ __forceinline__ Side keys_of(const Params& p) {
   if (p.keys.data == nullptr) return anchors_of<Tile>(p);
@@ -33,27 +34,28 @@ __device__ __forceinline__ Side keys_of(const Params& p) {
 // --- planes of fp32 rows ---
 
 // Planes are fp16 numbers: rows times a power of two that all rows of a side share. It is 2^8 for a side
-// whose largest number is in [2^-8, 2^7), as that of rows of length 1 is, and takes the largest to [2^14,
-// 2^15) otherwise. Of what is below 2^-25 in these units nothing is left.
+// whose largest number is in [2^-8, 2^7), as it is for rows of length 1; otherwise it takes the largest
+// number to [2^14, 2^15). Numbers below 2^-25 in these units are lost.
 constexpr int kUsualExponent = 8, kSmallestUsual = -8, kPlaneThreads = 256, kPlaneChannels = 8;
 
-// Times which numbers of at most `peak` become fp16 ones, as an exponent of two.
+// The exponent of that power of two, for a side whose largest number is `peak`.
 __device__ __forceinline__ int plane_exponent(float peak) {
   const int exponent = int(float_bits(peak) >> 23) - 127;
-  if (peak == 0.f || (exponent >= kSmallestUsual && exponent < kHalfExponent - kUsualExponent))
+  if (peak == 0.f || (exponent >= kSmallestUsual && exponent < kHalfExponent - kUsualExponent)) {
     return kUsualExponent;
+  }
   return min(kHalfExponent - 1 - exponent, 126);
 }
 
-// What the planes' products are to be multiplied by.
+// The factor that undoes the scaling of the keys' planes.
 template <class Params>
 __device__ __forceinline__ float unscale_of_keys(const Params& p) {
   return p.unscale == nullptr ? 1.f : p.unscale[p.keys.data == nullptr ? 0 : 1];
 }
 
 // A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes
-// the usual power of two, and leaves each block's largest finite number of a labelled row; the second mends
-// what that does not fit.
+// the usual power of two, and leaves each block's largest finite number of a labelled row; the second redoes
+// the sides that this power does not fit.
 template <int kPlanes, class Params>
 __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p, bool again) {
   constexpr int kWarps = kPlaneThreads / kWarp;
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
         low *= scale;
         high *= scale;
         words[0][i / 2] = pack<Half>(low, high);
-        if constexpr (kPlanes == 2) {  // nothing is left of what is not finite
+        if constexpr (kPlanes == 2) {  // an infinity or NaN leaves no remainder
           low -= to_float(from_float<Half>(low));
           high -= to_float(from_float<Half>(high));
           words[1][i / 2] =

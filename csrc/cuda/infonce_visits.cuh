@@ -21,7 +21,7 @@ struct LabelRange {
   __device__ __forceinline__ bool one_class() const { return low == high; }
 };
 
-// Of the labels at or above 0 among `count` places of a side from `first`; the whole warp calls it.
+// The range of the labels >= 0 among `count` places of a side from `first` on; the whole warp calls it.
 __device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_t first, int count,
                                                         int lane) {
   LabelRange range{INT32_MAX, -1};
@@ -36,8 +36,8 @@ __device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_
   return range;
 }
 
-// The column tiles of one split that matter to a block: every `splits`-th, so that tiles of one class spread
-// over all splits. A warp looks at 32 of them at a time; all warps see the same.
+// The column tiles of one split that a block has to visit. A split has every `splits`-th tile, so that the
+// tiles of one class spread over all splits. A warp looks at 32 tiles at a time; all warps find the same.
 template <Pass kPass, class Tile>
 class Walk {
  public:
@@ -50,7 +50,7 @@ class Walk {
         own_(own),
         lane_(lane) {}
 
-  // The next tile; its index is -1 behind the last.
+  // The next tile; its index is -1 past the last.
   __device__ __forceinline__ Visit next() {
     while (visit_ == 0) {
       if (own_.high < 0 || base_ * Tile::kPieces >= num_ranges_) return {-1, false, false};
@@ -95,8 +95,8 @@ class Walk {
 
 constexpr int kOrderThreads = kSortThreads;
 
-// Smallest and largest label of every piece of the columns; places behind the last count as without a label.
-// A block looks at kOrderThreads labels, and a warp at 32, which are one piece or several.
+// The smallest and largest label of every piece of the columns; places past the last count as unlabelled. A
+// block looks at kOrderThreads labels, and a warp at 32, which are one piece or several.
 template <int kPiece>
 __device__ __forceinline__ void find_ranges(const int32_t* labels, int64_t count, int32_t* ranges,
                                             int64_t block) {
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   find_ranges<kPiece>(labels, count, ranges, blockIdx.x);
 }
 
-// Of an anchor, for ds of eq. (5): negatives get push exp2(score - neg_lse_log2), positives -pull sigma.
+// An anchor's part of ds, eq. (5): push exp2(score - neg_lse_log2) for negatives, -pull sigma for positives.
 struct alignas(16) Factors {
   float neg_lse_log2, push, pull;
   float label_bits;  // an integer among floats would split the load of all four
@@ -126,7 +126,7 @@ struct alignas(16) Factors {
   __device__ __forceinline__ int label() const { return int(float_bits(label_bits)); }
 };
 
-// Says that an anchor is visited as the `place`-th. For the backward also its factors.
+// Records that an anchor is the `place`-th to be visited, and for the backward its factors.
 template <class Params>
 __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
   const int label = max(p.anchor_labels[anchor], -1);
@@ -146,7 +146,8 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
 }
 
 // Sorts the anchors by (label, index), those without a label last: all of them if they make one tile, else by
-// tiles. The blocks behind find the ranges of the keys' labels. And the scale of the scores is worked out.
+// tiles. The blocks after those find the ranges of the keys' labels. One thread computes the scale of the
+// scores.
 template <class Params, int kPiece>
 __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params p) {
   const int64_t tiles = (p.num_anchors + kTileKeys - 1) / kTileKeys;
@@ -175,13 +176,13 @@ __global__ void __launch_bounds__(kOrderThreads) infonce_rank_kernel(Params p, i
               [&p](int64_t rank, uint64_t, int64_t anchor) { visit_anchor(p, rank, anchor); });
 }
 
-// Of shared memory, in numbers; 128 bytes, as what follows is aligned to. What the warps leave there of one
-// kind lies in whole 16 bytes of its own: a loop over the warps before is read in such pieces, and would read
-// what others write.
+// Scratch of the two functions below, in ints: 128 bytes, so that the arrays after it stay aligned. Each
+// array in it starts at a multiple of 16 bytes: the compiler reads 16 bytes at a time in the loops over the
+// warps before, and must not read what other warps are writing.
 constexpr int kClassTileScratch = 32, kTilesOfWarps = 8, kFoundTile = 16, kSpansOfWarps = 20;
 
-// Whether columns come in the order of their classes, more or less: by how far the labels of a piece lie
-// apart, on average over one piece for each thread. The whole block calls it.
+// Whether the columns are more or less in the order of their classes, judged by how far apart the labels of a
+// piece are, on average over one piece per thread. The whole block calls it.
 template <int kThreads>
 __device__ __forceinline__ bool are_grouped(const int32_t* ranges, int pieces, int* scratch) {
   constexpr int kMostApart = 4, kFar = 1 << 16;
@@ -203,9 +204,9 @@ struct ClassTile {
   int first, count;  // none: -1
 };
 
-// One of the tiles of up to kBlockA anchors that have labels, found in the sorted labels: the one that
-// choose(how many there are) names, if there are as many. Of grouped keys, tiles begin anew with every class.
-// The whole block calls it.
+// Finds one of the tiles of up to kBlockA labelled anchors in the sorted labels: number choose(how many there
+// are), or none if that is past the last. If the keys are grouped, a new tile begins with every class. The
+// whole block calls it.
 template <int kBlockA, int kThreads, class Choose>
 __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int count, bool grouped,
                                                      int* scratch, Choose choose) {
@@ -216,7 +217,7 @@ __device__ __forceinline__ ClassTile find_class_tile(const int32_t* labels, int 
   const int begin = min(int(threadIdx.x) * share, count), end = min(begin + share, count);
   const auto begins_class = [&](int i) { return i == 0 || (grouped && labels[i] != labels[i - 1]); };
 
-  // Where the class begins that the labels before a thread's share end in.
+  // The beginning of the class that is current where a thread's share starts.
   int start = 0;
   for (int i = begin; i < end; ++i) {
     if (begins_class(i)) start = i;

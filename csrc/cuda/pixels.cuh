@@ -1,4 +1,4 @@
-// Reading pixels out of an embedding map of any strides, and sums over a warp.
+// Reading pixels of an embedding map of any strides, and their norms.
 #pragma once
 
 #include "warp.cuh"
@@ -6,8 +6,8 @@
 namespace pxc::cuda {
 namespace {
 
-// Offset of a pixel's first channel; `index` is flat over B * H * W. Divides in 32 bits, a tenth of the time
-// that 64 take, if it can.
+// Offset of a pixel's first channel; `index` is flat over B * H * W. Divides in 32 bits where it can, which
+// takes a tenth of the time.
 __device__ __forceinline__ int64_t pixel_offset(const EmbeddingMap& m, int64_t index) {
   int64_t image, row, column;
   if (m.batch * m.height * m.width <= INT64_C(0xffffffff)) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ int64_t pixel_offset(const EmbeddingMap& m, int64_t i
   return image * m.stride_batch + row * m.stride_row + column * m.stride_column;
 }
 
-// Whether neighbours in memory are the channels of a pixel: then lanes take channels, else pixels.
+// Whether a pixel's channels are neighbours in memory: then lanes take channels, else pixels.
 __host__ __device__ __forceinline__ bool lanes_take_channels(int64_t stride_channel, int64_t stride_column) {
   return stride_channel == 1 && stride_column != 1;
 }
@@ -33,7 +33,7 @@ __device__ __forceinline__ float inverse_norm(float sum_of_squares) {
   return sum_of_squares > 0.f ? 1.f / sqrtf(sum_of_squares) : sum_of_squares;
 }
 
-// Squares of a pixel's channels, by a warp.
+// The sum of the squares of a pixel's channels; a warp calls it.
 template <class In>
 __device__ __forceinline__ float warp_squares(const In* pixel, int64_t channels, int64_t stride) {
   float squares = 0.f;

@@ -1,9 +1,11 @@
 // Pools of pixels, which sampling and enqueue share: the pixels of one image that have one class and, in
-// sampling, one hardness. Of each pool the smallest (priority, pixel) are wanted, in pixel order.
+// sampling, one hardness. Wanted are the pixels of each pool with the smallest (priority, pixel), in pixel
+// order.
 //
-// Every chunk of an image is sorted by (pool, priority, pixel) on its own. So all that a chunk can give to a
-// pool is the front of a segment, and what it does give is one too: up to a threshold, which a radix select
-// over the fronts finds. Only integers, so the outcome depends on nothing but the input.
+// Every chunk of an image is sorted by (pool, priority, pixel) on its own. Within a chunk, a pool's pixels
+// therefore form one segment, best first, and whatever the chunk contributes is a prefix of it: the keys up
+// to one threshold, which a radix select over all prefixes finds. All of it is integer arithmetic, so the
+// outcome depends on the input alone.
 #pragma once
 
 #include "sort.cuh"
@@ -50,7 +52,7 @@ __device__ __forceinline__ Pool pool_of(const Pools& p, int64_t image, int64_t p
   };
 }
 
-// Orders as the priority does.
+// An unsigned number in the order of the priority.
 __device__ __forceinline__ uint64_t unsigned_priority(int32_t priority) {
   return uint32_t(priority) ^ 0x80000000u;
 }
@@ -60,7 +62,7 @@ __device__ __forceinline__ int class_of(int64_t label, int64_t num_classes, int6
   return label >= 0 && label < num_classes && label != ignore_index ? int(label) : -1;
 }
 
-// (pool, priority, pixel of the chunk) in one number; a pixel without a class goes behind every pool.
+// (pool, priority, pixel of the chunk) in one number; a pixel without a class comes after every pool.
 __device__ __forceinline__ uint64_t sort_key(const Pools& p, int64_t image, int64_t pixel) {
   if (pixel >= p.pixels) return ~uint64_t(0);
   const int64_t place = image * p.pixels + pixel;
@@ -95,7 +97,7 @@ inline void sort_pools(const Launch& on, const char* name, const Pools& pools, i
 }
 
 // The sum of `value` over this thread and those before it, and `total` over the block; `sums` has a place per
-// warp. No shared memory that was read before the call is still in use after it.
+// warp. Shared memory that was read before the call may be overwritten after it.
 __device__ __forceinline__ int block_scan(int value, int* sums, int& total) {
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
   value = warp_scan(value);
@@ -131,10 +133,10 @@ struct SelectMemory {
       : histogram(shared.take<int>(kBins)), found(shared.take<int>(3)), sums(shared.take<int>(kMaxWarps)) {}
 };
 
-// What the `keep` smallest keys do not exceed and the others do; 0 < keep <= number of keys, no two are
-// equal. A radix select from the highest digit down, which ends as soon as all keys that share a digit are
-// wanted. for_each_key(visit) shows the thread its part of the keys. The whole block calls it, kBins threads
-// at least.
+// A bound that exactly the `keep` smallest keys do not exceed; 0 < keep <= number of keys, no two of which
+// are equal. A radix select from the highest digit down, which ends as soon as all keys that share a digit
+// are wanted. for_each_key(visit) calls visit with this thread's share of the keys. The whole block, of at
+// least kBins threads, calls it.
 template <class ForEachKey>
 __device__ __forceinline__ uint64_t select_threshold(int keep, const SelectMemory& memory,
                                                      const ForEachKey& for_each_key) {
@@ -208,7 +210,7 @@ __device__ __forceinline__ void select_pixels(const Pool& pool, int keep, const 
     int count = 0, total;
     if (mine < pool.chunks) {
       count = min(pool.size(mine), keep);
-      // ~0 has no successor, and is no bound either.
+      // ~0 has no successor, and lets every key pass.
       if (threshold != ~uint64_t(0)) count = lower_bound(pool.segment(mine), 0, count, threshold + 1);
     }
     const int up_to = block_scan(count, memory.select.sums, total);

@@ -1,3 +1,4 @@
+// Launchers of hard-anchor sampling: sort, plan, select.
 #include "cuda.h"
 #include "sampling.cuh"
 

@@ -15,11 +15,13 @@ struct Sizes {
   int hard, easy;
 };
 
-// Some lanes of a warp that look at one pool together, a chunk each at a time; the others at other pools.
+// Some lanes of a warp that look at one pool together, one chunk per lane at a time; the other lanes look at
+// other pools.
 struct Team {
   int lanes, lane;
 
-  // As many as give a lane eight chunks, whose loads are on the way at once.
+  // Enough lanes that each has at most eight chunks, whose loads are then in flight at once; or the whole
+  // warp.
   __device__ __forceinline__ static Team of(int64_t chunks) {
     int lanes = 1;
     while (lanes < kWarp && lanes * 8 < chunks) lanes *= 2;
@@ -27,7 +29,8 @@ struct Team {
   }
 };
 
-// Pixels of one class in one image. A whole warp calls it, as its teams exchange what they found at once.
+// Pixels of one class in one image. A whole warp calls it, as its teams exchange their findings at the same
+// time.
 __device__ __forceinline__ Sizes sizes_of(const Pool& hard, const Team& team) {
   Sizes sizes = {0, 0};
 #pragma unroll 8
@@ -62,7 +65,8 @@ __device__ __forceinline__ int64_t first_pixel(const Pool& hard, const Team& tea
 }
 
 // Rules 2 to 4 and the order of 6, by one block: what each pool keeps and where it goes. There are few pools,
-// and what follows needs all of them. Pairs are numbered as their rows come out, by class, then image.
+// and the steps below need all of them. Pairs are numbered in the order of their rows: by class, then by
+// image.
 __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(SamplingParams p, Pools pools) {
   SharedMemory shared;
   const SelectMemory memory(shared);
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(Sampling
   const auto hard_pool = [&](int64_t pair) {
     return pool_of(pools, pair % p.batch, pair / p.batch * kKinds + kHard);
   };
-  // Until the last step, a pool's size stands where what it keeps will stand.
+  // Until the last step, pool_keep holds the size of each pool; then, how many of its pixels are kept.
   const auto size = [&](int64_t pair, Kind kind) { return int64_t(p.pool_keep[pair * kKinds + kind]); };
   const auto eligible = [&](int64_t pair) {
     const int64_t both = size(pair, kHard) + size(pair, kEasy);
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(Sampling
   };
   const Team team = Team::of(pools.chunks);
   const int teams = kPlanThreads / team.lanes;
-  // visit(pair, whether the thread is to write what comes out)
+  // visit(pair, whether this thread writes the result)
   const auto for_each_pair = [&](const auto& visit) {
     for (int64_t first = 0; first < pairs; first += teams) {
       const int64_t pair = first + thread / team.lanes;
@@ -94,7 +98,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(Sampling
     p.pool_keep[pair * kKinds + kEasy] = sizes.easy;
     found += eligible(pair);
   });
-  const int64_t total = block_sum(found, memory.sums);  // behind its barriers the sizes are there for all
+  const int64_t total = block_sum(found, memory.sums);  // after its barriers all threads see the sizes
   const int64_t views = max(int64_t(1), min(p.max_samples / max(total, int64_t(1)), p.max_views));
 
   uint64_t threshold = ~uint64_t(0);
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(Sampling
                               ? unsigned_priority(p.priority[image * p.pixels + pixel]) << 32 | place
                               : ~uint64_t(0);
     });
-    // It begins with a barrier, too.
+    // It begins with a barrier, after which all threads see the keys.
     threshold = select_threshold(int(p.max_samples), memory, [&](const auto& visit) {
       for (int64_t pair = thread; pair < pairs; pair += kPlanThreads) visit(p.pair_keys[pair]);
     });

@@ -1,6 +1,6 @@
-// Sorting by tiles. A tile of keys is sorted in shared memory by one block; where there are more tiles than
-// one, a warp finds the rank of each key by a binary search in every other. A key's last bits are its place
-// in the tile before, so that no two are alike, and equals stay in their order.
+// Sorting by tiles. A tile of keys is sorted in shared memory by one block; if there is more than one tile, a
+// warp finds the rank of each key by a binary search in every other tile. A key's last bits are its original
+// place in the tile, so that no two are equal and ties stay in order.
 #pragma once
 
 #include "warp.cuh"
@@ -11,8 +11,8 @@ constexpr int kTileBits = 10;
 constexpr int kTileKeys = 1 << kTileBits;  // SORT_TILE in backends/cuda.py
 constexpr int kSortThreads = kTileKeys / 2;
 
-// Sorts `size` keys in shared memory, a power of two above kWarp, in a bitonic network: a compare per thread
-// and step, whatever the data. A block of kSortThreads calls it, which needs no barrier before or after.
+// Sorts `size` keys in shared memory, a power of two above kWarp, in a bitonic network: one compare per
+// thread and step, whatever the data. A block of kSortThreads calls it, and needs no barrier before or after.
 __device__ __forceinline__ void sort_tile(uint64_t* keys, int size) {
   const int thread = int(threadIdx.x);
   sync_block();  // all keys are there
@@ -26,7 +26,8 @@ __device__ __forceinline__ void sort_tile(uint64_t* keys, int size) {
           keys[high] = a;
         }
       }
-      // A warp keeps to its own 64 keys in two steps of short strides, else it needs another's.
+      // Between two steps of short strides a warp stays within its own 64 keys; else it needs those of other
+      // warps.
       const int next = stride > 1 ? stride / 2 : sorted;
       if (max(stride, next) > kWarp) {
         sync_block();
@@ -37,14 +38,14 @@ __device__ __forceinline__ void sort_tile(uint64_t* keys, int size) {
   }
 }
 
-// The power of two that takes `count` keys of a tile, and sort_tile.
+// The `size` for sort_tile that holds `count` keys.
 __device__ __forceinline__ int keys_to_sort(int64_t count) {
   int size = 2 * kWarp;
   while (size < kTileKeys && size < count) size *= 2;
   return size;
 }
 
-// The first place from `low` on where `value` could stand in a sorted array that ends at `high`.
+// The first place in [low, high] of a sorted array before which `value` could be inserted.
 template <class T, class Index>
 __device__ __forceinline__ Index lower_bound(const T* sorted, Index low, Index high, T value) {
   while (low < high) {
@@ -58,22 +59,22 @@ __device__ __forceinline__ Index lower_bound(const T* sorted, Index low, Index h
   return low;
 }
 
-// How many keys of all tiles come before the one at `place`: smaller ones, and equal ones of tiles before.
+// How many keys of all tiles come before the one at `place`: smaller ones, and equal ones of earlier tiles.
 // `keys` are [tiles, kTileKeys], each tile sorted. A warp calls it.
 __device__ __forceinline__ int64_t rank_in_tiles(const uint64_t* keys, int64_t tiles, int64_t place) {
-  const uint64_t what = keys[place] >> kTileBits;
+  const uint64_t key = keys[place] >> kTileBits;
   const int64_t own = place / kTileKeys;
   int64_t before = 0;
   for (int64_t tile = int(threadIdx.x) % kWarp; tile < tiles; tile += kWarp) {
-    const uint64_t limit = (what + (tile < own)) << kTileBits;
+    const uint64_t limit = (key + (tile < own)) << kTileBits;
     before += tile == own ? place % kTileKeys : lower_bound(keys + tile * kTileKeys, 0, kTileKeys, limit);
   }
   return warp_sum(before);
 }
 
-// Sorts 0 to count by key_of(i), of 54 bits, equals in their order; a block of kSortThreads for each tile. Of
-// one tile, where `tiles_of_keys` is null, it calls emit(place in the order, key, i); of several it leaves
-// the sorted keys there, [tiles, kTileKeys], for emit_ranked.
+// Sorts 0 to count - 1 by key_of(i), of 54 bits, ties in their order; a block of kSortThreads for each tile.
+// With one tile `tiles_of_keys` is null, and emit(place in the order, key, i) is called for each; with
+// several, the sorted keys are left in it, [tiles, kTileKeys], for emit_ranked.
 template <class KeyOf, class Emit>
 __device__ __forceinline__ void sort_numbers(SharedMemory& memory, int64_t tile, int64_t count,
                                              uint64_t* tiles_of_keys, KeyOf key_of, Emit emit) {
@@ -93,9 +94,9 @@ __device__ __forceinline__ void sort_numbers(SharedMemory& memory, int64_t tile,
   }
 }
 
-// Calls emit(place in the order, key, i) for what lies at `place` of the tiles that sort_numbers left, in the
-// first lane of the warp that calls it. What fills up the last tile comes last in it: places below `count`
-// do.
+// Calls emit(place in the order, key, i) for the key at `place` of the tiles that sort_numbers left; a warp
+// calls it, and its first lane emits. The padding of the last tile is sorted to its end, so only places below
+// `count` matter.
 template <class Emit>
 __device__ __forceinline__ void emit_ranked(const uint64_t* tiles_of_keys, int64_t tiles, int64_t place,
                                             Emit emit) {

@@ -1,22 +1,23 @@
-// How rows are multiplied and cut: the arithmetic of an element type, the tiles of rows and columns, and the
-// order in which a tile lies in shared memory.
+// How rows are multiplied, cut and laid out: the arithmetic of an element type, the tiles of rows and
+// columns, and the order of a tile's chunks in shared memory.
 #pragma once
 
 #include "../portable.h"
 
 namespace pxc::cuda {
 
-// How rows are multiplied. With one plane they are 16-bit numbers. With two, a row is fp16 numbers and,
-// behind them, what these leave of the fp32 row: three products of the planes keep fp32's accuracy.
+// How rows are multiplied. With one plane they are 16-bit numbers. With two, an fp32 row is stored as fp16
+// numbers followed by their remainders, also fp16; three products of the planes keep fp32's accuracy.
 template <class T, int kPlanes_>
 struct Math {
   using Element = T;
   static constexpr int kPlanes = kPlanes_;
 };
 
-// The tiles, by the bytes of the longest row. With one piece of columns all fit the 99 KB of the smallest
-// device, most twice the 163 KB of an A100; outputs take up to 128 registers a thread. A wide one is alone on
-// a multiprocessor: a warp has twice as many rows, and reads less for every product.
+// The tiles, by the bytes of the longest row. With one piece of columns, all fit into the 99 KB of the
+// smallest device, and most fit twice into the 163 KB of an A100; outputs take up to 128 registers a thread.
+// A wide tile has a multiprocessor to itself: its warps have twice as many rows, and read less for every
+// product.
 template <int kMaxRowBytes, bool kWide = false>
 struct Shape {
   static_assert(kMaxRowBytes <= 512, "longer rows have shapes of their own");
@@ -40,7 +41,7 @@ struct Shape<2048> {
 };
 
 // kFull: all rows are as long as the longest, so that every address in a tile is a base and a constant.
-// kPieces: how many times the shape's columns make a tile, whose labels are known by these pieces.
+// kPieces: how many pieces of the shape's columns make a tile; the range of labels is known for each piece.
 template <class Math_, int kMaxChannels, bool kFull_ = false, int kPieces_ = 1, bool kWide = false>
 struct Tile : Math_, Shape<2 * Math_::kPlanes * kMaxChannels, kWide> {
   using T = typename Math_::Element;
@@ -72,7 +73,8 @@ __device__ __forceinline__ int tile_offset(int row, int chunk, int row_stride) {
   return row * row_stride + swizzled<8>(row, chunk) * 16;
 }
 
-// The same of chunk ^ `more`, from the offset of `chunk`: what is known at compile time costs no register.
+// The offset of chunk ^ `more`, given the offset of `chunk`: if `more` is known at compile time, it costs no
+// register.
 __device__ __forceinline__ int offset_further(int offset, int more) {
   return (offset ^ more % 8 * 16) + more / 8 * 128;
 }

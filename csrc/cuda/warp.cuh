@@ -1,11 +1,11 @@
-// What a warp makes of its lanes' values.
+// Sums over the lanes of a warp.
 #pragma once
 
 #include "../portable.h"
 
 namespace pxc::cuda {
 
-// In a fixed order; every lane gets the same bits.
+// The sum over all lanes, in a fixed order: every lane gets the same bits.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
   for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);

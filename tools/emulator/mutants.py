@@ -255,9 +255,7 @@ MUTANTS = [
     ),
     # sorting, pools and sampling
     Mutant("keys sorted before they are there", "sort.cuh", "sync_block();  // all keys are there", ""),
-    Mutant(
-        "equals of tiles before stand behind", "sort.cuh", "(what + (tile < own))", "(what + (tile > own))"
-    ),
+    Mutant("equals of tiles before stand behind", "sort.cuh", "(key + (tile < own))", "(key + (tile > own))"),
     Mutant(
         "block's step of the sort ordered by warp",
         "sort.cuh",
