@@ -152,10 +152,9 @@ class MemoryBank(nn.Module):
         self._born_on_meta = False
 
     def reset_parameters(self) -> None:
-        """Empty a bank whose memory holds nothing yet, by the name that FSDP, Lightning and others call after
-        `to_empty`.
+        """Empty a bank whose memory holds nothing yet.
 
-        What transformers has loaded from a file stays as it is, if its `_init_weights` calls this.
+        FSDP, Lightning and others call a method of this name after `to_empty`. What transformers has loaded from a file stays as it is, if its `_init_weights` calls this.
         """
         # While transformers loads a model, its `nn.init.*` leave alone what came from the file.
         for buffer in self.buffers():
@@ -202,11 +201,10 @@ class MemoryBank(nn.Module):
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> None:
-        """Add one region and up to `pixels_per_image` pixels for every (image, class) that occurs, in image
-        order.
+        """Add one region and up to `pixels_per_image` pixels for every (image, class) that occurs.
 
-        Pixels are those of the smallest (priority, pixel index), in pixel order. Rings wrap; of more than a
-        ring holds the last ones stay. A row whose norm is zero or not finite is never stored. Nothing waits
+        Rows are added in image order; the pixels are those of the smallest (priority, pixel index), in pixel order. Rings
+        wrap: if there are more rows than slots, only the last ones are kept. A row whose norm is zero or not finite is never stored. Nothing waits
         for the device.
 
         Args:
@@ -253,8 +251,8 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Add rows without a map to the pixel rings, all of them, in their order.
 
-        For embeddings of any origin: a memory as metric learning has it, tokens of a transformer. Rings wrap; of more
-        than a ring holds the last ones stay. A row whose norm is zero or not finite is never stored. There are no
+        For embeddings of any origin: a memory as metric learning has it, tokens of a transformer. Rings wrap: if
+        there are more rows than slots, only the last ones are kept. A row whose norm is zero or not finite is never stored. There are no
         images, so no regions. Needs scratch for num_classes x N x D elements. In a distributed job as `enqueue`.
 
         Args:

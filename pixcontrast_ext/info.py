@@ -25,8 +25,9 @@ def triton_version() -> str:
 
 
 def report() -> str:
-    """Versions, how the native module was built, threads, devices, for each backend ready or why not, and which would
-    serve a call.
+    """Versions, how the native module was built, threads, devices, and the backends.
+
+    Of each backend whether it is ready, or why not, and which of them would serve a call.
     """
     lines = [
         ("pixcontrast_ext", pixcontrast_ext.__version__),

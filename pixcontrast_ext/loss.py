@@ -22,9 +22,7 @@ from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
 def _nearest(size: int, target: int, device: torch.device) -> Tensor:
-    """Which of `size` positions each of `target` takes, by the rule of `F.interpolate(mode="nearest")`: in
-    fp32.
-    """
+    """Which of `size` positions each of `target` takes, as `F.interpolate(mode="nearest")` does it: in fp32."""
     positions = torch.arange(target, dtype=torch.float32, device=device)
     if target == 0:
         return positions.long()
@@ -32,9 +30,7 @@ def _nearest(size: int, target: int, device: torch.device) -> Tensor:
 
 
 def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pick [..., h, w] out of [..., H, W] like `F.interpolate(mode="nearest")`, on any dtype, integers
-    included.
-    """
+    """Pick [..., h, w] out of [..., H, W] like `F.interpolate(mode="nearest")`, for any dtype, integers too."""
     height, width = maps.shape[-2:]
     if height != size[0]:
         maps = maps.index_select(-2, _nearest(height, size[0], maps.device))
@@ -225,8 +221,9 @@ class PixelContrastLoss(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Begin the warm-up anew, by the name that FSDP, Lightning and others call after `to_empty`; the bank has its
-        own.
+        """Begin the warm-up anew; the bank has a method of its own.
+
+        FSDP, Lightning and others call a method of this name after `to_empty`.
         """
         nn.init.constant_(self.step, 0)  # which leaves alone what transformers has loaded
         self._born_on_meta = False

@@ -66,8 +66,10 @@ class GatherBackward:
 
 @dataclass(slots=True)
 class Collect:
-    """What a batch offers a bank: for each (image, class) its region, then its pixels of smallest (priority, pixel) in
-    pixel order. A row whose norm is 0 or not finite is not offered: label -1, all zeros.
+    """What a batch offers a bank.
+
+    For each (image, class) its region, then its pixels of smallest (priority, pixel), in pixel order. A row whose norm
+    is 0 or not finite is not offered: its label is -1, and it is all zeros.
     """
 
     embeddings: Tensor  # [B, D, H, W], any strides

@@ -168,8 +168,10 @@ def enqueue_write(call: Write) -> None:
 def _cut(
     device: torch.device, of: str, dtype: int, full_float32: bool, channels: int, *counts: int
 ) -> tuple[Any, int]:
-    """The tile of an InfoNCE pass on a device, and how many blocks run at a time: of the "negatives" or the
-    "positives", where it depends on how many anchors and keys there are, or of the "backward".
+    """The tile of an InfoNCE pass on a device, and how many blocks run at a time.
+
+    The passes are the "negatives" and the "positives", where both depend on `counts`, the numbers of anchors and keys,
+    and the "backward".
     """
     tile_of, number = getattr(devices.gpu.kernels, f"infonce_{of}_tile"), device.index or 0
     with devices.gpu.current(device):  # the module's runtime makes it the current one

@@ -52,9 +52,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _labelled(rows: Tensor, labels: Tensor) -> Tensor:
-    """Rows in the accumulator's precision; those without a label become 0, so that nothing in them can
-    spread.
-    """
+    """Rows in the accumulator's precision; unlabelled ones become 0, so that nothing in them can spread."""
     return rows.to(_accumulator(rows.dtype)).masked_fill((labels < 0)[:, None], 0.0)
 
 
@@ -164,9 +162,7 @@ def _count(pools: Tensor, num_pools: int) -> Tensor:
 
 
 def _smallest(pools: Tensor, priority: Tensor, keep: Tensor) -> Tensor:
-    """Mask of the `keep[pool]` pixels of smallest (priority, pixel) in each pool; all three flat over the
-    pixels.
-    """
+    """Mask of the `keep[pool]` pixels of smallest (priority, pixel) in each pool; all flat over the pixels."""
     num_pools = keep.shape[0]
     by_priority = torch.sort(priority, stable=True).indices
     in_pools = torch.where(pools < 0, num_pools, pools)
@@ -272,8 +268,9 @@ def gather(call: Gather) -> None:
 
 
 def gather_backward(call: GatherBackward) -> None:
-    """d(x / |x|) = (g - <g, x/|x|> x/|x|) / |x|; a row whose gradient is zero contributes exactly zero, even if its
-    pixel is NaN.
+    """The normalisation's gradient: d(x / |x|) = (g - <g, x/|x|> x/|x|) / |x|.
+
+    A row whose gradient is zero contributes exactly zero, even if its pixel is NaN.
     """
     embeddings, indices, inv_norm = call.embeddings, call.indices, call.inv_norm
     grad = call.grad_rows.to(inv_norm.dtype)

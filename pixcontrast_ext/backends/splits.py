@@ -17,10 +17,10 @@ def fewest_splits(column_tiles: int, columns_of_tile: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def splits(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) -> int:
-    """How many blocks share the walk of a row tile over the columns: the fewest that fill the device evenly, and
-    leave none of them more than LONGEST_WALK columns.
+    """How many blocks share the walk of a row tile over the columns.
 
-    `slots` blocks run at a time. A wave of blocks takes as long as its longest walk.
+    The fewest that fill the device evenly and leave none of them more than LONGEST_WALK columns. `slots` blocks run at
+    a time, and a wave of blocks takes as long as its longest walk.
     """
     fewest = fewest_splits(column_tiles, columns_of_tile)
     most = max(fewest, min(column_tiles, 2 * slots // max(row_tiles, 1), MOST_SPLITS))

@@ -119,8 +119,9 @@ def write(
     exchange: Exchange,
     backend: str,
 ) -> None:
-    """Append collected rows, those of all ranks in rank order, to the rings of a bank, in place, in image order; the
-    last ones of more than a ring stay.
+    """Append collected rows, those of all ranks in rank order, to the rings of a bank, in place and in image order.
+
+    If there are more rows than slots, only the last ones are kept.
     """
     torch.ops.pixcontrast.enqueue_write_all_ranks(
         rows,

@@ -61,8 +61,7 @@ def hard_anchor_sampling(
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> AnchorSample:
-    """Choose up to `max_samples` pixels to be anchors, half of them hard (mispredicted) where there are
-    enough.
+    """Choose up to `max_samples` pixels to be anchors, half of them hard (mispredicted) if there are enough.
 
     Every (image, class) of at least `min_pixels` pixels gives the same number of anchors, at most
     `max_views`. The shape is fixed and nothing waits for the device. `backends/reference.py` states the rules

@@ -95,8 +95,10 @@ class ExportCommand:
 
 @dataclass(frozen=True)
 class CompareCommand:
-    """Train with cross-entropy, contrast in the batch and contrast with the bank, from the same weights on the
-    same batches, and compare."""
+    """Train with cross-entropy, contrast in the batch, and contrast with the bank, and compare.
+
+    All start from the same weights and see the same batches.
+    """
 
     config: Path | None = None
     """JSON file of options or the name of a recipe, as for train. --methods and --seeds override those in it."""

@@ -107,9 +107,9 @@ class CompareConfig:
 
 
 def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
-    """Train all runs, seed by seed, and leave compare.json, compare.png and panels.png in `config.run.out`, with the
-    options that they have in common.
+    """Train all runs, seed by seed, and compare them.
 
+    Leaves compare.json, compare.png and panels.png in `config.run.out`, with the options that the runs have in common.
     Under torchrun, every rank calls this.
 
     Args:
@@ -222,8 +222,10 @@ def table(comparison: Comparison) -> str:
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> Path:
-    """Left, mIoU on val over the steps: each seed faint, the mean strong. Right, the paired differences at the end:
-    a dot for each seed, the mean and its 95 % interval."""
+    """Draw mIoU over the steps, and the paired differences at the end.
+
+    Left, mIoU on val: each seed faint, the mean strong. Right, a dot for each seed, the mean and its 95 % interval.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     curves, differences = figure.subplots(1, 2, width_ratios=(3, 2))
     for number, (method, results) in enumerate(comparison.results.items()):

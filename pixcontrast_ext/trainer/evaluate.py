@@ -113,10 +113,10 @@ def load_model(
 
 
 def export_model(checkpoint: Path, out: Path) -> int:
-    """Write the model of a checkpoint as inference needs it: its state dict without projection head, its config and
-    step. `load_model` reads the file as it does a checkpoint. Returns the number of parameters.
+    """Write the model of a checkpoint as inference needs it, and return the number of its parameters.
 
-    Raises the errors of `load_model`.
+    The file holds the state dict without projection head, the config and the step, and `load_model` reads it like a
+    checkpoint. Raises the errors of `load_model`.
     """
     model, config, step = load_model(checkpoint, torch.device("cpu"))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -74,9 +74,7 @@ class _Keys:
         return _widen(self.keys[first : first + size], None, self._buffer[:size])
 
     def labelled(self, first: int, size: int) -> tuple[Tensor, Tensor]:
-        """Of consecutive keys those that have a label, and their labels: the others may hold anything, even
-        NaN.
-        """
+        """The labelled ones among consecutive keys, and their labels: the others may hold anything, even NaN."""
         labels = self.key_labels[first : first + size]
         if (labels >= 0).all():
             return self.rows(first, size), labels

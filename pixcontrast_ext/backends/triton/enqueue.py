@@ -1,10 +1,11 @@
-"""Enqueue in two steps. Collect: per image and class, the mean of the normalised pixel embeddings (the region) and the
-pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the candidates that are labelled
-go into the rings, in image order.
+"""Enqueue in two steps: collect candidate rows, then write the labelled ones into the rings, in image order.
 
-The map is read once, in the order of the pixels' classes: every program takes an equal share of an image's pixels, has
-few classes in it, and leaves a sum for each. On the way through the sorted pixels share i and class c meet at most
-once, and i + c grows with every such meeting, so that it numbers the sums.
+The candidates of an (image, class) are its region, the mean of the normalised pixel embeddings, and its pixels of
+smallest (priority, pixel); their number is fixed.
+
+The map is read once, in the order of the pixels' classes: every program takes an equal share of an image's pixels, sees
+few classes in it, and leaves a sum for each. Walking along the sorted pixels, each step enters the next share i or a
+later class c, so i + c is different for every (share, class) that overlap: it is the index of their partial sum.
 """
 
 from __future__ import annotations

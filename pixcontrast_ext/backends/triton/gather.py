@@ -1,5 +1,6 @@
-"""Gathering chosen pixels out of the strided map, and the dense gradient of the map, of which every element is written
-exactly once: the sum of the rows that name its pixel, in row order, or zero.
+"""Gathering chosen pixels from a strided map, and the dense gradient of the map.
+
+Every element of the gradient is written exactly once: the sum of the rows that name its pixel, in row order, or zero.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def gather_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A row of an index outside of the map is 0."""
+    """Rows of pixels, normalised on the way; the row of an index outside the map is 0."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     index = tl.load(indices + row, mask=row < num_rows, other=-1)

@@ -44,8 +44,10 @@ def _refusing_to_compile() -> Iterator[None]:
 
 
 def _kind(argument: Any) -> Any:
-    """What Triton compiles a kernel anew for: types, whether addresses and numbers are multiples of 16, ones, and
-    numbers beyond int32; those beyond int64 are not told from these.
+    """The part of an argument that Triton compiles a kernel for.
+
+    Types, whether addresses and numbers are multiples of 16, whether a number is 1, and whether it fits int32. Numbers
+    beyond int64, of which there are none, are not told apart from the others beyond int32.
     """
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0

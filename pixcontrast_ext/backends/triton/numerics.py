@@ -38,8 +38,9 @@ def reciprocal(value):
 
 @triton.jit
 def product(left, right):
-    """left * right, rounded even where something is added to it: one beyond 2^24 that is not rounded is far from the
-    same one that is, which a shift or a log-sum-exp was made of.
+    """The product left * right, rounded even where something is added to it.
+
+    Shifts and log-sum-exps are made of rounded products. Beyond 2^24 an unrounded one would be far from these.
     """
     if INTERPRETED:
         found = left * right

@@ -1,5 +1,7 @@
-"""Pools of pixels, which sampling and enqueue share: the pixels of one image that have one class and, in sampling, one
-hardness. Of each pool the smallest (priority, pixel) are wanted, in pixel order.
+"""Pools of pixels, which sampling and enqueue share.
+
+A pool holds the pixels of one image that have one class and, in sampling, one hardness. Of each pool the smallest
+(priority, pixel) are wanted, in pixel order.
 
 A stable counting sort groups the pixels of each image by pool: chunks count, a scan gives every (pool, chunk) its
 place, and chunks scatter. A pool is then a contiguous list in pixel order, and a radix select over it finds the

@@ -1,5 +1,7 @@
-"""Hard-anchor sampling in five launches: three sort the pixels into pools, one plans how many anchors each pool gives,
-one selects them. The rules are numbered as in backends/reference.py, which states them in full.
+"""Hard-anchor sampling in five launches.
+
+Three sort the pixels into pools, one plans how many anchors each pool gives, and one selects them. The rules are
+numbered as in backends/reference.py, which states them in full.
 """
 
 from __future__ import annotations

@@ -88,8 +88,9 @@ def differ(column_labels, row_labels):
 
 @triton.jit
 def sum_of(parts, beside, splits, num_anchors, place, inside, SPLITS: tl.constexpr):
-    """The sum of the splits of anchors' negatives, as the programs numbered `beside` have it: each adds the chunks of
-    scores in another order, and its weights belong to its own sum.
+    """The sum over the splits of anchors' negatives, as the programs numbered `beside` know it.
+
+    Each of those adds the chunks of a score in another order, and its weights belong to its own sum.
     """
     sum = tl.zeros(place.shape, tl.float32)
     for first in range(0, splits, SPLITS):
@@ -101,8 +102,10 @@ def sum_of(parts, beside, splits, num_anchors, place, inside, SPLITS: tl.constex
 
 @triton.jit
 def shift_served(sum, listed, with_grad, WALK: tl.constexpr):
-    """Whether nothing has overflowed, and nothing that matters vanished: an fp16 weight is off by up to 2^-25, or two
-    parts of one together, and no sum of them by more than 2^-11, or 2^-19, of itself.
+    """Whether nothing has overflowed, and nothing that matters has vanished.
+
+    A weight in fp16, or in two parts of fp16, is off by up to 2^-25. The sum of the weights has to be so large that
+    this is at most 2^-11 of it, or 2^-19 for two parts.
     """
     least = 2.0**-60
     if WALK.half:

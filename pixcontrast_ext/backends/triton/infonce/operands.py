@@ -81,8 +81,9 @@ def load_rows(rows, place, guard, first, WALK: tl.constexpr, GUARDED: tl.constex
 
 @triton.jit
 def multiply_rows(left, right, WALK: tl.constexpr):
-    """left . right^T, [rows, columns]. Of two planes, the share of each chunk is summed apart, small products first:
-    tensor cores cut their sums off.
+    """The scores left . right^T, [rows, columns].
+
+    With two planes, each chunk's share is summed separately, small products first: tensor cores truncate their sums.
     """
     scores = tl.zeros([WALK.rows, WALK.columns], tl.float32)
     for j in tl.static_range(WALK.chunks):
@@ -105,10 +106,10 @@ def beside_scores(values, WALK: tl.constexpr):
 
 @triton.jit
 def add_weighted(outputs, weights, columns, dtype: tl.constexpr, WALK: tl.constexpr):
-    """outputs + weights . columns, of fp32 weights: a tuple of the first chunks [rows, chunk]. Of two planes, the share
-    of a tile is summed apart.
+    """Adds weights . columns, of fp32 weights, to outputs: a tuple of the first chunks [rows, chunk].
 
-    A weight of 16 bits is off by up to 2e-3, and all alike where the weights are; two parts of it are not.
+    With two planes, each tile's share is summed separately. Rounding a weight to 16 bits costs up to 2e-3, and equal
+    weights err alike, so that the errors add up. With two parts the remainder is multiplied too.
     """
     weight = rounded_to(weights, dtype)
     rest = weight

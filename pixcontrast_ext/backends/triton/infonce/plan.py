@@ -1,5 +1,6 @@
-"""What a forward visits: tiles of anchors of one class, and the columns that are worth a visit. Lists are as long as
-the anchors or the columns, whatever the data.
+"""What a forward visits: tiles of anchors of one class, and the columns that are worth a visit.
+
+The lists have room for all anchors or all columns, whatever the data.
 """
 
 from __future__ import annotations

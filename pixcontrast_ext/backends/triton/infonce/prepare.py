@@ -52,8 +52,9 @@ def plane_exponent(peaks, count):
 def prepare_rows(
     source, padded, count, block, blocks, ORDERED: tl.constexpr, AGAIN: tl.constexpr, WALK: tl.constexpr
 ):
-    """A share of a side; zeros where there is no label, whatever stands there. Planes are written with the usual power
-    of two, and AGAIN where the numbers met need another. Returns the exponent.
+    """A block's share of a side; a row without a label becomes zeros, whatever it holds. Returns the exponent.
+
+    Planes are written with the usual power of two, and AGAIN if the numbers that were met need another.
     """
     WIDTH: tl.constexpr = WALK.chunks * WALK.chunk
     exponent = USUAL_EXPONENT
@@ -164,8 +165,9 @@ def prepare(
     terms: Terms | None = None,
     temperature: float = 1.0,
 ) -> tuple[Sides, Factors, bool]:
-    """Both sides as operands of a pass, what becomes of `terms`, and whether keys are GUARDED. Fills `ranges` with
-    those of the keys' labels, in tiles of the pass's columns.
+    """Both sides as operands of a pass, the factors made of `terms`, and whether keys are GUARDED.
+
+    Fills `ranges` with the ranges of the keys' labels, by tiles of the pass's columns.
     """
     walk, in_planes = of.walk, of.walk.in_planes.value
     dtype = torch.float16 if in_planes else anchors.dtype

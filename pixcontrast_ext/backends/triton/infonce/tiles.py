@@ -97,8 +97,9 @@ def arithmetic(dtype: torch.dtype) -> Arithmetic:
 
 
 class Constants:
-    """Of a frozen dataclass whose fields a kernel takes for constants. Every launch asks for its hash: that of a name
-    made once.
+    """Base of frozen dataclasses whose fields a kernel takes as constants.
+
+    Every launch asks for the hash, so it is that of a name made once.
     """
 
     def __post_init__(self) -> None:
