@@ -90,7 +90,8 @@ class MemoryBank(nn.Module):
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {_DTYPES}")
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-        if process_group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives the ranks outside of it
+        outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+        if process_group == outside:  # what new_group gives the ranks outside of it
             process_group = None
         if process_group not in ("default", None) and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be 'default', a group or None, got {process_group!r}")
@@ -107,6 +108,7 @@ class MemoryBank(nn.Module):
         self._born_on_meta = self.keys.is_meta
 
     def extra_repr(self) -> str:
+        """What is printed of it."""
         return (
             f"{self.num_classes}, {self.embed_dim}, region_slots={self.region_slots}, pixel_slots={self.pixel_slots}, "
             f"pixels_per_image={self.pixels_per_image}, dtype={self.keys.dtype}"
@@ -154,7 +156,8 @@ class MemoryBank(nn.Module):
     def reset_parameters(self) -> None:
         """Empty a bank whose memory holds nothing yet.
 
-        FSDP, Lightning and others call a method of this name after `to_empty`. What transformers has loaded from a file stays as it is, if its `_init_weights` calls this.
+        FSDP, Lightning and others call a method of this name after `to_empty`. What transformers has loaded from a
+        file stays as it is, if its `_init_weights` calls this.
         """
         # While transformers loads a model, its `nn.init.*` leave alone what came from the file.
         for buffer in self.buffers():
@@ -180,13 +183,14 @@ class MemoryBank(nn.Module):
         return bool(problems)
 
     def train(self, mode: bool = True) -> MemoryBank:
+        """As that of a module, after `inspect`."""
         self.inspect()
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemoryBank:
         was_meta = self.keys.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.keys.is_meta:  # to_empty: nothing else brings a tensor from there
             self.reset()
         return self
@@ -203,9 +207,9 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Add one region and up to `pixels_per_image` pixels for every (image, class) that occurs.
 
-        Rows are added in image order; the pixels are those of the smallest (priority, pixel index), in pixel order. Rings
-        wrap: if there are more rows than slots, only the last ones are kept. A row whose norm is zero or not finite is never stored. Nothing waits
-        for the device.
+        Rows are added in image order; the pixels are those of the smallest (priority, pixel index), in pixel order.
+        Rings wrap: if there are more rows than slots, only the last ones are kept. A row whose norm is zero or not
+        finite is never stored. Nothing waits for the device.
 
         Args:
             embeddings: any strides, need not be normalised; on the device of the bank.
@@ -251,9 +255,10 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Add rows without a map to the pixel rings, all of them, in their order.
 
-        For embeddings of any origin: a memory as metric learning has it, tokens of a transformer. Rings wrap: if
-        there are more rows than slots, only the last ones are kept. A row whose norm is zero or not finite is never stored. There are no
-        images, so no regions. Needs scratch for num_classes x N x D elements. In a distributed job as `enqueue`.
+        For embeddings of any origin: a memory as metric learning has it, tokens of a transformer. Rings wrap: if there
+        are more rows than slots, only the last ones are kept. A row whose norm is zero or not finite is never stored.
+        There are no images, so no regions. Needs scratch for num_classes x N x D elements. In a distributed job as
+        `enqueue`.
 
         Args:
             rows: fp32, fp16 or bf16, any strides, need not be normalised; on the device of the bank.
@@ -315,6 +320,7 @@ class MemoryBank(nn.Module):
 
     @property
     def process_group(self) -> dist.ProcessGroup | str | None:
+        """What candidates are exchanged with, as given at construction."""
         return self._exchange.process_group
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -325,9 +331,8 @@ class MemoryBank(nn.Module):
             error_msgs.extend(problems)
             return
         name = f"{prefix}keys"
-        if name in state_dict:
-            if self.normalize:
-                state_dict[name] = self._of_unit_norm(state_dict[name], state_dict[f"{prefix}key_labels"])
+        if self.normalize and name in state_dict:
+            state_dict[name] = self._of_unit_norm(state_dict[name], state_dict[f"{prefix}key_labels"])
         super()._load_from_state_dict(state_dict, prefix, *args)
         if name in state_dict and not self.keys.is_meta:
             self._born_on_meta = False

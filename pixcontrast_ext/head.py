@@ -35,5 +35,6 @@ class ProjectionHead(nn.Module):
             raise ValueError(f"kind must be 'convmlp' or 'linear', got {kind!r}")
 
     def forward(self, features: Tensor) -> Tensor:
+        """Embeddings [B, embed_dim, H, W] of features [B, in_channels, H, W]."""
         embeddings: Tensor = self.project(features)
         return embeddings

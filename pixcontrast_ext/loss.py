@@ -14,7 +14,7 @@ from pixcontrast_ext import backends
 from pixcontrast_ext.backends.errors import bad_class
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.ops import checks
-from pixcontrast_ext.ops.gather import GatherEmbeddings
+from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast, mean_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
 from pixcontrast_ext.ops.sampling import sample
@@ -204,6 +204,7 @@ class PixelContrastLoss(nn.Module):
 
     @property
     def weight(self) -> float:
+        """What multiplies the contrast."""
         return self._weight
 
     @weight.setter
@@ -215,6 +216,7 @@ class PixelContrastLoss(nn.Module):
         self._weight = value
 
     def extra_repr(self) -> str:
+        """What is printed of it."""
         return (
             f"{self.num_classes}, weight={self.weight}, warmup_steps={self.warmup_steps}, "
             f"temperature={self.temperature}, max_samples={self.max_samples}"
@@ -246,13 +248,14 @@ class PixelContrastLoss(nn.Module):
         self._born_on_meta = False
 
     def train(self, mode: bool = True) -> PixelContrastLoss:
+        """As that of a module, after `inspect`."""
         self.inspect()
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelContrastLoss:
         was_meta = self.step.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.step.is_meta:  # to_empty
             self.reset_parameters()
         return self
@@ -441,7 +444,7 @@ class PixelContrastLoss(nn.Module):
             # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
         dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
-        anchors = GatherEmbeddings.apply(embeddings, chosen.indices, self.normalize, dtype, backend)
+        anchors = gather(embeddings, chosen.indices, self.normalize, dtype, backend)
         others = None if self.bank is None else self.bank.flat()
         exclude_self = self.bank is None
         of_anchors, pos_count = contrast(
@@ -519,6 +522,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     @property
     def bank(self) -> MemoryBank | None:
+        """The bank of `contrast`."""
         return self.contrast.bank
 
     @property
@@ -528,6 +532,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     @property
     def weight(self) -> float:
+        """What multiplies the contrast."""
         return self.contrast.weight
 
     @weight.setter
@@ -536,6 +541,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     @property
     def warmup_steps(self) -> int:
+        """How many training calls do without contrast."""
         return self.contrast.warmup_steps
 
     @warmup_steps.setter
@@ -567,13 +573,14 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         self.contrast.inspect()
 
     def train(self, mode: bool = True) -> PixelContrastCrossEntropyLoss:
+        """As that of a module, after `inspect`."""
         self.inspect()
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelContrastCrossEntropyLoss:
         was_meta = self.step.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and self._class_weights is not None:  # to_empty
             self.reset_parameters()
         return self

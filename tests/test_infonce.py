@@ -96,9 +96,9 @@ def test_gradcheck_in_double(classes, exclude_self):
 def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype, precision, num_keys, bar):
     """As 16,384 anchors share out the walk on an H100: one block alone would fall short by 6e-4 and 4e-4."""
     monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
-    before = splits.splits
+    shares = splits.splits
     monkeypatch.setattr(
-        splits, "splits", lambda rows, columns, slots, of_tile: before(256, columns, 264, of_tile)
+        splits, "splits", lambda rows, columns, slots, of_tile: shares(256, columns, 264, of_tile)
     )
     anchors, _, keys, _ = inputs = draw_rows(16, num_keys, 16, 1, dtype=dtype, unlabelled=0)
     inputs[3][100:] = 1

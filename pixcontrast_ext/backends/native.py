@@ -29,7 +29,7 @@ def _reason_missing(error: ImportError) -> str:
 
 
 try:
-    from pixcontrast_ext import _C
+    from pixcontrast_ext import _C as _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     _C = None  # type: ignore[assignment]
     unavailable: str | None = _reason_missing(error)

@@ -16,6 +16,7 @@ def refuse_recomputation(why: str) -> None:
 
 
 def is_integer(tensor: Tensor) -> bool:
+    """Whether a tensor holds integers, of any size; bool is none."""
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,15 @@ class _Control:
     Made without `new_group`, which all ranks of the job would have to call, those outside of the group too.
     """
 
-    _of: weakref.WeakKeyDictionary[dist.ProcessGroup, _Control] = weakref.WeakKeyDictionary()
-    _made: dict[str, int] = {}
+    _of: ClassVar[weakref.WeakKeyDictionary[dist.ProcessGroup, _Control]] = weakref.WeakKeyDictionary()
+    _made: ClassVar[dict[str, int]] = {}
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         # A job may be ended and begun anew, with the same names in the same store.
         generation = self._made[group.group_name] = self._made.get(group.group_name, 0) + 1
         prefix = f"pixcontrast_ext/{group.group_name}/{generation}/"
-        self.store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+        self.store = dist.distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         self.limit = _time_limit(group)
         self.group: Any = None  # a ProcessGroupGloo, once all ranks are there
 

@@ -64,17 +64,20 @@ class GatherEmbeddings(torch.autograd.Function):
     """`gather_embeddings` with its gradient; reads the map again in the backward, so it keeps no copy of it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, embeddings: Tensor, indices: Tensor, normalize: bool, dtype: torch.dtype, backend: str
     ) -> Tensor:
+        """Rows [A, D] of `dtype`; see `gather_embeddings`."""
         rows, inv_norm = torch.ops.pixcontrast.gather(embeddings, indices, normalize, dtype, backend)
         ctx.save_for_backward(embeddings, indices, inv_norm)
         ctx.normalize, ctx.backend = normalize, backend
-        return rows
+        made: Tensor = rows
+        return made
 
     @staticmethod
     @library.differentiable_once
-    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """The dense gradient of the map."""
         embeddings, indices, inv_norm = ctx.saved_tensors
         grad = torch.ops.pixcontrast.gather_backward(
             grad_rows, embeddings, indices, inv_norm, ctx.normalize, ctx.backend
@@ -121,5 +124,10 @@ def gather_embeddings(
         raise TypeError(f"dtype must be floating point, got {dtype}")
     widest = torch.float64 if dtype == torch.float64 else embeddings.dtype
     name = backends.resolve(backend, "gather_embeddings", embeddings.device, widest)
-    rows: Tensor = GatherEmbeddings.apply(embeddings, indices, normalize, dtype, name)
+    return gather(embeddings, indices, normalize, dtype, name)
+
+
+def gather(embeddings: Tensor, indices: Tensor, normalize: bool, dtype: torch.dtype, backend: str) -> Tensor:
+    """`gather_embeddings` of what has been checked, by a backend that serves it."""
+    rows: Tensor = GatherEmbeddings.apply(embeddings, indices, normalize, dtype, backend)  # type: ignore[no-untyped-call]
     return rows

@@ -91,7 +91,7 @@ class BlockwiseInfoNCE(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         anchors: Tensor,
         anchor_labels: Tensor,
@@ -102,6 +102,7 @@ class BlockwiseInfoNCE(torch.autograd.Function):
         grad_enabled: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        """Loss and |P| of each anchor; `grad_enabled` is whether the anchors' gradient may be asked for."""
         symmetric = keys is None
         with_grad = grad_enabled and ctx.needs_input_grad[0] and not symmetric
         loss, neg_lse, pos_weight, pos_count, anchor_grad = torch.ops.pixcontrast.infonce_forward(
@@ -129,7 +130,8 @@ class BlockwiseInfoNCE(torch.autograd.Function):
 
     @staticmethod
     @library.differentiable_once
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of the anchors and, if they need one, of the keys."""
         pos_count, *saved = ctx.saved_tensors
         grad_scale = grad_loss / pos_count.clamp(min=1)
         settings = (ctx.temperature, ctx.exclude_self, ctx.backend)
@@ -234,7 +236,7 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """`infonce` of what has been checked, by a backend that serves it: loss [A] and |P| [A]."""
     keys, key_labels = others or (None, None)
-    outputs: tuple[Tensor, Tensor] = BlockwiseInfoNCE.apply(
+    outputs: tuple[Tensor, Tensor] = BlockwiseInfoNCE.apply(  # type: ignore[no-untyped-call]
         anchors, anchor_labels, keys, key_labels, temperature, exclude_self, torch.is_grad_enabled(), backend
     )
     return outputs

@@ -60,11 +60,11 @@ class Comparison:
         return next(iter(self.results))
 
     def miou(self, method: str) -> np.ndarray:
-        """mIoU on val at the last step, for each seed."""
+        """The mIoU on val at the last step, for each seed."""
         return np.array([result.miou for result in self.results[method]])
 
     def difference(self, method: str) -> Interval:
-        """mIoU over that of the baseline, paired by seed."""
+        """The mIoU over that of the baseline, paired by seed."""
         return interval(self.miou(method) - self.miou(self.baseline))
 
     def seconds(self, method: str) -> float:

@@ -83,8 +83,10 @@ def table(results: dict[str, Result]) -> str:
     """Mean and per-class IoU on val and the time of a step, a column per run."""
     rows = [["", *results]]
     rows.append(["mIoU", *(f"{result.miou:.3f}" for result in results.values())])
-    for name in next(iter(results.values())).class_iou:
-        rows.append([f"  {name}", *(f"{result.class_iou[name]:.3f}" for result in results.values())])
+    rows.extend(
+        [f"  {name}", *(f"{result.class_iou[name]:.3f}" for result in results.values())]
+        for name in next(iter(results.values())).class_iou
+    )
     rows.append(["ms per step", *(f"{result.seconds_per_step * 1e3:.0f}" for result in results.values())])
     width = max(len(row[0]) for row in rows)
     return "\n".join(row[0].ljust(width) + "".join(cell.rjust(9) for cell in row[1:]) for row in rows)

@@ -95,7 +95,8 @@ def _through_windows(model: nn.Module, images: Tensor, options: InferenceConfig,
 
 def _logits(model: nn.Module, images: Tensor, amp: str) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp == "bf16"):
-        return model(images)["seg"].float()
+        logits: Tensor = model(images)["seg"].float()
+    return logits
 
 
 def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -131,7 +131,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of `step` in 0..steps-1: a linear rise over `lr_warmup` steps times a decay to 0."""
     rise = min(1.0, (step + 1) / config.lr_warmup) if config.lr_warmup else 1.0
-    return config.lr * rise * (1 - step / steps) ** config.power
+    decay: float = (1 - step / steps) ** config.power
+    return config.lr * rise * decay
 
 
 def seed_of(*key: int) -> int:

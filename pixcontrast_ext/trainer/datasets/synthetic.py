@@ -100,7 +100,8 @@ class _Scene:
         """A colour with slow stripes of random direction, [3, H, W]."""
         angle, phase = self.rng.uniform(0, 2 * np.pi, 2)
         stripes = np.sin((np.cos(angle) * self.x + np.sin(angle) * self.y) * 0.5 + phase)
-        return colour[:, None, None] + 14 * stripes
+        striped: np.ndarray = colour[:, None, None] + 14 * stripes
+        return striped
 
     def _cover(self, mask: np.ndarray, paint: np.ndarray, name: str) -> None:
         self.image = np.where(mask, paint, self.image)
@@ -111,7 +112,8 @@ class _Scene:
         angle, phase = rng.uniform(0, 2 * np.pi, 2)
         y, x = self.y - self.height * rng.uniform(0.3, 0.7), self.x - self.width * rng.uniform(0.3, 0.7)
         along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-        return abs(across - 5 * np.sin(along * 0.08 + phase)) < rng.uniform(8, 11)
+        band: np.ndarray = abs(across - 5 * np.sin(along * 0.08 + phase)) < rng.uniform(8, 11)
+        return band
 
     def _pond(self, apart_from: np.ndarray) -> np.ndarray:
         rng = self.rng
@@ -121,7 +123,8 @@ class _Scene:
             angle = np.arctan2(self.y - y, self.x - x)
             distance = np.hypot(self.y - y, self.x - x) / (1 + 0.12 * np.sin(3 * angle + phase))
             if not (apart_from & (distance < radius + 4)).any():
-                return distance < radius
+                blob: np.ndarray = distance < radius
+                return blob
         return np.zeros_like(apart_from)
 
     def _place(self, name: str, paint: np.ndarray, radius: float, within: np.ndarray) -> None:

@@ -57,16 +57,18 @@ class TimmBackbone(nn.Module):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The feature maps of images [B, 3, H, W], RGB in [0, 1]."""
-        return self.body((images - self.mean) / self.std)
+        maps: list[Tensor] = self.body((images - self.mean) / self.std)
+        return maps
 
     def fetch_weights(self) -> dict[str, Tensor]:
         """State dict of the `body` with the weights timm publishes, from its cache or over the network."""
         return self._create(pretrained=True).state_dict()
 
     def _create(self, pretrained: bool) -> nn.Module:
-        return import_module("timm").create_model(
+        body: nn.Module = import_module("timm").create_model(
             self.name, pretrained=pretrained, features_only=True, **self.options
         )
+        return body
 
 
 class ResNetBackbone(TimmBackbone):

@@ -35,7 +35,8 @@ class CompactBackbone(nn.Module):
         summed = self.lateral[2](coarse) + self.context(coarse.mean((2, 3), keepdim=True))
         summed = self.lateral[1](middle) + _resize(summed, middle)
         summed = self.lateral[0](fine) + _resize(summed, fine)
-        return self.fuse(F.relu(summed))
+        fused: Tensor = self.fuse(F.relu(summed))
+        return fused
 
 
 class _Residual(nn.Module):

@@ -47,7 +47,8 @@ class ObjectContext(nn.Module):
         # y_i = context(sum_k w_ik value(f_k)), z_i = fuse([y_i, x_i]).
         values = self.region_value(represented).flatten(2)
         gathered = torch.einsum("bnk,bdk->bdn", resembles, values).unflatten(2, pixels.shape[-2:])
-        return self.fuse(torch.cat([self.context(gathered), pixels], 1))
+        fused: Tensor = self.fuse(torch.cat([self.context(gathered), pixels], 1))
+        return fused
 
 
 class OCRModel(nn.Module):

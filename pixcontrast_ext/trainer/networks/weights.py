@@ -79,7 +79,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
         }
         state = inside or state
-    return state
+    weights: dict[str, Tensor] = state
+    return weights
 
 
 def _load(body: nn.Module, weights: dict[str, Tensor], source: str) -> None:

@@ -43,7 +43,7 @@ def load_factors(factors, place, inside):
 
 @triton.jit
 def score_gradient(scores, neg_lse_log2, push, pull, positive, MASKED: tl.constexpr):
-    """ds of eq. (5), of a positive and of a negative."""
+    """The gradient ds of eq. (5), of a positive and of a negative."""
     odds = tl.exp2(scores - neg_lse_log2)
     gradient = push * odds
     if MASKED:

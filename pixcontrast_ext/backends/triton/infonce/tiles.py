@@ -177,4 +177,5 @@ def passes(rows: Tensor) -> tuple[Pass, Pass, Pass]:
 
 def scale_of(temperature: float) -> float:
     """log2(e) / temperature, above 0 in fp32 too: -inf times 0 would be NaN."""
-    return max(LOG2E.value / temperature, 1e-37)
+    scale: float = LOG2E.value / temperature
+    return max(scale, 1e-37)
