@@ -129,7 +129,7 @@ struct GatherBackwardParams : GatherBackward {
 
 struct CollectParams : Collect {
   uint64_t* pool_keys;  // [B, pixels] scratch
-  float* weights;       // [B * pixels + 15] scratch: groups of 16 may end past the last pixel
+  float* weights;       // [B * pixels + kLanes - 1] scratch: groups of kLanes may end past the last pixel
   double* sums;         // [B, num_classes, D] scratch
   float* wide;          // [B, num_classes, pixels_per_image, D] scratch
   int32_t threads;
