@@ -81,7 +81,7 @@ def cuda_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=[name for name in BACKENDS if name in ("reference", "cpu")])
 def careful_backend(request: pytest.FixtureRequest) -> str:
     """One that looks at labels and indices first, and refuses bad ones. Kernels for a GPU take them for ignored."""
     return request.param

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pixcontrast_ext.backends import native
+from tests.support.backends import GPU_BACKENDS, ON_DEVICE
 from tools import compiled_code, machine_model
 
 SMALLEST_SHARED = 101376  # bytes a block may use on sm_86, sm_89 and sm_120
@@ -60,6 +61,7 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
         assert not [op for op in count if op.startswith(("ATOM", "RED"))], name
 
 
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS or ON_DEVICE, reason="it asks the emulated kernels")
 @pytest.mark.parametrize("dtype", [0, 1, 2])
 @pytest.mark.parametrize("channels", [8, 64, 200, 256, 264, 512])
 def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):

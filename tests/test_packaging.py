@@ -70,11 +70,15 @@ def installed(wheel):
     return folder
 
 
-def test_sdist_holds_what_a_build_needs(sdist):
+def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources | {"setup.py", "pyproject.toml", "LICENSE", "pixcontrast_ext/py.typed"} <= names
+    folders = (ROOT / folder for folder in ("csrc", "tests", "tools", "benchmarks"))
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    sources = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    assert (
+        sources | {"Makefile", "setup.py", "pyproject.toml", "LICENSE", "pixcontrast_ext/py.typed"} <= names
+    )
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith("build/")]
 
 
