@@ -194,6 +194,7 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
             return lambda *arguments, **options: asked.append((grid, *arguments, options)) or Compiled()
 
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launch, "_compiled", {})
@@ -245,6 +246,7 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *_, **__: triton.knobs.runtime.jit_cache_hook(key="", repr="", fn=self)
 
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="gather_kernel is not compiled yet.* run the step once before"):
