@@ -36,7 +36,18 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("device", "timings", "sanitize", "suite")
 # The longest first.
-SUITE = "ops infonce triton enqueue gather loss regressions properties sampling bank".split()
+SUITE = (
+    "ops",
+    "infonce",
+    "triton",
+    "enqueue",
+    "gather",
+    "loss",
+    "regressions",
+    "properties",
+    "sampling",
+    "bank",
+)
 BACKENDS = ("cuda", "triton")
 TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most comes first
     ("infonce", "cityscapes", ("bf16",), 40),
@@ -49,12 +60,15 @@ TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most c
     ("infonce", "in-batch", ("bf16",), 30),
     ("infonce", "quick", ("bf16", "fp32"), 40),
 )
-# Of Nsight Compute: share of every peak, of every pipe, shared memory's traffic, registers, blocks a multiprocessor,
-# what the warps wait for.
-SECTIONS = (
-    "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis_Tables LaunchStats Occupancy "
-    "SchedulerStats WarpStateStats"
-).split()
+SECTIONS = (  # of Nsight Compute
+    "SpeedOfLight",  # share of every peak
+    "ComputeWorkloadAnalysis",  # of every pipe
+    "MemoryWorkloadAnalysis_Tables",  # traffic of shared memory
+    "LaunchStats",  # registers
+    "Occupancy",  # blocks a multiprocessor
+    "SchedulerStats",
+    "WarpStateStats",  # reasons for the warps to wait
+)
 # The tests that need a device, in shares: the first fills its memory, the others take about as long as each other.
 SHARES = ("2_to_the_31", "against_double", "not against_double and not 2_to_the_31")
 
@@ -68,7 +82,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     shows: str = ""  # a pattern that its output has if all is well
     missing: str = ""  # why it cannot run here
-    quoted: bool = False  # its output belongs into the report
+    quoted: bool = False  # its output belongs in the report
     # What came out.
     state: str = "not begun"
     passed: int = 0
