@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pixcontrast_ext.backends import device as devices
-from tests.support.backends import ON_DEVICE
+from tests.support.backends import BACKENDS, ON_DEVICE
 from tools import gpu_small
 from tools.emulator import build, mutants, record, replay, sanitize
 from tools.emulator.primitives import Primitives
@@ -288,6 +288,7 @@ def test_nvcc_compiles_the_primitives(tmp_path):
 # The emulator itself
 
 
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
 def test_every_kernel_runs_on_small_shapes():
     """What `make gpu` gives to compute-sanitizer."""
     gpu_small.main("cuda", "cpu")
@@ -511,6 +512,8 @@ def test_address_sanitizer_sees_what_is_out_of_bounds(fault, message):
 def recording(tmp_path_factory) -> Path:
     if ON_DEVICE:
         pytest.skip("the kernels run on a device")
+    if "cuda" not in BACKENDS:
+        pytest.skip("PIXCONTRAST_TEST_BACKENDS leaves cuda out")
     path = tmp_path_factory.mktemp("recording") / "calls.npz"
     assert record.record(path, devices.gpu.kernels) > 200
     return path
