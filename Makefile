@@ -36,7 +36,7 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 # emulated kernels meet the sanitizers under one schedule. SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting
 # threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
-	@OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 --output-sync=target \
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tools.parts \
 	    test-apart test-rest test-triton test-training test-emulator test-oldest-triton
 
 test-apart:

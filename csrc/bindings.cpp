@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
                                 [] { return vector_kernels().score_gradients; });
 
   m.attr("FUSED_BLOCK_K") = kFusedBlockK;
+  m.attr("LANES") = kLanes;
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
   m.def("instruction_set", instruction_set);

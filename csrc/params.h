@@ -129,7 +129,7 @@ struct GatherBackwardParams : GatherBackward {
 
 struct CollectParams : Collect {
   uint64_t* pool_keys;  // [B, pixels] scratch
-  float* weights;       // [B * pixels + 15] scratch: groups of 16 may end past the last pixel
+  float* weights;       // [B * pixels + kLanes - 1] scratch: groups of kLanes may end past the last pixel
   double* sums;         // [B, num_classes, D] scratch
   float* wide;          // [B, num_classes, pixels_per_image, D] scratch
   int32_t threads;
@@ -287,8 +287,11 @@ struct Launch {
 
 namespace cuda {
 
+// Keys that a block sorts: 10 bits number them. Of pixels they are a chunk.
+constexpr int kTileBits = 10, kTileKeys = 1 << kTileBits;
+
 struct SamplingParams : Launch, Sampling {
-  uint64_t* pool_keys;   // [B, chunks, 1024] scratch; a chunk is 1024 pixels
+  uint64_t* pool_keys;   // [B, chunks, kTileKeys] scratch
   int32_t* pool_starts;  // [B, chunks, 2 num_classes + 1] scratch
   uint64_t* pair_keys;   // [num_classes, B] scratch
   int32_t* pool_keep;    // [num_classes, B, 2] scratch: rows that the hard and the easy pool give
@@ -303,14 +306,14 @@ struct GatherParams : Launch, Gather {  // a row of an index outside the map is 
 struct GatherBackwardParams : Launch, GatherBackward {
   float* wide;             // [rows, D] scratch: gradients of the pixels
   int64_t* row_pixels;     // [rows] scratch: their indices, -1 for a row without gradient
-  uint64_t* sort_keys;     // [tiles, 1024] scratch; null if there are no more rows than that
+  uint64_t* sort_keys;     // [tiles, kTileKeys] scratch; null if there are no more rows than that
   int64_t* sorted_pixels;  // [rows] scratch: the same in order
   int64_t* sorted_rows;    // [rows] scratch: whose they are
   PXC_FIELDS((Launch, GatherBackward), wide, row_pixels, sort_keys, sorted_pixels, sorted_rows)
 };
 
 struct CollectParams : Launch, Collect {
-  uint64_t* pool_keys;     // [B, chunks, 1024] scratch; a chunk is 1024 pixels
+  uint64_t* pool_keys;     // [B, chunks, kTileKeys] scratch
   int32_t* pool_starts;    // [B, chunks, num_classes + 1] scratch
   float* chunk_sums;       // [B, chunks, num_classes, D] scratch, of classes that the chunk has
   double* sums;            // [B, num_classes, D] scratch
@@ -337,7 +340,7 @@ struct InfonceRows {
   int64_t num_anchors;
   int32_t* order;          // [A] scratch: anchors by (label, index), those without a label last
   int32_t* sorted_labels;  // [A] scratch
-  uint64_t* sort_keys;     // [tiles, 1024] scratch; null if there are no more anchors than that
+  uint64_t* sort_keys;     // [tiles, kTileKeys] scratch; null if there are no more anchors than that
   float* score_scale;      // [] scratch: times which products become scores in units of log2
   Float16* anchor_planes;  // of fp32 rows [A, planes, channels] scratch; else null
   float* peaks;            // likewise [2, plane_blocks] scratch

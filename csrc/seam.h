@@ -85,16 +85,16 @@ class Fields {
   void assign(const char* name, EmbeddingMap& field, const py::handle& value) {
     const auto [address, dtype, sizes, strides] = value.cast<Strided>();
     expect(name, "float32, float16 or bfloat16", is_row_type(dtype), dtype);
-    field = {reinterpret_cast<const void*>(address),
-             DType(dtype),
-             sizes[0],
-             sizes[1],
-             sizes[2],
-             sizes[3],
-             strides[0],
-             strides[1],
-             strides[2],
-             strides[3]};
+    field = {.map = reinterpret_cast<const void*>(address),
+             .map_dtype = DType(dtype),
+             .batch = sizes[0],
+             .channels = sizes[1],
+             .height = sizes[2],
+             .width = sizes[3],
+             .stride_batch = strides[0],
+             .stride_channel = strides[1],
+             .stride_row = strides[2],
+             .stride_column = strides[3]};
     map_ = &field;
   }
 
@@ -103,7 +103,11 @@ class Fields {
     expect(name, kDTypeNames[int(map_->map_dtype)], DType(dtype) == map_->map_dtype, dtype);
     if (sizes != std::array{map_->batch, map_->channels, map_->height, map_->width})
       throw py::value_error(std::string(kernel_) + ": " + name + " must have the shape of the map");
-    field = {reinterpret_cast<void*>(address), strides[0], strides[1], strides[2], strides[3]};
+    field = {.grad_map = reinterpret_cast<void*>(address),
+             .grad_stride_batch = strides[0],
+             .grad_stride_channel = strides[1],
+             .grad_stride_row = strides[2],
+             .grad_stride_column = strides[3]};
   }
 
   static bool is_row_type(int32_t dtype) { return dtype >= 0 && dtype <= int32_t(DType::kBFloat16); }

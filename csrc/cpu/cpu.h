@@ -22,9 +22,8 @@ void write(const WriteParams&);
 void plan_tiles(const TilesParams&);
 void collect_keys(const CollectKeysParams&);
 
-// Keys that the forward with own products takes at a time. Fewer would mean to read and write O more often;
-// packed for both products at D = 256 they take 1 MiB as fp32, and pass through a core's second cache in
-// order.
+// Keys per tile of the fused forward. Smaller tiles would read and write O more often. At D = 256 an fp32
+// tile, packed for both products, is 1 MiB and streams through L2.
 constexpr int64_t kFusedBlockK = 512;
 
 // Of kLanes consecutive pixels of an image those that belong to one class.

@@ -1,5 +1,5 @@
-// Which keys the tiles of InfoNCE hold. Banks keep the keys of one class together; a tile that holds one
-// class only needs no masks and can leave out the anchors of that class altogether.
+// Which keys the tiles of InfoNCE hold. Banks keep the keys of one class together; a tile that holds a single
+// class needs no masks, and can leave out the anchors of that class altogether.
 #include <algorithm>
 
 #include "cpu.h"
@@ -44,7 +44,7 @@ void plan_tiles(const TilesParams& p) {
         add(first, start + (end - start) * (i + 1) / parts - first, label);
       }
     } else {
-      int64_t labelled = end;  // where the tile ends: behind its last key that has a label
+      int64_t labelled = end;  // where the tile ends: after its last labelled key
       while (end < p.num_keys && end - start < p.max_keys) {
         const int64_t next = end_of_run(p.key_labels, end, std::min(p.num_keys, end + long_run));
         if (next - end >= long_run) break;

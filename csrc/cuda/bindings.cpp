@@ -7,6 +7,7 @@ namespace pxc::cuda {
 
 void def_kernels(pybind11::module_& m) {
   using seam::def;
+  m.attr("SORT_TILE") = kTileKeys;
   def<SamplingParams>(m, "sampling", sampling);
   def<GatherParams>(m, "gather", gather);
   def<GatherBackwardParams>(m, "gather_backward", gather_backward);

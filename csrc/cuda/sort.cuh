@@ -7,8 +7,6 @@
 
 namespace pxc::cuda {
 
-constexpr int kTileBits = 10;
-constexpr int kTileKeys = 1 << kTileBits;  // SORT_TILE in backends/cuda.py
 constexpr int kSortThreads = kTileKeys / 2;
 
 // Sorts `size` keys in shared memory, a power of two above kWarp, in a bitonic network: one compare per

@@ -30,7 +30,6 @@ MAX_CHANNELS = 512  # of an InfoNCE row
 MAX_CLASSES = 2**21 - 1  # a sort key has 22 bits for (class, hard or easy), all ones for neither
 MAX_PIXELS = 2**31 - 1  # of an image
 OLDEST_DRIVERS = {13: "580", 12: "525"}  # that run what a toolkit of that major version built
-SORT_TILE = 1024  # keys that a block sorts, kTileKeys in sort.cuh; of pixels, a chunk
 
 
 def _old_driver(compiler: str) -> str:
@@ -102,18 +101,18 @@ def _pools(labels: Tensor, num_classes: int, kinds: int) -> dict[str, Tensor]:
         raise ValueError(
             f"the CUDA backend takes up to {MAX_PIXELS} pixels an image, got {tuple(labels.shape)}"
         )
-    chunks = -(-pixels // SORT_TILE)
+    chunk = devices.gpu.kernels.SORT_TILE
+    chunks = -(-pixels // chunk)
     return {
-        "pool_keys": labels.new_empty(batch, chunks, SORT_TILE),
+        "pool_keys": labels.new_empty(batch, chunks, chunk),
         "pool_starts": labels.new_empty(batch, chunks, kinds * num_classes + 1, dtype=torch.int32),
     }
 
 
 def _sort_keys(count: int, device: torch.device) -> Tensor | None:
     """Scratch for more keys than one block sorts."""
-    if count <= SORT_TILE:
-        return None
-    return torch.empty(-(-count // SORT_TILE), SORT_TILE, dtype=torch.int64, device=device)
+    tile = devices.gpu.kernels.SORT_TILE
+    return None if count <= tile else torch.empty(-(-count // tile), tile, dtype=torch.int64, device=device)
 
 
 def hard_anchor_sampling(call: Sampling) -> None:

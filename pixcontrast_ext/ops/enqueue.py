@@ -64,7 +64,7 @@ library.define(
         "V": (1, None),
         "region_slots": (0, "S"),
         "C": (0, INT32_MAX // 2),  # of two rings each
-        "S": (0, INT32_MAX // 2),  # a slot and the candidates behind it are added up in int32
+        "S": (0, INT32_MAX // 2),  # a slot and the candidates after it are added in int32
         "N * V": (0, INT32_MAX // 2),
     },
     Write,

@@ -1,4 +1,4 @@
-"""Python objects that an op is told of by number.
+"""Python objects that an op gets by number.
 
 The schema of an op takes tensors and numbers only, and a compiled graph that saw the object itself would be traced
 anew whenever something in it changes.
@@ -30,7 +30,7 @@ class Handle:
 
 
 def of(number: int, kind: type[_Kind]) -> _Kind:
-    """The object of a kind behind a number.
+    """The object of a kind that a number stands for.
 
     Raises:
         ValueError: if there is none, or none any more.

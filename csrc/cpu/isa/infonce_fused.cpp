@@ -53,7 +53,7 @@ struct BFloat16Pair {
   static Word word(const BFloat16* element, int64_t stride) {
     return Word(element[0].bits) | Word(element[stride].bits) << 16;
   }
-  // Returns the sum of the rounded weights. A zero behind the last one completes its pair. (The maskz forms,
+  // Returns the sum of the rounded weights. A zero after the last one completes its pair. (The maskz forms,
   // of all lanes, are what GCC's headers define without a warning.)
   static float round(const float* weights, int64_t n, BFloat16* rounded) {
     __m512 sum = _mm512_setzero_ps();

@@ -63,7 +63,7 @@ def enqueue_collect(call: Collect) -> None:
             "collect",
             call,
             pool_keys=torch.empty_like(call.labels),
-            weights=torch.zeros(call.labels.numel() + 15, dtype=torch.float32),
+            weights=torch.zeros(call.labels.numel() + native._C.LANES - 1, dtype=torch.float32),
             sums=torch.empty(*of_classes, channels, dtype=torch.float64),
             wide=torch.empty(*of_classes, call.pixels_per_image, channels, dtype=torch.float32),
             threads=torch.get_num_threads(),

@@ -27,7 +27,7 @@ def tensors_of(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
 def _not_within_a_capture(*_: Any, fn: Any, **__: Any) -> None:
     raise RuntimeError(
         f"the Triton kernel {fn.name.rsplit('.', 1)[-1]} is not compiled yet, and a CUDA graph is being captured,"
-        " within which nothing can be; run the step once before the capture, at a step behind the warm-up and with"
+        " within which nothing can be; run the step once before the capture, past the warm-up and with"
         " the dtypes, widths and options of the capture"
     )
 

@@ -72,7 +72,7 @@ def pool_count_kernel(
 
 @triton.jit
 def pool_scan_kernel(starts, size, BLOCK: tl.constexpr):
-    """Counts of an image become places: each the sum of those before it, and the sum of all behind the last."""
+    """Turns the counts of an image into places: the sum of those before it, and after the last the total."""
     starts += tl.program_id(0).to(tl.int64) * (size + 1)
     before = 0
     for first in range(0, size, BLOCK):

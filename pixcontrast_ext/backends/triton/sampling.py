@@ -14,7 +14,7 @@ from pixcontrast_ext.backends.calls import Sampling
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.pools import select_threshold, sort_pools
 
-NO_PAIR: tl.constexpr = tl.constexpr(2**63 - 1)  # sorts behind every pair
+NO_PAIR: tl.constexpr = tl.constexpr(2**63 - 1)  # sorts after every pair
 
 _PLAN = dict(BLOCK=1024, num_warps=8)
 _SELECT = dict(BLOCK=2048, num_warps=8)

@@ -135,10 +135,10 @@ def infonce_bwd_keys_kernel(
     # Tiles of the rows' classes lie between begin and end; of all others, only the last may lack labels.
     low = tl.min(tl.where(label < 0, NO_LABEL, label), 0)
     high = tl.max(label, 0)
-    behind = high.to(tl.int64) + 1
+    next_class = high.to(tl.int64) + 1
     labelled = first_not_below(sides.anchor_labels, num_anchors, tl.full([], 2**31, tl.int64))
     begin = first_not_below(sides.anchor_labels, num_anchors, low) // WALK.columns
-    end = tl.cdiv(first_not_below(sides.anchor_labels, num_anchors, behind), WALK.columns)
+    end = tl.cdiv(first_not_below(sides.anchor_labels, num_anchors, next_class), WALK.columns)
     own = tl.maximum(end - begin, 0)
     whole = labelled // WALK.columns
     pure = whole - tl.minimum(own, tl.maximum(whole - begin, 0))

@@ -76,7 +76,7 @@ def scale_of_scores(sides, scale, WALK: tl.constexpr):
 
 @triton.jit
 def sigma_scale(WALK: tl.constexpr):
-    """Times which weights of up to 1 are multiplied."""
+    """What sigma, which is at most 1, is multiplied by: fp16 has few numbers below 2^-14, and overflows at 2^16."""
     return 16384.0 if WALK.half else 1.0
 
 
@@ -288,7 +288,7 @@ def infonce_fwd_positives_kernel(
         sum = sum_of(parts, 0, splits, num_anchors, place, inside, 64)
         neg_lse_log2 = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(sum)
         neg_lse_log2 = beside_scores(neg_lse_log2, WALK)
-        # Rows behind the last may be another tile's, or none.
+        # Rows past the last may be another tile's, or none.
         row = load_rows(sides.anchors, tl.where(inside, place, begin), inside, first, WALK, False)
         loss = tl.zeros([WALK.rows], tl.float32)
         pos_weight = tl.zeros([WALK.rows], tl.float32)

@@ -146,6 +146,6 @@ def store_rows(target, place, inside, outputs, first, WALK: tl.constexpr):
     """Outputs to rows [*, channels] at their places."""
     lines = target + place.to(tl.int64)[:, None] * WALK.channels
     for j in tl.static_range(WALK.out):
-        # A chunk behind the last would be another's first.
+        # A chunk past the last would be another program's first.
         d = (first + j) * WALK.chunk + tl.arange(0, WALK.chunk)[None, :]
         tl.store(lines + d, outputs[j], mask=inside[:, None] & (d < WALK.channels))

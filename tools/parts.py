@@ -1,0 +1,104 @@
+"""Runs targets of the Makefile that call pytest, two at a time, and tells how far they are.
+
+    python -m tools.parts test-rest test-triton
+
+A line is printed whenever a part has got on by a tenth, and once a minute at least. A part that passes shows what it
+skipped, one that fails all of its output. At the end stand the outcomes of all parts together.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+AT_A_TIME = 2
+SILENCE = 60  # seconds after which a part is heard of again
+
+# What stands between the signs of equality in the last line of a run, and how far it is in those before.
+_OUTCOMES = re.compile(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s.*$")
+_PROGRESS = re.compile(r"\[ *(\d+)%\]$")
+
+
+@dataclass
+class Part:
+    """A target, and what was seen of its run."""
+
+    name: str
+    output: list[str] = field(default_factory=list)
+    outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+    percent: int = 0
+    returned: int = 1
+    seconds: float = 0.0
+
+    def run(self, tell: threading.Lock) -> Part:
+        """Run it to its end."""
+        start = heard = time.monotonic()
+        process = subprocess.Popen(
+            ["make", "--no-print-directory", self.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.output.append(line)
+            now = time.monotonic()
+            if self._read(line.rstrip()) or now - heard > SILENCE:
+                heard = now
+                with tell:
+                    print(f"{self.name:20} {self.percent:3d} %  after {now - start:.0f} s", flush=True)
+        self.returned, self.seconds = process.wait(), time.monotonic() - start
+        with tell:
+            print(self.report(), flush=True)
+        return self
+
+    def _read(self, line: str) -> bool:
+        """Whether a line says that another tenth is done."""
+        if outcomes := _OUTCOMES.match(line):
+            for count, kind in re.findall(r"(\d+) (\w+)", outcomes[1]):
+                self.outcomes[kind] += int(count)
+        if not (progress := _PROGRESS.search(line)):
+            return False
+        before, self.percent = self.percent, int(progress[1])
+        return self.percent // 10 != before // 10
+
+    def report(self) -> str:
+        """All of its output if it failed, else what it skipped."""
+        text = "".join(self.output)
+        if self.returned == 0:
+            text = "".join(re.findall(r"^(?:SKIPPED|XFAIL).*\n", text, re.M))
+        verdict = "passed" if self.returned == 0 else f"FAILED (make returned {self.returned})"
+        return f"--- {self.name} {verdict} in {self.seconds:.0f} s: {said(self.outcomes)}\n{text}"
+
+
+def said(outcomes: collections.Counter[str]) -> str:
+    """Outcomes in the order of pytest."""
+    return ", ".join(f"{count} {kind}" for kind, count in outcomes.items()) or "no test was run"
+
+
+def main(names: list[str]) -> int:
+    """Run the parts of these names; 1 if one fails."""
+    tell, total = threading.Lock(), collections.Counter[str]()
+    with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+        parts = list(pool.map(lambda name: Part(name).run(tell), names))
+    for part in parts:
+        total += part.outcomes
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{len(parts)} parts: {said(total)}; {(used.ru_utime + used.ru_stime) / 60:.1f} minutes of CPU time"
+    )
+    failed = [part.name for part in parts if part.returned]
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
