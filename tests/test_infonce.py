@@ -144,7 +144,8 @@ def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, count):
     inputs = draw_rows(3, 9000, 257, 2, unlabelled=0)
     inputs[1][-1] = -1
     found = [run(inputs, "cuda")[1] for _ in range(2)]
-    assert torch.equal(*found) and not found[0][-1].any()
+    assert torch.equal(*found)
+    assert not found[0][-1].any()
     assert error(found[0], exact(inputs)[1]) <= 1e-6
 
 
@@ -281,7 +282,8 @@ def test_what_is_not_finite_stays_in_its_class_and_row(cuda_backend, poison, pre
             inputs[0][3, 5] = bad
             loss = run(inputs, cuda_backend)[0]
             rest = torch.arange(40) != 3
-            assert torch.equal(loss[rest], expected[0][rest]) and not 0 < loss[3] < 100
+            assert torch.equal(loss[rest], expected[0][rest])
+            assert not 0 < loss[3] < 100
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -298,12 +300,15 @@ def test_every_instruction_set(instruction_set, poison, shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("order", [BANK, RANDOM])
 def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):
-    """Against fp64 on the same rounded inputs. Only the gradient's last rounding, to the input's dtype, may
-    show, and where half-precision products are made that of the weights of its sum.
+    """Against fp64 on the same rounded inputs.
+
+    Only the gradient's last rounding, to the input's dtype, may show, and, where products are made in half precision,
+    the rounding of the weights of its sum.
     """
     inputs = draw_rows(300, 999, 65, 7, order=order, dtype=dtype)
     found, expected = run(inputs, backend), exact(inputs)
-    assert found[0].dtype == torch.float32 and found[1].dtype == found[2].dtype == dtype
+    assert found[0].dtype == torch.float32
+    assert found[1].dtype == found[2].dtype == dtype
     assert error(found[0], expected[0]) <= 1e-6
     key_rounding = 1e-3 if backend in GPU_BACKENDS else 1e-6
     roundings = (weight_rounding(backend, dtype), key_rounding)
@@ -318,7 +323,8 @@ def test_gradient_before_rounding(backend, dtype):
     *_, anchor_grad = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, backend)
     _, expected, _ = exact(inputs)
     bar = max(2e-6, weight_rounding(backend, dtype))
-    assert anchor_grad.dtype == torch.float32 and error(anchor_grad, expected) <= bar
+    assert anchor_grad.dtype == torch.float32
+    assert error(anchor_grad, expected) <= bar
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS or ON_DEVICE, reason="it asks the emulated kernels")
@@ -533,12 +539,13 @@ def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
         assert error(found[0], expected[0]) <= 5e-5
         assert all(2e-6 < error(found[i], expected[i]) <= 1e-3 for i in (1, 2))
     else:
-        assert error(found[0], expected[0]) <= 1e-6 and error(found[1], expected[1]) <= 2e-6
+        assert error(found[0], expected[0]) <= 1e-6
+        assert error(found[1], expected[1]) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
-    """torch has an old and a new setting, and refuses to read the old one after a write to the new."""
+    """PyTorch has an old and a new setting, and refuses to read the old one after a write to the new."""
     inputs, setting = draw_rows(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
     exactly, before = run(inputs, gpu_backend), setting.fp32_precision
     try:
@@ -554,7 +561,8 @@ def test_autocast_does_not_reach_the_logits(backend):
     inputs = draw_rows(100, 400, 64, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(inputs, backend)
-    assert found[0].dtype == torch.float32 and error(found[0], exact(inputs)[0]) <= 1e-6
+    assert found[0].dtype == torch.float32
+    assert error(found[0], exact(inputs)[0]) <= 1e-6
 
 
 # Reduction and empty sets
@@ -588,7 +596,8 @@ def test_nothing_to_contrast_is_a_differentiable_zero(backend, poison, labels):
     loss = infonce(anchors, anchor_labels, keys, key_labels, temperature=0.1, backend=backend)
     loss.backward()
     assert loss.item() == 0
-    assert (anchors.grad == 0).all() and (keys.grad == 0).all()
+    assert (anchors.grad == 0).all()
+    assert (keys.grad == 0).all()
 
 
 def test_one_class_only_has_loss_zero(backend, poison):
@@ -597,7 +606,9 @@ def test_one_class_only_has_loss_zero(backend, poison):
     labels = [torch.zeros(n, dtype=torch.int64) for n in (4, 700)]
     loss = infonce(anchors, labels[0], keys, labels[1], temperature=0.1, reduction="none", backend=backend)
     loss.sum().backward()
-    assert (loss == 0).all() and (anchors.grad == 0).all() and (keys.grad == 0).all()
+    assert (loss == 0).all()
+    assert (anchors.grad == 0).all()
+    assert (keys.grad == 0).all()
 
 
 def test_anchor_alone_with_itself_has_no_positive(backend):
@@ -605,7 +616,8 @@ def test_anchor_alone_with_itself_has_no_positive(backend):
     labels = torch.tensor([0, 1, 2])
     loss = infonce(anchors, labels, anchors, labels, temperature=0.1, exclude_self=True, backend=backend)
     loss.backward()
-    assert loss.item() == 0 and (anchors.grad == 0).all()
+    assert loss.item() == 0
+    assert (anchors.grad == 0).all()
 
 
 # What must not leak
@@ -623,7 +635,8 @@ def test_rows_without_a_label_may_hold_anything(backend, order, value):
     found = run((anchors, anchor_labels, keys, key_labels), backend, exclude_self=True)
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(a, b, msg=lambda m, i=index: f"output {i}: {m}")
-    assert (found[1][anchor_labels < 0] == 0).all() and (found[2][key_labels < 0] == 0).all()
+    assert (found[1][anchor_labels < 0] == 0).all()
+    assert (found[2][key_labels < 0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
@@ -654,7 +667,8 @@ def test_nan_propagates_from_the_last_negative(backend, num_keys):
     anchor_labels[:], key_labels[:], key_labels[-1] = 0, 0, 1
     keys[-1] = math.nan
     loss, grad, _ = run((anchors, anchor_labels, keys, key_labels), backend)
-    assert loss.isnan().all() and grad.isnan().all()
+    assert loss.isnan().all()
+    assert grad.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -686,7 +700,8 @@ def test_inf_gives_no_finite_loss(backend):
     inputs = draw_rows(30, 600, 16, 5, unlabelled=0.0)
     inputs[0][3] = math.inf
     loss, _, _ = run(inputs, backend)
-    assert not loss[3].isfinite() and loss[4].isfinite()
+    assert not loss[3].isfinite()
+    assert loss[4].isfinite()
 
 
 # Memory and layout
@@ -783,7 +798,8 @@ def test_more_than_2_31_products():
         "plan_tiles", key_labels=labels.contiguous(), num_keys=labels.shape[0], max_keys=512, tiles=tiles,
         capacity=tiles.shape[0], num_tiles=count,
     )  # fmt: skip
-    assert tiles[: int(count), 1].sum() == labels.shape[0] and tiles[int(count) - 1, 0] > 2**29 - 512
+    assert tiles[: int(count), 1].sum() == labels.shape[0]
+    assert tiles[int(count) - 1, 0] > 2**29 - 512
     last = tiles[int(count) - 1]
     assert last[0] + last[1] == labels.shape[0]
 
@@ -802,7 +818,8 @@ def test_tiles_hold_every_labelled_key_once(order, size):
         seen[first : first + count] += 1
         if label >= 0:
             assert (key_labels[first : first + count] == label).all()
-    assert (seen[key_labels >= 0] == 1).all() and (seen <= 1).all()
+    assert (seen[key_labels >= 0] == 1).all()
+    assert (seen <= 1).all()
 
 
 # Bad input
@@ -865,7 +882,7 @@ def test_double_needs_the_reference():
     rows = torch.zeros(3, 4, dtype=torch.float64)
     assert infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1).dtype == torch.float64
     with pytest.raises(
-        ValueError, match="backend 'cpu' cannot serve infonce on cpu tensors of torch.float64"
+        ValueError, match=r"backend 'cpu' cannot serve infonce on cpu tensors of torch\.float64"
     ):
         infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1, backend="cpu")
 

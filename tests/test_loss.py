@@ -1,6 +1,4 @@
-"""`PixelContrastLoss`, `PixelContrastCrossEntropyLoss` and `ProjectionHead`: steps of theirs, and what a trainer does
-with them.
-"""
+"""`PixelContrastLoss`, `PixelContrastCrossEntropyLoss` and `ProjectionHead`, in steps such as a trainer makes."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from pixcontrast_ext.ops import watch
 
 
 def batch(size=(2, 12, 14, 9), classes=4, labels_size=None, ignored=0.2):
-    count, channels, height, width = size
+    count, _, height, width = size
     embeddings = torch.randn(size, requires_grad=True)
     labels = torch.randint(0, classes, (count, *(labels_size or (height, width))))
     labels[torch.rand(labels.shape) < ignored] = 255
@@ -70,7 +68,8 @@ def test_labels_and_logits_of_another_size_are_picked(backend):
     at = lambda x: F.interpolate(x.float(), size=(14, 9), mode="nearest")  # noqa: E731
     torch.manual_seed(1)
     expected = criterion(embeddings, at(labels[:, None])[:, 0].long(), at(logits).argmax(1))
-    assert torch.equal(found, expected) and found > 0
+    assert torch.equal(found, expected)
+    assert found > 0
 
 
 # PixelContrastLoss
@@ -98,7 +97,8 @@ def test_is_its_three_ops(backend, with_bank):
     torch.testing.assert_close(found, expected)
     for a, b in zip(*(torch.autograd.grad(x, embeddings) for x in (found, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
-    assert sample.count > 0 and found > 0
+    assert sample.count > 0
+    assert found > 0
 
 
 def test_base_temperature_scales(backend):
@@ -138,7 +138,9 @@ def test_any_dtype_of_map_and_bank(backend, dtype, bank_dtype):
         module(maps, labels, logits)
         losses.append(module(maps, labels, logits))
         losses[-1].backward()
-    assert losses[1].dtype == torch.float32 and maps.grad.dtype == dtype and maps.grad.abs().sum() > 0
+    assert losses[1].dtype == torch.float32
+    assert maps.grad.dtype == dtype
+    assert maps.grad.abs().sum() > 0
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
 
 
@@ -169,7 +171,9 @@ def test_nothing_to_contrast_is_a_differentiable_zero(backend, poison, case, wit
         labels.fill_(255)
     loss = criterion(embeddings, labels, logits)
     loss.backward()
-    assert loss.item() == 0 and embeddings.grad.shape == embeddings.shape and (embeddings.grad == 0).all()
+    assert loss.item() == 0
+    assert embeddings.grad.shape == embeddings.shape
+    assert (embeddings.grad == 0).all()
 
 
 def test_nan_propagates_into_the_loss_and_not_into_the_bank(backend):
@@ -205,7 +209,8 @@ def test_backward_after_the_bank_was_written(backend):
         criterion.bank.enqueue(torch.randn(2, 12, 9, 9), torch.randint(0, 4, (2, 9, 9)))
         loss = criterion.train(training)(embeddings, labels, logits)
         gradients.append(torch.autograd.grad(loss, embeddings)[0])
-    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,8 @@ def test_map_without_pixels(backend):
     labels = torch.zeros(1, 8, 8, dtype=torch.int64)
     loss = PixelContrastLoss(4, bank=bank_of(), backend=backend)(embeddings, labels, labels)
     loss.backward()
-    assert loss.item() == 0 and embeddings.grad.shape == embeddings.shape
+    assert loss.item() == 0
+    assert embeddings.grad.shape == embeddings.shape
 
 
 def test_a_compiled_criterion_can_be_pickled():
@@ -360,7 +366,8 @@ def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(backend):
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
     for step in (1, 2):
         torch.testing.assert_close(criterion(logits, poisoned, labels), entropy)
-        assert criterion.step == step and criterion.bank.region_fill.sum() > 0
+        assert criterion.step == step
+        assert criterion.bank.region_fill.sum() > 0
     assert criterion(logits, embeddings, labels) > entropy
     assert criterion.step == 2
 
@@ -382,7 +389,8 @@ def test_warming_up_leaves_no_trace(quick_backend, training):
         criterion.warm_up(embeddings, labels, labels)
     assert embeddings.grad is None
     assert (criterion.training, bank.training) == (training, training)
-    assert torch.equal(generator.get_state(), states[0]) and torch.equal(torch.get_rng_state(), states[1])
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
     assert criterion._watch.batches == states[2]
     for name, buffer in criterion.state_dict().items():
         assert torch.equal(buffer, before[name]), name
@@ -411,7 +419,8 @@ def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(quick_back
     for other in (resumed, copied, pickled):
         assert other.step == 1
         torch.testing.assert_close(other(logits, embeddings, labels), entropy)
-        assert other(logits, embeddings, labels) > entropy and other.step == 2
+        assert other(logits, embeddings, labels) > entropy
+        assert other.step == 2
     assert criterion.step == 1
 
 
@@ -420,7 +429,9 @@ def test_all_ignored_is_a_differentiable_zero(backend):
     labels.fill_(255)
     loss = PixelContrastCrossEntropyLoss(4, bank=bank_of(), backend=backend)(logits, embeddings, labels)
     loss.backward()
-    assert loss.item() == 0 and (logits.grad == 0).all() and (embeddings.grad == 0).all()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+    assert (embeddings.grad == 0).all()
 
 
 def test_empty_batch(backend):
@@ -431,9 +442,9 @@ def test_empty_batch(backend):
     )
     loss = criterion(logits, embeddings, torch.zeros(0, 20, 20, dtype=torch.int64))
     loss.backward()
-    assert (
-        loss.item() == 0 and logits.grad.shape == logits.shape and embeddings.grad.shape == embeddings.shape
-    )
+    assert loss.item() == 0
+    assert logits.grad.shape == logits.shape
+    assert embeddings.grad.shape == embeddings.shape
 
 
 INTEGERS = [
@@ -459,7 +470,8 @@ def test_any_integer_labels_that_hold_the_classes(dtype, num_classes):
     for kind in (torch.int64, dtype):
         torch.manual_seed(0)
         losses.append(criterion(embeddings, labels.to(kind), predictions))
-    assert torch.equal(*losses) and losses[0] > 0
+    assert torch.equal(*losses)
+    assert losses[0] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.uint16])
@@ -482,7 +494,9 @@ def test_bf16_autocast(backend):
         projected = head(embeddings)
         loss = criterion(logits.bfloat16(), projected, labels)
     loss.backward()
-    assert projected.dtype == torch.bfloat16 and loss.dtype == torch.float32 and loss.isfinite()
+    assert projected.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
@@ -556,7 +570,8 @@ def test_what_is_left_out_gives_a_gradient_of_zero_and_lets_no_nan_through(backe
         criterion = PixelContrastLoss(4, min_pixels=1, max_views=999, bank=bank, backend=backend, **left_out)
         loss = criterion(embeddings, labels, logits)
         gradient = torch.autograd.grad(loss, embeddings)[0]
-        assert loss == 0 and (gradient == 0).all()
+        assert loss == 0
+        assert (gradient == 0).all()
 
 
 def test_weight_and_warm_up_serve_any_segmentation_loss(quick_backend):
@@ -584,7 +599,8 @@ def test_parts_add_up_and_are_detached(quick_backend):
         assert set(parts) == {"cross_entropy", "contrast", "anchors", "bank_fill"}
         assert not any(part.requires_grad or part.dim() for part in parts.values())
         torch.testing.assert_close(loss.detach(), parts["cross_entropy"] + 0.3 * parts["contrast"])
-        assert parts["anchors"] == (24 if step else 0) and (parts["contrast"] > 0) == bool(step)
+        assert parts["anchors"] == (24 if step else 0)
+        assert (parts["contrast"] > 0) == bool(step)
         filled = (criterion.bank.key_labels >= 0).float().mean()
         torch.testing.assert_close(parts["bank_fill"], filled)
     loss, parts = criterion.contrast(embeddings, labels, logits, return_parts=True)
@@ -608,7 +624,8 @@ def test_validation_without_gradients_changes_nothing(quick_backend):
             criterion(logits, embeddings, labels)
     criterion.eval()(logits, embeddings, labels)
     after = criterion.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before) and before["contrast.step"] == 1
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before["contrast.step"] == 1
 
 
 def test_warm_up_counts_calls_that_train():
@@ -638,7 +655,8 @@ def test_a_generator_of_its_own_leaves_torchs_alone(quick_backend):
         return criterion, torch.stack(losses)
 
     (criterion, first), (_, again), (_, other) = run(1), run(1), run(2)
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     copies = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
     expected = criterion(embeddings, labels, logits)
     for copied in copies:
@@ -659,12 +677,13 @@ def test_activation_checkpointing_is_right_or_refused(quick_backend, reentrant):
         embeddings.grad = None
         call(embeddings, labels, logits).backward()
         gradients.append(embeddings.grad)
-    assert torch.equal(*gradients) and gradients[0].any()
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
     for settings in (dict(bank=bank_of()), dict(generator=torch.Generator()), dict(warmup_steps=1)):
         criterion = PixelContrastLoss(4, min_pixels=1, backend=quick_backend, **settings)
         criterion(embeddings, labels, logits)
         loss = checkpoint(criterion, embeddings, labels, logits, use_reentrant=reentrant)
-        with pytest.raises(RuntimeError, match="recomputed within a backward.*Keep the loss outside"):
+        with pytest.raises(RuntimeError, match=r"recomputed within a backward.*Keep the loss outside"):
             loss.backward()
 
 
@@ -684,9 +703,13 @@ def test_a_class_that_never_yields_an_anchor_is_named_once(quick_backend, few_ba
     with torch.inference_mode():  # validation is not looked at
         for _ in range(5):
             criterion(embeddings, labels, labels)
-    with pytest.warns(UserWarning) as caught:
+
+    def seven_batches():
         for _ in range(7):
             criterion(embeddings, labels, labels)
+
+    with pytest.warns(UserWarning, match="never gave an anchor") as caught:
+        seven_batches()
     (message,) = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert "in the first 4 batches and never gave an anchor: 2 (in 4)." in message
     assert "at least min_pixels=4 pixels in an image, at the embeddings' size of 8 x 8" in message
@@ -707,7 +730,8 @@ def test_a_class_that_yields_anchors_is_not_named(quick_backend, few_batches):
 def test_weight_may_be_changed_within_its_limits():
     criterion = PixelContrastCrossEntropyLoss(4)
     criterion.weight, criterion.warmup_steps = 2, 7
-    assert criterion.contrast.weight == 2 and criterion.contrast.warmup_steps == 7
+    assert criterion.contrast.weight == 2
+    assert criterion.contrast.warmup_steps == 7
     with pytest.raises(ValueError, match="weight must be finite and not negative, got -3"):
         criterion.weight = -3
     with pytest.raises(TypeError, match="weight must be a number, got Tensor"):
@@ -719,7 +743,7 @@ def test_both_losses_have_the_same_options():
     contrast, both = (
         inspect.signature(loss).parameters for loss in (PixelContrastLoss, PixelContrastCrossEntropyLoss)
     )
-    assert {name for name in both} == {*contrast, "class_weights"}
+    assert set(both) == {*contrast, "class_weights"}
     assert all(both[name].default == contrast[name].default for name in contrast if name != "weight")
     with pytest.raises(TypeError, match=r"PixelContrastCrossEntropyLoss.*'temprature'"):
         PixelContrastCrossEntropyLoss(4, temprature=0.1)

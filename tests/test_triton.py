@@ -161,7 +161,9 @@ def test_hopper_needs_a_safe_assembler(monkeypatch, version, anyway, serves):
     if serves:
         assert reason is None
     else:
-        assert "CUDA 13.3" in reason and version in reason and "install triton 3.9" in reason
+        assert "CUDA 13.3" in reason
+        assert version in reason
+        assert "install triton 3.9" in reason
 
 
 def test_the_assembler_is_the_one_that_triton_calls():
@@ -178,8 +180,10 @@ class OnGpu(torch.Tensor):
 
 
 def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
-    """Under all that Triton tells kernels apart by: dtypes, addresses and numbers that are multiples of 16, ones,
-    numbers beyond int32, and constants. The compiled one gets the same arguments, and the constants in its order.
+    """The launcher's key holds everything by which Triton tells kernels apart.
+
+    That is dtypes, addresses and numbers that are multiples of 16, ones, numbers beyond int32, and constants. The
+    compiled kernel gets the same arguments, and the constants in its order.
     """
     asked: list[Any] = []
     launched: list[Any] = []
@@ -216,7 +220,9 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
     assert asks(rows, 7, AGAIN=False, WIDTH=4, num_warps=8)
     assert not asks(rows, 9, AGAIN=False, WIDTH=4, num_warps=8)
     (again,) = launched
-    assert again[0] == (3, 1, 1) and again[1] is rows and again[2:] == (9, 4, False)
+    assert again[0] == (3, 1, 1)
+    assert again[1] is rows
+    assert again[2:] == (9, 4, False)
     assert not asks(rows[4:], 9, AGAIN=False, WIDTH=4, num_warps=8)
     for first, count, options in (
         (rows[1:], 7, {}),
@@ -247,9 +253,9 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="gather_kernel is not compiled yet.* run the step once before"):
-        before = triton.knobs.runtime.jit_cache_hook
-        launch.launch(Kernel(), (1,), torch.zeros(1).as_subclass(OnGpu))
+    before, tensor = triton.knobs.runtime.jit_cache_hook, torch.zeros(1).as_subclass(OnGpu)
+    with pytest.raises(RuntimeError, match=r"gather_kernel is not compiled yet.* run the step once before"):
+        launch.launch(Kernel(), (1,), tensor)
     assert triton.knobs.runtime.jit_cache_hook is before
 
 
@@ -300,7 +306,8 @@ def test_warming_up_launches_what_a_step_behind_the_warm_up_does(monkeypatch):
     launched.clear()
     for _ in range(2):
         criterion(embeddings.clone().requires_grad_(), labels, labels).backward()
-    assert launched and set(launched) <= compiled
+    assert launched
+    assert set(launched) <= compiled
 
 
 @pytest.mark.parametrize("kind", sorted(tiles.TILES))
@@ -397,9 +404,11 @@ def visits(anchors: int, keys: int, classes: int) -> tuple[float, int]:
 
 def test_positives_visit_their_own_class_only():
     share, count = visits(1024, 190_000, 19)
-    assert share <= 0.06 and count <= 2 * 19
+    assert share <= 0.06
+    assert count <= 2 * 19
     share, count = visits(100, 190_000, 19)
-    assert share <= 0.06 and count <= 19
+    assert share <= 0.06
+    assert count <= 19
     share, _ = visits(1024, 150 * 2000, 150)
     assert share <= 0.008
 
@@ -411,8 +420,10 @@ def test_positives_visit_their_own_class_only():
 @pytest.mark.parametrize("above", [20.0, 130.0, 1000.0])
 @pytest.mark.parametrize("channels", [64, 300])
 def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
-    """One key, which no sample sees, scores so many powers of two above all others. Of 300 channels several programs
-    add up their own, and none may take what another has mended for what served.
+    """One key, which no sample sees, scores `above` powers of two above all others.
+
+    At 300 channels several programs each add up their own channels, and none may mistake a sum that another program has
+    already mended for one whose shift served.
     """
     count, one = (800, 700) if channels == 64 else (450, 330)
     anchors = torch.zeros(40, channels)
@@ -437,8 +448,10 @@ def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_shift_far_above_the_rest_loses_nothing(dtype):
-    """One key that the sample sees scores 23 powers of two above all others, which make half of the sum. Their weights
-    are alike, near 2^-8, and the two parts of one are off by up to 2^-25 together: 2^-17 of it.
+    """One key that the sample sees scores 23 powers of two above all others, which make up half of the sum.
+
+    The others' weights are alike, near 2^-8, and the two 16-bit parts of a weight err by up to 2^-25 together, which is
+    2^-17 of it.
     """
     keys = torch.nn.functional.normalize(torch.cat([torch.ones(8192, 1), torch.randn(8192, 31)], 1), dim=1)
     anchors = torch.zeros(2, 32)
