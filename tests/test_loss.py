@@ -21,7 +21,7 @@ from pixcontrast_ext import (
     hard_anchor_sampling,
     infonce,
 )
-from pixcontrast_ext.loss import resize_nearest
+from pixcontrast_ext.maps import resize_nearest
 from pixcontrast_ext.ops import watch
 
 
