@@ -38,17 +38,27 @@ PARTS = ("device", "timings", "sanitize", "suite")
 # The longest first.
 SUITE = (
     "ops",
+    "infonce_accuracy",
+    "infonce_tiles",
     "infonce",
+    "triton_infonce",
     "triton",
     "enqueue",
     "gather",
     "loss",
+    "loss_criterion",
+    "loss_training",
     "regressions",
     "properties",
     "sampling",
     "bank",
 )
 BACKENDS = ("cuda", "triton")
+ONLY = {
+    "infonce_tiles": "cuda",
+    "triton_infonce": "triton",
+    "triton": "triton",
+}  # files with tests of one backend
 TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most comes first
     ("infonce", "cityscapes", ("bf16",), 40),
     ("infonce", "cityscapes-one-view", ("bf16",), 30),
@@ -181,7 +191,7 @@ def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[St
     for backend in reversed(BACKENDS):  # Triton compiles, which takes longest
         wanted = f"{backend} and ({tests_named})" if tests_named else backend
         for name in suite:
-            if name == "triton" and backend != "triton":
+            if ONLY.get(name, backend) != backend:
                 continue
             file = f"tests/test_{name}.py"
             yield tests("suite", f"test_{name}, {backend}", backend, needs, file, "-k", wanted)
