@@ -5,7 +5,7 @@ cores, and because one source is compiled once per instruction set. Nothing here
 
 Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``; ``MAX_JOBS`` (parallel compilations); ``CUDA_HOME``;
 ``PIXCONTRAST_CUDA`` (``1``: nvcc must be there, ``0``: leave CUDA out, unset: use nvcc if found);
-``PIXCONTRAST_CUDA_ARCHS`` (such as ``80 90``: machine code for these alone, instead of all that are supported);
+``PIXCONTRAST_CUDA_ARCHS`` (such as ``80 90``: machine code for these only, instead of all supported ones);
 ``PIXCONTRAST_DEBUG=1`` (keep symbols and line numbers); ``PIXCONTRAST_BUILD_DIR`` (where the objects go).
 """
 
@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +57,11 @@ PORTABLE_ISAS = {"portable": ""}
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512}
 X86_FUSED_ISAS = {"avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
-CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # those of them that the nvcc at hand can generate
+CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # of these, the ones that the nvcc at hand can generate
 
 
-def output_of(*command):
-    """What a command prints on either stream, or None if it is missing or fails."""
+def output_of(*command: str) -> str | None:
+    """Both output streams of a command, or None if it is missing or fails."""
     try:
         return subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
@@ -73,32 +74,32 @@ def output_of(*command):
 class CudaToolkit:
     nvcc: str
     version: str
-    archs: list  # e.g. [80, 90]
-    ptx: int  # of what architecture it is, e.g. 80
+    archs: list[int]  # e.g. [80, 90]
+    ptx: int  # the architecture of the PTX, e.g. 80
     library_dir: str
 
     @property
-    def targets(self):
-        """The code embedded: machine code for each architecture, and PTX for those that have none.
+    def targets(self) -> list[str]:
+        """The code embedded: machine code for each architecture, and PTX for all others.
 
-        All comes from the PTX of the lowest that is supported: the kernels use nothing newer, and it is made once,
-        which is half of the work for one architecture.
+        All of it comes from the PTX of the lowest supported architecture: the kernels use nothing newer, and making
+        PTX, half of the work for one architecture, is then done once.
         """
         return [f"sm_{arch}" for arch in self.archs] + [f"compute_{self.ptx}"]
 
     @property
-    def gencode(self):
+    def gencode(self) -> list[str]:
         return [f"-gencode=arch=compute_{self.ptx},code=[{','.join(self.targets)}]"]
 
     @property
-    def compression(self):
-        """A seventh of the bytes, which all drivers that CUDA 13 asks for unpack."""
+    def compression(self) -> list[str]:
+        """A seventh of the size; every driver that CUDA 13 runs on can unpack it."""
         major = self.version.partition(".")[0]
         return ["--compress-mode=size"] if major.isdigit() and int(major) >= 13 else []
 
 
-def find_cuda():
-    """The toolkit, or the reason (a string) for building without it."""
+def find_cuda() -> CudaToolkit | str:
+    """The toolkit, or the reason for building without it."""
     wish = os.environ.get("PIXCONTRAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise CompileError(f"PIXCONTRAST_CUDA must be 0, 1 or unset, got {wish!r}")
@@ -124,7 +125,7 @@ def find_cuda():
     toolkit = Path(top.group(1)).resolve()
     nvcc = str(toolkit / "bin" / "nvcc")
     archs, ptx = archs_to_compile(nvcc)
-    # A toolkit of its own, a distribution's, one that pip installed.
+    # NVIDIA's own layout, a Linux distribution's, that of the pip packages.
     places = ("lib64", "targets/*/lib", "lib")
     libraries = [path for place in places for path in toolkit.glob(f"{place}/libcudart_static.a")]
     if not libraries:
@@ -133,8 +134,8 @@ def find_cuda():
     return CudaToolkit(nvcc, version.group(1) if version else "unknown", archs, ptx, str(libraries[0].parent))
 
 
-def archs_to_compile(nvcc):
-    """Those of which there is to be machine code, and the one that all of it comes from."""
+def archs_to_compile(nvcc: str) -> tuple[list[int], int]:
+    """The architectures to embed machine code for, and the one whose PTX all of it is compiled from."""
     known = {int(arch) for arch in re.findall(r"sm_(\d+)\b", output_of(nvcc, "--list-gpu-code") or "")}
     wish = os.environ.get("PIXCONTRAST_CUDA_ARCHS", "")
     if not wish:
@@ -149,11 +150,11 @@ def archs_to_compile(nvcc):
     return sorted({int(word) for word in words}), min(arch for arch in known if arch >= CUDA_ARCHS[0])
 
 
-def quoted(arguments):
+def quoted(arguments: Iterable[str]) -> str:
     return " ".join(shlex.quote(argument) for argument in arguments).replace("$", "$$")
 
 
-def string_macro(name, value):
+def string_macro(name: str, value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'-D{name}="{escaped}"'
 
@@ -161,45 +162,52 @@ def string_macro(name, value):
 class NinjaBuild:
     """The ninja file: one line per object, each with its own flags, and the link."""
 
-    def __init__(self, build_dir):
+    def __init__(self, build_dir: str) -> None:
         self.build_dir = build_dir  # relative to ROOT, where ninja runs, so no absolute path gets compiled in
         self.cxx = shlex.split(os.environ.get("CXX", "g++"))
-        self.cuda = find_cuda()
-        self.with_cuda = isinstance(self.cuda, CudaToolkit)
-        self.cuda_sources = self.sources("csrc/cuda/*.cu") if self.with_cuda else []
-        if not self.cuda_sources:
-            reason = "there are no csrc/cuda/*.cu" if self.with_cuda else self.cuda
-            self.with_cuda = False
-            print(f"pixcontrast_ext: building for the CPU only, because {reason}", flush=True)
-        else:
+        found = find_cuda()
+        self.cuda = found if isinstance(found, CudaToolkit) else None
+        self.cuda_sources = self.sources("csrc/cuda/*.cu") if self.cuda else []
+        if self.cuda and self.cuda_sources:
             targets = " ".join(self.cuda.targets)
             print(f"pixcontrast_ext: building with CUDA {self.cuda.version} for {targets}", flush=True)
+        else:
+            self.cuda = None
+            reason = found if isinstance(found, str) else "there are no csrc/cuda/*.cu"
+            print(f"pixcontrast_ext: building for the CPU only, because {reason}", flush=True)
         compiler = output_of(*self.cxx, "--version")
         if compiler is None:
             raise CompileError(f"no working C++ compiler: {shlex.join(self.cxx)!r} (CXX names another)")
         self.compiler = compiler.splitlines()[0]
-        self.statements = []
+        self.statements: list[str] = []
 
     @staticmethod
-    def sources(pattern):
+    def sources(pattern: str) -> list[str]:
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
 
-    def knows(self, feature):
+    def knows(self, feature: str) -> bool:
         """Whether the compiler generates code for an x86 feature and can ask the processor for it."""
         program = f'int main() {{ return __builtin_cpu_supports("{feature}"); }}\n'
         command = [*self.cxx, f"-m{feature}", "-x", "c++", "-", "-o", os.devnull]
         return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
-    def add_object(self, rule, source, flags, variant=""):
+    def add_object(self, rule: str, source: str, flags: Iterable[str], variant: str = "") -> str:
         target = f"{self.build_dir}/{Path(source).parent.name}_{Path(source).stem}{variant}.o"
         self.statements.append(f"build {target}: {rule} {source}\n  flags = {quoted(flags)}")
         return target
 
-    def pybind11_include(self):
-        """A copy of the headers inside the build directory.
+    def add_for_each(self, isas: Mapping[str, str], source: str) -> list[str]:
+        """An object for each instruction set, given with its flags."""
+        return [
+            self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")
+            for isa, flags in isas.items()
+        ]
 
-        Under build isolation they lie in a folder that is new each time, which would recompile the bindings
-        on every installation.
+    def pybind11_include(self) -> str:
+        """A copy of pybind11's headers inside the build directory.
+
+        Build isolation puts the headers into a new folder each time; compiled from there, the bindings would be
+        recompiled by every installation.
         """
         import pybind11
 
@@ -210,10 +218,10 @@ class NinjaBuild:
             partial.rename(ROOT / include)
         return include.as_posix()
 
-    def write(self):
+    def write(self) -> tuple[str, str]:
         """Writes build.ninja; returns its path and that of the module it makes."""
-        isas, fused_isas = dict(PORTABLE_ISAS), {}
-        config, features = [], []
+        isas, fused_isas = dict(PORTABLE_ISAS), dict[str, str]()
+        config, features = list[str](), list[str]()
         if platform.machine() in ("x86_64", "AMD64"):
             isas |= X86_ISAS
             fused_isas |= X86_FUSED_ISAS
@@ -222,29 +230,25 @@ class NinjaBuild:
             else:
                 del fused_isas["avx512_bf16"]
         compiler = self.compiler
-        if self.with_cuda:
+        if self.cuda:
             config.append("-DPXC_HAVE_CUDA=1")
             compiler += f", nvcc {self.cuda.version}"
-        config.append(string_macro("PXC_CUDA_ARCHS", " ".join(self.cuda.targets) if self.with_cuda else ""))
+        config.append(string_macro("PXC_CUDA_ARCHS", " ".join(self.cuda.targets) if self.cuda else ""))
         config.append(string_macro("PXC_COMPILER", compiler))
         includes = [f"-isystem{path}" for path in (self.pybind11_include(), sysconfig.get_path("include"))]
 
         objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
-        for source in self.sources("csrc/cpu/*.cpp"):
-            objects.append(self.add_object("cxx", source, features))
+        objects += [self.add_object("cxx", source, features) for source in self.sources("csrc/cpu/*.cpp")]
         for source in self.sources("csrc/cpu/isa/*.cpp"):
-            for isa, flags in (fused_isas if source == FUSED_SOURCE else isas).items():
-                objects.append(
-                    self.add_object("cxx", source, [f"-DPXC_ISA={isa}", *flags.split()], f"_{isa}")
-                )
-        if self.with_cuda:
+            objects += self.add_for_each(fused_isas if source == FUSED_SOURCE else isas, source)
+        if self.cuda:
             objects.append(self.add_object("cxx", "csrc/cuda/bindings.cpp", includes))
-        for source in self.cuda_sources:
-            objects.append(self.add_object("nvcc", source, self.cuda.gencode + self.cuda.compression))
+            flags = self.cuda.gencode + self.cuda.compression
+            objects += [self.add_object("nvcc", source, flags) for source in self.cuda_sources]
 
         module = f"{self.build_dir}/_C.so"
-        libraries = []
-        if self.with_cuda:
+        libraries = list[str]()
+        if self.cuda:
             libraries = [f"-L{self.cuda.library_dir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self.statements.append(f"build {module}: link {' '.join(objects)}\n  libraries = {quoted(libraries)}")
 
@@ -261,7 +265,7 @@ class NinjaBuild:
             "rule link",
             f"  command = {cxx} $in {quoted(link_flags)} $libraries -o $out",
         ]
-        if self.with_cuda:
+        if self.cuda:
             host_compiler = next(word for word in self.cxx if Path(word).name not in COMPILER_LAUNCHERS)
             nvcc_flags = [f"-ccbin={host_compiler}", *NVCC_FLAGS] + ["-lineinfo"] * debug
             rules += [
@@ -275,8 +279,8 @@ class NinjaBuild:
         return path, module
 
 
-class NinjaBuildExt(build_ext):
-    def build_extension(self, ext):
+class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools takes its base class from Cython if it can
+    def build_extension(self, ext: Extension) -> None:
         import ninja
 
         # Not self.build_temp: an editable installation puts that in a temporary folder, and nothing would be

@@ -7,11 +7,11 @@ OPS = ("infonce", "sampling", "gather", "enqueue", "training_step", "network_ste
 
 
 def load(op: str) -> ModuleType:
-    """The module of an op. It has
+    """The module of an op, in which the following names are defined.
 
     SHAPE: the class of its shapes.
     DTYPES: by device, those it can be timed with.
-    BACKENDS: by device, those of the package's backends that may be timed; the first ones are unless told.
+    BACKENDS: by device, the package's backends that can be timed.
     plan(device): shape and dtypes by name.
     case(shape, dtype, device, backends, name): the methods at one shape.
     """

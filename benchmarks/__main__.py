@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,12 +81,16 @@ def measure_all(
     rows: list[Row] = []
     failures: list[str] = []
     with terminal.progress(len(planned)) as bar:
+
+        def describe(title: str, text: str) -> None:
+            bar.describe(f"{title}: {text}")
+
         for each in planned:
             backends = backends_of(each.op, device, named)
             case: Case = load(each.op).case(each.shape, each.dtype, device, backends, each.name)
             title = f"{each.op} {each.name} {each.dtype}"
             try:
-                of_case = measure(case, settings, lambda text, title=title: bar.describe(f"{title}: {text}"))
+                of_case = measure(case, settings, partial(describe, title))
                 show(case, of_case, terminal)
                 keep(of_case)
                 rows += of_case

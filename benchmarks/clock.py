@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 L2_BYTES = 256 * 2**20  # more than any GPU's second-level cache
@@ -35,7 +36,7 @@ class HostWatch:
 
 class DeviceWatch:
     def __init__(self, flush: torch.Tensor) -> None:
-        self.flush, self.events = flush, []  # type: ignore[var-annotated]
+        self.flush, self.events = flush, list[torch.cuda.Event]()
 
     def start(self) -> None:
         self.flush.zero_()
@@ -52,7 +53,7 @@ class DeviceWatch:
         return [start.elapsed_time(stop) for start, stop in zip(self.events, self.events[1:], strict=False)]
 
 
-SLOW = 1.0  # seconds that a call takes at least to be called as rarely as allowed
+SLOW = 1.0  # seconds; a call that takes longer is called as rarely as allowed
 
 
 def interleave(
@@ -113,8 +114,11 @@ WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 @dataclass(frozen=True)
 class Launches:
-    """On a GPU: kernels, copies and fills on the device, and waits of the host. On a CPU: operators of torch that call
-    no other, and operators whose outcome the host reads, so that on a GPU it would have to wait."""
+    """Launches and syncs of a call, which mean something else on a GPU than on a CPU.
+
+    On a GPU: kernels, copies and fills on the device, and how often the host waits for it. On a CPU: torch operators
+    that call no further one, and reads of a tensor's value, which would be such waits on a GPU.
+    """
 
     launches: int
     syncs: int
@@ -138,8 +142,5 @@ def _device_launches(call: Callable[[], object]) -> Launches:
         call()
         torch.cuda.synchronize()
     events = recorded.events()
-    on_device = sum(
-        event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-        for event in events
-    )
+    on_device = sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events)
     return Launches(on_device, sum(event.name in WAITS for event in events))

@@ -66,7 +66,7 @@ def looped(inputs: Inputs) -> Method:
     bank = loops.Bank(inputs.shape.C, inputs.shape.D, SLOTS, device=inputs.device)
 
     def verify() -> Errors:
-        """The loops draw other pixels, but the regions hold no chance."""
+        """The loops draw other pixels, but no chance is involved in the regions."""
         bank.enqueue(inputs.embeddings, inputs.labels)
         truth = inputs.truth
         limit = 1e-5 if inputs.embeddings.dtype == torch.float32 else 1e-2  # they sum in the map's dtype
@@ -80,7 +80,11 @@ def looped(inputs: Inputs) -> Method:
 
 def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
     inputs = cache(lambda: Inputs(shape, dtype, device))
-    candidates = {f"ours ({backend})": Candidate(lambda b=backend: ours(inputs(), b)) for backend in backends}
+
+    def candidate(backend: str) -> Candidate:
+        return Candidate(lambda: ours(inputs(), backend))
+
+    candidates = {f"ours ({backend})": candidate(backend) for backend in backends}
     candidates["loops"] = Candidate(lambda: looped(inputs()))
     floor = "one read of the map"
     candidates[floor] = Candidate(lambda: Method(lambda: torch.sum(inputs().embeddings, (2, 3))))

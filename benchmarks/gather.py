@@ -45,7 +45,8 @@ class Inputs:
 
     def train(self, gather: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         rows = gather(self.embeddings, self.indices)
-        return rows.detach(), *torch.autograd.grad(rows, self.embeddings, self.cotangent)
+        (gradient,) = torch.autograd.grad(rows, self.embeddings, self.cotangent)
+        return rows.detach(), gradient
 
     @cached_property
     def truth(self) -> tuple[Tensor, Tensor]:
@@ -70,13 +71,14 @@ def method(gather: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, limit: fl
 
 def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
     inputs = cache(lambda: Inputs(shape, dtype, device))
+
+    def candidate(gather: Callable[[Tensor, Tensor], Tensor]) -> Candidate:
+        return Candidate(lambda: method(gather, inputs(), LIMIT[dtype]))
+
     candidates = {
-        f"ours ({backend})": Candidate(
-            lambda b=backend: method(partial(gather_embeddings, backend=b), inputs(), LIMIT[dtype])
-        )
-        for backend in backends
+        f"ours ({backend})": candidate(partial(gather_embeddings, backend=backend)) for backend in backends
     }
-    candidates["indexed copy"] = Candidate(lambda: method(loops.gather, inputs(), LIMIT[dtype]))
+    candidates["indexed copy"] = candidate(loops.gather)
     candidates["zeros of the map's size"] = Candidate(
         lambda: Method(both=lambda: torch.zeros_like(inputs().embeddings))
     )

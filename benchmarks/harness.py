@@ -24,7 +24,7 @@ ELEMENTS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16
 SLOWEST_COUNTED = 5e3  # milliseconds; the launches of a call that takes longer are not worth another one
 
 Errors = dict[str, tuple[float, float]]
-"""What was compared: the error, and the largest that passes."""
+"""By name of the quantity compared: the error, and the largest error that passes."""
 
 
 class Incorrect(Exception):
@@ -40,8 +40,8 @@ class Method:
     """One way to do the work.
 
     `forward` is timed as the pass "fwd", without autograd. With `leaves`, the pass "fwd+bwd" calls it with autograd and
-    differentiates what it returns; how long that takes by itself is the pass "bwd". `both` stands in for that where
-    the gradient does not come from autograd.
+    differentiates what it returns; the differentiation, timed separately, is the pass "bwd". `both` stands in for
+    "fwd+bwd" where the gradient does not come from autograd.
     """
 
     forward: Callable[[], object] | None = None
@@ -80,7 +80,7 @@ class Method:
 
     @property
     def part(self) -> str:
-        """The pass that says most: memory and launches are counted of it."""
+        """The pass that says most: memory and launches are measured for it."""
         return "fwd+bwd" if self.leaves or self.both is not None else "fwd"
 
     def longest(self) -> Callable[[], object]:
@@ -89,7 +89,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method before it is built: what it needs at its peak, roughly, and a word for the reader."""
+    """A method before it is built: its peak memory, roughly, and a note for the reader."""
 
     build: Callable[[], Method]
     needs_bytes: int = 0
@@ -98,7 +98,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass has to do at least, whatever a method really does."""
+    """The least that a pass has to do, whatever a method really does."""
 
     flop: float = 0.0
     bytes: float = 0.0
@@ -146,7 +146,7 @@ class Settings:
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """torch's setting for products of fp32 rows: "tf32" allows TF32, all else keeps fp32's accuracy."""
+    """Sets how torch multiplies fp32 rows: "tf32" allows TF32, all else keeps fp32's accuracy."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
@@ -158,7 +158,7 @@ def precision(dtype: str) -> Iterator[None]:
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Relative error in the L2 norm, in fp64."""
     truth = truth.double()
-    return ((value.double() - truth).norm() / truth.norm()).item()
+    return float((value.double() - truth).norm() / truth.norm())
 
 
 def differing(value: Tensor, truth: Tensor) -> int:

@@ -102,6 +102,7 @@ class Rowset:
     @property
     def count(self) -> int:
         """Anchors that have a positive."""
+        assert self.key_labels is not None  # in-batch, nothing is divided by it
         return int(torch.isin(self.labels, self.key_labels).sum())
 
     def double(self) -> Rowset:
@@ -121,7 +122,8 @@ class Rowset:
 
     def train(self, function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         loss = self.loss(function)
-        return loss.detach(), *torch.autograd.grad(loss, self.leaf)
+        (gradient,) = torch.autograd.grad(loss, self.leaf)
+        return loss.detach(), gradient
 
 
 def loss_method(function: Callable[..., Tensor], inputs: Inputs, limits: tuple[float, float]) -> Method:
@@ -172,7 +174,8 @@ def cross_entropy_method(
     keys = inputs.keys.detach()
 
     def verify() -> Errors:
-        truth, true_gradient, at_a_time = 0.0, [], max(1, TRUTH_PAIRS // len(keys))
+        truth, true_gradient = torch.zeros((), dtype=torch.float64, device=leaf.device), list[Tensor]()
+        at_a_time = max(1, TRUTH_PAIRS // len(keys))
         for rows, own in zip(leaf.detach().split(at_a_time), targets.split(at_a_time), strict=True):
             exact = rows.double().requires_grad_()
             mean = packages.cross_entropy(exact, keys.double(), own, temperature=TEMPERATURE)
@@ -204,7 +207,9 @@ def case(shape: Rows, dtype: str, device: str, backends: list[str], name: str = 
     def inputs(element: str = dtype) -> Inputs:
         return Inputs(shape, ELEMENTS[element], device)
 
-    def loss(function: Callable[..., Tensor], limits: dict[str, tuple[float, float]], element: str = dtype):
+    def loss(
+        function: Callable[..., Tensor], limits: dict[str, tuple[float, float]], element: str = dtype
+    ) -> Callable[[], Method]:
         return lambda: loss_method(function, inputs(element), limits[element])
 
     in_batch = shape.K == 0
@@ -260,7 +265,7 @@ def case(shape: Rows, dtype: str, device: str, backends: list[str], name: str = 
 
 
 def on_cuda(shape: Rows, dtype: str, inputs: Callable[[], Inputs]) -> dict[str, Candidate]:
-    """What runs on a GPU only: FlexAttention over the negatives, and losses of one positive a row."""
+    """The methods that run on a GPU only: FlexAttention over the negatives, and losses of one positive a row."""
     matrix = 4 * shape.A * (shape.K or shape.A)
 
     def masked() -> Method:
@@ -268,7 +273,7 @@ def on_cuda(shape: Rows, dtype: str, inputs: Callable[[], Inputs]) -> dict[str, 
         attention = MaskedAttention(rows.anchors, rows.anchor_labels, rows.keys, rows.key_labels)
         return attention_method(partial(attention, temperature=TEMPERATURE), rows, True, PLAIN[dtype][1])
 
-    # Inf-CL knows no more precise products.
+    # Inf-CL cannot multiply more precisely.
     limits = PLAIN["tf32" if ELEMENTS[dtype] == torch.float32 else dtype]
 
     def one_positive(package: str, function: Callable[..., Tensor]) -> Candidate:

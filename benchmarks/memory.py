@@ -81,7 +81,8 @@ def host_peaks_apart(
     if done.returncode != 0:
         say(f"memory: the process of {op} {shape} {dtype} ended with {done.returncode}")
         return {}
-    return json.loads(done.stdout.splitlines()[-1])
+    peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import PixelContrastCrossEntropyLoss, ProjectionHead
-from pixcontrast_ext.trainer.models import build_model
+from pixcontrast_ext.trainer.models import build_model, drop_embed_head
 
 from .baselines.dense import BUFFERS
 from .harness import Candidate, Case, Errors, Method, Unavailable
@@ -72,11 +72,11 @@ class Inputs:
     def step(self, criterion: Criterion, with_head: bool) -> Callable[[], Tensor]:
         torch.manual_seed(6)  # the same network for all
         if self.device == "cpu":
-            model = build_model("compact", self.shape.C, self.shape.D)
+            model: nn.Module = build_model("compact", self.shape.C, self.shape.D)
         else:
             model = DeepLab(self.shape.C, self.shape.D)
         if not with_head:
-            model.embed_head = None
+            drop_embed_head(model)
         model.to(self.device).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
@@ -141,13 +141,14 @@ class Inputs:
 
 def case(shape: Images, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
     inputs = cache(lambda: Inputs(shape, device))
-    matrix = 4 * shape.A * shape.K
+    matrices = BUFFERS * 4 * shape.A * shape.K
+
+    def candidate(backend: str) -> Candidate:
+        return Candidate(lambda: inputs().ours(backend), matrices if backend == "reference" else 0)
+
     candidates = {"contrast off": Candidate(lambda: inputs().off())}
-    for backend in backends:
-        candidates[f"ours ({backend})"] = Candidate(
-            lambda b=backend: inputs().ours(b), BUFFERS * matrix if backend == "reference" else 0
-        )
-    candidates["loops + dense"] = Candidate(lambda: inputs().looped(), BUFFERS * matrix)
+    candidates |= {f"ours ({backend})": candidate(backend) for backend in backends}
+    candidates["loops + dense"] = Candidate(lambda: inputs().looped(), matrices)
     return Case(
         "network_step",
         name or str(shape),

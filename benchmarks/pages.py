@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import load, plots
@@ -108,7 +108,7 @@ def device_section(records: list[Record], slug: str, draw: bool) -> Iterator[str
     )
     yield ""
     dtype = next((key[3] for key in cases if key[1].startswith("sweep-")), "")
-    pictures = {
+    pictures: dict[str, Callable[[Path], bool]] = {
         f"{slug}-scaling.svg": lambda path: plots.scaling(
             rows, dtype, f"Loss + gradient, {dtype}, {newest.device}", path
         ),
@@ -138,7 +138,7 @@ def device_section(records: list[Record], slug: str, draw: bool) -> Iterator[str
 
 
 def telling(records: list[Record]) -> Iterator[list[str]]:
-    """The three figures that a user would ask for first, of one device."""
+    """The three figures of one device that a user would ask for first."""
     by_name = {
         (key[0], key[1], key[3]): Figures(rows) for key, rows in by_case(r.row for r in records).items()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -17,7 +18,10 @@ from .report import digits
 from .results import Figures, by_case, is_ours, ratios
 from .shapes import Rows
 
-# Colours that remain apart for colour-blind eyes; ours stands out, what is no loss is grey.
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+# Colours that colour-blind eyes can tell apart; ours stands out, methods that are not a loss are grey.
 STYLES = {
     "ours (cpu)": ("#d55e00", "o", "-"),
     "ours (cuda)": ("#d55e00", "o", "-"),
@@ -32,11 +36,11 @@ STYLES = {
     "two bare products": ("#000000", "", ":"),
 }
 AXES = {"K": "keys K", "A": "anchors A", "D": "channels D"}
-RESTORED = {"svg.hashsalt": "pixcontrast", "svg.fonttype": "none", "font.size": 9}
+RESTORED: dict[RcKeyType, object] = {"svg.hashsalt": "pixcontrast", "svg.fonttype": "none", "font.size": 9}
 
 
 def sweep(rows: list[Row], letter: str, dtype: str, metric: str) -> dict[str, list[tuple[int, float]]]:
-    """By method: (size, figure of fwd+bwd), of the bank's shapes that differ in `letter` alone."""
+    """By method: (size, figure of fwd+bwd), of the bank's shapes that differ in `letter` only."""
     cases = {
         (Rows.parse(shape), name): Figures(of_case)
         for (op, name, shape, of_dtype), of_case in by_case(rows).items()
@@ -66,10 +70,9 @@ def draw_sweep(axes: Axes, series: dict[str, list[tuple[int, float]]], letter: s
     axes.set(xscale="log", yscale="log", xlabel=AXES[letter], ylabel=label)
     axes.grid(True, which="major", alpha=0.3)
     axes.minorticks_off()
-    sizes = sorted({size for points in series.values() for size, _ in points})
     named: list[int] = []
-    for size in sizes:
-        if not named or size > 1.3 * named[-1]:  # names of nearer ones would lie over each other
+    for size in sorted({size for points in series.values() for size, _ in points}):
+        if not named or size > 1.3 * named[-1]:  # names of nearer ones would overlap
             named.append(size)
     axes.set_xticks(named, [short(size) for size in named])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))

@@ -36,12 +36,12 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
             return figures.get(method, part, metric)
 
         own, base = value("min ms"), figures.get(ours, whole, "min ms") if ours else None
-        share, p20 = value("share of the floor"), value("p20 ms")
+        share, p20, rounds = value("share of the floor"), value("p20 ms"), value("rounds") or 0
         line = [method]
         line += [digits(value("p50 ms", part)) for part in figures.parts[:-1]]
         line += [
             digits(value("p50 ms")),
-            f"{digits(p20)} - {digits(value('p80 ms'))}" if p20 is not None and value("rounds") >= 5 else "",
+            f"{digits(p20)} - {digits(value('p80 ms'))}" if p20 is not None and rounds >= 5 else "",
             digits(own / base) if own is not None and base is not None else "",
         ]
         line += [digits(value(rate))] if rate else []

@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def instruction_set() -> str:
-    """What the package's CPU kernels use, or torch's where they are not built."""
+    """That of the package's CPU kernels, or of torch's where ours are not built."""
     return torch.backends.cpu.get_cpu_capability() if native.unavailable else native._C.instruction_set()
 
 
@@ -92,12 +92,12 @@ def read(path: Path) -> list[Record]:
     with open(path, newline="") as file:
         return [
             Record(
-                Row(**{name: float(line[name]) if name == "value" else line[name] for name in ROW_FIELDS}),
+                Row(
+                    value=float(line["value"]), **{name: line[name] for name in ROW_FIELDS if name != "value"}
+                ),
                 Environment(
-                    **{
-                        name: int(line[name]) if name == "threads" else line[name]
-                        for name in ENVIRONMENT_FIELDS
-                    }
+                    threads=int(line["threads"]),
+                    **{name: line[name] for name in ENVIRONMENT_FIELDS if name != "threads"},
                 ),
             )
             for line in csv.DictReader(file)
@@ -105,7 +105,7 @@ def read(path: Path) -> list[Record]:
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """Adds to what is in the file; the figures of a case that was measured again replace the older ones."""
+    """Adds records to the file; the figures of a case that was measured again replace the older ones."""
     records = list(records)
     measured = {case_of(record.row) for record in records}
     kept = [record for record in read(path) if case_of(record.row) not in measured] if path.exists() else []

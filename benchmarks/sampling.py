@@ -6,7 +6,7 @@ from functools import cache, cached_property
 
 from torch import Tensor
 
-from pixcontrast_ext import gather_embeddings, hard_anchor_sampling
+from pixcontrast_ext import AnchorSample, gather_embeddings, hard_anchor_sampling
 
 from .baselines import loops
 from .harness import Candidate, Case, Errors, Method, Work, differing
@@ -30,7 +30,7 @@ class Inputs:
         self.embeddings = embedding_map(shape.B, shape.D, shape.H, shape.W, device=device)
         self.priority = draw_priority(self.labels)
 
-    def sample(self, backend: str, priority: Tensor | None = None):
+    def sample(self, backend: str, priority: Tensor | None = None) -> AnchorSample:
         return hard_anchor_sampling(
             self.labels,
             self.predictions,
@@ -41,7 +41,7 @@ class Inputs:
         )
 
     @cached_property
-    def truth(self):
+    def truth(self) -> AnchorSample:
         return self.sample("reference", self.priority)
 
     def pools(self, indices: Tensor) -> Tensor:
@@ -86,10 +86,14 @@ def looped(inputs: Inputs, gather: bool) -> Method:
 
 def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
     inputs = cache(lambda: Inputs(shape, device))
-    candidates = {}
+
+    def candidate(backend: str, gather: bool) -> Candidate:
+        return Candidate(lambda: ours(inputs(), backend, gather))
+
+    candidates: dict[str, Candidate] = {}
     for backend in backends:
-        candidates[f"ours ({backend})"] = Candidate(lambda b=backend: ours(inputs(), b, False))
-        candidates[f"ours ({backend}) + gather"] = Candidate(lambda b=backend: ours(inputs(), b, True))
+        candidates[f"ours ({backend})"] = candidate(backend, False)
+        candidates[f"ours ({backend}) + gather"] = candidate(backend, True)
     candidates["loops"] = Candidate(lambda: looped(inputs(), False))
     candidates["loops + gather"] = Candidate(lambda: looped(inputs(), True))
     candidates["one read of labels and predictions"] = Candidate(lambda: one_read(inputs()))

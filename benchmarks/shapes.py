@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+SizesT = TypeVar("SizesT", bound="Sizes")
 
 
+@dataclass(frozen=True)
 class Sizes:
     """Sizes under the letters of the contract, read from and written as `A1024-K190000-D256-C19`."""
 
     def __str__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return "-".join(f"{letter}{size}" for letter, size in values.items() if size)
 
     @classmethod
-    def parse(cls, text: str):
+    def parse(cls: type[SizesT], text: str) -> SizesT:
         """Raises ValueError if `text` is not made of this class's letters."""
         found = {}
         for part in text.split("-"):
             match = re.fullmatch(r"([A-Z])(\d+)", part)
-            if not match or match[1] not in {field.name for field in fields(cls)}:  # type: ignore[arg-type]
+            if not match or match[1] not in {field.name for field in fields(cls)}:
                 raise ValueError(f"{part!r} of shape {text!r} is no size of {cls.__name__}, such as {cls()}")
             found[match[1]] = int(match[2])
         return cls(**found)
@@ -109,7 +114,7 @@ def sweeps(device: str) -> dict[str, Rows]:
     }
 
 
-def select(known: dict[str, Sizes], kind: type[Sizes], pattern: str) -> dict[str, Sizes]:
+def select(known: Mapping[str, SizesT], kind: type[SizesT], pattern: str) -> dict[str, SizesT]:
     """The shapes that a pattern names (`city*`), or the one of this kind that it spells out (`A1024-K500`)."""
     if names := fnmatch.filter(known, pattern):
         return {name: known[name] for name in names}

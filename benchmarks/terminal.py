@@ -1,22 +1,23 @@
-"""What the benchmarks print with: rich, or plain text where it is not installed, as on many GPU machines."""
+"""The output of the benchmarks, by rich, or plain text where it is not installed, as on many GPU machines."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
+
+    HAVE_RICH = True
 except ImportError:
-    Console = None  # type: ignore[assignment, misc]
+    HAVE_RICH = False
 
 
 class Terminal:
     def __init__(self, width: int | None = None):
-        self.console = Console and Console(width=width)
+        self.console = Console(width=width) if HAVE_RICH else None
 
     def print(self, text: str, style: str = "") -> None:
         """A line, however long, in which [bold] ... [/bold] and the like are marks of style."""
@@ -49,8 +50,8 @@ class Terminal:
 class _Progress:
     """A bar over `total` cases, in a terminal that can draw one."""
 
-    def __init__(self, console: Any, total: int):
-        self.bar = None
+    def __init__(self, console: Console | None, total: int):
+        self.bar: Progress | None = None
         if console:
             columns = (
                 TextColumn("{task.description}"),

@@ -1,7 +1,8 @@
-"""A baseline that computes something else is no baseline: each against a plain formulation of its own."""
+"""Each baseline against a plain formulation of the same computation: one that computes something else is useless."""
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +12,7 @@ from .baselines.dense import dense_infonce
 from .inputs import contrast_inputs, embedding_map, scenes
 
 
-def test_dense_loss_is_the_double_loop():
+def test_dense_loss_is_the_double_loop() -> None:
     anchors, anchor_labels, keys, key_labels = contrast_inputs(7, 30, 5, torch.float64, num_classes=3)
     key_labels[::7] = -1
     anchor_labels[0] = 17  # has no positive
@@ -28,7 +29,7 @@ def test_dense_loss_is_the_double_loop():
     assert math.isclose(dense.item(), sum(losses) / len(losses), rel_tol=1e-12)
 
 
-def test_chunked_loss_survives_chunks_of_one_class(monkeypatch):
+def test_chunked_loss_survives_chunks_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a bank's keys the first chunk may hold no negative of an anchor: its shift was inf - inf."""
     monkeypatch.setattr(chunked, "CHUNK", 7)
     inputs = contrast_inputs(9, 60, 5, torch.float32, num_classes=3)
@@ -41,12 +42,12 @@ def test_chunked_loss_survives_chunks_of_one_class(monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_bare_products_cover_all_keys():
+def test_bare_products_cover_all_keys() -> None:
     anchors, _, keys, _ = contrast_inputs(6, 50, 8, torch.float64)
     torch.testing.assert_close(BareProducts(anchors, keys, tile=16).both(), anchors @ keys.T @ keys)
 
 
-def test_loops_sample_what_they_say():
+def test_loops_sample_what_they_say() -> None:
     labels, predictions = scenes(2, 32, 48, num_classes=4)
     indices, chosen = loops.sample(labels, predictions, max_samples=100, max_views=10)
     assert torch.equal(labels.flatten()[indices], chosen)
@@ -58,7 +59,7 @@ def test_loops_sample_what_they_say():
     torch.testing.assert_close(loops.gather(embeddings, indices)[5], row)
 
 
-def test_loops_enqueue_regions_and_pixels():
+def test_loops_enqueue_regions_and_pixels() -> None:
     labels, _ = scenes(2, 32, 32, num_classes=3)
     embeddings = embedding_map(2, 6, 32, 32)
     bank = loops.Bank(3, 6, slots=16, pixels_per_image=5)
@@ -67,4 +68,5 @@ def test_loops_enqueue_regions_and_pixels():
     own = embeddings[0][:, labels[0] == label]
     torch.testing.assert_close(bank.regions[label, 0], F.normalize(own.mean(dim=1), dim=0))
     assert ((bank.pixels[label, 0] - own.T).abs().amax(dim=1) < 1e-6).sum() == 1
-    assert int(bank.pixel_fill[label]) <= 10 and int(bank.region_fill[label]) <= 2
+    assert int(bank.pixel_fill[label]) <= 10
+    assert int(bank.region_fill[label]) <= 2

@@ -2,17 +2,25 @@
 
 import dataclasses
 import math
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+import pixcontrast_ext
 
 from . import OPS, clock, guard, infonce, load, pages, plots, results
 from . import __main__ as cli
-from .clock import count_launches, interleave
+from .baselines.dense import dense_infonce
+from .clock import Call, Lap, count_launches, interleave
 from .harness import Candidate, Case, Incorrect, Method, Row, Settings, Unavailable, Work, measure
 from .memory import host_peaks_apart
 from .results import Environment, Figures, Ratio, Record, ratios
-from .shapes import MAPS, ROWS, Maps, Rows, select
+from .shapes import MAPS, ROWS, Rows, select
+from .terminal import Terminal
 
 FAST = Settings(seconds=0.0, rounds=(3, 3), memory=False)
 
@@ -21,10 +29,8 @@ def case_of(**candidates: Candidate) -> Case:
     return Case("op", "name", Rows(K=5), "fp32", "cpu", candidates, {"fwd": Work(flop=2e9)}, "", "floor")
 
 
-def method(error: float = 0.0, **arguments) -> Candidate:
-    return Candidate(
-        lambda: Method(lambda: torch.ones(3), verify=lambda: {"sum": (error, 1e-6)}, **arguments)
-    )
+def method(error: float = 0.0) -> Candidate:
+    return Candidate(lambda: Method(lambda: torch.ones(3), verify=lambda: {"sum": (error, 1e-6)}))
 
 
 def value(rows: list[Row], name: str, metric: str, part: str = "fwd") -> float:
@@ -36,19 +42,20 @@ def value(rows: list[Row], name: str, metric: str, part: str = "fwd") -> float:
 
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])
-def test_a_wrong_result_is_not_timed(error):
+def test_a_wrong_result_is_not_timed(error: float) -> None:
     with pytest.raises(Incorrect, match=r"ours \(cpu\): sum is off by .*, over 1e-06"):
         measure(case_of(floor=method(), **{"ours (cpu)": method(error)}), FAST)
 
 
-def test_a_wrong_alternative_is_named_and_not_timed():
+def test_a_wrong_alternative_is_named_and_not_timed() -> None:
     rows = measure(case_of(floor=method(), dense=method(1e-3)), FAST)
     (wrong,) = [row for row in rows if row.metric == "incorrect"]
-    assert wrong.method == "dense" and "sum is off by 0.001, over 1e-06" in wrong.note
+    assert wrong.method == "dense"
+    assert "sum is off by 0.001, over 1e-06" in wrong.note
     assert {row.method for row in rows if row.metric == "p50 ms"} == {"floor"}
 
 
-def test_an_alternative_that_fails_is_absent_and_ours_is_not_excused():
+def test_an_alternative_that_fails_is_absent_and_ours_is_not_excused() -> None:
     def failing() -> Method:
         raise RuntimeError("out of registers\nand a long trace")
 
@@ -58,7 +65,7 @@ def test_an_alternative_that_fails_is_absent_and_ours_is_not_excused():
         measure(case_of(floor=method(), **{"ours (cpu)": Candidate(failing)}), FAST)
 
 
-def test_what_cannot_run_is_absent_with_its_reason():
+def test_what_cannot_run_is_absent_with_its_reason() -> None:
     def unavailable() -> Method:
         raise Unavailable("no such package")
 
@@ -74,7 +81,7 @@ def test_what_cannot_run_is_absent_with_its_reason():
     assert {row.method for row in rows if row.metric == "p50 ms"} == {"floor"}
 
 
-def test_rates_and_shares_follow_from_the_fastest_round():
+def test_rates_and_shares_follow_from_the_fastest_round() -> None:
     rows = measure(case_of(floor=method(), ours=method()), FAST)
     own, floor = (value(rows, name, "min ms") for name in ("ours", "floor"))
     assert value(rows, "ours", "TFLOP/s") == pytest.approx(2.0 / own)  # 2e9 operations
@@ -84,32 +91,41 @@ def test_rates_and_shares_follow_from_the_fastest_round():
     assert value(rows, "ours", "rounds") == 3
 
 
-def test_both_passes_hold_the_forward_and_the_backward():
+def test_both_passes_hold_the_forward_and_the_backward() -> None:
     leaf = torch.ones(4, requires_grad=True)
     rows = measure(case_of(floor=Candidate(lambda: Method(lambda: (leaf * 2).sum(), [leaf]))), FAST)
     assert {row.part for row in rows if row.metric == "min ms"} == {"fwd", "bwd", "fwd+bwd"}
     assert value(rows, "floor", "min ms", "bwd") < value(rows, "floor", "min ms", "fwd+bwd")
-    (_, gradient) = Method(lambda: (leaf * 2).sum(), [leaf]).train()
-    assert torch.equal(gradient, torch.full((4,), 2.0))
+    outputs = Method(lambda: (leaf * 2).sum(), [leaf]).train()
+    assert isinstance(outputs, tuple)
+    assert torch.equal(outputs[1], torch.full((4,), 2.0))
 
 
-def test_rounds_are_interleaved_and_bounded():
+def test_rounds_are_interleaved_and_bounded() -> None:
     order: list[str] = []
-    calls = [lambda lap, name=name: (order.append(name), lap()) for name in "ab"]
+
+    def call(name: str) -> Call:
+        def timed(lap: Lap) -> None:
+            order.append(name)
+            lap()
+
+        return timed
+
+    calls = [call(name) for name in "ab"]
     times = interleave(calls, "cpu", seconds=1e9, rounds=(2, 4))
     assert order == list("ab") * 5  # one to see how long a round takes, then four
     assert [len(series) for series in times] == [4, 4]
     assert len(interleave(calls, "cpu", seconds=0, rounds=(2, 4))[0]) == 2
 
 
-def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch):
+def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SLOW", 0.01)
     called = {"slow": 0, "compiled": 0, "fast": 0}
     now = [0.0]
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
-    def call(name, seconds):
-        def timed(lap):
+    def call(name: str, seconds: Callable[[int], float]) -> Call:
+        def timed(lap: Lap) -> None:
             called[name] += 1
             now[0] += seconds(called[name])
             lap()
@@ -127,7 +143,7 @@ def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch):
     assert max(parts[0] for parts in times[1]) < 2  # what it took to compile is not among its times
 
 
-def test_launches_and_host_reads_are_counted():
+def test_launches_and_host_reads_are_counted() -> None:
     ones = torch.ones(10)
     counted = count_launches(lambda: [ones.sum().item() for _ in range(3)], "cpu")
     assert counted.syncs == 3
@@ -138,7 +154,7 @@ def test_launches_and_host_reads_are_counted():
     assert count_launches(lambda: ones.unique(), "cpu").syncs == 1
 
 
-def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix():
+def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix() -> None:
     shape = Rows(A=512, K=9500, D=64)
     matrix = 4 * shape.A * shape.K
     peaks = host_peaks_apart("infonce", str(shape), "fp32", ["dense", "ours (cpu)"])
@@ -146,37 +162,44 @@ def test_memory_of_the_dense_loss_is_seen_and_ours_is_not_the_matrix():
     assert peaks["ours (cpu)"] < matrix
 
 
-def test_the_truth_of_many_pairs_is_that_of_all_at_once(monkeypatch):
+def test_the_truth_of_many_pairs_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Rows(A=40, K=100, D=16, C=7)
     whole = infonce.Inputs(shape, torch.float32, "cpu").truth
     monkeypatch.setattr(infonce, "TRUTH_PAIRS", 900)
     inputs = infonce.Inputs(shape, torch.float32, "cpu")
-    for found, expected in zip(inputs.truth, inputs.part.double().train(infonce.dense_infonce), strict=True):
+    for found, expected in zip(inputs.truth, inputs.part.double().train(dense_infonce), strict=True):
         torch.testing.assert_close(found, expected)
     for found, expected in zip(inputs.truth, whole, strict=True):
         torch.testing.assert_close(found, expected)
 
 
-def test_a_loss_that_is_wrong_for_many_anchors_is_caught(monkeypatch):
+def test_a_loss_that_is_wrong_for_many_anchors_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the anchors is verified against the truth, but it is all of them that are timed."""
     monkeypatch.setattr(infonce, "PAIRS", 2000)
     inputs = infonce.Inputs(Rows(A=40, K=190, D=16), torch.float32, "cpu")
 
-    def blocked(anchors, *rows, **options):
+    def blocked(
+        anchors: Tensor,
+        anchor_labels: Tensor,
+        keys: Tensor,
+        key_labels: Tensor,
+        *,
+        temperature: float,
+    ) -> Tensor:
         if len(anchors) > 20:
             anchors = torch.cat((anchors[:20], anchors[20:] * 1.01))
-        return infonce.infonce(anchors, *rows, **options)
+        return pixcontrast_ext.infonce(anchors, anchor_labels, keys, key_labels, temperature=temperature)
 
-    good = infonce.loss_method(infonce.infonce, inputs, infonce.OURS["fp32"]).verify()
+    good = infonce.loss_method(pixcontrast_ext.infonce, inputs, infonce.OURS["fp32"]).verify()
     bad = infonce.loss_method(blocked, inputs, infonce.OURS["fp32"]).verify()
     assert all(error <= limit for error, limit in good.values())
     assert {name for name, (error, limit) in bad.items() if error > limit} == {"gradient of all"}
 
 
-def test_one_case_that_fails_does_not_end_the_run(monkeypatch):
-    kept = []
+def test_one_case_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Row] = []
 
-    def failing(case, settings, progress):
+    def failing(case: Case, settings: Settings, progress: Callable[[str], None]) -> list[Row]:
         if case.op == "sampling":
             raise RuntimeError("out of registers")
         return [row("a", "ours (cpu)", "min ms", 2.0)]
@@ -184,23 +207,26 @@ def test_one_case_that_fails_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(cli, "measure", failing)
     monkeypatch.setattr(cli, "show", lambda *arguments: None)
     planned = cli.plan(["sampling", "enqueue"], "cpu", ["camvid"], [])
-    rows, failures = cli.measure_all(planned, "cpu", [], FAST, cli.Terminal(), kept.extend)
+    rows, failures = cli.measure_all(planned, "cpu", [], FAST, Terminal(), kept.extend)
     assert failures == ["sampling camvid fp32: RuntimeError: out of registers"]
     assert rows == kept == [row("a", "ours (cpu)", "min ms", 2.0)]
 
 
-def test_dtypes_that_an_op_does_not_know_are_not_labelled_so():
+def test_dtypes_that_an_op_does_not_know_are_not_labelled_so() -> None:
     planned = cli.plan(["training_step", "gather"], "cpu", ["quick"], ["bf16"])
     assert [(each.op, each.dtype) for each in planned] == [("gather", "bf16")]
 
 
-def test_a_wrong_loss_is_caught_at_its_shape():
+def test_a_wrong_loss_is_caught_at_its_shape() -> None:
     inputs = infonce.Inputs(Rows(A=40, K=190, D=16), torch.float32, "cpu")
 
-    def off(*rows, **options):
-        return infonce.infonce(*rows, **options) * 1.001
+    def off(
+        anchors: Tensor, anchor_labels: Tensor, keys: Tensor, key_labels: Tensor, *, temperature: float
+    ) -> Tensor:
+        loss = pixcontrast_ext.infonce(anchors, anchor_labels, keys, key_labels, temperature=temperature)
+        return loss * 1.001
 
-    good = infonce.loss_method(infonce.infonce, inputs, infonce.OURS["fp32"]).verify()
+    good = infonce.loss_method(pixcontrast_ext.infonce, inputs, infonce.OURS["fp32"]).verify()
     bad = infonce.loss_method(off, inputs, infonce.OURS["fp32"]).verify()
     assert all(error <= limit for error, limit in good.values())
     assert all(error > limit for error, limit in bad.values())
@@ -209,20 +235,20 @@ def test_a_wrong_loss_is_caught_at_its_shape():
 # Shapes
 
 
-def test_shapes_are_read_as_they_are_written():
-    for kind, shape in ((Rows, ROWS["coco-stuff"]), (Rows, ROWS["in-batch"]), (Maps, MAPS["camvid"])):
-        assert kind.parse(str(shape)) == shape
+def test_shapes_are_read_as_they_are_written() -> None:
+    for shape in (ROWS["coco-stuff"], ROWS["in-batch"], MAPS["camvid"]):
+        assert type(shape).parse(str(shape)) == shape
     with pytest.raises(ValueError, match="'H3' of shape 'A5-H3' is no size of Rows"):
         Rows.parse("A5-H3")
 
 
-def test_patterns_select_shapes():
+def test_patterns_select_shapes() -> None:
     assert list(select(ROWS, Rows, "cityscapes*")) == ["cityscapes", "cityscapes-95k", "cityscapes-one-view"]
     assert select(ROWS, Rows, "A5-K7") == {"A5-K7-D256-C19": Rows(A=5, K=7)}
     assert select(ROWS, Rows, "B2-H4") == {}
 
 
-def test_every_op_plans_on_both_devices_and_names_its_cases():
+def test_every_op_plans_on_both_devices_and_names_its_cases() -> None:
     for device in ("cpu", "cuda"):
         for each in cli.plan(OPS, device, [], []):
             assert load(each.op).SHAPE.parse(str(each.shape)) == each.shape
@@ -231,7 +257,7 @@ def test_every_op_plans_on_both_devices_and_names_its_cases():
         cli.plan(OPS, "cpu", ["quick", "quik"], [])
 
 
-def test_backends_are_those_named_or_ready():
+def test_backends_are_those_named_or_ready() -> None:
     assert cli.backends_of("infonce", "cpu", []) == ["cpu"]
     assert cli.backends_of("infonce", "cpu", ["reference"]) == ["reference"]
 
@@ -245,18 +271,20 @@ def row(name: str, method: str, metric: str, figure: float, part: str = "fwd", n
     return Row("infonce", name, "A1024-K5-D256-C19", "fp32", method, part, metric, figure, note)
 
 
-def test_results_survive_the_disk_and_newer_ones_replace_older_ones(tmp_path):
+def test_results_survive_the_disk_and_newer_ones_replace_older_ones(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     old = [row("a", "dense", "min ms", 7.5), row("b", "dense", "absent", math.nan, note='a "reason", quoted')]
     results.write(path, [Record(each, ABOUT) for each in old])
     newer = dataclasses.replace(ABOUT, commit="def5678")
     results.write(path, [Record(row("a", "ours (cpu)", "min ms", 2.5), newer)])
     kept, added = results.read(path)
-    assert kept.row.note == 'a "reason", quoted' and math.isnan(kept.row.value) and kept.environment == ABOUT
+    assert kept.row.note == 'a "reason", quoted'
+    assert math.isnan(kept.row.value)
+    assert kept.environment == ABOUT
     assert added == Record(row("a", "ours (cpu)", "min ms", 2.5), newer)
 
 
-def test_ratios_compare_what_does_the_same_work():
+def test_ratios_compare_what_does_the_same_work() -> None:
     rows = [
         row("a", "ours (cpu)", "min ms", 2.0),
         row("a", "ours (cpu) + gather", "min ms", 4.0),
@@ -274,10 +302,12 @@ def test_ratios_compare_what_does_the_same_work():
     }
 
 
-def test_a_ratio_falls_below_its_slack(tmp_path):
+def test_a_ratio_falls_below_its_slack(tmp_path: Path) -> None:
     ratio = Ratio("infonce", "quick", "fp32", "ours (cpu)", "dense", "fwd+bwd", "time", 8.0)
     committed = guard.Committed("cpu AVX2", ratio, 5.0)
-    assert not committed.fell(6.1) and committed.fell(5.9) and committed.fell(math.nan)
+    assert not committed.fell(6.1)
+    assert committed.fell(5.9)
+    assert committed.fell(math.nan)
     path = tmp_path / "ratios.csv"
     guard.save("cpu AVX2", [ratio], path)
     path.write_text(path.read_text().replace(",8,\n", ",8,5\n"))
@@ -289,7 +319,7 @@ def test_a_ratio_falls_below_its_slack(tmp_path):
     ]
 
 
-def test_the_committed_ratios_are_of_cases_that_exist():
+def test_the_committed_ratios_are_of_cases_that_exist() -> None:
     committed = guard.read()
     assert committed
     for each in committed:
@@ -302,7 +332,7 @@ def test_the_committed_ratios_are_of_cases_that_exist():
         assert {each.ratio.method, each.ratio.against} <= set(names), each
 
 
-def test_check_names_what_fell(monkeypatch, capsys):
+def test_check_names_what_fell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ratio = Ratio("infonce", "quick", "fp32", "ours (cpu)", "dense", "fwd+bwd", "time", 8.0)
     fine = dataclasses.replace(ratio, against="chunked loop", value=1.0)
     monkeypatch.setattr(guard, "read", lambda: [guard.Committed("here", each, 5.0) for each in (ratio, fine)])
@@ -313,7 +343,7 @@ def test_check_names_what_fell(monkeypatch, capsys):
         for name, time in measured.items()
     ]
     monkeypatch.setattr(cli, "measure_all", lambda *arguments: (rows, []))
-    terminal = cli.Terminal(width=200)
+    terminal = Terminal(width=200)
     assert cli.check("cpu", FAST, [], terminal) == 1
     printed = capsys.readouterr().out
     assert (
@@ -331,12 +361,12 @@ def test_check_names_what_fell(monkeypatch, capsys):
 # Pages
 
 
-def test_the_page_and_the_readme_say_what_the_results_say():
+def test_the_page_and_the_readme_say_what_the_results_say() -> None:
     for path, text in pages.pages(draw=False).items():
         assert path.read_text() == text, f"{path.name}: run python -m benchmarks.pages"
 
 
-def test_plots_follow_one_size_at_a_time():
+def test_plots_follow_one_size_at_a_time() -> None:
     def timed(name: str, shape: Rows, milliseconds: float) -> Row:
         return Row("infonce", name, str(shape), "fp32", "dense", "fwd+bwd", "min ms", milliseconds)
 
@@ -352,7 +382,7 @@ def test_plots_follow_one_size_at_a_time():
     assert plots.sweep(rows, "K", "bf16", "min ms") == {}
 
 
-def test_figures_of_a_case():
+def test_figures_of_a_case() -> None:
     figures = Figures(
         [row("a", "dense", "p50 ms", 3.0, "fwd+bwd"), row("a", "gone", "absent", math.nan, "", "why")]
     )

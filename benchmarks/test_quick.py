@@ -8,11 +8,12 @@ Groups hold the methods of one case. With --benchmark-disable each is verified a
 from functools import cache
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import load
 from .harness import Case, Method, Unavailable
 
-SHAPES = {
+SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     "infonce": {
         "A256-K1900-D256-C19": ("fp32",),
         "A256-D64-C5": ("bf16",),
@@ -29,7 +30,8 @@ SHAPES = {
 @cache
 def case(op: str, shape: str, dtype: str) -> Case:
     module = load(op)
-    return module.case(module.SHAPE.parse(shape), dtype, "cpu", list(module.BACKENDS["cpu"]))
+    found: Case = module.case(module.SHAPE.parse(shape), dtype, "cpu", list(module.BACKENDS["cpu"]))
+    return found
 
 
 @cache
@@ -51,7 +53,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("op", "shape", "dtype", "name"), METHODS, ids=[" ".join(each) for each in METHODS])
-def test_quick(benchmark, op, shape, dtype, name):
+def test_quick(benchmark: BenchmarkFixture, op: str, shape: str, dtype: str, name: str) -> None:
     of_case = case(op, shape, dtype)
     if of_case.candidates[name].needs_bytes > 2**32:
         pytest.skip(f"needs {of_case.candidates[name].needs_bytes / 2**30:.3g} GiB")
@@ -60,4 +62,5 @@ def test_quick(benchmark, op, shape, dtype, name):
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark.group = of_case.title
-    assert benchmark.pedantic(method.longest(), rounds=5, warmup_rounds=1) is not None or op == "enqueue"
+    outcome = benchmark.pedantic(method.longest(), rounds=5, warmup_rounds=1)  # type: ignore[no-untyped-call]
+    assert outcome is not None or op == "enqueue"

@@ -18,7 +18,7 @@ from .baselines import loops
 from .baselines.dense import BUFFERS, dense_infonce
 from .harness import Candidate, Case, Errors, Method, Work, relative_error
 from .inputs import contrast_inputs, embedding_map, scenes
-from .shapes import STEPS, Maps
+from .shapes import STEPS, Images, Maps
 
 SHAPE = Maps
 BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -33,7 +33,7 @@ def plan(device: str) -> dict[str, tuple[Maps, tuple[str, ...]]]:
     return {name: (shape, ("fp32",)) for name, shape in STEPS.items()}
 
 
-def full_bank(shape, device: str) -> MemoryBank:
+def full_bank(shape: Maps | Images, device: str) -> MemoryBank:
     """A bank of shape.K keys, half of them regions, every slot filled with a unit vector near its class's centre."""
     slots = shape.K // (2 * shape.C)
     bank = MemoryBank(shape.C, shape.D, region_slots=slots, pixel_slots=slots, process_group=None).to(device)
@@ -83,7 +83,8 @@ class Inputs:
 
         def step() -> tuple[Tensor, Tensor]:
             loss = criterion(self.embeddings, self.labels, self.predictions)
-            return loss.detach(), *torch.autograd.grad(loss, self.embeddings)
+            (gradient,) = torch.autograd.grad(loss, self.embeddings)
+            return loss.detach(), gradient
 
         def verify() -> Errors:
             torch.manual_seed(SEED)
@@ -96,9 +97,9 @@ class Inputs:
 
         def step() -> tuple[Tensor, Tensor]:
             loss = looped_loss(bank, self.embeddings, self.labels, self.predictions, self.shape.A)
-            gradients = torch.autograd.grad(loss, self.embeddings)
+            (gradient,) = torch.autograd.grad(loss, self.embeddings)
             bank.enqueue(self.embeddings.detach(), self.labels)
-            return loss.detach(), *gradients
+            return loss.detach(), gradient
 
         return Method(both=step, verify=lambda: self.compare_sample(step()))
 
@@ -117,7 +118,8 @@ class Inputs:
         indices, labels = sample.indices[:count], sample.labels[:count]
         pixels = self.embeddings.detach().permute(0, 2, 3, 1).flatten(0, 2)[indices].double()
         keys, key_labels = full_bank(self.shape, self.device).flat()
-        keys, loss, gradient = keys.double(), 0.0, []
+        keys, loss = keys.double(), torch.zeros((), dtype=torch.float64, device=self.device)
+        gradient: list[Tensor] = []
         at_a_time = max(1, TRUTH_PAIRS // len(keys))
         for rows, own in zip(pixels.split(at_a_time), labels.split(at_a_time), strict=True):
             leaf = rows.clone().requires_grad_()
@@ -126,10 +128,10 @@ class Inputs:
             share = share.sum() / count
             gradient += torch.autograd.grad(share, leaf)
             loss += share.detach()
-        return torch.as_tensor(loss), indices, torch.cat(gradient)
+        return loss, indices, torch.cat(gradient)
 
     def compare(self, outcome: tuple[Tensor, Tensor]) -> Errors:
-        """What SEED led to, pixel by pixel."""
+        """The anchors that SEED leads to, pixel by pixel."""
         loss, indices, gradient = self.truth
         everywhere = outcome[1].permute(0, 2, 3, 1).flatten(0, 2)
         limit = 1e-5 if self.dtype == "fp32" else 1e-3
@@ -150,14 +152,13 @@ class Inputs:
 
 def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = "") -> Case:
     inputs = cache(lambda: Inputs(shape, dtype, device))
-    candidates = {
-        f"ours ({backend})": Candidate(
-            lambda b=backend: inputs().ours(b),
-            BUFFERS * 4 * shape.A * shape.K if backend == "reference" else 0,
-        )
-        for backend in backends
-    }
-    candidates["loops + dense"] = Candidate(lambda: inputs().looped(), BUFFERS * 4 * shape.A * shape.K)
+    matrices = BUFFERS * 4 * shape.A * shape.K
+
+    def candidate(backend: str) -> Candidate:
+        return Candidate(lambda: inputs().ours(backend), matrices if backend == "reference" else 0)
+
+    candidates = {f"ours ({backend})": candidate(backend) for backend in backends}
+    candidates["loops + dense"] = Candidate(lambda: inputs().looped(), matrices)
     return Case(
         "training_step",
         name or str(shape),

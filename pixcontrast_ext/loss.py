@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import backends
-from pixcontrast_ext.backends.errors import bad_class
 from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.maps import check_map, cross_entropy, resize_nearest
 from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast, mean_of
@@ -21,74 +20,12 @@ from pixcontrast_ext.ops.sampling import sample
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
-def _nearest(size: int, target: int, device: torch.device) -> Tensor:
-    """Which of `size` positions each of `target` takes, as `F.interpolate(mode="nearest")` does it: in fp32."""
-    positions = torch.arange(target, dtype=torch.float32, device=device)
-    if target == 0:
-        return positions.long()
-    return (positions * (size / target)).floor().long().clamp(max=size - 1)
-
-
-def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pick [..., h, w] out of [..., H, W] like `F.interpolate(mode="nearest")`, for any dtype, integers too."""
-    height, width = maps.shape[-2:]
-    if height != size[0]:
-        maps = maps.index_select(-2, _nearest(height, size[0], maps.device))
-    if width != size[1]:
-        maps = maps.index_select(-1, _nearest(width, size[1], maps.device))
-    return maps
-
-
 def _zero_of(embeddings: Tensor) -> Tensor:
     """A zero that gives the embeddings a gradient of zero, whatever they hold (0 * NaN would be NaN).
 
     `DistributedDataParallel` demands a gradient for every parameter in every step, so also for the head's.
     """
     return embeddings[:0].sum(dtype=torch.float32)
-
-
-def _check_map(name: str, value: Tensor, dims: int, embeddings: Tensor) -> None:
-    if value.dim() != dims or value.shape[0] != embeddings.shape[0]:
-        raise ValueError(
-            f"{name} {tuple(value.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
-            f"expected {dims} dimensions and the same batch"
-        )
-    if value.device != embeddings.device:
-        raise ValueError(f"{name} must be on {embeddings.device}, got {value.device}")
-    if 0 in value.shape[-2:] and 0 not in embeddings.shape:
-        raise ValueError(
-            f"{name} {tuple(value.shape)} have no pixels for embeddings {tuple(embeddings.shape)}"
-        )
-
-
-def cross_entropy(
-    logits: Tensor,  # [B, C, h, w]
-    labels: Tensor,  # [B, H, W], any integer dtype
-    *,
-    num_classes: int,
-    ignore_index: int,
-    class_weights: Tensor | None = None,  # [C]
-) -> Tensor:
-    """Mean over the pixels that count, of logits upsampled bilinearly to the labels; 0 if there are none.
-
-    Raises:
-        ValueError: on the CPU, a label that is neither a class nor `ignore_index`; elsewhere such a pixel is ignored.
-    """
-    if labels.numel() == 0:
-        return logits.sum() * 0.0
-    if logits.shape[2:] != labels.shape[1:]:
-        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
-    labels = labels.long()
-    valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ~valid & (labels != ignore_index)
-        if wrong.any():
-            place = wrong.nonzero()[0].tolist()
-            raise bad_class("labels", place, int(labels[tuple(place)]), num_classes, ignore_index)
-    labels = torch.where(valid, labels, -1)
-    total = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=-1, reduction="sum")
-    count = valid.sum() if class_weights is None else (class_weights[labels.clamp(min=0)] * valid).sum()
-    return total / torch.where(count > 0, count, 1)
 
 
 class Batch(NamedTuple):
@@ -349,7 +286,7 @@ class PixelContrastLoss(nn.Module):
             raise ValueError(
                 f"embeddings {tuple(embeddings.shape)} do not fit the bank, which is {self.bank.embed_dim} wide"
             )
-        _check_map("labels", labels, 3, embeddings)
+        check_map("labels", labels, 3, embeddings)
         size = (embeddings.shape[2], embeddings.shape[3])
         labels = resize_nearest(labels, size).long()
         batch = Batch(embeddings, labels, self._predictions_at(embeddings, predictions, size))
@@ -411,7 +348,7 @@ class PixelContrastLoss(nn.Module):
         if not isinstance(predictions, Tensor):
             raise TypeError(f"predictions must be a tensor, got {type(predictions).__name__}")
         if predictions.dtype.is_floating_point:
-            _check_map("logits", predictions, 4, embeddings)
+            check_map("logits", predictions, 4, embeddings)
             if predictions.shape[1] != self.num_classes:
                 raise ValueError(
                     f"logits must have num_classes={self.num_classes} channels, got {tuple(predictions.shape)}"
@@ -419,7 +356,7 @@ class PixelContrastLoss(nn.Module):
             return resize_nearest(predictions.detach(), size).argmax(dim=1)
         if not checks.is_integer(predictions):
             raise TypeError(f"predictions must be integers or floating-point logits, got {predictions.dtype}")
-        _check_map("predictions", predictions, 3, embeddings)
+        check_map("predictions", predictions, 3, embeddings)
         return resize_nearest(predictions, size).long()
 
     def _contrast(self, batch: Batch, changed: str, backend: str) -> tuple[Tensor, Tensor]:

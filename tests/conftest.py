@@ -1,5 +1,7 @@
-"""Fixtures that all tests share: the backends that run here, and tensors that no kernel may read or leave unwritten
-carelessly.
+"""Fixtures that all tests share.
+
+They give the backends that run here, and fill fresh tensors with poison, which shows if a kernel reads memory that
+nobody wrote, or leaves its output unwritten.
 """
 
 from __future__ import annotations

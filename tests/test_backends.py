@@ -84,12 +84,14 @@ def test_unknown_names(monkeypatch):
 def test_available_backends_and_info_agree():
     found = available_backends()
     assert list(found) == ["cuda", "triton", "cpu", "reference"]
-    assert found["cpu"] is None and found["reference"] is None
+    assert found["cpu"] is None
+    assert found["reference"] is None
     text = report()
     for name, reason in found.items():
         line = next(line for line in text.splitlines() if line.startswith(f"backend {name} "))
         assert line.endswith("ready" if reason is None else f"off: {reason}")
-    assert torch.__version__ in text and native._C.instruction_set() in text
+    assert torch.__version__ in text
+    assert native._C.instruction_set() in text
     assert re.search(r"^CPU tensors go to +cpu$", text, re.M)
 
 
@@ -127,7 +129,7 @@ def test_the_reference_serves_for_want_of_the_module_with_one_warning(unbuilt, r
     served_by(backend="reference")
     with use_backend("reference"):
         served_by()
-    with pytest.raises(ValueError, match="backend 'cpu' cannot serve .*: it was never built"):
+    with pytest.raises(ValueError, match=r"backend 'cpu' cannot serve .*: it was never built"):
         served_by(backend="cpu")
     assert backends.resolve(None, "infonce", torch.device("cpu"), torch.float64) == "reference"
     assert backends.resolve(None, "infonce", torch.device("meta"), torch.float32) == "reference"
@@ -285,7 +287,8 @@ def test_every_pointer_of_a_struct_has_one_dtype(module, name):
     """But for rows and maps, which come in three; all else is refused by name."""
     kernel = getattr(native._C if module == "cpu" else devices.gpu.kernels, name)
     fields = fields_of(kernel)
-    assert len(fields) > 5 and set(fields.values()) >= {SCALAR, POINTER}
+    assert len(fields) > 5
+    assert set(fields.values()) >= {SCALAR, POINTER}
     for field, value in fields.items():
         if value is SCALAR:
             continue
@@ -344,12 +347,14 @@ def test_products_stay_fp32_before_torch_2_9(torch_before_2_9, precision, monkey
         torch, "mm", lambda *a, **k: (seen.append(torch.get_float32_matmul_precision()), mm(*a, **k))[1]
     )
     infonce(ROWS, LABELS, keys, LABELS, temperature=0.1, backend="cpu").backward()
-    assert seen and set(seen) == {"highest"}
+    assert seen
+    assert set(seen) == {"highest"}
     assert torch.get_float32_matmul_precision() == precision
 
 
 def test_tf32_is_asked_for_by_its_old_name_before_torch_2_9(torch_before_2_9, monkeypatch):
-    assert precision.full_float32(torch.float32) and not precision.full_float32(torch.bfloat16)
+    assert precision.full_float32(torch.float32)
+    assert not precision.full_float32(torch.bfloat16)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     assert not precision.full_float32(torch.float32)
 
@@ -365,7 +370,7 @@ def layer(path: str) -> str:
     head = path.split(".")[0] if path else ""
     if head in ("", "info"):
         return "public"
-    return {"bank": "model", "loss": "model", "head": "model"}.get(head, head)
+    return {"bank": "model", "maps": "model", "loss": "model", "head": "model"}.get(head, head)
 
 
 def imports_of(file: Path) -> set[str]:
@@ -446,7 +451,8 @@ def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
                 column_tiles = -(-keys // columns_of_tile)
                 shares = splits.splits(row_tiles, column_tiles, 264, columns_of_tile)
                 assert -(-column_tiles // shares) * columns_of_tile <= 65_536
-                assert 1 <= shares <= column_tiles and shares <= 1024
+                assert 1 <= shares <= column_tiles
+                assert shares <= 1024
     assert splits.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before
 
 

@@ -48,9 +48,14 @@ def same(bank, expected):
 def test_a_new_bank_is_empty():
     bank = MemoryBank(19, 8)
     keys, labels = bank.flat()
-    assert keys.shape == (190_000, 8) and keys.dtype == torch.float32 and (keys == 0).all()
-    assert labels.shape == (190_000,) and labels.dtype == torch.int32 and (labels == -1).all()
-    assert list(bank.state_dict()) == list(BUFFERS) and not list(bank.parameters())
+    assert keys.shape == (190_000, 8)
+    assert keys.dtype == torch.float32
+    assert (keys == 0).all()
+    assert labels.shape == (190_000,)
+    assert labels.dtype == torch.int32
+    assert (labels == -1).all()
+    assert list(bank.state_dict()) == list(BUFFERS)
+    assert not list(bank.parameters())
     assert all((bank.state_dict()[name] == 0).all() for name in BUFFERS[2:])
 
 
@@ -101,10 +106,12 @@ def test_flat_is_a_view_in_the_order_of_the_classes(regions, pixels):
     bank = feed(make(region_slots=regions, pixel_slots=pixels))
     keys, labels = bank.flat()
     slots = regions + pixels
-    assert keys.shape == (3 * slots, 5) and labels.shape == (3 * slots,)
+    assert keys.shape == (3 * slots, 5)
+    assert labels.shape == (3 * slots,)
     assert keys.untyped_storage().data_ptr() == bank.keys.untyped_storage().data_ptr()
     assert labels.untyped_storage().data_ptr() == bank.key_labels.untyped_storage().data_ptr()
-    assert torch.equal(keys, bank.keys.reshape(-1, 5)) and labels.unique().tolist() == [0, 1, 2][: 3 * slots]
+    assert torch.equal(keys, bank.keys.reshape(-1, 5))
+    assert labels.unique().tolist() == [0, 1, 2][: 3 * slots]
     before = keys.clone()
     feed(bank, seed=1)
     assert slots == 0 or not torch.equal(keys, before)
@@ -143,9 +150,12 @@ def test_copies_go_their_own_way(copied):
     bank = feed(make(ignore_index=7))
     before = state(bank)
     twin = copied(bank)
-    assert same(twin, before) and twin.ignore_index == 7 and twin.extra_repr() == bank.extra_repr()
+    assert same(twin, before)
+    assert twin.ignore_index == 7
+    assert twin.extra_repr() == bank.extra_repr()
     feed(twin, seed=1)
-    assert same(bank, before) and not same(twin, before)
+    assert same(bank, before)
+    assert not same(twin, before)
     assert same(feed(bank, seed=1), state(twin))
 
 
@@ -203,7 +213,8 @@ def test_a_full_ring_and_empty_rings_are_no_damage():
 def test_a_checkpoint_of_another_dtype_is_converted():
     bank, other = feed(make()), make(dtype=torch.bfloat16)
     other.load_state_dict(bank.state_dict())
-    assert other.keys.dtype == torch.bfloat16 and torch.equal(other.keys, bank.keys.bfloat16())
+    assert other.keys.dtype == torch.bfloat16
+    assert torch.equal(other.keys, bank.keys.bfloat16())
     assert torch.equal(other.key_labels, bank.key_labels)
 
 
@@ -309,9 +320,11 @@ def test_rows_go_into_the_pixel_rings_in_their_order(backend, dtype):
         for row, label in zip(rows, labels.tolist(), strict=True):
             if label != 255 and row.norm() > 0:
                 rings[label].append(row / row.norm())
-    assert (bank.region_fill == 0).all() and (bank.key_labels[:, :4] == -1).all()
+    assert (bank.region_fill == 0).all()
+    assert (bank.key_labels[:, :4] == -1).all()
     for c, ring in enumerate(rings):
-        assert bank.pixel_fill[c] == min(len(ring), 6) and bank.pixel_ptr[c] == len(ring) % 6
+        assert bank.pixel_fill[c] == min(len(ring), 6)
+        assert bank.pixel_ptr[c] == len(ring) % 6
         for place, row in list(enumerate(ring))[-6:]:
             torch.testing.assert_close(bank.keys[c, 4 + place % 6].float(), row, rtol=0, atol=1e-3)
 
@@ -345,4 +358,5 @@ def test_a_generator_for_the_draw_of_pixels(backend):
         bank.enqueue(embeddings, labels, generator=torch.Generator().manual_seed(seed), backend=backend)
         assert torch.equal(torch.get_rng_state(), before)
         states.append(bank.keys)
-    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])

@@ -102,8 +102,9 @@ def test_one_compiled_criterion_takes_any_size_in_any_mode(with_bank, training, 
 
 
 def check_any_size(backend, with_bank, training, dynamic):
-    """Three batch sizes, then three sizes of the map, through a warm-up and with a generator of its own: compiled
-    again at most twice, where torch first sees that a size changes.
+    """Changing sizes compile the criterion again at most twice, where torch first sees that a size changes.
+
+    Three batch sizes, then three sizes of the map, through a warm-up and with a generator of its own.
     """
 
     def criterion():
@@ -140,7 +141,8 @@ def check_any_size(backend, with_bank, training, dynamic):
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
         losses.append(parts["contrast"].item())
-    assert losses[2:] > [0] * 4 and (losses[:2] == [0, 0]) == training
+    assert losses[2:] > [0] * 4
+    assert (losses[:2] == [0, 0]) == training
     for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
         assert torch.equal(a, b), name
     assert counter.frame_count <= 3
@@ -174,4 +176,6 @@ def test_inductor():
         embeddings = torch.randn(2, 8, 9, 7, requires_grad=True)
         loss = compiled(embeddings, labels, labels)
         loss.backward()
-    assert loss > 0 and embeddings.grad.abs().sum() > 0 and (criterion.bank.region_fill == 3).all()
+    assert loss > 0
+    assert embeddings.grad.abs().sum() > 0
+    assert (criterion.bank.region_fill == 3).all()

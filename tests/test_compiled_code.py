@@ -33,8 +33,10 @@ def test_every_kernel_is_compiled_for_every_architecture(resources):
 
 
 def test_nothing_spills_and_nothing_lies_in_local_memory(resources):
-    """Nothing but what is looked at once a tile: a few registers of wide tiles of the negatives, and of fp32
-    rows of more than 256 channels, whose sums take 128. Wide tiles have no room on some devices.
+    """Nothing except values that are read once a tile.
+
+    Those are a few registers of wide tiles of the negatives, and of fp32 rows of more than 256 channels, whose sums
+    take 128. Wide tiles do not fit on some devices.
     """
     for name, by_arch in resources.items():
         for arch, used in by_arch.items():
@@ -57,7 +59,8 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
     assert len(tiles) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
     for name, count in tiles.items():
         assert count["HMMA"] >= 32, name
-        assert count["LDGSTS"] > 0 and count["LDSM"] > 0, name
+        assert count["LDGSTS"] > 0, name
+        assert count["LDSM"] > 0, name
         assert not [op for op in count if op.startswith(("ATOM", "RED"))], name
 
 
@@ -83,14 +86,17 @@ def test_the_model_of_the_machine_bounds_what_was_measured():
     bounds = {bound.kernel: bound for bound in machine_model.bounds(MODULE, "sm_90")}
     assert len(bounds) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
     for bound in bounds.values():
-        assert bound.line().startswith("predicted") and f"bound by {bound.binding}," in bound.line()
+        assert bound.line().startswith("predicted")
+        assert f"bound by {bound.binding}," in bound.line()
         assert bound.cycles[bound.binding] == max(bound.cycles.values())
         if bound.tile.whole and bound.tile.channels == 256:
             # Of their code: the tile's products, and what its fragments, copies and weights take, and little more.
-            assert bound.latency is not None and bound.cycles["issue slots"] > 0, bound.kernel
+            assert bound.latency is not None, bound.kernel
+            assert bound.cycles["issue slots"] > 0, bound.kernel
             assert 1 < bound.cycles["shared memory"] / bound.tile.wavefronts < 1.25, bound.kernel
     bound = bounds["infonce_fwd_negatives_kernel<Tile<Math<BFloat16, 1>, 256, true, 2, false>>"]
-    assert bound.binding == "shared memory" and 0.5 * 609 < bound.microseconds < 609
+    assert bound.binding == "shared memory"
+    assert 0.5 * 609 < bound.microseconds < 609
     tiles = 16 * 190_000 / 64 / 132
     assert bound.cycles["shared memory"] * tiles == pytest.approx(734_000, rel=0.1)
 

@@ -251,7 +251,8 @@ def test_bad_labels_and_indices_are_ignored(device_backend):
         assert torch.equal(found, expected)
     indices = torch.tensor([0, -1, 2**40, 5], device=DEVICE)
     rows = gather_embeddings(embeddings, indices, backend=device_backend)
-    assert (rows[1:3] == 0).all() and (rows[[0, 3]] != 0).any()
+    assert (rows[1:3] == 0).all()
+    assert (rows[[0, 3]] != 0).any()
 
 
 @pytest.mark.slow
@@ -288,8 +289,9 @@ def test_more_than_2_to_the_31_elements(device_backend):
 
 
 def test_other_threads_run_while_a_call_waits(device_backend):
-    """The GIL is free in a launch, also in the one that finds the queue of a sleeping device full: of all the turns of
-    another thread, most fall into that call.
+    """The GIL is released during a launch, even one that finds the queue of a sleeping device full.
+
+    Of all the turns of another thread, most fall into that call.
     """
     inputs = draw(64, 500, 64, 3)
     torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, False, device_backend)
@@ -341,11 +343,12 @@ def test_a_refused_launch_raises(monkeypatch):
     if devices.gpu.kernels is None:
         pytest.skip("the module was built without CUDA kernels")
     inputs = draw(64, 100, 64, 3)
-    with pytest.raises(RuntimeError, match="infonce_.*invalid"):
-        outputs = [torch.empty(64, device=DEVICE) for _ in range(3)]
-        count = torch.empty(64, device=DEVICE, dtype=torch.int32)
-        monkeypatch.setattr(splits, "splits", lambda *_: 70_000)  # beyond what a grid may have
-        cuda.infonce_forward(InfonceForward(*inputs, 0.1, False, False, *outputs, count, None))
+    outputs = [torch.empty(64, device=DEVICE) for _ in range(3)]
+    count = torch.empty(64, device=DEVICE, dtype=torch.int32)
+    call = InfonceForward(*inputs, 0.1, False, False, *outputs, count, None)
+    monkeypatch.setattr(splits, "splits", lambda *_: 70_000)  # more than a grid may have
+    with pytest.raises(RuntimeError, match=r"infonce_.*invalid"):
+        cuda.infonce_forward(call)
     monkeypatch.undo()
     monkeypatch.setattr(devices, "gpu", devices.Gpu())
     assert infonce(*inputs, temperature=0.1).isfinite()

@@ -73,7 +73,8 @@ def check(found, expected):
 def test_every_rank_has_the_bank_of_one_process(runs, ranks):
     """Also where a rank has no valid class, fewer images than the others, or none."""
     expected = one_bank(range(ranks), range(len(worker.SIZES)))
-    assert (expected[-1]["region_fill"] > 0).all() and (expected[-1]["pixel_ptr"] != 0).any()
+    assert (expected[-1]["region_fill"] > 0).all()
+    assert (expected[-1]["pixel_ptr"] != 0).any()
     for found in results(runs[ranks], "steps", ranks):
         check(found, expected)
 
@@ -120,7 +121,8 @@ def test_ranks_stay_in_step_through_training(runs, ranks, name):
     per_step = torch.tensor([2 * ranks] * 5 + [2 * ranks - 1])
     fills = [rank["region_fill"] for rank in found[0]]
     written = torch.stack(fills).diff(dim=0, prepend=torch.zeros(1, worker.CLASSES, dtype=torch.int64))
-    assert (written <= per_step[:, None]).all() and (fills[-1] == 9).any()
+    assert (written <= per_step[:, None]).all()
+    assert (fills[-1] == 9).any()
 
 
 @both
@@ -142,7 +144,8 @@ def test_rows_without_a_map_are_exchanged(runs, ranks):
         for rank in range(ranks):
             bank.enqueue_rows(*worker.batch_of_rows(rank, step))
     for found in results(runs[ranks], "rows", ranks):
-        assert equal(found, worker.state(bank)) and (found["pixel_fill"] > 0).all()
+        assert equal(found, worker.state(bank))
+        assert (found["pixel_fill"] > 0).all()
 
 
 @both
@@ -156,8 +159,10 @@ def test_banks_that_differ_are_named_on_every_rank(runs, ranks):
 def test_a_rank_may_validate_alone_without_gradients(runs, ranks):
     """Neither enqueued nor counted, so no other rank is waited for."""
     for before, after in results(runs[ranks], "validating_alone", ranks):
-        assert before["step"] == 0 and (before["bank.region_fill"] == 0).all()
-        assert after["step"] == 1 and (after["bank.region_fill"] > 0).any()
+        assert before["step"] == 0
+        assert (before["bank.region_fill"] == 0).all()
+        assert after["step"] == 1
+        assert (after["bank.region_fill"] > 0).any()
 
 
 @both
@@ -173,8 +178,10 @@ def test_what_the_first_rank_restored_and_ddp_sent_counts_on_every_rank(runs, ra
     """The warm-up is over for all of them, or heads would get gradients of one half of the ranks."""
     first, *others = results(runs[ranks], "restored_by_broadcast", ranks)
     for found in (first, *others):
-        assert found["step"] == 3 and found["loss"] > 0
-        assert torch.equal(found["gradient"], first["gradient"]) and found["gradient"].any()
+        assert found["step"] == 3
+        assert found["loss"] > 0
+        assert torch.equal(found["gradient"], first["gradient"])
+        assert found["gradient"].any()
         assert all(
             torch.equal(found[f"bank.{name}"], first[f"bank.{name}"]) for name in worker.make_bank()._buffers
         )
@@ -183,7 +190,8 @@ def test_what_the_first_rank_restored_and_ddp_sent_counts_on_every_rank(runs, ra
 @both
 def test_fully_sharded_from_meta(runs, ranks):
     found = results(runs[ranks], "fully_sharded", ranks)
-    assert (found[0][1][0]["bank.key_labels"] == -1).all() and found[0][1][0]["step"] == 0
+    assert (found[0][1][0]["bank.key_labels"] == -1).all()
+    assert found[0][1][0]["step"] == 0
     for losses, states, _ in found:
         assert all(equal(a, b) for a, b in zip(states, found[0][1], strict=True))
         assert [bool(loss > 0) for loss in losses] == [False, False, True, True]
@@ -204,7 +212,8 @@ def test_readme_on_several_ranks(runs, ranks):
             step["loss"] == pytest.approx(step["cross_entropy"] + 0.1 * step["contrast"]) for step in losses
         )
     fill = found[0][2]["contrast.bank.region_fill"]
-    assert fill[:2].sum() == 20 * 2 * 2 * ranks - ranks and (fill[2:] == 0).all()  # each rank had one NaN
+    assert fill[:2].sum() == 20 * 2 * 2 * ranks - ranks  # each rank had one NaN
+    assert (fill[2:] == 0).all()
 
 
 @both

@@ -1,5 +1,7 @@
-"""The emulator of CUDA kernels: that its primitives are those of the PTX manual, that it and the sanitizers find what
-they are there to find, and that they find nothing in the kernels that ship.
+"""The emulator of CUDA kernels, and the kernels that it runs.
+
+Its primitives must behave as the PTX manual says; it and the sanitizers must find the faults they are there to find,
+and none in the kernels that ship.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ GROUP, MEMBER = LANE // 4, LANE % 4  # the manual's groupID, threadID_in_group
 
 
 def fragments_of(matrix: np.ndarray, rows: list, columns: list) -> np.ndarray:
-    """[32, elements of a lane]"""
+    """The elements that each lane holds, [32, elements of a lane]."""
     return np.stack([matrix[row, column] for row, column in zip(rows, columns, strict=True)], axis=1)
 
 
@@ -240,7 +242,8 @@ def test_arithmetic(machine):
     assert np.isnan(found[~np.isfinite(values), 0].view(np.float32)).all()
 
     approximate = found[:, 1].copy().view(np.float32)
-    assert (approximate[exp2 < 2.0**-126] == 0).all() and np.isnan(approximate[nan]).all()
+    assert (approximate[exp2 < 2.0**-126] == 0).all()
+    assert np.isnan(approximate[nan]).all()
     large = ~nan & (exp2 >= 2.0**-126)
     distance = approximate[large].view(np.int32) - bits(exp2[large]).view(np.int32)
     assert np.abs(distance).max() <= 2
@@ -412,7 +415,8 @@ def test_misuse_is_an_error(plain, monkeypatch, fault, message):
         text = str(caught.value)
         assert re.match(r"misuse: block \([01], [012], 0\), thread \d+: ", text)
         if schedule == "forward":
-            assert "block (0, 0, 0)" in text and re.search(message, text), text
+            assert "block (0, 0, 0)" in text, text
+            assert re.search(message, text), text
         test_named_barriers(plain)  # and life goes on
 
 
@@ -525,7 +529,9 @@ def test_kernels_pass_the_sanitizers_under_every_schedule(recording, variant):
     folder = sanitized(variant, "_C")
     schedules = SCHEDULES if variant == "plain" else SANITIZED_SCHEDULES
     done = sanitize.run(variant, "tools.emulator.replay", folder, recording, *schedules)
-    assert done.returncode == 0 and "ThreadSanitizer" not in done.stderr, done.stdout + done.stderr[-6000:]
+    output = done.stdout + done.stderr[-6000:]
+    assert done.returncode == 0, output
+    assert "ThreadSanitizer" not in done.stderr, output
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)

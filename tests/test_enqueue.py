@@ -176,7 +176,8 @@ def test_a_bad_pixel_harms_its_own_class_in_its_own_image_only(backend, value, l
     bank.enqueue(LAYOUTS[layout](embeddings), labels, priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority)
     check_bank(bank, rings, rtol=torch.finfo(keys_dtype).eps, atol=1e-6)
-    assert bank.region_fill.tolist() == [2, 1, 2] and bank.pixel_fill.tolist() == [10, 9, 10]
+    assert bank.region_fill.tolist() == [2, 1, 2]
+    assert bank.pixel_fill.tolist() == [10, 9, 10]
 
 
 def test_a_bad_pixel_without_a_class_harms_nothing(backend):
@@ -202,7 +203,8 @@ def test_zero_rows_are_not_stored(backend):
         bank.enqueue(embeddings, labels, priority=priority, backend=backend)
         rings.enqueue(embeddings, labels, priority)
     check_bank(bank, rings)
-    assert bank.region_fill.tolist() == [0, 0, 2] and bank.pixel_fill.tolist() == [0, 4, 6]
+    assert bank.region_fill.tolist() == [0, 0, 2]
+    assert bank.pixel_fill.tolist() == [0, 4, 6]
 
 
 def test_refused_rows_leave_no_hole(backend):
@@ -237,8 +239,10 @@ def test_what_overflows_in_the_dtype_of_the_keys_is_not_stored(backend):
     ):
         bank, _ = make_bank(3, 4, 2, 3, 3, dtype=dtype, normalize=False)
         bank.enqueue(embeddings, labels, backend=backend)
-        assert bank.region_fill.tolist() == regions and bank.pixel_fill.tolist() == pixels
-        assert bank.keys.isfinite().all() and ((bank.keys != 0).any(-1) == (bank.key_labels >= 0)).all()
+        assert bank.region_fill.tolist() == regions
+        assert bank.pixel_fill.tolist() == pixels
+        assert bank.keys.isfinite().all()
+        assert ((bank.keys != 0).any(-1) == (bank.key_labels >= 0)).all()
 
 
 # Nothing to store
@@ -284,7 +288,8 @@ def test_seed_governs_the_choice(backend):
         torch.manual_seed(seed)
         bank.enqueue(embeddings, labels, backend=backend)
         banks.append(bank.keys)
-    assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0], banks[2])
+    assert torch.equal(banks[0], banks[1])
+    assert not torch.equal(banks[0], banks[2])
 
 
 def test_pixels_are_drawn_from_the_whole_class(backend):
@@ -296,7 +301,9 @@ def test_pixels_are_drawn_from_the_whole_class(backend):
         bank.enqueue(embeddings, labels, backend=backend)
     for c in range(2):
         turns = bank.keys[c].sum(0)
-        assert (turns[1 - c :: 2] == 0).all() and (turns[c::2] > 8).all() and turns.sum() == 200
+        assert (turns[1 - c :: 2] == 0).all()
+        assert (turns[c::2] > 8).all()
+        assert turns.sum() == 200
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
@@ -349,7 +356,8 @@ def test_no_gradient_reaches_the_bank(backend):
     embeddings, labels, priority = draw(2, 5, 4, 4, 3)
     bank, rings = make_bank(3, 5, 4, 6, 2)
     bank.enqueue(embeddings.requires_grad_(), labels, priority=priority, backend=backend)
-    assert not bank.keys.requires_grad and embeddings.grad is None
+    assert not bank.keys.requires_grad
+    assert embeddings.grad is None
     rings.enqueue(embeddings.detach(), labels, priority)
     check_bank(bank, rings)
 
@@ -362,7 +370,9 @@ def test_collected_rows_have_a_fixed_shape(backend, poison):
         embeddings, labels, num_classes=4, pixels_per_image=20, ignore_index=255, normalize=True,
         dtype=torch.bfloat16, priority=priority, backend=backend,
     )  # fmt: skip
-    assert rows.shape == (2, 4, 21, 5) and rows.dtype == torch.bfloat16 and row_labels.dtype == torch.int32
+    assert rows.shape == (2, 4, 21, 5)
+    assert rows.dtype == torch.bfloat16
+    assert row_labels.dtype == torch.int32
     for b in range(2):
         for c in range(4):
             n = int((labels[b] == c).sum())
@@ -465,7 +475,7 @@ def test_double_needs_the_reference():
         bank.enqueue(embeddings.to(dtype), labels, priority=priority)
         rings.enqueue(embeddings.to(dtype), labels, priority)
         with pytest.raises(
-            ValueError, match="backend 'cpu' cannot serve enqueue_collect on cpu tensors of torch.float64"
+            ValueError, match=r"backend 'cpu' cannot serve enqueue_collect on cpu tensors of torch\.float64"
         ):
             bank.enqueue(embeddings.to(dtype), labels, backend="cpu")
     check_bank(bank, rings)

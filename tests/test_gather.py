@@ -59,7 +59,8 @@ def test_rows_of_another_dtype(backend, dtype, rows_dtype):
         rows, truth(embeddings, indices).to(rows_dtype), rtol=0, atol=torch.finfo(rows_dtype).eps / 2
     )
     rows.float().sum().backward()
-    assert embeddings.grad.dtype == dtype and embeddings.grad.abs().sum() > 0
+    assert embeddings.grad.dtype == dtype
+    assert embeddings.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -68,7 +69,8 @@ def test_many_repeats_add_up_in_float32(backend, dtype):
     embeddings = torch.randn(1, 3, 2, 2).to(dtype).requires_grad_()
     indices = torch.zeros(4096, dtype=torch.int64)
     gather_embeddings(embeddings, indices, normalize=False, backend=backend).sum().backward()
-    assert (embeddings.grad[:, :, 0, 0] == 4096).all() and embeddings.grad.sum() == 3 * 4096
+    assert (embeddings.grad[:, :, 0, 0] == 4096).all()
+    assert embeddings.grad.sum() == 3 * 4096
 
 
 @pytest.mark.parametrize("rows", [1024, 1025, 5000])
@@ -117,8 +119,10 @@ def test_zero_norm_gives_zero_row_and_zero_gradient(backend):
     embeddings.requires_grad_()
     rows = gather_embeddings(embeddings, torch.tensor([1, 2]), backend=backend)
     rows.sum().backward()
-    assert (rows[0] == 0).all() and rows[1].norm().item() == pytest.approx(1)
-    assert (embeddings.grad[:, :, 0, 1] == 0).all() and (embeddings.grad[:, :, 1, 0] != 0).any()
+    assert (rows[0] == 0).all()
+    assert rows[1].norm().item() == pytest.approx(1)
+    assert (embeddings.grad[:, :, 0, 1] == 0).all()
+    assert (embeddings.grad[:, :, 1, 0] != 0).any()
 
 
 def test_norms_do_not_overflow_in_half_precision(backend):
@@ -131,7 +135,8 @@ def test_norm_beyond_float32_gives_zero(backend):
     embeddings = torch.full((1, 4, 1, 1), 1e25, requires_grad=True)
     rows = gather_embeddings(embeddings, torch.tensor([0]), backend=backend)
     rows.sum().backward()
-    assert (rows == 0).all() and (embeddings.grad == 0).all()
+    assert (rows == 0).all()
+    assert (embeddings.grad == 0).all()
 
 
 def test_nan_reaches_the_row_but_not_through_rows_without_gradient(backend):
@@ -139,9 +144,11 @@ def test_nan_reaches_the_row_but_not_through_rows_without_gradient(backend):
     embeddings[:, 2, 0, 0] = float("nan")
     embeddings.requires_grad_()
     rows = gather_embeddings(embeddings, torch.tensor([0, 3]), backend=backend)
-    assert rows[0].isnan().all() and rows[1].isfinite().all()
+    assert rows[0].isnan().all()
+    assert rows[1].isfinite().all()
     rows.backward(torch.tensor([[0.0], [1.0]]).expand(2, 4))
-    assert embeddings.grad.isfinite().all() and embeddings.grad[:, :, 1, 1].abs().sum() > 0
+    assert embeddings.grad.isfinite().all()
+    assert embeddings.grad[:, :, 1, 1].abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3)])
@@ -149,14 +156,16 @@ def test_empty_map_gives_zero_rows(backend, poison, shape):
     embeddings = torch.zeros(shape, requires_grad=True)
     rows = gather_embeddings(embeddings, torch.zeros(6, dtype=torch.int64), backend=backend)
     rows.sum().backward()
-    assert (rows == 0).all() and embeddings.grad.shape == shape
+    assert (rows == 0).all()
+    assert embeddings.grad.shape == shape
 
 
 def test_no_rows(backend, poison):
     embeddings = torch.randn(2, 5, 3, 3, requires_grad=True)
     rows = gather_embeddings(embeddings, torch.zeros(0, dtype=torch.int64), backend=backend)
     rows.sum().backward()
-    assert rows.shape == (0, 5) and (embeddings.grad == 0).all()
+    assert rows.shape == (0, 5)
+    assert (embeddings.grad == 0).all()
 
 
 def test_non_contiguous_cotangent_and_indices(backend):

@@ -93,14 +93,16 @@ def test_every_part_runs_to_its_end_where_little_is_installed(bare_python, tmp_p
     assert {name.partition(":")[0] for name in rows} == {"build", *PARTS}
     assert {state for state, *_ in rows.values()} == {"done"}
     for name, (_, passed, failed, skipped, _) in rows.items():
-        assert failed == "0" and name in output
+        assert failed == "0"
+        assert name in output
         if "what needs one" in name:
             assert skipped == "1: torch finds no CUDA device"
         elif "properties" in name:
             assert "could not import 'hypothesis'" in skipped
         else:
             assert int(passed) > 0
-    assert "ours (cuda)" in report and "ours (triton)" in report  # the timings, as they were printed
+    assert "ours (cuda)" in report  # the timings, as they were printed
+    assert "ours (triton)" in report
     assert "TFLOP/s" in (tmp_path / "rehearsal.csv").read_text()
 
 
@@ -124,7 +126,8 @@ def test_a_run_that_is_killed_leaves_what_it_has_shown(tmp_path):
 def test_what_is_to_be_timed_exists():
     for op, shape, dtypes, _ in TIMINGS:
         planned = plan([op], "cuda", [shape], list(dtypes))
-        assert {each.dtype for each in planned} >= set(dtypes) and planned
+        assert {each.dtype for each in planned} >= set(dtypes)
+        assert planned
 
 
 def step(name: str, code: str, needs: float = 0.0) -> Step:
@@ -191,18 +194,22 @@ def test_what_fails_is_counted_and_shown(tmp_path):
     Run([tests, broken, silent, absent, unnamed, *unbuilt], tmp_path, {"device": "none"}, budget=None).go()
     assert (tests.passed, tests.failed, dict(tests.skipped)) == (1, 1, {"for a reason": 1})
     assert "assert 1 == 2" in tests.detail
-    assert broken.failed == 1 and "out of memory" in broken.detail
-    assert silent.failed == 1 and "ERRORS: 2" in silent.detail
+    assert broken.failed == 1
+    assert "out of memory" in broken.detail
+    assert silent.failed == 1
+    assert "ERRORS: 2" in silent.detail
     assert dict(absent.skipped) == {"no-such-program is not on PATH": 1}
     assert (unnamed.state, unnamed.failed) == ("no test of these names", 0)
     assert unbuilt[1].state == "not begun: there is no build"
     report = (tmp_path / "report.md").read_text()
-    assert "| suite: some | done | 1 | 1 | 1: for a reason |" in report and "## broken failed" in report
+    assert "| suite: some | done | 1 | 1 | 1: for a reason |" in report
+    assert "## broken failed" in report
 
 
 def test_nothing_runs_without_a_device(tmp_path):
     command = [sys.executable, "-m", "tools.gpu_report", "--out", str(tmp_path)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 2 and "torch finds no CUDA device" in run.stdout
+    assert run.returncode == 2
+    assert "torch finds no CUDA device" in run.stdout
     assert list(tmp_path.iterdir()) == []

@@ -27,8 +27,17 @@ Arguments = dict[str, Any]
 
 ERRORS = (ValueError, TypeError, RuntimeError)
 DTYPES = [
-    getattr(torch, name)
-    for name in "float64 float32 float16 bfloat16 float8_e4m3fn int64 int32 int16 uint8 bool complex64".split()
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
 ]
 EXTREMES = [-(2**63), -1, 0, 1, 2**31, 2**62, 2**63 - 1]
 valid_cases = functools.cache(cases)
@@ -85,7 +94,8 @@ def assert_error_or_right(op: str, arguments: Arguments) -> bool:
         return False
     expected = outcome(op, arguments | {"backend": "reference"})
     if isinstance(expected, Exception):  # on the CPU it looks at labels and indices
-        assert arguments["backend"] in GPU_BACKENDS and "expected 0 <=" in str(expected), expected
+        assert arguments["backend"] in GPU_BACKENDS, expected
+        assert "expected 0 <=" in str(expected), expected
         return True
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, equal_nan=True)
@@ -152,9 +162,8 @@ LETTERS = [(op, letter) for op in SIZES for letter in sorted(set("".join(SIZES[o
 @pytest.mark.parametrize(("op", "letter"), LETTERS)
 def test_any_size_of_all_tensors(backend, op, letter):
     arguments = valid(op, backend)
-    assert 2 <= sum(
-        assert_error_or_right(op, with_size(op, arguments, letter, size)) for size in (0, 1, 2, 13)
-    )
+    served = [assert_error_or_right(op, with_size(op, arguments, letter, size)) for size in (0, 1, 2, 13)]
+    assert sum(served) >= 2
 
 
 @pytest.mark.parametrize(
@@ -233,8 +242,9 @@ def test_any_layout(backend, op, name, layout):
         )
     try:
         found = run(op, arguments)
-    except ERRORS as error:
-        assert name in written(op), error
+    except ERRORS:
+        if name not in written(op):
+            raise
         return
     tolerance = 1e-6 if name == "embeddings" else 0
     for a, b in zip(found, expected, strict=True):
@@ -416,7 +426,8 @@ def test_garbage_in_a_ring_writes_nothing_outside(backend, name, value):
         for a, b in zip(run("enqueue_write", arguments), expected, strict=True):
             assert torch.equal(a, b)
     for key, memory in whole.items():
-        assert (memory[:3] == 77).all() and (memory[-3:] == 77).all(), key
+        assert (memory[:3] == 77).all(), key
+        assert (memory[-3:] == 77).all(), key
 
 
 CONTENTS = {
@@ -493,7 +504,7 @@ def test_the_write_of_all_ranks_checks_as_the_write_does():
     state = list(bank.buffers())
     row_labels = torch.zeros(1, 3, 11, dtype=torch.int32)
     for rows in (torch.zeros(1, 3, 11, 5), torch.zeros(1, 2, 11, 4), torch.zeros(3, 4), torch.zeros(())):
-        with pytest.raises(ValueError, match="enqueue_write: .* must have shape"):
+        with pytest.raises(ValueError, match=r"enqueue_write: .* must have shape"):
             torch.ops.pixcontrast.enqueue_write_all_ranks(
                 rows, row_labels, *state, 5000, bank._exchange.number, "cpu"
             )

@@ -94,7 +94,8 @@ def test_wheel_contents(wheel):
     recipes = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "pixcontrast_ext").rglob("recipes/*.json")
     }
-    assert recipes and packages | recipes <= set(names)
+    assert recipes
+    assert packages | recipes <= set(names)
 
 
 def test_wheel_metadata(installed):
@@ -361,7 +362,8 @@ def test_failed_compilation_is_an_error(toy):
     (toy / "csrc/cpu/sampling.cpp").write_text("#error not today\n")
     built = build(toy, PIXCONTRAST_CUDA="0")
     assert built.returncode != 0
-    assert "not today" in built.stdout and "ninja could not build pixcontrast_ext._C" in built.stdout
+    assert "not today" in built.stdout
+    assert "ninja could not build pixcontrast_ext._C" in built.stdout
 
 
 def test_missing_compiler_is_named(toy):
@@ -414,7 +416,8 @@ def test_cuda_sources_are_compiled_for_what_nvcc_lists(toy, nvcc):
     assert compiler.endswith("nvcc 12.9")
     compiled = log.read_text().splitlines()[-1]
     assert "-gencode=arch=compute_90,code=[sm_90,compute_90]" in compiled
-    assert "--cudart=static" in compiled and "-fPIC" in compiled
+    assert "--cudart=static" in compiled
+    assert "-fPIC" in compiled
     assert "ninja: no work to do." in build(toy, PATH=path).stdout
 
 
@@ -442,7 +445,8 @@ def test_the_runtime_is_found_where_toolkits_have_it(toy, nvcc, tmp_path, place)
     (toolkit / "lib64").rmdir()
     path = f"{wrapper / 'bin'}:{os.environ['PATH']}"
     built = build(toy, PATH=path)
-    assert built.returncode != 0 and f"no libcudart_static.a below {toolkit}" in built.stdout
+    assert built.returncode != 0
+    assert f"no libcudart_static.a below {toolkit}" in built.stdout
     folder.mkdir(parents=True)
     (tmp_path / "libcudart_static.a").rename(folder / "libcudart_static.a")
     built = build(toy, PATH=path)
@@ -450,7 +454,7 @@ def test_the_runtime_is_found_where_toolkits_have_it(toy, nvcc, tmp_path, place)
 
 
 def test_editable_installation_keeps_its_objects(toy, tmp_path):
-    """pip builds in isolation, in a new environment each time; the second installation compiles nothing."""
+    """The isolated builds of pip use a new environment each time; the second installation compiles nothing."""
     site = tmp_path / "site"
     command = (
         sys.executable,

@@ -88,9 +88,11 @@ def test_4_class_0_is_a_class_like_any_other(backend):
     labels[:, 2:] = 1
     bank = MemoryBank(2, 2, region_slots=2, pixel_slots=4, pixels_per_image=4)
     bank.enqueue(coded(labels, 2), labels, backend=backend)
-    assert bank.region_fill.tolist() == [1, 1] and bank.pixel_fill.tolist() == [4, 4]
+    assert bank.region_fill.tolist() == [1, 1]
+    assert bank.pixel_fill.tolist() == [4, 4]
     keys, key_labels = used(bank)
-    assert (key_labels == 0).sum() == 5 and (keys.norm(dim=1) > 0.99).all()
+    assert (key_labels == 0).sum() == 5
+    assert (keys.norm(dim=1) > 0.99).all()
 
     criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend).eval()
     anchor = torch.tensor([[math.cos(0.4), math.sin(0.4)]])  # of class 0
@@ -146,7 +148,8 @@ def test_6_slots_that_nobody_filled_take_no_part(backend):
         losses.append(
             PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend).eval()(embeddings, labels, labels)
         )
-    assert losses[0] > 0 and losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    assert losses[0] > 0
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("with_bank", [True, False])
@@ -163,7 +166,8 @@ def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
         criterion = PixelContrastLoss(3, bank=bank(), min_pixels=min_pixels, backend=backend)
         loss = criterion(embeddings, labels, labels)  # nothing, not eligible, no positive
         (grad,) = torch.autograd.grad(loss, embeddings)
-        assert loss.item() == 0 and (grad == 0).all()
+        assert loss.item() == 0
+        assert (grad == 0).all()
 
     labels = torch.randint(0, 3, (1, 4, 4))
     criterion = PixelContrastLoss(3, bank=bank(), min_pixels=1, backend=backend)
@@ -176,7 +180,8 @@ def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
     loss = criterion(logits, broken, labels)
     loss.backward()
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
-    assert logits.grad.isfinite().all() and (broken.grad is None or (broken.grad == 0).all())
+    assert logits.grad.isfinite().all()
+    assert broken.grad is None or (broken.grad == 0).all()
 
 
 def test_9_half_of_the_anchors_are_mispredicted_pixels(backend):
@@ -189,7 +194,8 @@ def test_9_half_of_the_anchors_are_mispredicted_pixels(backend):
             labels, predictions, num_classes=3, max_samples=100, max_views=50, min_pixels=1, backend=backend
         )
         hard = predictions.flatten()[sample.indices] != sample.labels
-        assert sample.count == 100 and hard.sum() == 50
+        assert sample.count == 100
+        assert hard.sum() == 50
         assert [int(hard[sample.labels == c].sum()) for c in range(2)] == [25, 25]
 
     # A loss that only hard pixels can have: theirs are on the wrong side.
@@ -238,8 +244,10 @@ def test_10_work_does_not_grow_with_the_pairs_of_image_and_class(backend):
         criterion(embeddings, labels, labels)
         found.append(profiled(lambda c=criterion, e=embeddings, y=labels: c(e, y, y)))
     (ops, calls, _), (more_ops, more_calls, _) = found
-    assert 0 < ops < 2000 and more_ops <= 1.05 * ops
-    assert 0 < calls < 2000 and more_calls <= 1.05 * calls
+    assert 0 < ops < 2000
+    assert more_ops <= 1.05 * ops
+    assert 0 < calls < 2000
+    assert more_calls <= 1.05 * calls
 
 
 def test_10_nothing_of_anchors_times_keys_is_stored():

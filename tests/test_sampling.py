@@ -63,7 +63,8 @@ def test_half_are_hard_where_both_kinds_suffice(backend):
         labels, predictions, num_classes=2, max_samples=50, max_views=50, backend=backend
     )
     hard = predictions.flatten()[sample.indices] != sample.labels
-    assert hard.sum() == 25 and hard[:25].all()
+    assert hard.sum() == 25
+    assert hard[:25].all()
 
 
 def test_authors_rule_needs_more_pixels_than_views(backend):
@@ -101,7 +102,9 @@ def test_non_contiguous_maps(backend):
 def test_empty_maps(backend, poison, shape):
     labels = torch.zeros(shape, dtype=torch.int64)
     sample = hard_anchor_sampling(labels, labels, num_classes=3, max_samples=7, backend=backend)
-    assert sample.indices.tolist() == [0] * 7 and sample.labels.tolist() == [-1] * 7 and sample.count == 0
+    assert sample.indices.tolist() == [0] * 7
+    assert sample.labels.tolist() == [-1] * 7
+    assert sample.count == 0
 
 
 def test_seed_and_generator_govern_the_choice(backend):
@@ -113,7 +116,8 @@ def test_seed_and_generator_govern_the_choice(backend):
     again = hard_anchor_sampling(labels, predictions, **arguments)
     other = hard_anchor_sampling(labels, predictions, **arguments)
     own = hard_anchor_sampling(labels, predictions, generator=torch.Generator().manual_seed(5), **arguments)
-    assert torch.equal(first.indices, again.indices) and torch.equal(first.indices, own.indices)
+    assert torch.equal(first.indices, again.indices)
+    assert torch.equal(first.indices, own.indices)
     assert not torch.equal(first.indices, other.indices)
 
 

@@ -32,7 +32,9 @@ def modules() -> None:
 @pytest.mark.parametrize("backend", SANITIZED)
 def test_an_overrun_is_reported(backend):
     done = sanitize.run("address", "tests.support.sanitized", "overrun", backend)
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "gather" in done.stderr
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert "gather" in done.stderr
 
 
 def check(backend: str, *arguments: str, share: int = 1) -> None:
@@ -44,7 +46,9 @@ def check(backend: str, *arguments: str, share: int = 1) -> None:
     done = sanitize.run(
         "address", "tests.support.sanitized", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **options
     )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
+    output = done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0, output
+    assert " passed" in done.stdout, output
 
 
 @pytest.mark.parametrize("backend", SANITIZED)

@@ -52,8 +52,10 @@ def walks(kernels):
 
 
 def test_everything_that_multiplies_was_compiled(found):
-    """Four kinds of arithmetic; the shift, the negatives and the positives with and without a gradient, the backward
-    with and without the mirror; for each architecture and width.
+    """Every kernel with products, in four kinds of arithmetic, for each architecture and width.
+
+    The kernels are the shift, the negatives and the positives with and without a gradient, and the backward with and
+    without the mirror.
     """
     archs = os.environ.get("PIXCONTRAST_TEST_ARCHS", "").split() or SHARED
     widths = os.environ.get("PIXCONTRAST_TEST_WIDTHS", "").split() or triton_code.WIDTHS
@@ -112,8 +114,9 @@ def test_a_multiprocessor_holds_as_many_programs_as_the_tiles_say(found):
 
 
 def test_tensor_cores_work_while_tiles_are_copied(found):
-    """Products run in groups, not one by one; a tile of columns is on its way while others are multiplied, but for a
-    tile of one stage, of two planes; and no two warps do the same.
+    """Products run in groups, while the next tile of columns is being copied, and no two warps do the same work.
+
+    The exception is a tile of one stage, of two planes: nothing is copied ahead of it.
     """
     for kernel in walks(found["kernels"]):
         if kernel["odd"]:

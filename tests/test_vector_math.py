@@ -29,7 +29,8 @@ def positives(scores, neg_lse):
         "infonce_positives", scores=sigma, num_rows=n, num_keys=1, neg_lse_log2=neg_lse, anchor_index=None,
         key_index=None, scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
     )  # fmt: skip
-    assert (count == 1).all() and torch.equal(weight.nan_to_num(), sigma[:, 0].double().nan_to_num())
+    assert (count == 1).all()
+    assert torch.equal(weight.nan_to_num(), sigma[:, 0].double().nan_to_num())
     return loss, sigma[:, 0]
 
 
@@ -47,14 +48,16 @@ def test_exp2_at_the_ends(instruction_set):
     scores = torch.tensor([0.0, -math.inf, -127.0, -1e30, -126.0, math.nan, -0.0])
     weights, _ = negatives(scores)
     assert weights[[0, 1, 2, 3, 6]].tolist() == [1, 0, 0, 0, 1]
-    assert weights[4] == 2.0**-126 and weights[5].isnan()
+    assert weights[4] == 2.0**-126
+    assert weights[5].isnan()
 
 
 def test_shift_follows_the_maximum(instruction_set):
     """From far below, where every exponential would overflow."""
     scores = torch.tensor([300.0, 299.0, 1.0])
     weights, total = negatives(scores, shift=-200.0)
-    assert weights.tolist() == [1.0, 0.5, 0.0] and total == 1.5
+    assert weights.tolist() == [1.0, 0.5, 0.0]
+    assert total == 1.5
 
 
 def test_softplus_and_sigmoid(instruction_set):
@@ -71,8 +74,10 @@ def test_softplus_and_sigmoid(instruction_set):
 def test_softplus_and_sigmoid_at_the_ends(instruction_set):
     u = torch.tensor([-math.inf, math.inf, math.nan])
     loss, sigma = positives(torch.zeros(3), u)
-    assert (loss[0], sigma[0]) == (0, 0) and (loss[1], sigma[1]) == (math.inf, 1)
-    assert loss[2].isnan() and sigma[2].isnan()
+    assert (loss[0], sigma[0]) == (0, 0)
+    assert (loss[1], sigma[1]) == (math.inf, 1)
+    assert loss[2].isnan()
+    assert sigma[2].isnan()
 
 
 def test_half_precision_is_widened_exactly(instruction_set):

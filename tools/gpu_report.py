@@ -36,8 +36,29 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("device", "timings", "sanitize", "suite")
 # The longest first.
-SUITE = "ops infonce triton enqueue gather loss regressions properties sampling bank".split()
+SUITE = (
+    "ops",
+    "infonce_accuracy",
+    "infonce_tiles",
+    "infonce",
+    "triton_infonce",
+    "triton",
+    "enqueue",
+    "gather",
+    "loss",
+    "loss_criterion",
+    "loss_training",
+    "regressions",
+    "properties",
+    "sampling",
+    "bank",
+)
 BACKENDS = ("cuda", "triton")
+ONLY = {
+    "infonce_tiles": "cuda",
+    "triton_infonce": "triton",
+    "triton": "triton",
+}  # files with tests of one backend
 TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most comes first
     ("infonce", "cityscapes", ("bf16",), 40),
     ("infonce", "cityscapes-one-view", ("bf16",), 30),
@@ -49,12 +70,15 @@ TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most c
     ("infonce", "in-batch", ("bf16",), 30),
     ("infonce", "quick", ("bf16", "fp32"), 40),
 )
-# Of Nsight Compute: share of every peak, of every pipe, shared memory's traffic, registers, blocks a multiprocessor,
-# what the warps wait for.
-SECTIONS = (
-    "SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis_Tables LaunchStats Occupancy "
-    "SchedulerStats WarpStateStats"
-).split()
+SECTIONS = (  # of Nsight Compute
+    "SpeedOfLight",  # share of every peak
+    "ComputeWorkloadAnalysis",  # of every pipe
+    "MemoryWorkloadAnalysis_Tables",  # traffic of shared memory
+    "LaunchStats",  # registers
+    "Occupancy",  # blocks a multiprocessor
+    "SchedulerStats",
+    "WarpStateStats",  # reasons for the warps to wait
+)
 # The tests that need a device, in shares: the first fills its memory, the others take about as long as each other.
 SHARES = ("2_to_the_31", "against_double", "not against_double and not 2_to_the_31")
 
@@ -68,7 +92,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     shows: str = ""  # a pattern that its output has if all is well
     missing: str = ""  # why it cannot run here
-    quoted: bool = False  # its output belongs into the report
+    quoted: bool = False  # its output belongs in the report
     # What came out.
     state: str = "not begun"
     passed: int = 0
@@ -167,7 +191,7 @@ def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[St
     for backend in reversed(BACKENDS):  # Triton compiles, which takes longest
         wanted = f"{backend} and ({tests_named})" if tests_named else backend
         for name in suite:
-            if name == "triton" and backend != "triton":
+            if ONLY.get(name, backend) != backend:
                 continue
             file = f"tests/test_{name}.py"
             yield tests("suite", f"test_{name}, {backend}", backend, needs, file, "-k", wanted)

@@ -1,12 +1,13 @@
-"""Every kernel of a backend once over small, ragged shapes on the device: what compute-sanitizer is run over.
+"""Runs every kernel of a backend once over small, ragged shapes on the device, for compute-sanitizer.
 
-With --one-forward it is one forward at the paper's size instead: what a profiler is run over.
+With --one-forward it is one forward at the paper's size instead, for a profiler.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +43,11 @@ def contrast(
     device: str = "cpu",
     placed: Placed = as_they_are,
 ) -> None:
-    """Of a anchors, with k keys and among themselves; `placed` moves the tensors to where they are to lie."""
+    """The loss of a anchors, with k keys and among themselves; `placed` moves each tensor to the memory wanted."""
     anchors, labels, keys, key_labels = rows(a, k, d, dtype, device, placed)
-    settings = dict(temperature=1.0, exclude_self=True, backend=backend)
-    infonce(anchors, labels, keys, key_labels, **settings).backward()
-    infonce(anchors, labels, anchors, labels, **settings).backward()
+    loss = partial(infonce, temperature=1.0, exclude_self=True, backend=backend)
+    loss(anchors, labels, keys, key_labels).backward()
+    loss(anchors, labels, anchors, labels).backward()
 
 
 def loss_alone(a: int, k: int, d: int, dtype: torch.dtype, backend: str, device: str) -> None:

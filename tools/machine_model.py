@@ -186,7 +186,7 @@ class Instruction:
 
 def instructions(module: Path, arch: str) -> Iterator[tuple[str, list[Instruction]]]:
     """Of every kernel, in the order of addresses."""
-    name, code = "", []
+    name, code = "", list[Instruction]()
     for line in compiled_code.disassembly(module, arch).splitlines():
         if found := re.match(r"\s*Function : (.*)$", line):
             if code:
@@ -208,8 +208,10 @@ def instructions(module: Path, arch: str) -> Iterator[tuple[str, list[Instructio
 
 
 def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
-    """What is executed for a tile of columns: the loop over them, and loops of products inside of it as often as the
-    tile takes; without the other loops, which only tiles with gaps enter. None if that cannot be told.
+    """The instructions executed for a tile of columns, or None if the code does not show which they are.
+
+    They are the body of the loop over columns, with the loops of products inside it repeated as often as the tile
+    needs, and without the other loops, which only tiles with gaps enter.
     """
     loops = [(i.target, i.address) for i in code if i.target is not None and i.target < i.address]
 
@@ -241,7 +243,7 @@ def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
     if left or len(of_products) > 2:
         return None
     executed: list[Instruction] = []
-    beyond = 0  # where a branch leads, over what few tiles run through
+    beyond = 0  # the target of a branch that skips code which few tiles run
     for i in inside(walk):
         if i.address < beyond:
             continue
@@ -257,14 +259,15 @@ def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
 
 
 def latency(walk: list[Instruction], mma: float) -> float:
-    """Cycles until one warp has issued all of it, alone: an instruction waits for what it reads, and products for the
-    tensor core.
+    """Cycles until a warp that runs by itself has issued the whole walk.
+
+    An instruction waits for the registers it reads, and a product also for the tensor core.
     """
     ready: dict[int, float] = {}
     now = tensor_core = 0.0
     for i in walk:
         widths = REGISTERS.get(i.kind, REGISTERS.get(i.base, ()))
-        reads, writes = [], []
+        reads, writes = list[int](), list[int]()
         stores = i.base.startswith(("ST", "BRA", "BAR", "LDGSTS"))
         for place, operand in enumerate(i.registers):
             width = widths[place] if place < len(widths) else 1

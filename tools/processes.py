@@ -1,5 +1,6 @@
-"""Runs other programs for tests and tools. A limit ends what hangs; it lies far beyond what anything takes, also on a
-busy machine, since a time is nothing that a test may depend on.
+"""Runs other programs for tests and tools, and ends them if they hang.
+
+The time limit is far longer than any of them takes, even on a busy machine, because no test may depend on a time.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Compiles the Triton kernels for devices that are not there, and reads what comes out: registers, spills, memory, the
-loops in machine code, and how long it took.
+"""Compiles the Triton kernels for devices that this machine does not have, and examines the machine code.
+
+It reports registers, spills, shared memory, the loops with products, and how long compiling took.
 
     python -m tools.triton_code            compile every shipped configuration and print the table
     python -m tools.triton_code --update   write it to expected/triton-<version>.txt
 
-A launcher decides what is compiled. So the launchers are run with nothing but the compiler behind them: every
-configuration that ships is compiled, and no other.
+A launcher decides what is compiled. So the launchers run as usual, except that each launch is handed to the compiler:
+every configuration that ships is compiled, and no other.
 """
 
 from __future__ import annotations
@@ -87,11 +88,12 @@ class Job:
     def types(self) -> str:
         """That of the first tensor."""
         kinds = (kind[0] if isinstance(kind, tuple) else kind for _, kind in self.signature)
-        return next(kind for kind in kinds if "*" in kind)
+        first: str = next(kind for kind in kinds if "*" in kind)
+        return first
 
     @property
     def odd(self) -> bool:
-        """Whether InfoNCE's keys begin, or lie apart, by no multiple of 16 bytes."""
+        """Whether the start or the row stride of InfoNCE's keys is not a multiple of 16 bytes."""
         walk = dict(self.constants).get("WALK")
         keys = (0, Sides._fields.index("keys"))
         return walk is not None and (walk.channels.value % 8 != 0 or keys not in self.divisible)
@@ -163,6 +165,10 @@ def _ahead(body: list[str]) -> bool:
     return False
 
 
+def _count(text: str, body: list[str]) -> int:
+    return sum(text in instruction for instruction in body)
+
+
 def loops_of(sass: str) -> tuple[Loop, ...]:
     """The innermost loops with products."""
     places: dict[int, int] = {}
@@ -182,19 +188,18 @@ def loops_of(sass: str) -> tuple[Loop, ...]:
         products = sum(re.search(r"\bHG?MMA\b", instruction) is not None for instruction in body)
         if inner or products == 0:
             continue
-        count = lambda text, body=body: sum(text in instruction for instruction in body)  # noqa: E731
         wide = sum("LDGSTS" in x and ".128" in x for x in body)
         loops.append(
             Loop(
                 len(body),
                 products,
-                count("WARPGROUP.ARRIVE"),
+                _count("WARPGROUP.ARRIVE", body),
                 wide,
-                count("LDGSTS") - wide,
-                count("LDL"),
+                _count("LDGSTS", body) - wide,
+                _count("LDL", body),
                 _ahead(body),
                 _overwritten(body),
-            )  # fmt: skip
+            )
         )
     return tuple(loops)
 
@@ -275,7 +280,7 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
 
 
 def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, begin: int = 0) -> None:
-    """The passes over rows that begin so many numbers behind an aligned address."""
+    """The passes over rows that begin `begin` numbers after an aligned address."""
     anchors, keys = (torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k))
     anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
     loss, neg_lse, weight = torch.ones(3, a)
@@ -284,9 +289,10 @@ def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95
     for with_grad in (False, True):
         outputs = loss, neg_lse, weight, count, grad
         backend.infonce_forward(InfonceForward(*rows, 0.1, with_grad, with_grad, *outputs))
-    terms = neg_lse, weight, loss, 0.1
-    backend.infonce_backward(InfonceBackward(*rows, *terms, False, torch.empty(k, channels)))
-    backend.infonce_backward(InfonceBackward(*rows[:2], None, None, *terms, True, grad))
+    of_keys = InfonceBackward(*rows, neg_lse, weight, loss, 0.1, False, torch.empty(k, channels))
+    backend.infonce_backward(of_keys)
+    in_batch = dataclasses.replace(of_keys, keys=None, key_labels=None, exclude_self=True, grad=grad)
+    backend.infonce_backward(in_batch)
 
 
 def launch_maps(
@@ -320,8 +326,11 @@ def launch_maps(
         backend.enqueue_collect(Collect(embeddings, *pools, normalize, dtype, candidates, candidate_labels))
     keys = torch.empty(classes, 2 * slots, channels, dtype=dtype)
     key_labels = torch.empty(classes, 2 * slots, dtype=torch.int32)
-    rings = [torch.zeros(classes, dtype=torch.int64) for _ in range(4)]
-    backend.enqueue_write(Write(candidates, candidate_labels, keys, key_labels, *rings, slots))
+    region_ptr, region_fill, pixel_ptr, pixel_fill = (
+        torch.zeros(classes, dtype=torch.int64) for _ in range(4)
+    )
+    collected = candidates, candidate_labels, keys, key_labels
+    backend.enqueue_write(Write(*collected, region_ptr, region_fill, pixel_ptr, pixel_fill, slots))
 
 
 def smallest_jobs(arch: int) -> list[Job]:
@@ -423,7 +432,7 @@ def table(codes: dict[Job, Code], what: str) -> str:
 
 
 def costs(codes: dict[Job, Code]) -> str:
-    """What a first call waits for: seconds of one core, by architecture and kernel."""
+    """Compile time, for which a first call waits: seconds of one core, by architecture and kernel."""
     seconds: dict[tuple[int, str], list[float]] = {}
     for job, code in codes.items():
         seconds.setdefault((job.arch, job.kernel), []).append(code.seconds)
@@ -435,9 +444,11 @@ def costs(codes: dict[Job, Code]) -> str:
 
 
 def predicted(codes: dict[Job, Code]) -> str:
-    """Times of the walks at the benchmark's shape, from below and from above: tensor cores and issue slots of a
-    multiprocessor at the same time, or one after the other. What branches pass over counts as issued, and nothing
-    waits: on an H100 the negatives of 256 channels took 1.1 (bf16) and 1.4 times ("highest") the upper one.
+    """Lower and upper estimates of the walks' times at the benchmark's shape.
+
+    The lower one has the tensor cores and the issue slots of a multiprocessor busy at the same time, the upper one one
+    after the other. Code that branches skip counts as issued, and nothing waits: on an H100 the negatives of 256
+    channels took 1.1 (bf16) and 1.4 times ("highest") the upper one.
     """
     lines = []
     for job, code in codes.items():

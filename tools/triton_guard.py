@@ -1,7 +1,7 @@
 """Runs every Triton kernel in the interpreter on tensors that end where memory ends: `python -m tools.triton_guard`.
 
-Behind the last element of each tensor, scratch memory included, lies a page that nobody may touch, so that a load or
-store without its mask kills the process. `--overrun` puts in such a load, to show that it does.
+Right after the last element of each tensor, scratch memory included, lies a page that nobody may touch, so a load or
+store without its mask kills the process. `--overrun` makes such a load, to show that it does.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def copied(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[None]:
-    """What the launchers allocate lies before such a page as well."""
+    """Within it, the tensors that the launchers allocate end at such a page as well."""
 
     def new_empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -69,8 +69,8 @@ def guarded_memory() -> Iterator[None]:
         yield
 
 
-@triton.jit
-def overrun_kernel(values, total, count, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def overrun_kernel(values, total, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Reads one element more than there are."""
     i = tl.arange(0, BLOCK)
     tl.store(total, tl.sum(tl.load(values + i, mask=i <= count, other=0.0), 0))
@@ -85,14 +85,14 @@ def main() -> None:
         )
         return
     with guarded_memory():
-        # Masks are of shapes; of 16-bit dtypes, which share tiles, each has a part.
+        # Masks depend on shapes; the 16-bit dtypes share their tiles, so each takes a part of the shapes.
         for shape in ((70, 150, 65), (1, 1, 1), (33, 130, 64)):
             contrast(*shape, torch.float32, "triton", placed=copied)
         contrast(70, 150, 65, torch.float16, "triton", placed=copied)
         contrast(1, 1, 1, torch.bfloat16, "triton", placed=copied)
         contrast(33, 130, 64, torch.bfloat16, "triton", placed=copied)
-        for shape in ((2, 5, 17, 19), (1, 1, 1, 1), (3, 33, 16, 16)):
-            maps(shape, torch.float32, "triton", placed=copied)
+        for size in ((2, 5, 17, 19), (1, 1, 1, 1), (3, 33, 16, 16)):
+            maps(size, torch.float32, "triton", placed=copied)
         maps((2, 5, 17, 19), torch.bfloat16, "triton", placed=copied)
     print("no overrun")
 

@@ -3,6 +3,8 @@
 What one gets without writing a kernel: no [A, K] matrix, but every step between two products is a pass over a chunk.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,15 @@ CHUNK = 2048
 
 class ChunkedInfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchors, anchor_labels, keys, key_labels, temperature, grad_enabled):
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        anchor_labels: Tensor,
+        keys: Tensor,
+        key_labels: Tensor,
+        temperature: float,
+        grad_enabled: bool,
+    ) -> Tensor:
         wide = anchors.float()
         with_gradient = grad_enabled and ctx.needs_input_grad[0]
         neg_lse = wide.new_full((len(wide), 1), float("-inf"))
@@ -55,7 +65,7 @@ class ChunkedInfoNCE(torch.autograd.Function):
         return (loss * per_anchor).sum()
 
     @staticmethod
-    def backward(ctx, cotangent):
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * cotangent, None, None, None, None, None
 
@@ -64,6 +74,7 @@ def chunked_infonce(
     anchors: Tensor, anchor_labels: Tensor, keys: Tensor, key_labels: Tensor, *, temperature: float
 ) -> Tensor:
     """The mean of `dense_infonce` for keys that have no gradient and anchors that all have a negative."""
-    return ChunkedInfoNCE.apply(
+    loss: Tensor = ChunkedInfoNCE.apply(  # type: ignore[no-untyped-call]
         anchors, anchor_labels, keys, key_labels, temperature, torch.is_grad_enabled()
     )
+    return loss

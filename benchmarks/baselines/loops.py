@@ -96,7 +96,7 @@ class Bank:
                 self.pixel_fill[c] = min(int(self.pixel_fill[c]) + len(own), self.slots)
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """keys [K, D] and key_labels [K], -1 for unfilled slots: regions before pixels, class by class. A copy."""
+        """Keys [K, D] and their labels [K], -1 for unfilled slots: regions before pixels, class by class. A copy."""
         num_classes, slots, dim = self.regions.shape
         keys = torch.cat((self.regions, self.pixels), dim=1)
         slot = torch.arange(slots, device=keys.device)

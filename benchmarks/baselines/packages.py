@@ -16,11 +16,12 @@ def metric_learning_infonce(
     from pytorch_metric_learning.losses import NTXentLoss
 
     loss = NTXentLoss(temperature, distance=DotProductSimilarity(normalize_embeddings=False))
-    return loss(anchors, anchor_labels, ref_emb=keys, ref_labels=key_labels)
+    value: Tensor = loss(anchors, anchor_labels, ref_emb=keys, ref_labels=key_labels)
+    return value
 
 
 def metric_learning_bytes(num_anchors: int, num_keys: int, num_classes: int) -> int:
-    """Of its matrix of positive pairs x negative pairs, in fp32, of which about four are alive."""
+    """Of its matrix of positive pairs x negative pairs, in fp32, of which about four exist at a time."""
     positives = num_anchors * num_keys // num_classes
     return 4 * 4 * positives * (num_anchors * num_keys - positives)
 
@@ -34,18 +35,21 @@ def inf_cl_cross_entropy(anchors: Tensor, keys: Tensor, targets: Tensor, *, temp
     """Inf-CL (arXiv 2410.17243) on one device. Computes the keys' gradient as well, whether wanted or not."""
     from inf_cl import cal_flash_loss
 
-    return cal_flash_loss(anchors, keys, targets, 1 / temperature, head_dim=anchors.shape[1]).mean()
+    losses: Tensor = cal_flash_loss(anchors, keys, targets, 1 / temperature, head_dim=anchors.shape[1])
+    return losses.mean()
 
 
 def liger_cross_entropy(anchors: Tensor, keys: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
     """Liger's fused linear cross-entropy, the keys in the place of the vocabulary's weights."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return LigerFusedLinearCrossEntropyLoss()(keys, anchors / temperature, targets)
+    loss: Tensor = LigerFusedLinearCrossEntropyLoss()(keys, anchors / temperature, targets)
+    return loss
 
 
 def memeff_cross_entropy(anchors: Tensor, keys: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
-    """memeff's LiT loss: as many keys as anchors, and anchor i belongs to key i."""
+    """The LiT loss of memeff: as many keys as anchors, and anchor i belongs to key i."""
     from memeff import MemoryEfficientLiTLoss
 
-    return MemoryEfficientLiTLoss(temperature, normalized_inputs=True, stable=False)(anchors, keys)
+    loss: Tensor = MemoryEfficientLiTLoss(temperature, normalized_inputs=True, stable=False)(anchors, keys)
+    return loss

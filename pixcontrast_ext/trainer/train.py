@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss, cross_entropy
+from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.maps import cross_entropy
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config

@@ -1,5 +1,6 @@
-"""Commands of the trainer in processes of their own, forked from one that has imported it: the imports take longer than
-the runs.
+"""Runs the trainer's commands in processes of their own, forked from one that has already imported it.
+
+The imports take longer than the runs.
 """
 
 from __future__ import annotations

@@ -32,8 +32,10 @@ def draw_rows(
     unlabelled: float | None = 0.1,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Anchors, their labels, keys and theirs: unit vectors; keys in a bank's order, in any, or in short and long runs.
-    A share `unlabelled` of both has label -1.
+    """Anchors, their labels, keys and their labels; all rows are unit vectors.
+
+    The keys come in a bank's order, in random order, or in short and long runs of a class. A share `unlabelled` of both
+    has label -1.
     """
     anchors, keys = (F.normalize(torch.randn(n, d, device=device), dim=1).to(dtype) for n in (a, k))
     anchor_labels, key_labels = (
@@ -69,8 +71,9 @@ def draw_maps(
     priorities: int = 2**31 - 1,
     generator: torch.Generator | None = None,
 ) -> Maps:
-    """Embeddings if there are channels; predictions if a share of them is to be `wrong`. Priorities lie between
-    -`priorities` and `priorities`: with few of them there are ties.
+    """Labels and priorities of images; embeddings if there are channels, predictions if a share `wrong` is given.
+
+    Priorities lie between -`priorities` and `priorities`: with few different ones there are ties.
     """
     shape = (batch, height, width)
     embeddings = (

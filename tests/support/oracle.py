@@ -63,15 +63,14 @@ def sampling(
         return [], []
     n_view = max(1, min(max_samples // len(pairs), max_views))
     kept = sorted(pairs, key=lambda bc: (r[bc[0]][pairs[bc][0]], bc))[:max_samples]
-    chosen = []
+    chosen: list[tuple[int, int, int, int]] = []
     for b, c in kept:
         hard = [i for i in pairs[b, c] if p[b][i] != c]
         easy = [i for i in pairs[b, c] if p[b][i] == c]
         take = min(n_view, len(pairs[b, c]))
         keep_hard = min(len(hard), max(take // 2, take - len(easy)))
         for kind, pool, keep in ((0, hard, keep_hard), (1, easy, take - keep_hard)):
-            for i in sorted(pool, key=lambda i: (r[b][i], i))[:keep]:
-                chosen.append((c, b, kind, i))
+            chosen += [(c, b, kind, i) for i in sorted(pool, key=lambda i: (r[b][i], i))[:keep]]
     chosen.sort()
     return [b * pixels + i for _, b, _, i in chosen], [c for c, *_ in chosen]
 

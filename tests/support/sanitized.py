@@ -49,7 +49,8 @@ def load() -> None:
 
     name = "pixcontrast_ext._C"
     spec = importlib.util.spec_from_file_location(name, ROOT / BUILD / "_C.so")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 

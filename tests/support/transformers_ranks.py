@@ -1,5 +1,6 @@
-"""A transformers model around the network, and what torchrun starts for `test_transformers.py`. Argument: the folder
-for the states.
+"""A transformers model around the network, and the program that torchrun starts for `test_transformers.py`.
+
+Argument: the folder for the states.
 """
 
 from __future__ import annotations

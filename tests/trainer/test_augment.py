@@ -23,7 +23,8 @@ def test_labels_move_with_their_images():
     torch.manual_seed(1)
     config = DataConfig(zoom=(0.6, 1.6), rotate=20, jitter=0)
     moved, moved_labels = Augment(config)(images, labels)
-    assert moved.shape == images.shape and moved_labels.shape == labels.shape
+    assert moved.shape == images.shape
+    assert moved_labels.shape == labels.shape
     assert not torch.equal(moved_labels, labels)
     assert set(moved_labels.unique().tolist()) <= {0, 1, 2, 3, 4, IGNORE}
     inside = moved[:, 1] > 0.999  # the green channel tells what came from the image
@@ -40,7 +41,8 @@ def test_crop_sets_the_size_and_pads_with_void():
     torch.manual_seed(0)
     still = DataConfig(crop=(40, 120), zoom=(1, 1), rotate=0, jitter=0)
     moved, moved_labels = Augment(still)(images, labels)
-    assert moved.shape == (6, 3, 40, 120) and moved_labels.shape == (6, 40, 120)
+    assert moved.shape == (6, 3, 40, 120)
+    assert moved_labels.shape == (6, 40, 120)
     assert (moved_labels == IGNORE).float().mean() >= 0.2  # 24 of 120 columns cannot come from 96
 
 
@@ -51,9 +53,11 @@ def test_augmentation_is_a_function_of_the_seed():
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         results.append(augment(images, labels))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
     assert not torch.equal(results[0][0], results[2][0])
-    assert results[0][0].min() >= 0 and results[0][0].max() <= 1
+    assert results[0][0].min() >= 0
+    assert results[0][0].max() <= 1
 
 
 def test_void_stays_void():
@@ -76,7 +80,8 @@ def test_a_crop_lies_in_the_zoomed_image_and_can_lie_anywhere_in_it():
         torch.manual_seed(3)
         shown = augment(images, labels)[1]
         assert (shown != IGNORE).all()
-        assert shown.min() <= 1 and shown.max() >= length - 2  # over the 64 crops
+        assert shown.min() <= 1  # over the 64 crops
+        assert shown.max() >= length - 2
 
 
 def test_an_image_smaller_than_the_crop_is_shown_whole():
@@ -98,7 +103,8 @@ def test_half_of_the_images_are_mirrored_about_themselves():
     shown = still(images, columns)[1]
     mirrored = (shown == columns.flip(2)).flatten(1).all(1)
     straight = (shown == columns).flatten(1).all(1)
-    assert (mirrored ^ straight).all() and 16 < mirrored.sum() < 48
+    assert (mirrored ^ straight).all()
+    assert 16 < mirrored.sum() < 48
 
 
 def test_a_rotation_is_about_the_centre_and_by_the_angles_drawn():
@@ -112,8 +118,10 @@ def test_a_rotation_is_about_the_centre_and_by_the_angles_drawn():
         y, x = torch.nonzero(each == 1).float().T
         slopes.append(torch.rad2deg(torch.atan(((y - 20) * (x - 20)).sum() / ((x - 20) ** 2).sum())))
     angles = torch.stack(slopes)
-    assert angles.min() > -31 and angles.max() < 31
-    assert angles.min() < -20 and angles.max() > 20
+    assert angles.min() > -31
+    assert angles.max() < 31
+    assert angles.min() < -20
+    assert angles.max() > 20
 
 
 def test_what_an_image_becomes_does_not_depend_on_its_neighbours():
@@ -126,5 +134,6 @@ def test_what_an_image_becomes_does_not_depend_on_its_neighbours():
     alone = augment(small, small_labels)
     torch.manual_seed(2)
     beside = augment(padded, padded_labels, torch.tensor([[36, 48]] * 6))
-    assert torch.equal(alone[1], beside[1]) and (alone[1] == IGNORE).float().mean() > 0.1
+    assert torch.equal(alone[1], beside[1])
+    assert (alone[1] == IGNORE).float().mean() > 0.1
     torch.testing.assert_close(alone[0], beside[0], atol=2e-3, rtol=0)

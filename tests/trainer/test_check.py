@@ -15,9 +15,11 @@ from pixcontrast_ext.trainer.config import DataConfig
 
 def test_a_census_counts_every_pixel(camvid):
     census = take_census(DataConfig(dataset="camvid", root=camvid(count=3)), "val")
-    assert census.images == 3 and not census.problems
+    assert census.images == 3
+    assert not census.problems
     seen = {name: count for name, count in census.pixels.items() if count}
-    assert seen == {"sky": 3 * 18 * 48, "road": 3 * (18 * 48 - 6 * 8)} and census.ignored == 3 * 6 * 8
+    assert seen == {"sky": 3 * 18 * 48, "road": 3 * (18 * 48 - 6 * 8)}
+    assert census.ignored == 3 * 6 * 8
     assert len(census.pixels) == 11
 
 
@@ -27,10 +29,13 @@ def test_check_data_goes_on_after_a_problem_and_lists_them(cityscapes, capsys, m
     args = ["check-data", "--dataset", "cityscapes", "--root", str(cityscapes), "--workers", str(workers)]
     assert main(args) == 0
     printed = capsys.readouterr()
-    assert printed.out.count("4 images") == 2 and printed.out.count("0 problems") == 2
-    assert "train: 100%" in printed.err and "val: 100%" in printed.err  # the bars
+    assert printed.out.count("4 images") == 2
+    assert printed.out.count("0 problems") == 2
+    assert "train: 100%" in printed.err  # the bars
+    assert "val: 100%" in printed.err
     lines = [line.split() for line in printed.out.splitlines()]
-    assert ["traffic", "light", "24", "2.94%"] in lines and ["ignored", "360", "44.12%"] in lines
+    assert ["traffic", "light", "24", "2.94%"] in lines
+    assert ["ignored", "360", "44.12%"] in lines
 
     folder = cityscapes / "gtFine" / "train"
     (folder / "zurich" / "zurich_000000_000020_gtFine_labelIds.png").unlink()
@@ -41,7 +46,9 @@ def test_check_data_goes_on_after_a_problem_and_lists_them(cityscapes, capsys, m
     broken.write_bytes(broken.read_bytes()[:70])
     assert main([*args, "--split", "train"]) == 1
     printed = capsys.readouterr().out
-    assert "1 images" in printed and "3 problems" in printed and "cityscapes val" not in printed
+    assert "1 images" in printed
+    assert "3 problems" in printed
+    assert "cityscapes val" not in printed
     for problem in (
         "zurich_000000_000020_leftImg8bit.png has no label",
         "aachen_000000_000019_gtFine_labelIds.png has values [77] outside 0..33, 255",

@@ -41,7 +41,8 @@ def empty(path):
 def test_the_last_ones_are_kept(store):
     assert [checkpoints.step_of(path) for path in store.paths()] == [20, 30]
     path, loaded = store.load_latest()
-    assert path == store.paths()[-1] and loaded["step"] == 30
+    assert path == store.paths()[-1]
+    assert loaded["step"] == 30
     assert torch.equal(loaded["model"]["weight"], torch.full((400,), 30.0))
     assert torch.load(path, weights_only=True)["step"] == 30
 
@@ -60,14 +61,16 @@ def test_a_damaged_one_is_refused_by_name_and_the_one_before_is_used(store, dama
         read_checkpoint(newest)
     with caplog.at_level(logging.WARNING):
         path, loaded = store.load_latest()
-    assert loaded["step"] == 20 and path == store.paths()[0]
-    assert newest.name in caplog.text and "trying the one before it" in caplog.text
+    assert loaded["step"] == 20
+    assert path == store.paths()[0]
+    assert newest.name in caplog.text
+    assert "trying the one before it" in caplog.text
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(store):
     for path in store.paths():
         truncate(path)
-    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
         store.load_latest()
 
 
@@ -94,9 +97,10 @@ def test_a_write_that_dies_leaves_the_last_one_whole(store, monkeypatch):
         file.write(b"half of it")
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "save", die)
-        store.save(40, state(40))
+        with pytest.raises(KeyboardInterrupt):
+            store.save(40, state(40))
     assert store.load_latest()[1]["step"] == 30
     assert list(store.folder.glob("*.tmp"))
     store.save(40, state(40))

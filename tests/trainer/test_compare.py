@@ -46,7 +46,8 @@ def test_runs_of_a_seed_share_weights_and_data_to_the_end(config):
             [row["cross_entropy"] for row in read_rows(run.out / f"{method}-seed{seed}" / "train.csv")]
             for method in config.methods
         )
-        assert len(off) == 5 and off == batch == bank
+        assert len(off) == 5
+        assert off == batch == bank
 
 
 def test_runs_of_a_seed_differ_in_the_loss_alone(config):
@@ -64,7 +65,8 @@ def test_runs_of_a_seed_differ_in_the_loss_alone(config):
     assert first["off", 3]["cross_entropy"] != first["off", 4]["cross_entropy"]
 
     written = json.loads((config.run.out / "compare.json").read_text())
-    assert written["seeds"] == [3, 4] and written["baseline"] == "off"
+    assert written["seeds"] == [3, 4]
+    assert written["baseline"] == "off"
     for method, found in written["methods"].items():
         runs = [config.run.out / f"{method}-seed{seed}" for seed in config.seeds]
         assert found["miou"] == [read_rows(run / "val.csv")[-1]["miou"] for run in runs]
@@ -72,7 +74,8 @@ def test_runs_of_a_seed_differ_in_the_loss_alone(config):
         assert all(100 < memory < 100_000 for memory in found["memory_mib"])  # MiB, of a process with torch
         models = [CheckpointStore(run / "checkpoints").load_latest()[1]["model"] for run in runs]
         assert all(any("embed_head" in name for name in model) == (method != "off") for model in models)
-    assert comparison.baseline == "off" and list(comparison.results) == ["off", "batch", "bank"]
+    assert comparison.baseline == "off"
+    assert list(comparison.results) == ["off", "batch", "bank"]
     for picture in ("compare.png", "panels.png"):
         assert (config.run.out / picture).stat().st_size > 20_000
 
@@ -110,7 +113,9 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["compare", "--resume", "--out", str(out)]) == 0  # all as it was
     assert capsys.readouterr().out == told
     miou = read_rows(out / "bank-seed1" / "val.csv")[-1]["miou"]
-    assert f"{miou:.4f}" in told and "One seed" in told and "95 % interval" not in told
+    assert f"{miou:.4f}" in told
+    assert "One seed" in told
+    assert "95 % interval" not in told
     assert json.loads((out / "bank-seed1" / "config.json").read_text())["temperature"] == 0.2
     assert json.loads((out / "compare.json").read_text())["methods"]["bank"]["difference"]["interval_95"] == [
         None,
@@ -126,7 +131,8 @@ def test_the_interval_is_that_of_a_paired_t_test():
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     alike = interval([0.25, 0.25, 0.25])
     assert (alike.mean, alike.low, alike.high) == (0.25, 0.25, 0.25)
-    assert math.isnan(interval([0.1]).low) and interval([0.1]).mean == 0.1
+    assert math.isnan(interval([0.1]).low)
+    assert interval([0.1]).mean == 0.1
 
 
 @pytest.fixture
@@ -148,7 +154,8 @@ def comparison(tmp_path):
 
 def test_the_table_says_what_came_out(comparison):
     rows = {line[:20].strip(): line[20:].split() for line in table(comparison).splitlines()[1:]}
-    assert rows["seed 1"] == ["0.4000", "0.4300"] and rows["mean"] == ["0.4000", "0.4300"]
+    assert rows["seed 1"] == ["0.4000", "0.4300"]
+    assert rows["mean"] == ["0.4000", "0.4300"]
     assert rows["paired difference"] == ["+0.0300"]
     # 0.03 -+ 4.3027 * 0.01 / sqrt(3), Student's t of two degrees of freedom
     assert rows["95 % interval"] == ["+0.0052", "to", "+0.0548"]
@@ -162,8 +169,10 @@ def test_the_picture_has_curves_and_differences(comparison, tmp_path):
     half = int(pixels.shape[1] * 0.58)
     orange = (pixels == (255, 127, 14)).all(2)
     blue = (pixels == (31, 119, 180)).all(2)
-    assert blue[:, :half].sum() > 200 and orange[:, :half].sum() > 200
-    assert orange[:, half:].sum() > 60 and blue[:, half:].sum() == 0  # the baseline has no difference
+    assert blue[:, :half].sum() > 200
+    assert orange[:, :half].sum() > 200
+    assert orange[:, half:].sum() > 60
+    assert blue[:, half:].sum() == 0  # the baseline has no difference
 
 
 def test_without_a_known_peak_the_table_leaves_memory_out(comparison):

@@ -44,9 +44,10 @@ def test_a_save_that_dies_leaves_the_config_whole(tmp_path, monkeypatch):
     def die(path, target):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", die)
-        save_config(TrainConfig(steps=7), path)
+        with pytest.raises(KeyboardInterrupt):
+            save_config(TrainConfig(steps=7), path)
     assert load_config(path) == TrainConfig()
     save_config(TrainConfig(steps=7), path)
     assert load_config(path).steps == 7

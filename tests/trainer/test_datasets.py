@@ -73,11 +73,10 @@ def test_cityscapes_names_what_is_missing(cityscapes):
         UnpairedFilesError, match=message + r"\(2 such problems: check-data lists them\)"
     ) as caught:
         Cityscapes(cityscapes, "train")
-    assert isinstance(caught.value, ValueError) and len(caught.value.readable) == 2
-    assert (
-        "image " in caught.value.problems[1]
-        and "gtFine/train/zurich/zurich_000000_000019" in caught.value.problems[1]
-    )
+    assert isinstance(caught.value, ValueError)
+    assert len(caught.value.readable) == 2
+    assert "image " in caught.value.problems[1]
+    assert "gtFine/train/zurich/zurich_000000_000019" in caught.value.problems[1]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +109,10 @@ def test_pascal_context_has_59_classes_or_60(pascal_context):
     assert classes_of(fewer, range(60)) == {0: IGNORE, **{value: value - 1 for value in range(1, 60)}}
     assert classes_of(more, range(60)) == {value: value for value in range(60)}
     assert PascalContext.CLASSES_60[:3] == ("background", "aeroplane", "bag")
-    assert PascalContext.CLASSES_60[37] == "person" and PascalContext.CLASSES_60[59] == "wood"
-    assert PascalContext.CLASSES[36] == "person" and PascalContext.CLASSES[58] == "wood"
+    assert PascalContext.CLASSES_60[37] == "person"
+    assert PascalContext.CLASSES_60[59] == "wood"
+    assert PascalContext.CLASSES[36] == "person"
+    assert PascalContext.CLASSES[58] == "wood"
     assert PascalContext.COLOURS[14] == PascalContext.COLOURS_60[15] == voc_colour(15) == (192, 128, 128)
     inner = PascalContext(pascal_context.parent, "val")  # VOC2010 may be given or be in what is given
     assert inner.pairs == fewer.pairs
@@ -124,7 +125,8 @@ def test_pascal_context_names_what_is_missing(pascal_context):
     message = r"train\.txt has 2008_000007, but there is no .*2008_000007\.jpg and no .*2008_000007\.png"
     with pytest.raises(UnpairedFilesError, match=message) as caught:
         PascalContext(pascal_context, "train")
-    assert len(caught.value.problems) == 2 and len(caught.value.readable) == 1
+    assert len(caught.value.problems) == 2
+    assert len(caught.value.readable) == 1
     assert caught.value.problems[1].endswith(
         "but there is no " + str(pascal_context / "SegmentationClassContext/2008_000001.png")
     )
@@ -176,4 +178,5 @@ def test_coco_stuff_names_what_is_wrong(coco_stuff):
 def test_the_voc_colour_map():
     known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 8: (64, 0, 0), 20: (0, 64, 128)}
     assert {index: voc_colour(index) for index in known} == known
-    assert voc_colour(255) == (224, 224, 192) and len({voc_colour(index) for index in range(256)}) == 256
+    assert voc_colour(255) == (224, 224, 192)
+    assert len({voc_colour(index) for index in range(256)}) == 256

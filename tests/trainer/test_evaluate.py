@@ -32,7 +32,8 @@ def test_iou_of_a_worked_example():
     confusion = confusion_matrix(labels, predictions, 4)
     assert confusion.tolist() == [[1, 1, 0, 0], [1, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     iou = class_iou(confusion)
-    assert iou[:3].tolist() == pytest.approx([1 / 4, 2 / 4, 0 / 1]) and iou[3].isnan()
+    assert iou[:3].tolist() == pytest.approx([1 / 4, 2 / 4, 0 / 1])
+    assert iou[3].isnan()
 
 
 def test_iou_is_that_of_torchmetrics():
@@ -65,7 +66,8 @@ def test_scores_of_a_model_that_is_known():
     scores = evaluate(Says(), eval_loader(dataset, 1), tuple("abcd"), Ranks(0, 1, CPU))
     assert scores.confusion.tolist() == [[2, 1, 0, 0], [1, 2, 1, 0], [0, 0, 4, 0], [0, 0, 0, 0]]
     assert scores.pixel_accuracy == 8 / 11
-    assert list(scores.class_iou.values())[:3] == [2 / 4, 2 / 5, 4 / 5] and math.isnan(scores.class_iou["d"])
+    assert list(scores.class_iou.values())[:3] == [2 / 4, 2 / 5, 4 / 5]
+    assert math.isnan(scores.class_iou["d"])
     assert scores.miou == pytest.approx((2 / 4 + 2 / 5 + 4 / 5) / 3)
     # The right half of each window is class 2.
     windows = InferenceConfig(window=(2, 2), stride=(2, 2))
@@ -79,13 +81,15 @@ def test_an_exported_model_is_that_of_the_run_without_what_only_training_needs(t
     path = tmp_path / "deep" / "model.pt"
     parameters = export_model(config.out, path)
     state = torch.load(path, weights_only=True)
-    assert state.keys() == {"step", "model", "config"} and state["step"] == 1
+    assert state.keys() == {"step", "model", "config"}
+    assert state["step"] == 1
     assert not any("embed" in name or "bank" in name for name in state["model"])
     whole = CheckpointStore(config.out / "checkpoints").load_latest()[1]["model"]
     assert any("embed_head" in name for name in whole)
     assert all(torch.equal(value, whole[name]) for name, value in state["model"].items())
     model, _, step = load_model(path, CPU)
-    assert step == 1 and parameters == sum(weight.numel() for weight in model.parameters())
+    assert step == 1
+    assert parameters == sum(weight.numel() for weight in model.parameters())
     with torch.no_grad():
         assert set(model(torch.rand(1, 3, 32, 48))) == {"seg"}
     assert [each.name for each in path.parent.iterdir()] == ["model.pt"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from pixcontrast_ext.trainer.inference import class_probabilities, predict, wind
 
 
 class Pixelwise(nn.Module):
-    """Knows a pixel alone, so how it is looked at makes no difference."""
+    """Sees one pixel at a time, so windows, scales and flips make no difference."""
 
     def __init__(self):
         super().__init__()
@@ -50,8 +52,9 @@ def test_windows_cover_and_stay_inside(length, window, stride):
     starts = window_starts(length, window, stride)
     covered = {place for start in starts for place in range(start, start + min(window, length))}
     assert covered == set(range(length))
-    assert starts == sorted(set(starts)) and starts[0] == 0
-    assert all(later - start <= stride for start, later in zip(starts, starts[1:], strict=False))
+    assert starts == sorted(set(starts))
+    assert starts[0] == 0
+    assert all(later - start <= stride for start, later in itertools.pairwise(starts))
 
 
 @torch.no_grad()
@@ -85,9 +88,11 @@ def test_flip_is_the_mean_with_the_mirrored_prediction_of_the_mirror_image(size)
 @torch.no_grad()
 def test_scales_are_averaged_at_the_size_asked_for():
     model, images, size = Strided(), torch.rand(1, 3, 40, 28), (20, 14)
-    views = [images]
-    for extent in ((20, 14), (60, 42)):
-        views.append(F.interpolate(images, extent, mode="bilinear", align_corners=False, antialias=True))
+    resized = [
+        F.interpolate(images, extent, mode="bilinear", align_corners=False, antialias=True)
+        for extent in ((20, 14), (60, 42))
+    ]
+    views = [images, *resized]
     expected = sum(upsampled_softmax(model, view, size) for view in views) / 3
     found = class_probabilities(model, images, size, InferenceConfig(scales=(1, 0.5, 1.5)))
     torch.testing.assert_close(found, expected)

@@ -48,9 +48,10 @@ def test_a_kill_while_resuming_loses_no_row(tmp_path, monkeypatch):
     def die(path, target):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", die)
-        RunLog(tmp_path, 3)
+        with pytest.raises(KeyboardInterrupt):
+            RunLog(tmp_path, 3)
     assert [row["step"] for row in read_rows(tmp_path / "train.csv")] == [1, 2, 3, 4]
 
 
@@ -78,7 +79,9 @@ def test_a_record_with_other_columns_is_not_continued(tmp_path):
     log = RunLog(tmp_path)
     log.add("val", {"step": 1, "miou": 0.5})
     before = (tmp_path / "val.csv").read_text()
-    with pytest.raises(ValueError, match="val.csv has the columns step,miou, this run writes step,loss,miou"):
+    with pytest.raises(
+        ValueError, match=r"val\.csv has the columns step,miou, this run writes step,loss,miou"
+    ):
         log.add("val", {"step": 2, "loss": 1.0, "miou": 0.5})
     log.close()
     assert (tmp_path / "val.csv").read_text() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.logs import read_rows
 
-TINY = "--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures".split()
+TINY = shlex.split("--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures")
 
 
 def void_pixels(count):
@@ -31,7 +32,8 @@ def void_pixels(count):
 def test_help_lists_the_commands(trainer, capsys):
     done = trainer("--help")
     commands = ("train", "eval", "predict", "export", "compare", "check-data", "demo")
-    assert done.returncode == 0 and all(f"\n  {name} " in done.stdout for name in commands)
+    assert done.returncode == 0
+    assert all(f"\n  {name} " in done.stdout for name in commands)
     assert main(["fly"]) == 2
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
@@ -49,7 +51,8 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
     moved = out.rename(tmp_path / "moved")
     assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "scores")]) == 0
     scores = json.loads((tmp_path / "scores" / "val.json").read_text())
-    assert scores["step"] == 3 and scores["miou"] == pytest.approx(miou, abs=1e-6)
+    assert scores["step"] == 3
+    assert scores["miou"] == pytest.approx(miou, abs=1e-6)
     assert np.sum(scores["confusion"]) == 3 * 32 * 48 - void_pixels(3)
     assert scores["pixel_accuracy"] == pytest.approx(
         np.trace(scores["confusion"]) / np.sum(scores["confusion"])
@@ -65,17 +68,20 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
         return averaged(model, images, size, options, amp)
 
     monkeypatch.setattr(inference, "class_probabilities", watch)
-    views = "--window 16 32 --scales 0.75 1 --flip --workers 1".split()
+    views = ["--window", "16", "32", "--scales", "0.75", "1", "--flip", "--workers", "1"]
     assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "views"), *views]) == 0
     views = json.loads((tmp_path / "views" / "val.json").read_text())
-    assert views["window"] == [16, 32] and views["stride"] is None
-    assert views["scales"] == [0.75, 1] and views["flip"] is True
+    assert views["window"] == [16, 32]
+    assert views["stride"] is None
+    assert views["scales"] == [0.75, 1]
+    assert views["flip"] is True
     assert set(seen) == {InferenceConfig(window=(16, 32), scales=(0.75, 1.0), flip=True)}
     assert len(seen) == 1 + 3  # the batch, and a panel for each of three images
     assert f"mIoU            {views['miou']:.4f}" in capsys.readouterr().out
 
     assert main(["train", "--out", str(moved), "--resume", "--steps", "4"]) == 0
-    assert read_rows(moved / "val.csv")[-1]["step"] == 4 and not out.exists()
+    assert read_rows(moved / "val.csv")[-1]["step"] == 4
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,8 @@ def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):
     assert all(read_rows(config.out / name / "train.csv") for name in results)
     printed = capsys.readouterr().out
     for name, result in results.items():
-        assert f"{result.miou:.3f}" in printed and name in printed
+        assert f"{result.miou:.3f}" in printed
+        assert name in printed
     for name in ("curves", "panels", "tsne"):
         assert str(config.out / f"{name}.png") in printed
         assert (config.out / f"{name}.png").stat().st_size > 20_000
@@ -166,7 +173,7 @@ def test_an_error_of_a_loading_process_is_a_line(camvid, tmp_path, capsys):
     root = camvid()
     label = root / "trainannot" / "train2.png"
     Image.fromarray(np.full((36, 48), 77, np.uint8)).save(label)
-    options = "--batch-size 4 --steps 1 --embed-dim 8 --device cpu --no-pictures --workers 1".split()
+    options = shlex.split("--batch-size 4 --steps 1 --embed-dim 8 --device cpu --no-pictures --workers 1")
     paths = ["--root", str(root), "--out", str(tmp_path / "run")]
     assert main(["train", "--dataset", "camvid", *paths, *options]) == 2
     assert capsys.readouterr().err.endswith(f"error: label {label} has values [77] outside 0..11\n")

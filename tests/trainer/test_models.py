@@ -29,7 +29,8 @@ def test_output_stride_is_4_for_any_size(size):
         outputs = model(torch.rand(2, 3, *size))
     height, width = -(-size[0] // 4), -(-size[1] // 4)
     assert set(outputs) == {"seg", "embed"}
-    assert outputs["seg"].shape == (2, 7, height, width) and outputs["embed"].shape == (2, 24, height, width)
+    assert outputs["seg"].shape == (2, 7, height, width)
+    assert outputs["embed"].shape == (2, 24, height, width)
     assert all(output.isfinite().all() for output in outputs.values())
 
 
@@ -38,7 +39,8 @@ def test_every_parameter_gets_a_gradient():
     outputs = model(torch.rand(2, 3, 40, 40))
     (outputs["seg"].square().mean() + outputs["embed"].square().mean()).backward()
     for name, weight in model.named_parameters():
-        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+        assert weight.grad is not None, name
+        assert weight.grad.abs().sum() > 0, name
 
 
 def test_without_the_head_the_prediction_is_the_same():
@@ -76,7 +78,8 @@ def test_a_model_of_ones_own_plugs_in(monkeypatch):
         return SegmentationModel(Backbone(3, 6, 3, 2, 1), num_classes, embed_dim, head)
 
     outputs = build_model("mine", 4, 8)(torch.rand(1, 3, 10, 10))
-    assert outputs["seg"].shape == (1, 4, 5, 5) and outputs["embed"].shape == (1, 8, 5, 5)
+    assert outputs["seg"].shape == (1, 4, 5, 5)
+    assert outputs["embed"].shape == (1, 8, 5, 5)
     with pytest.raises(ValueError, match="already a model 'mine'"):
         register("mine")(build)
 

@@ -83,7 +83,8 @@ def test_outputs_share_one_grid_for_any_size(name, size):
             )
     grid = (-(-size[0] // stride), -(-size[1] // stride))
     assert set(outputs) == {"seg", "embed"}
-    assert outputs["seg"].shape == (2, 7, *grid) and outputs["embed"].shape == (2, 24, *grid)
+    assert outputs["seg"].shape == (2, 7, *grid)
+    assert outputs["embed"].shape == (2, 24, *grid)
     assert features.shape == (2, model.backbone.channels, *grid)  # what pictures and the embeddings are of
     assert all(output.isfinite().all() for output in outputs.values())
 
@@ -173,7 +174,8 @@ def test_contrast_leaves_no_trace(name):
     assert not any("embed" in key or "bank" in key for key in bare.state_dict())
     with torch.no_grad():
         outputs = bare(images)
-        assert set(outputs) == {"seg"} and torch.equal(outputs["seg"], model(images)["seg"])
+        assert set(outputs) == {"seg"}
+        assert torch.equal(outputs["seg"], model(images)["seg"])
 
 
 # Weights
@@ -265,7 +267,8 @@ def test_pretrained_weights_come_from_timm(hrnet, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", create)
     fetch_backbone(hrnet)
-    assert asked == [("hrnet_w18", True)] and (hrnet.backbone.body.conv1.weight == 0.5).all()
+    assert asked == [("hrnet_w18", True)]
+    assert (hrnet.backbone.body.conv1.weight == 0.5).all()
 
     def fail(*args, **options):
         raise RuntimeError("no route to host")
@@ -310,7 +313,7 @@ def test_a_torchvision_of_another_torch_is_told(monkeypatch):
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr("pixcontrast_ext.trainer.networks.backbones.import_module", fail)
-    with pytest.raises(ImportError, match="not the build that goes with torch .*nms does not exist"):
+    with pytest.raises(ImportError, match=r"not the build that goes with torch .*nms does not exist"):
         build_model("hrnet_w18", 3)
 
 
@@ -330,10 +333,12 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
     # Two steps: the residual blocks start as the identity, and pass no gradient on in the first.
     rows = [run._step(step, batch, measure=True) for step, batch in enumerate(run.loader)]
     run.log.close()
-    assert len(rows) == 2 and all(0 < row["loss"] < 50 for row in rows)
+    assert len(rows) == 2
+    assert all(0 < row["loss"] < 50 for row in rows)
     assert all(("auxiliary" in row) == (name == "deeplabv3_resnet50") for row in rows)
     for weight_name, weight in run.model.named_parameters():
-        assert weight.grad is not None and weight.grad.isfinite().all(), weight_name
+        assert weight.grad is not None, weight_name
+        assert weight.grad.isfinite().all(), weight_name
         assert weight.grad.abs().sum() > 0, weight_name
     assert (run.criterion.contrast.bank.key_labels >= 0).any()
 
@@ -361,13 +366,15 @@ def test_a_run_with_an_auxiliary_head(tiny):
     train.train(config)
     for row in read_rows(config.out / "train.csv"):
         parts = row["cross_entropy"] + row["contrast"] + 0.25 * row["auxiliary"]
-        assert row["loss"] == pytest.approx(parts, rel=1e-5) and row["auxiliary"] > 0
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+        assert row["auxiliary"] > 0
     saved = CheckpointStore(config.out / "checkpoints").load_latest()[1]
     assert saved["optimizer"]["state"].keys() == set(
         range(len(list(build_model("hrnet_w18_ocr", 9, 16).parameters())))
     )
     model, _, _ = load_model(config.out, CPU)
-    assert set(model(torch.rand(1, 3, 40, 40))) == {"seg"} and model.embed_head is None
+    assert set(model(torch.rand(1, 3, 40, 40))) == {"seg"}
+    assert model.embed_head is None
 
 
 def test_ranks_on_cuda_share_their_norms(hrnet):

@@ -61,7 +61,8 @@ def test_curves_have_a_line_for_each_run(tmp_path):
         log.close()
     path = draw_curves({name: tmp_path / name for name in ("off", "bank")}, tmp_path / "curves.png")
     shown = colours_of(path)
-    assert shown.get((31, 119, 180), 0) > 200 and shown.get((255, 127, 14), 0) > 200  # C0 and C1
+    assert shown.get((31, 119, 180), 0) > 200  # C0
+    assert shown.get((255, 127, 14), 0) > 200  # C1
 
 
 def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
@@ -73,8 +74,10 @@ def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
     }
     for features, labels in clouds.values():
         assert np.allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
-        assert IGNORE not in labels and np.bincount(labels).max() == 12
-    assert clouds["features"][0].shape[1] == 128 and clouds["embeddings"][0].shape[1] == 16
+        assert IGNORE not in labels
+        assert np.bincount(labels).max() == 12
+    assert clouds["features"][0].shape[1] == 128
+    assert clouds["embeddings"][0].shape[1] == 16
     assert np.array_equal(clouds["features"][1], clouds["embeddings"][1])
     path = draw_tsne(clouds, spec, tmp_path / "tsne.png")
     shown = colours_of(path)
@@ -82,7 +85,8 @@ def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
     assert all(shown.get(colour, 0) > 100 for colour in present)
     image = np.array(Image.open(path).convert("L"))
     half = image.shape[1] // 2
-    assert (image[:, :half] < 250).sum() > 1000 and (image[:, half:] < 250).sum() > 1000
+    assert (image[:, :half] < 250).sum() > 1000
+    assert (image[:, half:] < 250).sum() > 1000
 
 
 def test_confusion_matrix_is_shaded_by_share_of_the_class(tmp_path):
@@ -97,7 +101,8 @@ def test_confusion_matrix_is_shaded_by_share_of_the_class(tmp_path):
         for colour in (full, half)
     }
     cell = min(near.values()) / 2
-    assert cell > 500 and all(1.5 * cell < count < 4 * cell for count in near.values()), near
+    assert cell > 500, near
+    assert all(1.5 * cell < count < 4 * cell for count in near.values()), near
 
 
 @pytest.mark.parametrize("name", ["pascal_context", "coco_stuff"])
@@ -105,7 +110,9 @@ def test_confusion_matrix_of_many_classes(name, tmp_path):
     classes = dataset_spec(name).classes
     path = draw_confusion(torch.eye(len(classes), dtype=torch.int64), classes, tmp_path / "confusion.png")
     width, height = Image.open(path).size
-    assert width > 1000 and abs(width - height) < 0.25 * height and colours_of(path)[8, 48, 107] > 1000
+    assert width > 1000
+    assert abs(width - height) < 0.25 * height
+    assert colours_of(path)[8, 48, 107] > 1000
 
 
 def test_features_of_an_image_are_picked_before_those_of_the_next(model, monkeypatch):
@@ -119,7 +126,8 @@ def test_features_of_an_image_are_picked_before_those_of_the_next(model, monkeyp
 
     monkeypatch.setattr(pictures.F, "normalize", watch)
     _, labels = pixel_features(model, Synthetic("val", 3), CPU, per_class=7)
-    assert max(held) <= 9 * 7 and np.bincount(labels).max() == 7
+    assert max(held) <= 9 * 7
+    assert np.bincount(labels).max() == 7
     monkeypatch.setattr(pictures, "_MOST_PIXELS", 20)
     features, labels = pixel_features(model, Synthetic("val", 3), CPU, per_class=7)
     assert len(features) == len(labels) == 20
@@ -134,7 +142,10 @@ def test_legend_stays_inside_the_picture(width):
     (legend,) = figure.legends
     inside, whole = legend.get_window_extent(), figure.bbox
     assert len(legend.get_texts()) == 12
-    assert inside.x0 >= 0 and inside.x1 <= whole.width and inside.y0 >= 0 and inside.y1 <= whole.height
+    assert inside.x0 >= 0
+    assert inside.x1 <= whole.width
+    assert inside.y0 >= 0
+    assert inside.y1 <= whole.height
 
 
 def test_legend_of_many_classes_names_those_that_are_seen():

@@ -58,7 +58,7 @@ def predicted(model, image, size, options=None):
 
 def test_a_folder_is_predicted(run, photos, tmp_path, capsys):
     out = tmp_path / "out"
-    views = "--window 24 32 --flip".split()
+    views = ["--window", "24", "32", "--flip"]
     arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(out), "--device", "cpu"]
     assert main(["predict", *arguments, *views]) == 0
     assert f"3 images predicted, masks and overlays in {out}" in capsys.readouterr().out
@@ -77,7 +77,8 @@ def test_a_folder_is_predicted(run, photos, tmp_path, capsys):
         assert np.array_equal(shown, palette[expected])
         overlay = np.array(Image.open(out / "overlays" / f"{path.stem}.png"))
         mean = (image.astype(int) + palette[expected]) / 2
-        assert overlay.shape == image.shape and np.abs(overlay - mean).max() <= 1
+        assert overlay.shape == image.shape
+        assert np.abs(overlay - mean).max() <= 1
     assert {path.name for path in (out / "masks").iterdir()} == {"one.png", "two.png", "grey.png"}
     classes = json.loads((out / "classes.json").read_text())
     assert [each["name"] for each in classes] == list(spec.classes)
@@ -121,7 +122,9 @@ def test_a_damaged_exif_block_does_not_matter(run, photos, tmp_path):
     image.save(photos / "camera.jpg", exif=b"Exif\0\0no TIFF file at all", dpi=(72, 72))
     model, _, _ = load_model(run, CPU)
     found = predict_folder(model, dataset_spec("synthetic"), DataConfig(), photos, tmp_path / "out", CPU)
-    assert found.images == 4 and not found.problems and mask_of(tmp_path / "out", "camera").shape == (40, 56)
+    assert found.images == 4
+    assert not found.problems
+    assert mask_of(tmp_path / "out", "camera").shape == (40, 56)
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_predicted(run, photos, tmp_path, capsys):

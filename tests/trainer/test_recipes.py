@@ -41,7 +41,7 @@ LOSSES = {
 
 
 def test_there_is_a_recipe_for_each_experiment():
-    assert NAMES == sorted(LOSSES)
+    assert sorted(LOSSES) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,10 +49,8 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     config = load_config(Path(name))
     config.validate()
     dataset, loss, optim = config.data.dataset, config.loss, config.optim
-    assert (
-        name.removeprefix(f"{dataset}_").removesuffix("_bank") == config.net.model
-        and config.net.model in MODELS
-    )
+    assert name.removeprefix(f"{dataset}_").removesuffix("_bank") == config.net.model
+    assert config.net.model in MODELS
     bank = loss.contrast == "bank"
     schedule = SCHEDULES.get(f"{dataset}_bank" if bank else "", SCHEDULES[dataset])
     crop, steps, batch, rate, decay, images = schedule
@@ -62,7 +60,8 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     assert (optim.clip, optim.lr_warmup) == (0, 0)
     resized = dataset in ("pascal_context", "coco_stuff")
     assert (config.data.size, config.data.scale) == (None, 1.0)
-    assert config.data.short_side == (520 if resized else None) and config.data.zoom == (0.5, 2.0)
+    assert config.data.short_side == (520 if resized else None)
+    assert config.data.zoom == (0.5, 2.0)
     # The scripts of these pass --nbb_mult 10.
     assert optim.head_lr == (10.0 if resized and config.net.model.startswith("hrnet") else 1.0)
     assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
@@ -72,12 +71,16 @@ def test_recipes_hold_the_numbers_of_their_source(name):
         None,
         0.4,
     )
-    assert config.net.pretrained and config.net.embed_dim == 256 and config.data.augment
+    assert config.net.pretrained
+    assert config.net.embed_dim == 256
+    assert config.data.augment
     if bank:
-        assert loss.region_slots == min(5000, images) and loss.pixel_slots == min(5000, 10 * images)
+        assert loss.region_slots == min(5000, images)
+        assert loss.pixel_slots == min(5000, 10 * images)
         assert loss.pixels_per_image == 10
     criterion = build_criterion(loss, len(dataset_spec(dataset).classes), 8)
-    assert criterion.contrast.temperature == loss.temperature and criterion.contrast.base_temperature == 0.07
+    assert criterion.contrast.temperature == loss.temperature
+    assert criterion.contrast.base_temperature == 0.07
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +93,9 @@ def test_recipes_say_where_they_are_from_and_how_they_depart(name):
 def test_a_recipe_is_found_by_its_name_and_flags_override_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_flags(TrainConfig, [*flags_of_file(Path("camvid_hrnet_w48")), "--lr", "0.5"])
-    assert config.optim.lr == 0.5 and config.steps == 30_000 and config.out == Path("runs/camvid_hrnet_w48")
+    assert config.optim.lr == 0.5
+    assert config.steps == 30_000
+    assert config.out == Path("runs/camvid_hrnet_w48")
     Path("camvid_hrnet_w48").write_text('{"steps": 3}')  # a file goes before a recipe
     assert load_config(Path("camvid_hrnet_w48")).steps == 3
 
@@ -113,4 +118,5 @@ def test_a_recipe_trains(camvid, tmp_path):
     options = [*args.split(), *paths, "--device", "cpu", "--embed-dim", "8", "--no-pictures"]
     assert main(["train", "--config", "camvid_hrnet_w48_bank", *options]) == 0
     saved = load_config(tmp_path / "run" / "config.json")
-    assert saved.loss.region_slots == 367 and saved.data.crop == (32, 40)
+    assert saved.loss.region_slots == 367
+    assert saved.data.crop == (32, 40)

@@ -61,7 +61,8 @@ def assert_same_record(one, other):
         rows = record(one / name)
         assert rows == record(other / name)
         steps = [row["step"] for row in rows]
-        assert steps and len(set(steps)) == len(steps)
+        assert steps
+        assert len(set(steps)) == len(steps)
 
 
 def keep_until(config, step):
@@ -104,7 +105,8 @@ def test_resuming_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, ca
     newest = CheckpointStore(resumed.out / "checkpoints").paths()[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
     train(resumed, resume=True)
-    assert newest.name in caplog.text and "step-00000004" in caplog.text
+    assert newest.name in caplog.text
+    assert "step-00000004" in caplog.text
     assert_same_state(final(config), final(resumed))
     assert_same_record(config.out, resumed.out)
 
@@ -187,7 +189,8 @@ def test_training_lowers_the_loss_and_raises_the_score(tiny, contrast):
     assert result.miou > 0.12  # all land is below 0.1
     if contrast != "off":
         terms = [row["contrast"] for row in read_rows(config.out / "train.csv")]
-        assert abs(terms[0]) < 1e-5 and max(terms) > 0.05  # warm-up, then not
+        assert abs(terms[0]) < 1e-5  # warm-up
+        assert max(terms) > 0.05  # then not
 
 
 def nearly_the_same(one, other):
@@ -231,7 +234,8 @@ def test_camvid_trains(tiny, camvid, quick_tsne):
     result = train(config)
     rows = read_rows(config.out / "val.csv")
     assert [row["step"] for row in rows] == [4, 8, 9]
-    assert result.class_iou["road"] > 0 and result.miou == rows[-1]["miou"]
+    assert result.class_iou["road"] > 0
+    assert result.miou == rows[-1]["miou"]
     for name in ("curves", "panels", "tsne"):
         assert (config.out / "pictures" / f"{name}.png").stat().st_size > 10_000
 
@@ -265,7 +269,8 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, tmp_path, capsys
     told = forked.ranks(tmp_path, 2, "eval", "--checkpoint", config.out)
     capsys.readouterr()
     assert main(["eval", "--checkpoint", str(config.out)]) == 0
-    assert told == capsys.readouterr().out and f"{read_rows(config.out / 'val.csv')[-1]['miou']:.4f}" in told
+    assert told == capsys.readouterr().out
+    assert f"{read_rows(config.out / 'val.csv')[-1]['miou']:.4f}" in told
 
     alone = replace(config, out=config.out.with_name("alone"))
     train(alone)
@@ -293,7 +298,8 @@ def test_images_of_several_sizes_train(tiny, pascal_context, quick_tsne):
     data = DataConfig(dataset="pascal_context", root=pascal_context, crop=(32, 32))
     config = tiny(steps=2, batch_size=2, data=data, pictures=True)
     result = train(config)
-    assert len(result.class_iou) == 59 and 0 <= result.miou <= 1
+    assert len(result.class_iou) == 59
+    assert 0 <= result.miou <= 1
     assert {path.name for path in (config.out / "pictures").iterdir()} == {
         "curves.png",
         "panels.png",
@@ -391,7 +397,8 @@ def test_inference_needs_no_head(tiny):
     config = tiny(steps=2)
     train(config)
     model, saved, step = load_model(config.out, torch.device("cpu"))
-    assert model.embed_head is None and step == 2
+    assert model.embed_head is None
+    assert step == 2
     assert saved == load_config(config.out / "config.json") == config
     assert load_model(config.out, torch.device("cpu"), with_embed_head=True)[0].embed_head is not None
 
@@ -400,14 +407,18 @@ def test_cross_entropy_of_a_batch_without_labels_is_zero():
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
     loss = CrossEntropy()(logits, None, torch.full((2, 8, 8), IGNORE))
     loss.backward()
-    assert loss == 0 and (logits.grad == 0).all()
+    assert loss == 0
+    assert (logits.grad == 0).all()
 
 
 def test_learning_rate_rises_and_decays():
     config = OptimConfig(lr=0.1, lr_warmup=4, power=0.9)
     rates = [learning_rate(config, step, 20) for step in range(20)]
-    assert rates[0] == pytest.approx(0.025) and max(rates) == rates[3] and rates[3] < 0.1
-    assert rates[10] == pytest.approx(0.1 * 0.5**0.9) and 0 < rates[-1] < 0.01
+    assert rates[0] == pytest.approx(0.025)
+    assert max(rates) == rates[3]
+    assert rates[3] < 0.1
+    assert rates[10] == pytest.approx(0.1 * 0.5**0.9)
+    assert 0 < rates[-1] < 0.01
     assert learning_rate(OptimConfig(lr=0.1, power=0), 19, 20) == 0.1
 
 

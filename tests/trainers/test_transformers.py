@@ -1,5 +1,6 @@
-"""transformers: its Trainer on two ranks, and `from_pretrained`, which builds on the meta device and loads tensor by
-tensor, past `load_state_dict`.
+"""The loss inside of transformers: its Trainer on two ranks, and `from_pretrained`.
+
+The latter builds on the meta device and loads tensor by tensor, past `load_state_dict`.
 """
 
 from __future__ import annotations

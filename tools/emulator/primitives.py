@@ -1,4 +1,4 @@
-"""Calls the kernels of csrc/emulator/primitives.cu by name, in any build of theirs.
+"""Calls the kernels of csrc/emulator/primitives.cu by name, in any of their builds.
 
     python -m tools.emulator.primitives LIBRARY FAULT ...
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Primitives:
-    """`run(name, pointers, numbers)`; what the library throws becomes a RuntimeError."""
+    """`run(name, pointers, numbers)`; an exception of the library becomes a RuntimeError."""
 
     def __init__(self, library: Path):
         self._run = ctypes.CDLL(str(library)).run_primitive
@@ -39,11 +39,12 @@ class Primitives:
 
 
 def exact_buffer(size: int) -> int:
-    """Zeros, of exactly so many bytes, in an allocation that a sanitizer knows."""
+    """Address of `size` zeroed bytes, in an allocation of their own whose bounds a sanitizer knows."""
     libc = ctypes.CDLL(None)
     libc.calloc.restype = ctypes.c_void_p
     libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-    return libc.calloc(1, size)
+    address: int = libc.calloc(1, size)
+    return address
 
 
 if __name__ == "__main__":

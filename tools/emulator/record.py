@@ -1,10 +1,11 @@
-"""Writes down every call of a CUDA kernel that a set of small problems makes, for replay.py to repeat without torch.
+"""Records every call of a CUDA kernel that a set of small problems makes, for replay.py to repeat without torch.
 
 The problems are ragged on purpose: no size is a multiple of a tile, a warp or a vector, unless it is meant to be.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Recorder(Emulated):
-    """Writes down what a call gets and what it leaves, storage by storage."""
+    """Writes down the memory before and after each call, storage by storage."""
 
     def __init__(self, kernels: Any) -> None:
         super().__init__(kernels)
@@ -62,7 +63,7 @@ class Recorder(Emulated):
 
     def save(self, path: Path) -> None:
         calls = np.frombuffer(json.dumps(self.calls).encode(), np.uint8)
-        np.savez_compressed(path, calls=calls, **self.arrays)
+        np.savez_compressed(path, calls=calls, **self.arrays)  # type: ignore[arg-type]  # for allow_pickle as well
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
@@ -82,23 +83,30 @@ def _maps(batch: int, height: int, width: int, classes: int) -> tuple[Tensor, Te
 
 
 def _layouts(embeddings: Tensor) -> list[Tensor]:
-    """The same map contiguous, channels_last, and inside of a larger one."""
+    """The same map contiguous, channels_last, and as a part of a larger one."""
     inside = F.pad(embeddings, (1, 2, 3, 0))[..., 3:, 1:-2]
     return [embeddings, embeddings.to(memory_format=torch.channels_last), inside]
 
 
 def _sampling() -> None:
-    problems = [
-        ((2, 17, 23, 5), dict(max_samples=64, max_views=10)),
-        ((3, 8, 9, 6), dict(max_samples=5, max_views=3, min_pixels=1)),
-        ((1, 33, 41, 3), dict(max_samples=100, max_views=100, min_pixels=1)),
-        ((1, 1, 1, 1), dict(max_samples=1, max_views=1, min_pixels=0)),
-        ((0, 3, 3, 2), dict(max_samples=7, max_views=2)),
+    problems = [  # shape and classes; samples, views, pixels at least
+        ((2, 17, 23, 5), (64, 10, None)),
+        ((3, 8, 9, 6), (5, 3, 1)),
+        ((1, 33, 41, 3), (100, 100, 1)),
+        ((1, 1, 1, 1), (1, 1, 0)),
+        ((0, 3, 3, 2), (7, 2, None)),
     ]
-    for (*size, classes), settings in problems:
-        labels, predictions, priority = _maps(*size, classes)
+    for (batch, height, width, classes), (max_samples, max_views, min_pixels) in problems:
+        labels, predictions, priority = _maps(batch, height, width, classes)
         hard_anchor_sampling(
-            labels, predictions, num_classes=classes, priority=priority, backend="cuda", **settings
+            labels,
+            predictions,
+            num_classes=classes,
+            max_samples=max_samples,
+            max_views=max_views,
+            min_pixels=min_pixels,
+            priority=priority,
+            backend="cuda",
         )
 
 
@@ -181,11 +189,14 @@ def _infonce(precision: str) -> None:
             key_rows = key_rows[order]
         infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda")
         anchor_rows.requires_grad_(), key_rows.requires_grad_()
-        arguments = dict(temperature=0.1, exclude_self=anchors % 2 == 1, reduction="none", backend="cuda")
+        losses = functools.partial(
+            infonce, temperature=0.1, exclude_self=anchors % 2 == 1, reduction="none", backend="cuda"
+        )
         for rows, labels in ((key_rows, key_labels), (anchor_rows, anchor_labels)):
-            loss = infonce(anchor_rows, anchor_labels, rows, labels, **arguments)
+            loss = losses(anchor_rows, anchor_labels, rows, labels)
             loss.backward(torch.randn_like(loss))
         for gradient in (anchor_rows.grad, key_rows.grad):  # NaN would equal whatever a replay leaves
+            assert gradient is not None
             assert gradient.isfinite().all()
 
 
@@ -197,7 +208,7 @@ def _infonce_of_more_anchors_than_one_block_sorts() -> None:
 
 
 def _infonce_of_many_splits() -> None:
-    """So many that teams of threads share them in the finish, and more channels than a team adds up at a time."""
+    """Enough splits that the finish shares them among teams of threads, and more channels than a team adds at once."""
     anchor_rows, anchor_labels = _rows(3, 260, 2, torch.float16)
     key_rows, key_labels = _rows(2100, 260, 2, torch.float16)
     anchor_labels[:2] = torch.arange(2)
@@ -206,9 +217,10 @@ def _infonce_of_many_splits() -> None:
 
 
 def _infonce_of_usual_widths() -> None:
-    """Those that have tiles of their own, on a large and a small device, for few anchors and more. Tiles of keys are
-    of one class, of two, lack labels, or end behind the last; fp32 rows of 128 channels are too long for the usual
-    planes.
+    """The widths that have tiles of their own, on a large and a small device, for few anchors and more.
+
+    Some tiles of keys are of one class, some of two; some lack labels, some reach past the last key. The fp32 rows of
+    128 channels are too long for the usual planes.
     """
     widths = (
         *((channels, "228", 40) for channels in (64, 128, 256, 512)),
@@ -250,7 +262,7 @@ def record(path: Path, kernels: Any) -> int:
             with pytest.MonkeyPatch.context() as of_splits:
                 of_splits.setattr(splits, "splits", lambda rows, columns, *_: columns)
                 _infonce_of_many_splits()
-            # Not cached, as the device changes; and one block at a time walks over several tiles.
+            # Uncached, because the device changes; and with one block, which then walks over several tiles.
             cut = cuda._cut.__wrapped__
             patch.setattr(cuda, "_cut", lambda *how: (cut(*how)[0], 1))
             _infonce_of_usual_widths()

@@ -1,0 +1,198 @@
+"""How accurate `infonce` is on every backend: loss and gradients against fp64, in all dtypes and precisions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pixcontrast_ext import infonce
+from pixcontrast_ext.backends import reference
+from tests.support.backends import GPU_BACKENDS
+from tests.support.checks import error
+from tests.support.contrast import exact, run, weight_rounding
+from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
+    """One that is 3.9 lower makes weights of the keys' gradient 49 times as large: fp16 ones overflowed."""
+    anchors, anchor_labels, keys, key_labels = draw_rows(70, 150, 33, 3, dtype=dtype)
+    labels = anchor_labels.int(), key_labels.int()
+    _, lse, weight, count, _ = torch.ops.pixcontrast.infonce_forward(
+        anchors, labels[0], keys, labels[1], 0.1, False, False, "reference"
+    )
+    terms = lse - 3.9, weight, 1.0 / count.clamp(min=1)
+    of = {
+        name: torch.ops.pixcontrast.infonce_backward_keys(
+            rows[0], labels[0], rows[1], labels[1], *terms, 0.1, False, name
+        )
+        for name, rows in ((backend, (anchors, keys)), ("reference", (anchors.float(), keys.float())))
+    }
+    assert error(of[backend], of["reference"].double()) <= (4e-6 if dtype == torch.float32 else 1e-3)
+
+
+# Ragged on purpose: no dimension is a multiple of a tile or of a vector.
+SHAPES = [
+    (1, 1, 1, 1),
+    (3, 5, 7, 2),
+    (300, 2011, 65, 7),
+    (130, 1500, 33, 171),
+    (1100, 700, 16, 19),
+    (65, 513, 257, 1),
+]
+
+
+@pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_accuracy(backend, poison, shape, exclude_self, order):
+    inputs = draw_rows(*shape, order=order)
+    weights = torch.randn(shape[0])
+    settings = dict(temperature=0.07, exclude_self=exclude_self, weights=weights)
+    found, expected = run(inputs, backend, **settings), exact(inputs, **settings)
+    assert error(found[0], expected[0]) <= 1e-6
+    assert error(found[1], expected[1]) <= 2e-6
+    assert error(found[2], expected[2]) <= 2e-6
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("distance", [0.3, 0.1])
+def test_fp32_gradients_where_the_losses_are_small(gpu_backend, poison, distance, in_batch):
+    """Of classes that have been learnt, with losses down to 1e-5: weights as small keep their digits."""
+    centres, labels = F.normalize(torch.randn(10, 64), dim=1), torch.arange(40) % 10
+    both = [
+        F.normalize(centres[labels] + distance * F.normalize(torch.randn(40, 64), dim=1), dim=1)
+        for _ in range(2)
+    ]
+
+    def run(dtype: torch.dtype, backend: str):
+        rows = [x.to(dtype).requires_grad_() for x in both]
+        keys = rows[0] if in_batch else rows[1]
+        loss = infonce(
+            rows[0], labels, keys, labels,
+            temperature=0.05, exclude_self=in_batch, reduction="none", backend=backend,
+        )  # fmt: skip
+        loss.sum().backward()
+        return loss.detach(), rows[0].grad, keys.grad
+
+    expected = run(torch.float64, "reference")
+    assert expected[0].mean() < 1e-2
+    found, plain = run(torch.float32, gpu_backend), run(torch.float32, "reference")
+    for a, b, c in zip(found, plain, expected, strict=True):
+        assert error(a, c) <= max(4e-6, 2 * error(b, c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", [BANK, RANDOM])
+def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):
+    """Against fp64 on the same rounded inputs.
+
+    Only the gradient's last rounding, to the input's dtype, may show, and, where products are made in half precision,
+    the rounding of the weights of its sum.
+    """
+    inputs = draw_rows(300, 999, 65, 7, order=order, dtype=dtype)
+    found, expected = run(inputs, backend), exact(inputs)
+    assert found[0].dtype == torch.float32
+    assert found[1].dtype == found[2].dtype == dtype
+    assert error(found[0], expected[0]) <= 1e-6
+    key_rounding = 1e-3 if backend in GPU_BACKENDS else 1e-6
+    roundings = (weight_rounding(backend, dtype), key_rounding)
+    for grad, truth, rounding in zip(found[1:], expected[1:], roundings, strict=True):
+        assert error(grad, truth) <= error(truth.to(dtype), truth) * 1.01 + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradient_before_rounding(backend, dtype):
+    anchors, anchor_labels, keys, key_labels = draw_rows(200, 900, 64, 5, dtype=dtype)
+    inputs = (anchors, anchor_labels.int(), keys, key_labels.int())
+    *_, anchor_grad = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, backend)
+    _, expected, _ = exact(inputs)
+    bar = max(2e-6, weight_rounding(backend, dtype))
+    assert anchor_grad.dtype == torch.float32
+    assert error(anchor_grad, expected) <= bar
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.07, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_extreme_logits(backend, temperature, scale):
+    """Logits up to 1e6 with embeddings far from unit norm: no overflow, no lost digits beyond fp32's."""
+    anchors, anchor_labels, keys, key_labels = draw_rows(40, 300, 24, 3)
+    inputs = (anchors * scale, anchor_labels, keys * scale, key_labels)
+    found, expected = run(inputs, backend, temperature=temperature), exact(inputs, temperature=temperature)
+    logit = scale * scale / temperature
+    assert all(x.isfinite().all() for x in found)
+    assert error(found[0], expected[0]) <= 1e-6
+    # the rounding of a logit is the relative error of its exponential
+    assert error(found[1], expected[1]) <= 2e-6 + 1e-6 * logit
+    assert error(found[2], expected[2]) <= 2e-6 + 1e-6 * logit
+
+
+def test_in_batch_uses_symmetry(backend):
+    for exclude_self in (True, False):
+        anchors, anchor_labels, _, _ = draw_rows(397, 1, 40, 6)
+        weights = torch.randn(397)
+        shared = anchors.clone().requires_grad_()
+        loss = infonce(
+            shared, anchor_labels, shared, anchor_labels,
+            temperature=0.1, exclude_self=exclude_self, reduction="none", backend=backend,
+        )  # fmt: skip
+        loss.backward(weights)
+        truth = anchors.double().requires_grad_()
+        expected, _ = reference.infonce_per_anchor(
+            truth, anchor_labels, truth, anchor_labels, 0.1, exclude_self
+        )
+        expected.backward(weights.double())
+        assert error(loss.detach(), expected.detach()) <= 1e-6
+        assert error(shared.grad, truth.grad) <= 2e-6
+
+
+def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
+    anchors, anchor_labels, _, key_labels = draw_rows(80, 80, 12, 4)
+    shared, truth = anchors.clone().requires_grad_(), anchors.double().requires_grad_()
+    infonce(
+        shared, anchor_labels, shared, key_labels, temperature=0.1, reduction="none", backend=backend
+    ).sum().backward()
+    reference.infonce_per_anchor(truth, anchor_labels, truth, key_labels, 0.1, False)[0].sum().backward()
+    assert error(shared.grad, truth.grad) <= 2e-6
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
+    """Where it allows TF32, rounded to nearest."""
+    inputs = draw_rows(300, 1000, 64, 5)
+    expected, before = exact(inputs), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = run(inputs, backend)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if backend in GPU_BACKENDS and precision != "highest":
+        assert error(found[0], expected[0]) <= 5e-5
+        assert all(2e-6 < error(found[i], expected[i]) <= 1e-3 for i in (1, 2))
+    else:
+        assert error(found[0], expected[0]) <= 1e-6
+        assert error(found[1], expected[1]) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
+    """PyTorch has an old and a new setting, and refuses to read the old one after a write to the new."""
+    inputs, setting = draw_rows(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
+    exactly, before = run(inputs, gpu_backend), setting.fp32_precision
+    try:
+        setting.fp32_precision = "tf32"
+        found = run(inputs, gpu_backend)
+    finally:
+        setting.fp32_precision = before
+    assert torch.equal(found[0], exactly[0]) == (dtype != torch.float32)
+    torch.testing.assert_close(found[0], exactly[0], rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_does_not_reach_the_logits(backend):
+    inputs = draw_rows(100, 400, 64, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(inputs, backend)
+    assert found[0].dtype == torch.float32
+    assert error(found[0], exact(inputs)[0]) <= 1e-6

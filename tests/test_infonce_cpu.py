@@ -1,0 +1,162 @@
+"""The CPU kernels of `infonce`: every instruction set, products of their own, threads, tiles of keys."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pixcontrast_ext import infonce
+from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends.cpu import infonce as on_cpu
+from tests.support.checks import error
+from tests.support.contrast import exact, run, weight_rounding
+from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 2), (300, 2011, 65, 7), (65, 513, 257, 1)])
+def test_every_instruction_set(instruction_set, poison, shape):
+    for order in (BANK, RANDOM):
+        inputs = draw_rows(*shape, order=order)
+        found, expected = run(inputs, "cpu", exclude_self=True), exact(inputs, exclude_self=True)
+        for index, bar in enumerate((1e-6, 2e-6, 2e-6)):
+            assert error(found[index], expected[index]) <= bar
+
+
+# Blocks of the fused kernels hold 12 anchors, panels 32 keys or channels, words 2 channels of bf16.
+FUSED_SHAPES = [
+    (1, 1, 3, 2), (5, 7, 31, 3), (13, 33, 33, 2), (100, 1000, 257, 5), (1030, 600, 48, 19), (60, 2500, 2, 7)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", FUSED_SHAPES)
+def test_own_products_of_every_instruction_set(instruction_set, poison, shape, dtype):
+    """Ragged in every dimension; rows without a label hold NaN, which no masked lane may pick up."""
+    for order, temperature, exclude_self in ((BANK, 0.07, False), (RANDOM, 1.0, True), (BLOCKS, 0.1, True)):
+        inputs = draw_rows(*shape, order=order, dtype=dtype)
+        anchors, anchor_labels, keys, key_labels = inputs
+        loss, expected, _ = exact(inputs, temperature=temperature, exclude_self=exclude_self)
+        anchors[anchor_labels < 0], keys[key_labels < 0] = math.nan, math.nan
+        arguments = (anchors, anchor_labels.int(), keys, key_labels.int(), temperature, exclude_self)
+        found = torch.ops.pixcontrast.infonce_forward(*arguments, True, "cpu")
+        assert error(found[0], loss) <= 1e-6
+        assert error(found[4], expected) <= 1e-6 + weight_rounding("cpu", dtype)
+        without_gradient = torch.ops.pixcontrast.infonce_forward(*arguments, False, "cpu")
+        assert all(torch.equal(a, b) for a, b in zip(found[:4], without_gradient[:4], strict=True))
+
+
+def test_rounded_weights_keep_what_keys_have_in_common():
+    """Embeddings before training all point one way; the gradient is what is left when that cancels."""
+    anchors, keys = (
+        F.normalize(torch.randn(n, 64) + 10 * torch.ones(64), dim=1).bfloat16() for n in (60, 700)
+    )
+    inputs = anchors, torch.randint(0, 5, (60,)).int(), keys, torch.randint(0, 5, (700,)).int()
+    found = torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, True, "cpu")
+    assert error(found[4], exact(inputs)[1]) <= 1e-3
+
+
+def test_digits_do_not_fade_with_the_number_of_keys(instruction_set):
+    """Keys of a class share a direction, so their sum grows: one chain of additions was off by 3e-6 here."""
+    anchor_labels, key_labels = torch.arange(12) // 4, torch.arange(150_000) // 50_000
+    centres = torch.randn(3, 32)
+    anchors, keys = (
+        F.normalize(centres[labels] + torch.randn(len(labels), 32), dim=1)
+        for labels in (anchor_labels, key_labels)
+    )
+    inputs = anchors, anchor_labels, keys, key_labels
+    leaf = anchors.clone().requires_grad_()
+    infonce(leaf, *inputs[1:], temperature=0.1, backend="cpu").backward()
+    assert error(leaf.grad * len(anchors), exact(inputs)[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
+    if native.fused_dtype(dtype) is None:
+        pytest.skip(f"{instruction_set} leaves the products to torch")
+    before, results = torch.get_num_threads(), []
+    for order in (BANK, RANDOM):
+        anchors, anchor_labels, keys, key_labels = draw_rows(150, 1700, 40, 4, order=order, dtype=dtype)
+        arguments = (anchors, anchor_labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu")
+        try:
+            for threads in (1, 2, 5, 40):
+                torch.set_num_threads(threads)
+                results.append(torch.ops.pixcontrast.infonce_forward(*arguments))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
+        results.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_own_products_hide_nothing(instruction_set, dtype, value):
+    """A key that is not finite, first and last of the panels and tiles."""
+    for at in (0, 31, 32, 511, 512, 1029):
+        anchors, anchor_labels, keys, key_labels = draw_rows(30, 1030, 16, 5, dtype=dtype, unlabelled=0.0)
+        keys[at, 15] = value
+        settings = dict(temperature=0.1, reduction="none", backend="cpu")
+        loss = infonce(anchors, anchor_labels, keys, key_labels, **settings)
+        meets = anchors[:, 15] > 0 if value == math.inf else torch.ones(30, dtype=torch.bool)
+        assert not loss[meets & (anchor_labels != key_labels[at])].isfinite().any()
+
+
+def test_repeats_bit_for_bit(poison):
+    for order, in_batch in ((BANK, False), (RANDOM, False), (RANDOM, True)):
+        inputs = draw_rows(150, 700, 40, 7, order=order)
+        if in_batch:
+            inputs = (inputs[0], inputs[1], inputs[0], inputs[1])
+        first = run(inputs, "cpu", exclude_self=in_batch)
+        for _ in range(100):
+            again = run(inputs, "cpu", exclude_self=in_batch)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_own_loops_do_not_depend_on_threads():
+    scores = torch.randn(64, 301)
+    results = []
+    for threads in (1, 2, 5):
+        weights, shift, total = scores.clone(), torch.full((64,), -math.inf), torch.zeros(64)
+        torch.manual_seed(0)
+        output = torch.randn(64, 9)
+        native.launch(
+            "infonce_negatives", scores=weights, num_rows=64, num_keys=301, anchor_labels=torch.arange(64).int() % 4,
+            key_labels=torch.arange(301).int() % 4, scale=3.0, shift=shift, sum=total, output=output, channels=9,
+            threads=threads,
+        )  # fmt: skip
+        results.append((weights, shift, total, output))
+    assert all(torch.equal(a, b) for found in results for a, b in zip(found, results[0], strict=True))
+
+
+@pytest.mark.slow
+def test_more_than_2_31_products():
+    """A x K beyond 2^31, and K x D beyond it, on memory that is shared by all rows."""
+    keys = torch.zeros(1, 4).expand(2**29 + 5, 4)  # contiguous copies of it would take 8 GiB
+    labels = torch.zeros(1, dtype=torch.int32).expand(2**29 + 5)
+    assert keys.numel() > 2**31
+    tiles, count = torch.empty(2**21, 3, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    native.launch(
+        "plan_tiles", key_labels=labels.contiguous(), num_keys=labels.shape[0], max_keys=512, tiles=tiles,
+        capacity=tiles.shape[0], num_tiles=count,
+    )  # fmt: skip
+    assert tiles[: int(count), 1].sum() == labels.shape[0]
+    assert tiles[int(count) - 1, 0] > 2**29 - 512
+    last = tiles[int(count) - 1]
+    assert last[0] + last[1] == labels.shape[0]
+
+
+@pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 5000])
+def test_tiles_hold_every_labelled_key_once(order, size):
+    _, _, keys, key_labels = draw_rows(1, size, 4, 6, order=order)
+    tiles = on_cpu._Keys(keys, key_labels.int()).tiles
+    seen = torch.zeros(size, dtype=torch.int64)
+    for first, count, label in tiles:
+        assert 0 < count <= on_cpu.BLOCK_K
+        seen[first : first + count] += 1
+        if label >= 0:
+            assert (key_labels[first : first + count] == label).all()
+    assert (seen[key_labels >= 0] == 1).all()
+    assert (seen <= 1).all()
