@@ -237,12 +237,12 @@ TOY_SOURCES = {
           return module;
         }
     """,
-    "csrc/cpu/infonce.cpp": """
+    "csrc/cpu/isa/infonce.cpp": """
         #define JOINED(a, b) a##b
         #define NAMED(isa) JOINED(compiled_for_, isa)
         int NAMED(PXC_ISA)() { return 1; }
     """,
-    "csrc/cpu/infonce_fused.cpp": """
+    "csrc/cpu/isa/infonce_fused.cpp": """
         #define JOINED(a, b) a##b
         #define NAMED(isa) JOINED(fused_for_, isa)
         int NAMED(PXC_ISA)() { return 1; }
