@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.attr("FUSED_BLOCK_K") = kFusedBlockK;
   m.attr("LANES") = kLanes;
+  m.attr("DTYPES") = std::vector<std::string>(seam::kDTypeNames.begin(), seam::kDTypeNames.end());
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
   m.def("instruction_set", instruction_set);

@@ -7,6 +7,7 @@ Field = float | tuple[int, int] | tuple[int, int, Sequence[int], Sequence[int]] 
 
 FUSED_BLOCK_K: int
 LANES: int
+DTYPES: list[str]
 compiler: str
 cuda_archs: str
 

@@ -50,7 +50,7 @@ def _unsupported_device(index: int) -> str | None:
         return _old_driver(native._C.compiler)
     if problem:
         return f"the CUDA runtime in the module does not start: {problem}"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = devices.gpu.capability(torch.device("cuda", index))
     built = native._C.cuda_archs.split()
     machine_code = [int(name.removeprefix("sm_")) for name in built if name.startswith("sm_")]
     portable = [int(name.removeprefix("compute_")) for name in built if name.startswith("compute_")]
@@ -82,8 +82,7 @@ def launch(kernel: str, call: Call, **fields: Any) -> None:
 
     Scratch memory may be dropped after the call: torch's allocator reuses it in the order of the stream.
     """
-    device = getattr(call, call.__slots__[0]).device
-    devices.gpu.launch(device, functools.partial(_start, kernel), (call, fields))
+    devices.gpu.launch(call.device, functools.partial(_start, kernel), (call, fields))
 
 
 def _start(kernel: str, device: torch.device, arguments: tuple[Call, dict[str, Any]]) -> None:
@@ -172,7 +171,8 @@ def _cut(
     The passes are the "negatives" and the "positives", where both depend on `counts`, the numbers of anchors and keys,
     and the "backward".
     """
-    tile_of, number = getattr(devices.gpu.kernels, f"infonce_{of}_tile"), device.index or 0
+    tile_of = getattr(devices.gpu.kernels, f"infonce_{of}_tile")
+    number, _ = devices.gpu.number_and_stream(device)
     with devices.gpu.current(device):  # the module's runtime makes it the current one
         tile = tile_of(number, dtype, full_float32, channels, *counts)
     # None at a time is for the launch to refuse, which says why.
