@@ -292,6 +292,12 @@ namespace cuda {
 // Keys that a block sorts: 10 bits number them. Of pixels they are a chunk.
 constexpr int kTileBits = 10, kTileKeys = 1 << kTileBits;
 
+// A key of a pixel is its place in the chunk, its priority above, and (class, hard or easy) in the bits from
+// here on; all ones are neither.
+constexpr int kPoolShift = kTileBits + 32;
+constexpr int64_t kMaxClasses = (int64_t(1) << (64 - kPoolShift - 1)) - 1;
+constexpr int64_t kMaxChannels = 512;  // of a row that InfoNCE takes
+
 struct SamplingParams : Launch, Sampling {
   uint64_t* pool_keys;   // [B, chunks, kTileKeys] scratch
   int32_t* pool_starts;  // [B, chunks, 2 num_classes + 1] scratch
