@@ -284,6 +284,7 @@ def test_every_ticket_is_given_once(machine):
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+@pytest.mark.slow
 def test_nvcc_compiles_the_primitives(tmp_path):
     assert compile_for_device(tmp_path / "primitives.o", "-arch=sm_80", "-c").stat().st_size > 0
 
@@ -356,6 +357,7 @@ def test_threads_of_the_host_take_turns(plain):
     assert not failures
 
 
+@pytest.mark.slow
 def test_switching_by_the_system_works_too(tmp_path):
     """What other processors than x86-64 get."""
     library = tmp_path / "primitives.so"
@@ -480,6 +482,7 @@ RACES = {
 }
 
 
+@pytest.mark.slow
 def test_thread_sanitizer_sees_races_and_nothing_else():
     library = sanitized("thread", "primitives") / "primitives.so"
     harmless = 99
@@ -505,6 +508,7 @@ def test_thread_sanitizer_sees_races_and_nothing_else():
         (99, None),
     ],
 )
+@pytest.mark.slow
 def test_address_sanitizer_sees_what_is_out_of_bounds(fault, message):
     library = sanitized("address", "primitives") / "primitives.so"
     done = sanitize.run("address", "tools.emulator.primitives", library, fault)
@@ -524,6 +528,7 @@ def recording(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("variant", build.VARIANTS)
+@pytest.mark.slow
 def test_kernels_pass_the_sanitizers_under_every_schedule(recording, variant):
     """Bits depend on the schedule, if anything does; a sanitizer sees what is out of bounds or in no order in any."""
     folder = sanitized(variant, "_C")

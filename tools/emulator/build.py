@@ -33,6 +33,8 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 VARIANTS = tuple(SANITIZERS)
+# Where compiling takes longer than all that is run, nothing is optimised.
+OPTIMIZE = {"plain": "-O2", "address": "-O0", "thread": "-O1"}
 
 # Contraction would give the variants different bits.
 FLAGS = [
@@ -74,8 +76,7 @@ def _statements(root: Path, build_dir: str) -> list[str]:
     ]
     kernels = [path.relative_to(root).as_posix() for path in sorted(root.glob("csrc/cuda/*.cu"))]
     for variant, sanitizer in SANITIZERS.items():
-        optimize = ["-O1"] if sanitizer else ["-O2"]
-        flags = [*optimize, *sanitizer, "-x", "c++"]
+        flags = [OPTIMIZE[variant], *sanitizer, "-x", "c++"]
         objects = [compile_to(f"{variant}/{Path(source).stem}.o", source, flags) for source in kernels]
         primitives = compile_to(f"{variant}/primitives.o", "csrc/emulator/primitives.cu", flags)
         # The emulator first: of an inline function that both have, its own copy is taken.
