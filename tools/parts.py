@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 
 AT_A_TIME = 2
-SILENCE = 60  # seconds after which a part is heard of again
+SILENCE = 60  # seconds at most between two lines about a part
 
 # What stands between the signs of equality in the last line of a run, and how far it is in those before.
 _OUTCOMES = re.compile(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s.*$")
@@ -39,7 +39,18 @@ class Part:
 
     def run(self, tell: threading.Lock) -> Part:
         """Run it to its end."""
-        start = heard = time.monotonic()
+        start, ended = time.monotonic(), threading.Event()
+
+        def show() -> None:
+            with tell:
+                print(
+                    f"{self.name:20} {self.percent:3d} %  after {time.monotonic() - start:.0f} s", flush=True
+                )
+
+        def show_now_and_then() -> None:
+            while not ended.wait(SILENCE):
+                show()
+
         process = subprocess.Popen(
             ["make", "--no-print-directory", self.name],
             stdout=subprocess.PIPE,
@@ -47,14 +58,13 @@ class Part:
             text=True,
         )
         assert process.stdout is not None
+        threading.Thread(target=show_now_and_then, daemon=True).start()
         for line in process.stdout:
             self.output.append(line)
-            now = time.monotonic()
-            if self._read(line.rstrip()) or now - heard > SILENCE:
-                heard = now
-                with tell:
-                    print(f"{self.name:20} {self.percent:3d} %  after {now - start:.0f} s", flush=True)
+            if self._read(line.rstrip()):
+                show()
         self.returned, self.seconds = process.wait(), time.monotonic() - start
+        ended.set()
         with tell:
             print(self.report(), flush=True)
         return self
