@@ -132,7 +132,8 @@ def test_the_device_asked_is_the_one_of_the_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0) if index else (7, 5))
+    of = {0: (7, 5), 1: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[device.index])
     triton_backend._unsupported_device.cache_clear()
     try:
         old, new = torch.device("cuda", 0), torch.device("cuda", 1)
