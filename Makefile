@@ -15,6 +15,7 @@ OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accuracy infonce_cpu infonce_tiles bank \
                  loss loss_criterion loss_training regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
+QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
 SHARE         ?= 16
 NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,2)
 WIDTHS        ?= 256
@@ -24,7 +25,7 @@ REST          := tests --ignore tests/trainer --ignore tests/test_emulator.py $(
 OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
+.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -39,6 +40,13 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tools.parts \
 	    test-apart test-rest test-triton test-training test-emulator test-oldest-triton
+
+# What shows most mistakes soonest: no process but this one, no compiler beyond the emulator's, no interpreter.
+quick: $(BUILT)  ## lint, and a few of the tests of every op: for the time between two edits, two minutes
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tools.parts lint test-quick
+
+test-quick:
+	PIXCONTRAST_TEST_SHARE=12 PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest -m "not slow" $(QUICK)
 
 test-apart:
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest $(APART)

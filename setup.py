@@ -57,6 +57,7 @@ PORTABLE_ISAS = {"portable": ""}
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512}
 X86_FUSED_ISAS = {"avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
+OLDEST_CUDA = 12
 CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # of these, the ones that the nvcc at hand can generate
 
 
@@ -130,8 +131,15 @@ def find_cuda() -> CudaToolkit | str:
     libraries = [path for place in places for path in toolkit.glob(f"{place}/libcudart_static.a")]
     if not libraries:
         raise CompileError(f"no libcudart_static.a below {toolkit}; set PIXCONTRAST_CUDA=0")
-    version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version") or "")
-    return CudaToolkit(nvcc, version.group(1) if version else "unknown", archs, ptx, str(libraries[0].parent))
+    version = re.search(r"release (\d+)([\d.]*)", output_of(nvcc, "--version") or "")
+    if version and int(version.group(1)) < OLDEST_CUDA:
+        reason = f"{nvcc} is of CUDA {version.group(1)}{version.group(2)}, and C++20 needs {OLDEST_CUDA}"
+        if wish == "1":
+            raise CompileError(f"PIXCONTRAST_CUDA=1, but {reason}")
+        return reason
+    return CudaToolkit(
+        nvcc, "".join(version.groups()) if version else "unknown", archs, ptx, str(libraries[0].parent)
+    )
 
 
 def archs_to_compile(nvcc: str) -> tuple[list[int], int]:
@@ -242,7 +250,9 @@ class NinjaBuild:
         for source in self.sources("csrc/cpu/isa/*.cpp"):
             objects += self.add_for_each(fused_isas if source == FUSED_SOURCE else isas, source)
         if self.cuda:
-            objects.append(self.add_object("cxx", "csrc/cuda/bindings.cpp", includes))
+            objects += [
+                self.add_object("cxx", source, includes) for source in self.sources("csrc/cuda/*.cpp")
+            ]
             flags = self.cuda.gencode + self.cuda.compression
             objects += [self.add_object("nvcc", source, flags) for source in self.cuda_sources]
 

@@ -53,7 +53,7 @@ class DeviceWatch:
         return [start.elapsed_time(stop) for start, stop in zip(self.events, self.events[1:], strict=False)]
 
 
-SLOW = 1.0  # seconds; a call that takes longer is called as rarely as allowed
+SLOW = 1.0  # seconds; a call that takes longer gets the fewest rounds
 
 
 def interleave(

@@ -52,7 +52,9 @@ PYBIND11_MODULE(_C, m) {
                                 [] { return vector_kernels().score_gradients; });
 
   m.attr("FUSED_BLOCK_K") = kFusedBlockK;
+  m.attr("PANEL") = kPanel;
   m.attr("LANES") = kLanes;
+  m.attr("DTYPES") = std::vector<std::string>(seam::kDTypeNames.begin(), seam::kDTypeNames.end());
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
   m.def("instruction_set", instruction_set);

@@ -17,14 +17,16 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kI
 
 struct Float16;  // what a pointer to fp16 numbers points to; each side has a type of its own to compute with
 
-// Rows whose type is known when the kernel runs.
-template <class Void>
+// Rows whose type is known when the kernel runs. All of a struct are of one type, but for those of another
+// kind.
+template <class Void, int kKind = 0>
 struct Array {
   Void* data;
   DType dtype;
 };
 using Rows = Array<void>;
 using ConstRows = Array<const void>;
+using OtherConstRows = Array<const void, 1>;
 
 // A [B, D, H, W] tensor of any strides; `pixel` below always means h * W + w.
 struct EmbeddingMap {
@@ -210,7 +212,7 @@ struct FusedForwardParams {
   int64_t num_rows, channels;
   const int32_t* anchor_labels;  // [rows], ascending, all >= 0
   const int64_t* anchor_index;   // [rows], or null without exclude_self
-  ConstRows keys;                // [K, D]
+  OtherConstRows keys;           // [K, D]
   const int32_t* key_labels;     // [K]
   int64_t num_keys;
   const int64_t* tiles;  // [num_tiles, 3], from TilesParams with kFusedBlockK as max_keys
@@ -289,6 +291,12 @@ namespace cuda {
 
 // Keys that a block sorts: 10 bits number them. Of pixels they are a chunk.
 constexpr int kTileBits = 10, kTileKeys = 1 << kTileBits;
+
+// A key of a pixel is its place in the chunk, its priority above, and (class, hard or easy) in the bits from
+// here on; all ones are neither.
+constexpr int kPoolShift = kTileBits + 32;
+constexpr int64_t kMaxClasses = (int64_t(1) << (64 - kPoolShift - 1)) - 1;
+constexpr int64_t kMaxChannels = 512;  // of a row that InfoNCE takes
 
 struct SamplingParams : Launch, Sampling {
   uint64_t* pool_keys;   // [B, chunks, kTileKeys] scratch
@@ -389,7 +397,7 @@ struct InfonceBackwardParams : Launch, InfonceRows {
   const float* pos_weight;  // [A]
   const float* grad_scale;  // [A], g / |P|
   const float* peak;        // [] of the largest weight: fp16 ones are scaled by it; or null
-  float* factors;           // [A, 4] scratch: neg_lse_log2, push, pull, and the label
+  float* factors;           // [A, 4] scratch: neg_lse_log2, push g S / |P|, pull g / |P|, the label
   int32_t* label_ranges;    // [anchor tiles, 2] scratch: smallest and largest label
   float* grad_parts;        // [splits, K, grad_channels] scratch; null with one split
   float* grad;              // [K, grad_channels] out, of the keys; of the anchors if they are the keys

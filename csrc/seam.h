@@ -11,6 +11,8 @@
 
 #include <array>
 #include <iterator>
+#include <set>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -20,7 +22,9 @@ namespace pxc::seam {
 
 namespace py = pybind11;
 
-constexpr const char* kDTypeNames[] = {"float32", "float16", "bfloat16", "float64", "int32", "int64"};
+constexpr std::array kDTypeNames = {"float32", "float16", "bfloat16",
+                                    "float64", "int32",   "int64"};  // of DType
+static_assert(kDTypeNames.size() == size_t(DType::kInt64) + 1);
 
 // What a pointer of this type points to. Tensors have no unsigned integers of these sizes; their bits serve.
 template <class Element>
@@ -41,19 +45,22 @@ class Fields {
   template <class Value>
   void operator()(const char* name, Value& field) {
     if (!values_.contains(name)) throw py::type_error(std::string(kernel_) + ": missing field: " + name);
+    if (!used_.insert(name).second) throw std::logic_error(std::string(kernel_) + " has two fields " + name);
     try {
       assign(name, field, values_[name]);
     } catch (const py::cast_error&) {
       throw py::type_error(std::string(kernel_) + ": " + name + " may not be " +
                            std::string(py::repr(values_[name])));
     }
-    ++used_;
   }
 
   void done() const {
-    if (used_ != values_.size())
-      throw py::type_error(std::string(kernel_) +
-                           ": superfluous fields: " + std::to_string(values_.size() - used_));
+    std::string others;
+    for (const auto& [name, value] : values_) {
+      const std::string known = name.cast<std::string>();
+      if (!used_.contains(known)) others += (others.empty() ? "" : ", ") + known;
+    }
+    if (!others.empty()) throw py::type_error(std::string(kernel_) + ": superfluous fields: " + others);
   }
 
  private:
@@ -71,13 +78,16 @@ class Fields {
     field = reinterpret_cast<Element*>(address);
   }
 
-  template <class Void>
-  void assign(const char* name, Array<Void>& field, const py::handle& value) {
+  template <class Void, int kKind>
+  void assign(const char* name, Array<Void, kKind>& field, const py::handle& value) {
     field = {};
     if (value.is_none()) return;
     const auto [address, dtype] = value.cast<std::pair<uintptr_t, int32_t>>();
     expect(name, "float32, float16 or bfloat16", is_row_type(dtype), dtype);
-    field = {reinterpret_cast<Void*>(address), DType(dtype)};
+    const int32_t known = rows_[kKind];
+    expect(name, known < 0 ? "" : kDTypeNames[known], known < 0 || known == dtype, dtype);
+    rows_[kKind] = dtype;
+    field = {.data = reinterpret_cast<Void*>(address), .dtype = DType(dtype)};
   }
 
   using Strided = std::tuple<uintptr_t, int32_t, std::array<int64_t, 4>, std::array<int64_t, 4>>;
@@ -99,6 +109,7 @@ class Fields {
   }
 
   void assign(const char* name, GradientMap& field, const py::handle& value) {
+    if (map_ == nullptr) throw std::logic_error(std::string(kernel_) + ": a gradient before its map");
     const auto [address, dtype, sizes, strides] = value.cast<Strided>();
     expect(name, kDTypeNames[int(map_->map_dtype)], DType(dtype) == map_->map_dtype, dtype);
     if (sizes != std::array{map_->batch, map_->channels, map_->height, map_->width})
@@ -114,7 +125,7 @@ class Fields {
 
   void expect(const char* name, const char* expected, bool right, int32_t dtype) const {
     if (right) return;
-    const bool known = dtype >= 0 && dtype < int32_t(std::size(kDTypeNames));
+    const bool known = dtype >= 0 && dtype < int32_t(kDTypeNames.size());
     throw py::type_error(std::string(kernel_) + ": " + name + " must be " + expected + ", got " +
                          (known ? kDTypeNames[dtype] : "another dtype"));
   }
@@ -122,8 +133,28 @@ class Fields {
   const char* kernel_;
   const py::kwargs& values_;
   const EmbeddingMap* map_ = nullptr;  // a gradient has its dtype and sizes
-  size_t used_ = 0;
+  int32_t rows_[2] = {-1, -1};         // the dtype of rows of each kind, once one was met
+  std::set<std::string> used_;
 };
+
+// Adds up the sizes of the fields that a list names. One that it forgets leaves a gap.
+struct Sizes {
+  template <class Value>
+  void operator()(const char*, Value&) {
+    sum += sizeof(Value);
+  }
+  size_t sum = 0;
+};
+
+template <class Params>
+void check_list(const char* name) {
+  Params params{};
+  Sizes sizes;
+  params.each_field(sizes);
+  // What is left is padding, after a lone 32-bit number.
+  if (sizeof(Params) - sizes.sum >= sizeof(void*) * 2)
+    throw std::logic_error(std::string(name) + ": PXC_FIELDS leaves out a field of its struct");
+}
 
 template <class Params>
 using Kernel = void (*)(const Params&);
@@ -131,12 +162,14 @@ using Kernel = void (*)(const Params&);
 // `find` names the kernel at the time of the call: the instruction set may have been changed since.
 template <class Params, class Find>
 void def_late(py::module_& m, const char* name, Find find) {
+  check_list<Params>(name);
   m.def(name, [name, find](const py::kwargs& values) {
     Params params{};
     Fields fields(name, values);
     params.each_field(fields);
     fields.done();
     const Kernel<Params> kernel = find();
+    if (kernel == nullptr) throw std::runtime_error(std::string(name) + ": not for this instruction set");
     const py::gil_scoped_release release;
     kernel(params);
   });

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 Field = float | tuple[int, int] | tuple[int, int, Sequence[int], Sequence[int]] | None
 
 FUSED_BLOCK_K: int
+PANEL: int
 LANES: int
+DTYPES: list[str]
 compiler: str
 cuda_archs: str
 

@@ -14,7 +14,7 @@ from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.maps import check_map, cross_entropy, resize_nearest
 from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.gather import gather
-from pixcontrast_ext.ops.infonce import check_temperature, contrast, mean_of
+from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, mean_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
 from pixcontrast_ext.ops.sampling import sample
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     predictions: Tensor  # [B, h, w] int64
 
 
-class Step(NamedTuple):
+class Outcome(NamedTuple):
     """The results of a step of the loss."""
 
     loss: Tensor  # []
@@ -224,8 +224,8 @@ class PixelContrastLoss(nn.Module):
                 neither a class nor `ignore_index`.
             RuntimeError: activation checkpointing of what it does not fit, see above.
         """
-        step = self.take_step(self.prepare(embeddings, labels, predictions))
-        return (step.loss, self.parts(step)) if return_parts else step.loss
+        outcome = self.take_step(self.prepare(embeddings, labels, predictions))
+        return (outcome.loss, self.parts(outcome)) if return_parts else outcome.loss
 
     def warm_up(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> None:
         """Compile and load all kernels that a training step on such tensors takes, InfoNCE and its gradient included.
@@ -290,18 +290,22 @@ class PixelContrastLoss(nn.Module):
         size = (embeddings.shape[2], embeddings.shape[3])
         labels = resize_nearest(labels, size).long()
         batch = Batch(embeddings, labels, self._predictions_at(embeddings, predictions, size))
-        if self.bank is not None:
+        if self.bank is not None and (self._weight > 0 or self._trains()):
             self.bank.check(embeddings)
         return batch
 
-    def take_step(self, batch: Batch) -> Step:
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def take_step(self, batch: Batch) -> Outcome:
         """A whole call on what `prepare` has checked: contrast, and in training the bank and the warm-up go on."""
         embeddings, labels, _ = batch
-        trains = self.training and torch.is_grad_enabled()
+        trains = self._trains()
         changed = self._changed() if trains else ""
         if changed and not torch.compiler.is_compiling():
             checks.refuse_recomputation(changed)
-        backend = self._resolve(embeddings)
+        enqueues = trains and self.bank is not None
+        backend = self._backend_of_maps(embeddings) if self._weight > 0 or enqueues else ""
         if self._weight > 0:
             unweighted, anchor_labels = self._contrast(batch, changed, backend)
             loss = self._weight * unweighted
@@ -313,25 +317,21 @@ class PixelContrastLoss(nn.Module):
                 self.bank.append(embeddings, labels, self._priority(labels), backend)
             if self.warmup_steps > 0:
                 self.step.add_(self.step < self.warmup_steps)
-        return Step(loss, unweighted, anchor_labels)
+        return Outcome(loss, unweighted, anchor_labels)
 
-    def parts(self, step: Step) -> dict[str, Tensor]:
+    def parts(self, outcome: Outcome) -> dict[str, Tensor]:
         """The parts of a step that `forward(..., return_parts=True)` returns."""
-        parts = {"contrast": step.contrast.detach(), "anchors": (step.anchor_labels >= 0).sum()}
+        parts = {"contrast": outcome.contrast.detach(), "anchors": (outcome.anchor_labels >= 0).sum()}
         if self.bank is not None:
             filled = self.bank.region_fill.sum() + self.bank.pixel_fill.sum()
             parts["bank_fill"] = filled / max(1, self.bank.key_labels.numel())
         return parts
 
-    def _resolve(self, embeddings: Tensor) -> str:
-        """One backend for all of a step, so one that serves each part of it."""
-        dtype = embeddings.dtype
-        if self.bank is not None and torch.float64 in (dtype, self.bank.keys.dtype):
-            dtype = torch.float64
-        op = "infonce" if self._weight > 0 else "enqueue_collect"
-        return backends.resolve(
-            self.backend, op, embeddings.device, dtype, operator.index(embeddings.shape[1])
-        )
+    def _backend_of_maps(self, embeddings: Tensor) -> str:
+        """That of sampling, gather and the bank, which serve alike."""
+        of_bank = None if self.bank is None else self.bank.keys.dtype
+        dtype = torch.float64 if of_bank == torch.float64 else embeddings.dtype
+        return backends.resolve(self.backend, "enqueue_collect", embeddings.device, dtype)
 
     def _changed(self) -> str:
         """Why a training call cannot be repeated: the state that it has changed, or "" if there is none."""
@@ -374,7 +374,7 @@ class PixelContrastLoss(nn.Module):
             ignore_index=self.ignore_index,
         )
         anchor_labels = chosen.labels
-        if self.training and torch.is_grad_enabled():
+        if self._trains():
             anchor_labels = watch_classes(labels, anchor_labels, self._watch, changed)
         if self.warmup_steps > 0:
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
@@ -383,11 +383,11 @@ class PixelContrastLoss(nn.Module):
         dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
         anchors = gather(embeddings, chosen.indices, self.normalize, dtype, backend)
         others = None if self.bank is None else self.bank.flat()
-        exclude_self = self.bank is None
-        of_anchors, pos_count = contrast(
-            anchors, anchor_labels, others, float(self.temperature), exclude_self, backend
-        )
-        loss = mean_of(of_anchors, pos_count)
+        # Backends differ in the widths and dtypes of rows that they contrast.
+        width = operator.index(anchors.shape[1])
+        backend = backends.resolve(self.backend, "infonce", anchors.device, dtype, width)
+        temperature = float(self.temperature)
+        loss = mean_of(*contrast_rows(anchors, anchor_labels, others, temperature, others is None, backend))
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss, anchor_labels
@@ -555,11 +555,11 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             ignore_index=contrast.ignore_index,
             class_weights=self.class_weights,
         )
-        step = contrast.take_step(batch)
-        loss = entropy + step.loss
+        outcome = contrast.take_step(batch)
+        loss = entropy + outcome.loss
         if not return_parts:
             return loss
-        return loss, {"cross_entropy": entropy.detach(), **contrast.parts(step)}
+        return loss, {"cross_entropy": entropy.detach(), **contrast.parts(outcome)}
 
     def warm_up(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> None:
         """As `PixelContrastLoss.warm_up`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import itertools
 import os
 import re
 import subprocess
@@ -214,7 +215,7 @@ def test_kernels_refuse_missing_and_superfluous_fields():
             native._C.widen(**fields)
     whole = dict(source=None, indices=None, num_rows=0, channels=0, rows=None, threads=1)
     native._C.widen(**whole)
-    with pytest.raises(TypeError, match="widen: superfluous fields: 1"):
+    with pytest.raises(TypeError, match="widen: superfluous fields: colour"):
         native._C.widen(**whole, colour=1)
     with pytest.raises(TypeError, match="widen: num_rows may not be None"):
         native._C.widen(**whole | dict(num_rows=None))
@@ -300,13 +301,42 @@ def test_every_pointer_of_a_struct_has_one_dtype(module, name):
                 changed["grad_embeddings"] = pointer
             said = refusal(kernel, fields | changed)
             refused = said.startswith(f"{name}: {field} must be ")
-            assert refused or said.endswith("superfluous fields: 1"), said
+            assert refused or said.endswith("superfluous fields: no_such_field"), said
             taken |= set() if refused else {dtype}
         rows = {native.DTYPE_CODES[dtype] for dtype in native.DTYPES}
         assert taken == rows or (len(taken) == 1 and taken <= set(native.DTYPE_CODES.values())), (
             field,
             taken,
         )
+
+
+@pytest.mark.parametrize(("module", "name"), kernels())
+def test_rows_of_a_struct_are_of_one_dtype(module, name):
+    """Or a kernel would read, or write, beyond the end of the narrower ones."""
+    kernel = getattr(native._C if module == "cpu" else devices.gpu.kernels, name)
+    fields = fields_of(kernel)
+    rows = [
+        field
+        for field, value in fields.items()
+        if value is POINTER
+        and not any("must be" in refusal(kernel, fields | {field: (64, dtype)}) for dtype in (0, 1, 2))
+    ]
+    apart = {"infonce_fused_forward": {"keys"}}.get(name, set())  # which are widened on the way
+    for field, other in itertools.combinations(rows, 2):
+        said = refusal(kernel, fields | {field: (64, 0), other: (64, 1)})
+        assert ("must be float32, got float16" in said) == (not apart & {field, other}), (field, other, said)
+
+
+def test_dtypes_are_those_of_the_module():
+    assert [str(dtype).removeprefix("torch.") for dtype in native.DTYPE_CODES] == native._C.DTYPES
+
+
+def test_a_kernel_that_the_processor_lacks_is_an_error():
+    if native.fused_dtype(torch.float32) is not None:
+        pytest.skip("this processor has the fused forward")
+    kernel = native._C.infonce_fused_forward
+    with pytest.raises(RuntimeError, match="infonce_fused_forward: not for this instruction set"):
+        kernel(**fields_of(kernel))
 
 
 def test_scratch_memory_outlives_the_kernel(monkeypatch):
@@ -421,7 +451,7 @@ def test_imports_point_one_way(module, file):
             assert module == "backends.native", f"{module} imports the compiled module"
 
 
-def test_the_reference_imports_torch_and_calls_only():
+def test_the_reference_imports_torch_calls_and_errors_only():
     tree = ast.parse((PACKAGE / "backends" / "reference.py").read_text())
     names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from pixcontrast_ext import (
+    MemoryBank,
     PixelContrastLoss,
     ProjectionHead,
+    backends,
     gather_embeddings,
     hard_anchor_sampling,
     infonce,
 )
+from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.maps import resize_nearest
 from tests.support.losses import bank_of, batch
 
@@ -355,3 +358,32 @@ def test_projection_head_bad_settings():
         ProjectionHead(7, 5, "mlp")
     with pytest.raises(ValueError, match="in_channels must be at least 1, got 0"):
         ProjectionHead(0)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "reference"])
+def test_without_weight_no_backend_is_asked(monkeypatch, backend):
+    """Nothing is contrasted, and without a bank nothing enqueued."""
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
+    embeddings, labels = torch.randn(2, 4, 5, 5, requires_grad=True), torch.zeros(2, 5, 5, dtype=torch.int64)
+    loss = PixelContrastLoss(3, weight=0, backend=backend)(embeddings, labels, labels)
+    loss.backward()
+    assert loss == 0
+    assert not embeddings.grad.any()
+    bank = MemoryBank(3, 4, dtype=torch.float64)
+    in_validation = PixelContrastLoss(3, weight=0, backend=backend, bank=bank).eval()
+    assert in_validation(embeddings, labels, labels) == 0
+
+
+def test_rows_too_wide_to_contrast_leave_the_rest_to_the_first_backend(monkeypatch):
+    """Sampling, gather and bank are served as ever where only InfoNCE has to fall back."""
+    asked = []
+    resolve = backends.resolve
+    monkeypatch.setattr(
+        backends,
+        "resolve",
+        lambda requested, op, *what: asked.append((op, resolve(requested, op, *what))) or asked[-1][1],
+    )
+    embeddings, labels = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.zeros(2, 5, 5, dtype=torch.int64)
+    bank = MemoryBank(3, 4, region_slots=2, pixel_slots=2)
+    PixelContrastLoss(3, min_pixels=1, bank=bank)(embeddings, labels, labels)
+    assert asked == [("enqueue_collect", "reference"), ("infonce", "cpu")]

@@ -237,12 +237,12 @@ TOY_SOURCES = {
           return module;
         }
     """,
-    "csrc/cpu/infonce.cpp": """
+    "csrc/cpu/isa/infonce.cpp": """
         #define JOINED(a, b) a##b
         #define NAMED(isa) JOINED(compiled_for_, isa)
         int NAMED(PXC_ISA)() { return 1; }
     """,
-    "csrc/cpu/infonce_fused.cpp": """
+    "csrc/cpu/isa/infonce_fused.cpp": """
         #define JOINED(a, b) a##b
         #define NAMED(isa) JOINED(fused_for_, isa)
         int NAMED(PXC_ISA)() { return 1; }
@@ -329,7 +329,7 @@ def test_rebuild_compiles_only_what_changed(toy):
 def isas_of(build_file):
     """{source: the instruction sets it is compiled for}."""
     found = {}
-    for source, isa in re.findall(r"/cpu/(\w+)\.cpp\n  flags = -DPXC_ISA=(\w+)", build_file.read_text()):
+    for source, isa in re.findall(r"/cpu/isa/(\w+)\.cpp\n  flags = -DPXC_ISA=(\w+)", build_file.read_text()):
         found.setdefault(source, set()).add(isa)
     return found
 

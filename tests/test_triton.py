@@ -196,6 +196,7 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
             return lambda *arguments, **options: asked.append((grid, *arguments, options)) or Compiled()
 
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(launch, "_compiled", {})
@@ -249,6 +250,7 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *_, **__: triton.knobs.runtime.jit_cache_hook(key="", repr="", fn=self)
 
+    monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     before, tensor = triton.knobs.runtime.jit_cache_hook, torch.zeros(1).as_subclass(OnGpu)

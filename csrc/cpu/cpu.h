@@ -25,6 +25,7 @@ void collect_keys(const CollectKeysParams&);
 // Keys per tile of the fused forward. Smaller tiles would read and write O more often. At D = 256 an fp32
 // tile, packed for both products, is 1 MiB and streams through L2.
 constexpr int64_t kFusedBlockK = 512;
+constexpr int kPanel = 32;  // columns that it multiplies at a time
 
 // Of kLanes consecutive pixels of an image those that belong to one class.
 constexpr int64_t kLanes = 16;

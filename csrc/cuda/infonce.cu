@@ -17,8 +17,9 @@ struct Use {
 template <class Math, class Visit>
 auto with_channels(int64_t channels, Visit visit) {
   if (channels <= 256) return visit(Use<Tile<Math, 256>>{});
-  if (channels <= 512) return visit(Use<Tile<Math, 512>>{});
-  throw std::invalid_argument("InfoNCE takes up to 512 channels, got " + std::to_string(channels));
+  if (channels <= kMaxChannels) return visit(Use<Tile<Math, kMaxChannels>>{});
+  throw std::invalid_argument("InfoNCE takes up to " + std::to_string(kMaxChannels) + " channels, got " +
+                              std::to_string(channels));
 }
 
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

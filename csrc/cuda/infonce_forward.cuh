@@ -381,8 +381,8 @@ __global__ void __launch_bounds__(kFinishThreads)
     positive_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;
   }
   sync_block();  // the factors are there
-  const float push = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
-              pull = exp2f(-sigma_bias);
+  const float per_weight = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
+              per_sigma = exp2f(-sigma_bias);
   const float scale = contrasts ? unscale_of_keys(p) / (p.temperature * float(pos_count)) : 0.f;
   const int64_t stride = p.num_anchors * p.part_channels;
   const int team = int(threadIdx.x) / kFinishTeam, member = int(threadIdx.x) % kFinishTeam,
@@ -395,9 +395,10 @@ __global__ void __launch_bounds__(kFinishThreads)
                                                int(p.splits), teams),
                    positive_sum = sum_of_parts(p.positive_parts + place, stride, positive_factors, team,
                                                positive_splits, teams);
-      shares[threadIdx.x] = make_float4(
-          push * negative_sum.x - pull * positive_sum.x, push * negative_sum.y - pull * positive_sum.y,
-          push * negative_sum.z - pull * positive_sum.z, push * negative_sum.w - pull * positive_sum.w);
+      shares[threadIdx.x] = make_float4(per_weight * negative_sum.x - per_sigma * positive_sum.x,
+                                        per_weight * negative_sum.y - per_sigma * positive_sum.y,
+                                        per_weight * negative_sum.z - per_sigma * positive_sum.z,
+                                        per_weight * negative_sum.w - per_sigma * positive_sum.w);
     }
     sync_block();  // the shares are there
     if (inside && team == 0) {

@@ -14,7 +14,6 @@ namespace pxc::cuda {
 namespace {
 
 constexpr int kChunk = kTileKeys;  // pixels
-constexpr int kPoolShift = kTileBits + 32;
 constexpr int kSelectThreads = 256;
 constexpr int kMaxWarps = 32;  // of a block
 

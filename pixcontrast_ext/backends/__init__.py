@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
-# Tried in this order when none is named. On an H100 the CUDA kernels took 1.2 to 1.4 times as long as the Triton
-# kernels in InfoNCE with 1,024 anchors and 0.55 to 0.9 with 100, half in sampling, 0.8 to 1.7 in enqueue
-# (benchmarks/results/2026-11-26-h100-triton-3.9); they need no compiler where they run.
+# Tried in this order when none is named. CUDA's kernels come first because they need no compiler where they run;
+# README says which is faster at what.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _override: ContextVar[str | None] = ContextVar("pixcontrast_backend", default=None)

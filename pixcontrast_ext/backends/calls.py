@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 
+class _Record:
+    __slots__: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors lie."""
+        values = (getattr(self, name) for name in self.__slots__)
+        return next(value.device for value in values if isinstance(value, Tensor))
+
+
 @dataclass(slots=True)
-class Sampling:
+class Sampling(_Record):
     """Anchors of a batch; the rules are those of `reference.hard_anchor_sampling`."""
 
     labels: Tensor  # [B, H, W] int64
@@ -35,7 +45,7 @@ class Sampling:
 
 
 @dataclass(slots=True)
-class Gather:
+class Gather(_Record):
     """Chosen pixels of a map as rows; with `normalize` of unit length, or 0 where that is 0."""
 
     embeddings: Tensor  # [B, D, H, W], any strides
@@ -50,7 +60,7 @@ class Gather:
 
 
 @dataclass(slots=True)
-class GatherBackward:
+class GatherBackward(_Record):
     """The gradient of a map, of which every element is written."""
 
     grad_rows: Tensor  # [A, D]
@@ -65,7 +75,7 @@ class GatherBackward:
 
 
 @dataclass(slots=True)
-class Collect:
+class Collect(_Record):
     """What a batch offers a bank.
 
     For each (image, class) its region, then its pixels of smallest (priority, pixel), in pixel order. A row whose norm
@@ -88,8 +98,8 @@ class Collect:
 
 
 @dataclass(slots=True)
-class Write:
-    """Rows to append to the rings of a bank, in image order; of more than a ring holds, the last ones stay."""
+class Write(_Record):
+    """Rows to append to the rings of a bank, in image order; if there are more than slots, only the last are kept."""
 
     rows: Tensor  # [N, C, 1 + k, D], dtype of the keys
     row_labels: Tensor  # [N, C, 1 + k] int32
@@ -113,7 +123,7 @@ class Write:
 
 
 @dataclass(slots=True)
-class InfonceForward:
+class InfonceForward(_Record):
     """Eq. (1) to (4) of `reference.py`, and the gradient of the anchors for g = 1."""
 
     anchors: Tensor  # [A, D]
@@ -147,7 +157,7 @@ class InfonceForward:
 
 
 @dataclass(slots=True)
-class InfonceBackward:
+class InfonceBackward(_Record):
     """Eq. (6): the gradient of the keys, or both halves of that of anchors that are the keys."""
 
     anchors: Tensor  # [A, D]

@@ -26,8 +26,6 @@ from pixcontrast_ext.backends.calls import (
     Write,
 )
 
-MAX_CHANNELS = 512  # of an InfoNCE row
-MAX_CLASSES = 2**21 - 1  # a sort key has 22 bits for (class, hard or easy), all ones for neither
 MAX_PIXELS = 2**31 - 1  # of an image
 OLDEST_DRIVERS = {13: "580", 12: "525"}  # that run what a toolkit of that major version built
 
@@ -50,7 +48,7 @@ def _unsupported_device(index: int) -> str | None:
         return _old_driver(native._C.compiler)
     if problem:
         return f"the CUDA runtime in the module does not start: {problem}"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = devices.gpu.capability(torch.device("cuda", index))
     built = native._C.cuda_archs.split()
     machine_code = [int(name.removeprefix("sm_")) for name in built if name.startswith("sm_")]
     portable = [int(name.removeprefix("compute_")) for name in built if name.startswith("compute_")]
@@ -67,12 +65,12 @@ def unsupported(
     """Why this backend cannot serve a call, or None if it can."""
     if dtype is not None and dtype not in native.DTYPES:
         return f"{dtype} is not one of float32, float16, bfloat16"
-    if op.startswith("infonce") and channels is not None and channels > MAX_CHANNELS:
-        return f"its InfoNCE kernels take up to {MAX_CHANNELS} channels, got {channels}"
     if native.unavailable:
         return native.unavailable
     if devices.gpu.kernels is None:
         return "this build has no CUDA kernels: nvcc was not found when it was made, or PIXCONTRAST_CUDA=0"
+    if op.startswith("infonce") and channels is not None and channels > devices.gpu.kernels.MAX_CHANNELS:
+        return f"its InfoNCE kernels take up to {devices.gpu.kernels.MAX_CHANNELS} channels, got {channels}"
     reason, number = devices.gpu.unavailable(), devices.gpu.to_judge(device)
     return reason if reason or number is None else _unsupported_device(number)
 
@@ -82,8 +80,7 @@ def launch(kernel: str, call: Call, **fields: Any) -> None:
 
     Scratch memory may be dropped after the call: torch's allocator reuses it in the order of the stream.
     """
-    device = getattr(call, call.__slots__[0]).device
-    devices.gpu.launch(device, functools.partial(_start, kernel), (call, fields))
+    devices.gpu.launch(call.device, functools.partial(_start, kernel), (call, fields))
 
 
 def _start(kernel: str, device: torch.device, arguments: tuple[Call, dict[str, Any]]) -> None:
@@ -95,8 +92,9 @@ def _start(kernel: str, device: torch.device, arguments: tuple[Call, dict[str, A
 def _pools(labels: Tensor, num_classes: int, kinds: int) -> dict[str, Tensor]:
     """Scratch for the pixels of each image, sorted into `kinds` pools per class."""
     batch, pixels = labels.shape[0], labels.shape[1] * labels.shape[2]
-    if num_classes > MAX_CLASSES:
-        raise ValueError(f"the CUDA backend takes up to {MAX_CLASSES} classes, got num_classes={num_classes}")
+    most = devices.gpu.kernels.MAX_CLASSES
+    if num_classes > most:
+        raise ValueError(f"the CUDA backend takes up to {most} classes, got num_classes={num_classes}")
     if pixels > MAX_PIXELS:
         raise ValueError(
             f"the CUDA backend takes up to {MAX_PIXELS} pixels an image, got {tuple(labels.shape)}"
@@ -172,7 +170,8 @@ def _cut(
     The passes are the "negatives" and the "positives", where both depend on `counts`, the numbers of anchors and keys,
     and the "backward".
     """
-    tile_of, number = getattr(devices.gpu.kernels, f"infonce_{of}_tile"), device.index or 0
+    tile_of = getattr(devices.gpu.kernels, f"infonce_{of}_tile")
+    number, _ = devices.gpu.number_and_stream(device)
     with devices.gpu.current(device):  # the module's runtime makes it the current one
         tile = tile_of(number, dtype, full_float32, channels, *counts)
     # None at a time is for the launch to refuse, which says why.

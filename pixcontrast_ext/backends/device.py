@@ -20,7 +20,7 @@ def _properties(device: torch.device) -> Any:
 class Gpu:
     """CUDA devices, as torch knows them.
 
-    A stand-in for them is assigned to `gpu`; nothing else names CUDA's devices or their streams.
+    A stand-in for them may be assigned to `gpu`: the backends ask nobody else about devices and streams.
     """
 
     type = "cuda"  # of the tensors that lie there
@@ -46,7 +46,7 @@ class Gpu:
 
     def capability(self, device: torch.device) -> tuple[int, int]:
         """The compute capability of its multiprocessors."""
-        return _properties(device).major, _properties(device).minor
+        return torch.cuda.get_device_capability(device)
 
     def multiprocessors(self, device: torch.device) -> int:
         """How many it has."""

@@ -121,9 +121,10 @@ def _score_grad(
     grad_scale: Tensor,
 ) -> Tensor:
     """Eq. (5): ds [A, K]; `grad_scale` is g / |P|."""
-    pull = torch.where(positives, torch.sigmoid(neg_lse[:, None] - scores), 0.0)
-    push = torch.where(negatives, torch.exp(scores - neg_lse[:, None]), 0.0)
-    return grad_scale[:, None] * (pos_weight[:, None] * push - pull)
+    sigma = torch.where(positives, torch.sigmoid(neg_lse[:, None] - scores), 0.0)
+    share = torch.where(negatives, torch.exp(scores - neg_lse[:, None]), 0.0)  # of its logsumexp
+    push, pull = grad_scale * pos_weight, grad_scale
+    return push[:, None] * share - pull[:, None] * sigma
 
 
 def infonce_backward(call: InfonceBackward) -> None:
@@ -351,7 +352,7 @@ def enqueue_collect(call: Collect) -> None:
 
 
 def enqueue_write(call: Write) -> None:
-    """Append the candidates to the rings, in image order; of more than a ring holds, the last ones stay."""
+    """Append the candidates to the rings, in image order; if there are more than slots, only the last are kept."""
     regions = call.region_slots
     _write_ring(
         call.rows[:, :, :1],

@@ -221,11 +221,11 @@ def infonce(
     others = None if in_batch else (keys, checks.to_int32("key_labels", key_labels))
     width = operator.index(anchors.shape[1])
     name = backends.resolve(backend, "infonce", anchors.device, anchors.dtype, width)
-    loss, pos_count = contrast(anchors, anchor_labels, others, float(temperature), exclude_self, name)
+    loss, pos_count = contrast_rows(anchors, anchor_labels, others, float(temperature), exclude_self, name)
     return loss if reduction == "none" else mean_of(loss, pos_count)
 
 
-def contrast(
+def contrast_rows(
     anchors: Tensor,  # [A, D]
     anchor_labels: Tensor,  # [A] int32
     others: tuple[Tensor, Tensor]

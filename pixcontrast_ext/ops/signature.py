@@ -22,7 +22,7 @@ _SUMS = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for d
 Limits = tuple[int, int | str | None]
 
 
-class Call(NamedTuple):
+class Demand(NamedTuple):
     """What decides whether a backend can serve a call."""
 
     device: torch.device
@@ -77,7 +77,7 @@ class Signature:
         self._integers, self._floats, self._dtypes = of_kind("int"), of_kind("float"), of_kind("ScalarType")
         self._limits = [(text, text.split(" * "), *bounds) for text, bounds in limits.items()]
 
-    def check(self, args: Sequence[Any]) -> Call:
+    def check(self, args: Sequence[Any]) -> Demand:
         """Raise TypeError or ValueError, with what was expected and what came, unless the arguments are right.
 
         Sizes may be symbolic: they are compared, and nothing else.
@@ -125,7 +125,7 @@ class Signature:
                 self._refuse(text, f"be at most {most}", number)
         some_dtype = next(iter(dtypes.values()), None)
         widest = torch.float64 if torch.float64 in dtypes.values() else some_dtype
-        return Call(device, widest, numbers.get("D"))
+        return Demand(device, widest, numbers.get("D"))
 
     def _check_dtype(
         self, name: str, expected: torch.dtype | str, dtype: torch.dtype, dtypes: dict[str, torch.dtype]

@@ -35,6 +35,9 @@ class Copying(devices.Gpu):
     def current(self, device: torch.device) -> Any:
         return super().current(self.real)
 
+    def number_and_stream(self, device: torch.device) -> tuple[int, int]:
+        return super().number_and_stream(self.real)
+
     def launch(self, device: torch.device, start: Callable[..., None], arguments: Any) -> None:
         if device.type == "cuda":
             super().launch(device, start, arguments)

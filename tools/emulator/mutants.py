@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant(
         "self excluded by the sorted place",
         "infonce_forward.cuh",
-        "excluded = p.keys == nullptr ? int(row) : p.order[row];",
+        "excluded = p.keys.data == nullptr ? int(row) : p.order[row];",
         "excluded = int(row);",
     ),
     Mutant(

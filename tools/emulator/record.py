@@ -46,7 +46,7 @@ class Recorder(Emulated):
             if not isinstance(tensor, Tensor):
                 call["scalars"][name] = value
             elif tensor.numel() == 0:
-                call["scalars"][name] = None
+                call["scalars"][name] = (0, *value[1:])  # nothing, of its dtype
             else:
                 storage = tensor.untyped_storage()
                 place, _ = storages.setdefault(storage.data_ptr(), (len(storages), storage))

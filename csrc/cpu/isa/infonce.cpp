@@ -64,8 +64,9 @@ void finish(const FinishParams& p) {
     p.pos_count[row] = int32_t(count);
     if (!p.anchor_grad) continue;
     const double per_logit = per_positive / double(p.temperature);
-    const float pull = float(-per_logit);
-    const float push = has_negative ? float(per_logit * p.pos_weight_sum[i] / double(p.weight_sum[i])) : 0.f;
+    const float of_positives = float(-per_logit);
+    const float of_negatives =
+        has_negative ? float(per_logit * p.pos_weight_sum[i] / double(p.weight_sum[i])) : 0.f;
     const float *o = p.negatives + i * p.channels, *g = p.positives + i * p.channels;
     float* grad = p.anchor_grad + row * p.channels;
     if (count == 0) {
@@ -73,7 +74,7 @@ void finish(const FinishParams& p) {
       continue;
     }
 #pragma omp simd
-    for (int64_t d = 0; d < p.channels; ++d) grad[d] = push * o[d] + pull * g[d];
+    for (int64_t d = 0; d < p.channels; ++d) grad[d] = of_negatives * o[d] + of_positives * g[d];
   }
 }
 

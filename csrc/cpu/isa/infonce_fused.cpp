@@ -23,7 +23,7 @@ namespace PXC_ISA {
 namespace {
 
 // 12 x 2 vectors of sums and their operands fit the 32 registers.
-constexpr int kBlockA = 12, kPanel = 32, kBlockK = kFusedBlockK;
+constexpr int kBlockA = 12, kBlockK = kFusedBlockK;
 
 using Word = uint32_t __attribute__((__may_alias__));
 

@@ -195,7 +195,8 @@ class _FusedWalk:
         self.block_k = native.FUSED_BLOCK_K
         self.tiles = _plan_tiles(key_labels, self.block_k)
         # a tile packed for either product, and the next tile
-        self.panels = torch.empty(2 * 2 * self.block_k * (-(-keys.shape[1] // 32) * 32), dtype=dtype)
+        channels = -(-keys.shape[1] // native._C.PANEL) * native._C.PANEL
+        self.panels = torch.empty(2 * 2 * self.block_k * channels, dtype=dtype)
 
     def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
         native.launch(

@@ -41,7 +41,7 @@ def assembler(arch: int) -> str:
 
 @functools.cache
 def _unsupported_device(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = devices.gpu.capability(torch.device("cuda", index))
     if major < 8:
         return f"it needs a device of sm_80 or later, and this is sm_{major}{minor}"
     if major == 9 and os.environ.get(ANY_ASSEMBLER, "0") == "0":

@@ -20,8 +20,8 @@ from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
 from pixcontrast_ext.backends.triton.pools import select_threshold, sort_pools
 
-_SHARE = 512  # pixels of a program that sums
-_ELEMENTS = 4096  # of its tile
+_SHARE = 512  # pixels that a program of the region sums takes
+_ELEMENTS = 4096  # that it loads at a time
 _ROWS = dict(BLOCK=512, ROWS=4, num_warps=4)
 _WRITE = dict(CANDIDATES=32, num_warps=4)
 _MAX_WRITE_D = 256

@@ -26,7 +26,6 @@ DIGITS: tl.constexpr = tl.constexpr(256)
 
 _COUNT = dict(CHUNK=256, BINS=128, num_warps=4)
 _SCAN = dict(BLOCK=4096, num_warps=8)
-# The interpreter takes as long for a large tile as for a small one.
 SCATTER = dict(CHUNK=256, OTHERS=16, num_warps=4)
 
 

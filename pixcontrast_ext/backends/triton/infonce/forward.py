@@ -378,7 +378,7 @@ def infonce_fwd_finish_kernel(
             d = start + tl.arange(0, BLOCK)
             beside = start // (WALK.out * WALK.chunk)
             sum = sum_of(parts, beside, splits, num_anchors, place, inside, SPLITS)
-            push = tl.where(sum == 0.0, 0.0, weight / sum)
+            per_weight = tl.where(sum == 0.0, 0.0, weight / sum)
             row = (d < WALK.channels)[None, None, :]
             away = tl.zeros([ROWS, BLOCK], tl.float32)
             towards = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -395,7 +395,7 @@ def infonce_fwd_finish_kernel(
                 present = tl.load(parts.pos_count + part, mask=present, other=0) > 0
                 lines = parts.towards + part[:, :, None] * WALK.channels + d[None, None, :]
                 towards += tl.sum(tl.load(lines, mask=present[:, :, None] & row, other=0.0), 1)
-            grad = (push[:, None] * away - towards / sigma_scale(WALK)) * factor[:, None]
+            grad = (per_weight[:, None] * away - towards / sigma_scale(WALK)) * factor[:, None]
             lines = outs.anchor_grad + index.to(tl.int64)[:, None] * WALK.channels + d[None, :]
             written = inside[:, None] & (d < WALK.channels)[None, :]
             tl.store(lines, tl.where(contrasts[:, None], grad, 0.0), mask=written)
