@@ -22,7 +22,7 @@ WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
 REST          := tests --ignore tests/trainer --ignore tests/test_emulator.py $(APART:%=--ignore %)
-OLDEST_SUBSET := any_input or agree or gradient or round or behind$(if $(WIDTHS),, or triton_code)
+OLDEST_SUBSET := any_input or agree or gradient or round$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean

@@ -94,13 +94,13 @@ struct Collect : EmbeddingMap {
              row_labels)
 };
 
-struct Write {
-  ConstRows rows;             // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
+struct Write {                // which moves bytes: its rows are of one type, and it need not know which
+  const void* rows;           // [B, num_classes, 1 + pixels_per_image, D], dtype of the bank
   const int32_t* row_labels;  // [B, num_classes, 1 + pixels_per_image]
   int64_t batch, num_classes, pixels_per_image;
   int64_t row_bytes;  // D elements
   int64_t region_slots, pixel_slots;
-  Rows keys;            // [num_classes, region_slots + pixel_slots, D] in and out
+  void* keys;           // [num_classes, region_slots + pixel_slots, D] in and out
   int32_t* key_labels;  // [num_classes, region_slots + pixel_slots] in and out
   int64_t *region_ptr, *region_fill, *pixel_ptr, *pixel_fill;  // [num_classes] in and out
   PXC_FIELDS((), rows, row_labels, batch, num_classes, pixels_per_image, row_bytes, region_slots, pixel_slots,

@@ -71,11 +71,18 @@ class Fields {
 
   template <class Element>
   void assign(const char* name, Element*& field, const py::handle& value) {
-    field = nullptr;
-    if (value.is_none()) return;
-    const auto [address, dtype] = value.cast<std::pair<uintptr_t, int32_t>>();
-    expect(name, kDTypeNames[int(dtype_of<Element>())], DType(dtype) == dtype_of<Element>(), dtype);
-    field = reinterpret_cast<Element*>(address);
+    if constexpr (std::is_void_v<Element>) {
+      Array<Element> rows;
+      assign(name, rows, value);
+      field = rows.data;
+      return;
+    } else {
+      field = nullptr;
+      if (value.is_none()) return;
+      const auto [address, dtype] = value.cast<std::pair<uintptr_t, int32_t>>();
+      expect(name, kDTypeNames[int(dtype_of<Element>())], DType(dtype) == dtype_of<Element>(), dtype);
+      field = reinterpret_cast<Element*>(address);
+    }
   }
 
   template <class Void, int kKind>

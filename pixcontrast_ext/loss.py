@@ -307,7 +307,7 @@ class PixelContrastLoss(nn.Module):
         enqueues = trains and self.bank is not None
         backend = self._backend_of_maps(embeddings) if self._weight > 0 or enqueues else ""
         if self._weight > 0:
-            unweighted, anchor_labels = self._contrast(batch, changed, backend)
+            unweighted, anchor_labels = self._contrast(batch, trains, changed, backend)
             loss = self._weight * unweighted
         else:
             loss = unweighted = _zero_of(embeddings)
@@ -359,7 +359,7 @@ class PixelContrastLoss(nn.Module):
         check_map("predictions", predictions, 3, embeddings)
         return resize_nearest(predictions, size).long()
 
-    def _contrast(self, batch: Batch, changed: str, backend: str) -> tuple[Tensor, Tensor]:
+    def _contrast(self, batch: Batch, trains: bool, changed: str, backend: str) -> tuple[Tensor, Tensor]:
         """The loss before its weight, and the labels of the anchors."""
         embeddings, labels, predictions = batch
         chosen = sample(
@@ -374,7 +374,7 @@ class PixelContrastLoss(nn.Module):
             ignore_index=self.ignore_index,
         )
         anchor_labels = chosen.labels
-        if self._trains():
+        if trains:
             anchor_labels = watch_classes(labels, anchor_labels, self._watch, changed)
         if self.warmup_steps > 0:
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a

@@ -486,9 +486,10 @@ def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
     assert splits.splits(16, 5938, 264, 32) == 16  # the paper's size fills the device as before
 
 
-def test_a_share_of_the_combinations_has_some_of_every_test_and_backend():
+@pytest.mark.parametrize("fixture", ["backend", "quick_backend"])
+def test_a_share_of_the_combinations_has_some_of_every_test_and_backend(fixture):
     def item(name, backend, number):
-        params = {"backend": backend}
+        params = {fixture: backend, "number": number}
         return types.SimpleNamespace(
             nodeid=f"{name}[{backend}-{number}]", callspec=types.SimpleNamespace(params=params)
         )

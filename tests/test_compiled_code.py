@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import native
 from tests.support.backends import GPU_BACKENDS, ON_DEVICE
 from tools import compiled_code, machine_model
@@ -69,7 +70,7 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
 @pytest.mark.parametrize("channels", [8, 64, 200, 256, 264, 512])
 def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):
     monkeypatch.setenv("PXC_EMULATOR_SHARED", "100")
-    kernels = native.cuda_kernels
+    kernels = devices.gpu.kernels
     for full_float32 in (False, True):
         how = 0, dtype, full_float32, channels
         for tile in (

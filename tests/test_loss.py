@@ -42,10 +42,10 @@ def test_nearest_is_the_rule_of_interpolate(dtype):
             assert torch.equal((at % 251).to(dtype), expected), (size, target)
 
 
-def test_labels_and_logits_of_another_size_are_picked(backend):
+def test_labels_and_logits_of_another_size_are_picked(quick_backend):
     embeddings, labels, _ = batch(labels_size=(55, 40))
     logits = torch.randn(2, 4, 28, 18)
-    criterion = PixelContrastLoss(4, min_pixels=1, backend=backend)
+    criterion = PixelContrastLoss(4, min_pixels=1, backend=quick_backend)
     torch.manual_seed(1)
     found = criterion(embeddings, labels, logits)
     at = lambda x: F.interpolate(x.float(), size=(14, 9), mode="nearest")  # noqa: E731
@@ -84,13 +84,13 @@ def test_is_its_three_ops(backend, with_bank):
     assert found > 0
 
 
-def test_base_temperature_scales(backend):
+def test_base_temperature_scales(quick_backend):
     embeddings, labels, logits = batch()
     losses = []
     for base in (None, 0.05):
         torch.manual_seed(0)
         criterion = PixelContrastLoss(
-            4, temperature=0.2, base_temperature=base, min_pixels=1, backend=backend
+            4, temperature=0.2, base_temperature=base, min_pixels=1, backend=quick_backend
         )
         losses.append(criterion(embeddings, labels, logits))
     torch.testing.assert_close(losses[1], 4 * losses[0])
@@ -180,13 +180,13 @@ def test_unnormalised_maps_of_any_scale(backend):
     torch.testing.assert_close(losses[2], losses[0])
 
 
-def test_backward_after_the_bank_was_written(backend):
+def test_backward_after_the_bank_was_written(quick_backend):
     """The order of a training step: loss, enqueue, backward."""
     embeddings, labels, logits = batch()
     gradients = []
     for training in (True, False):
         criterion = PixelContrastLoss(
-            4, min_pixels=1, bank=bank_of(region_slots=1, pixel_slots=1), backend=backend
+            4, min_pixels=1, bank=bank_of(region_slots=1, pixel_slots=1), backend=quick_backend
         )
         torch.manual_seed(7)
         criterion.bank.enqueue(torch.randn(2, 12, 9, 9), torch.randint(0, 4, (2, 9, 9)))

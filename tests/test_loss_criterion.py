@@ -45,10 +45,10 @@ def test_class_weights_and_ignore_index(ignore_index):
     torch.testing.assert_close(criterion(logits, torch.randn(2, 12, 14, 9), labels), expected)
 
 
-def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(backend):
+def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(quick_backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastCrossEntropyLoss(
-        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=backend
+        4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=quick_backend
     )
     poisoned = embeddings.detach().clone()
     poisoned[0, 0, 0, 0] = math.nan  # 0 * NaN would be NaN
@@ -83,10 +83,10 @@ def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(quick_back
     assert criterion.step == 1
 
 
-def test_all_ignored_is_a_differentiable_zero(backend):
+def test_all_ignored_is_a_differentiable_zero(quick_backend):
     embeddings, labels, logits = batch()
     labels.fill_(255)
-    loss = PixelContrastCrossEntropyLoss(4, bank=bank_of(), backend=backend)(logits, embeddings, labels)
+    loss = PixelContrastCrossEntropyLoss(4, bank=bank_of(), backend=quick_backend)(logits, embeddings, labels)
     loss.backward()
     assert loss.item() == 0
     assert (logits.grad == 0).all()
@@ -107,20 +107,20 @@ def test_empty_batch(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.uint16])
-def test_any_integer_labels(backend, dtype):
+def test_any_integer_labels(quick_backend, dtype):
     embeddings, labels, logits = batch()
     losses = []
     for kind in (torch.int64, dtype):
         torch.manual_seed(0)
-        criterion = PixelContrastCrossEntropyLoss(4, min_pixels=1, backend=backend)
+        criterion = PixelContrastCrossEntropyLoss(4, min_pixels=1, backend=quick_backend)
         losses.append(criterion(logits, embeddings, labels.to(kind)))
     assert torch.equal(*losses)
 
 
-def test_bf16_autocast(backend):
+def test_bf16_autocast(quick_backend):
     embeddings, labels, logits = batch()
     head = ProjectionHead(12, 12)
-    criterion = PixelContrastCrossEntropyLoss(4, min_pixels=1, bank=bank_of(), backend=backend)
+    criterion = PixelContrastCrossEntropyLoss(4, min_pixels=1, bank=bank_of(), backend=quick_backend)
     criterion(logits, embeddings, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         projected = head(embeddings)

@@ -51,12 +51,12 @@ def test_1_pixels_of_a_class_are_enqueued_under_that_class(backend):
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 10), (31, 17)])
-def test_2_labels_of_another_size_are_picked_where_the_embeddings_are(backend, size):
+def test_2_labels_of_another_size_are_picked_where_the_embeddings_are(quick_backend, size):
     """#28: labels were strided by 8 for embeddings of stride 4."""
     labels = torch.randint(0, 4, (2, 32, 32))
     at_embeddings = F.interpolate(labels[:, None].float(), size, mode="nearest").squeeze(1).long()
     bank = MemoryBank(4, 4, region_slots=8, pixel_slots=64)
-    criterion = PixelContrastLoss(4, bank=bank, min_pixels=1, backend=backend)
+    criterion = PixelContrastLoss(4, bank=bank, min_pixels=1, backend=quick_backend)
     criterion(coded(at_embeddings, 4), labels, labels)
     keys, key_labels = used(bank)
     assert bank.region_fill.tolist() == [2] * 4

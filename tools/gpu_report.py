@@ -207,7 +207,7 @@ def rehearsal_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[S
     command = python(
         "-m", "tools.emulated", "benchmarks", "--device", "cpu", "--no-memory", "--seconds", "0.1"
     )
-    command += ["--dtypes", "fp32", "--csv", str(csv)]
+    command += ["--rounds", "2", "2", "--dtypes", "fp32", "--csv", str(csv)]
     for op, shape in (("infonce", "A16-K32-D16-C2"), ("gather", "B1-D16-H8-W16-C3-A32")):
         yield Step("timings", f"{op} {shape}", [*command, op, "--shapes", shape], needs=5, quoted=True)
     for backend in BACKENDS:

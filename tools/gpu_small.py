@@ -16,6 +16,8 @@ from torch import Tensor
 from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROWS = ((70, 150, 65), (33, 90, 300), (1, 1, 8))
+PIXELS = (37, 41)
 
 
 Placed = Callable[[Tensor], Tensor]
@@ -82,22 +84,28 @@ def maps(
         bank.enqueue(embeddings.detach(), labels, priority=priority, backend=backend)
 
 
-def main(backend: str, device: str = "cuda", dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+def main(
+    backend: str,
+    device: str = "cuda",
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    rows: tuple[tuple[int, int, int], ...] = ROWS,
+    pixels: tuple[int, int] = PIXELS,
+) -> None:
     torch.manual_seed(0)
     for dtype in dtypes:
-        for shape in ((70, 150, 65), (33, 90, 300), (1, 1, 8)):
+        for shape in rows:
             contrast(*shape, dtype, backend, device)
             loss_alone(*shape, dtype, backend, device)
         for channels in (64, 128, 256, 512) if device == "cuda" else ():  # they have tiles of their own
             contrast(70, 150, channels, dtype, backend, device)
             loss_alone(70, 150, channels, dtype, backend, device)
     torch.set_float32_matmul_precision("high")
-    contrast(70, 150, 65, torch.float32, backend, device)
-    loss_alone(70, 150, 65, torch.float32, backend, device)
+    contrast(*rows[0], torch.float32, backend, device)
+    loss_alone(*rows[0], torch.float32, backend, device)
     torch.set_float32_matmul_precision("highest")
     for layout in (torch.contiguous_format, torch.channels_last):
-        maps((2, 65, 37, 41), torch.float32, backend, device, layout)
-        maps((2, 16, 37, 41), torch.bfloat16, backend, device, layout)
+        maps((2, 65, *pixels), torch.float32, backend, device, layout)
+        maps((2, 16, *pixels), torch.bfloat16, backend, device, layout)
 
 
 def one_forward(backend: str) -> None:
@@ -120,8 +128,8 @@ if __name__ == "__main__":
         from tools import emulated
 
         emulated.serve((arguments.backend,))
-        # To see that it runs: for all dtypes the interpreter takes minutes.
-        main(arguments.backend, "cpu", DTYPES[:1])
+        # To see that it runs: for all that a device gets the interpreter takes minutes.
+        main(arguments.backend, "cpu", DTYPES[:1], rows=((5, 9, 65),), pixels=(5, 7))
     else:
         (one_forward if arguments.one_forward else main)(arguments.backend)
         torch.cuda.synchronize()

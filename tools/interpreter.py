@@ -18,15 +18,18 @@ from pixcontrast_ext.backends.triton.infonce import forward, prepare
 
 def hasten() -> None:
     """From now on kernels that are interpreted take half the time, or less."""
-    _patch_once_a_launch()
+    patch_once_a_launch()
     sort.SORT.update(BLOCK=64, OTHERS=512)
     pools.SCATTER.update(OTHERS=256)
     forward.FINISH.update(ROWS=64, SPLITS=4)
     prepare.LINES, prepare.STRIP, prepare.RANGES = tl.constexpr(256), tl.constexpr(512), tl.constexpr(256)
 
 
-def _patch_once_a_launch() -> None:
-    """Every function is patched once in a launch, at whose end the interpreter takes its patches back."""
+def patch_once_a_launch() -> None:
+    """Every function is patched once in a launch, at whose end the interpreter takes its patches back.
+
+    Unlike larger tiles this leaves the masks as they are.
+    """
     patched: set[Callable[..., Any]] = set()
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
 

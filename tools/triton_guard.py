@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends import device as devices
+from tools import interpreter
 from tools.emulated import Emulated
 from tools.gpu_small import contrast, maps
 
@@ -78,6 +79,7 @@ def overrun_kernel(values, total, count, BLOCK: tl.constexpr):  # type: ignore[n
 
 def main() -> None:
     devices.gpu = Emulated()
+    interpreter.patch_once_a_launch()
     torch.manual_seed(0)
     if "--overrun" in sys.argv[1:]:
         overrun_kernel[(1,)](

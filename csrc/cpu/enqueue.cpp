@@ -298,8 +298,8 @@ void write_ring(const WriteParams& p, int64_t label, const Ring& ring) {
   const int64_t base = label * (p.region_slots + p.pixel_slots) + ring.offset;
   for (int64_t i = std::max<int64_t>(0, written - ring.slots); i < written; ++i) {
     const int64_t slot = base + (*ring.ptr + i) % ring.slots;
-    std::memcpy(static_cast<char*>(p.keys.data) + slot * p.row_bytes,
-                static_cast<const char*>(p.rows.data) + chosen[i] * p.row_bytes, size_t(p.row_bytes));
+    std::memcpy(static_cast<char*>(p.keys) + slot * p.row_bytes,
+                static_cast<const char*>(p.rows) + chosen[i] * p.row_bytes, size_t(p.row_bytes));
     p.key_labels[slot] = int32_t(label);
   }
   *ring.ptr = (*ring.ptr + written) % ring.slots;

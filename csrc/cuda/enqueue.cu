@@ -91,7 +91,7 @@ void write(const WriteParams& p) {
   const dim3 grid(unsigned(2 * p.num_classes));
   constexpr size_t kShared = shared_bytes<int>(kMaxWarps) + shared_bytes<int64_t>(kWriteThreads);
   const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-  if ((address(p.rows.data) | address(p.keys.data) | uintptr_t(p.row_bytes)) % sizeof(uint32_t) == 0) {
+  if ((address(p.rows) | address(p.keys) | uintptr_t(p.row_bytes)) % sizeof(uint32_t) == 0) {
     launch(p, "write", write_kernel<uint32_t>, grid, kWriteThreads, kShared, p);
   } else {
     launch(p, "write", write_kernel<uint16_t>, grid, kWriteThreads, kShared, p);

@@ -373,8 +373,8 @@ __global__ void __launch_bounds__(kWriteThreads, 4) write_kernel(WriteParams p) 
     sync_block();  // the warps copy other threads' candidates
     for (int i = warp; i < kWriteThreads; i += kWriteThreads / kWarp) {
       if (places[i] < 0) continue;
-      const Word* row = static_cast<const Word*>(p.rows.data) + row_of(tile + i) * words;
-      Word* key = static_cast<Word*>(p.keys.data) + places[i] * words;
+      const Word* row = static_cast<const Word*>(p.rows) + row_of(tile + i) * words;
+      Word* key = static_cast<Word*>(p.keys) + places[i] * words;
       for (int64_t word = lane; word < words; word += kWarp) key[word] = row[word];
       if (lane == 0) p.key_labels[places[i]] = int32_t(label);
     }

@@ -27,9 +27,10 @@ def parameters(item: pytest.Item) -> dict[str, object]:
 
 def outside_of_the_share(items: list[pytest.Item], share: int) -> Iterator[pytest.Item]:
     """All but one in `share` of the combinations of each test and backend; names draw them, the same every time."""
-    groups: dict[tuple[str, object], list[pytest.Item]] = {}
+    groups: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
-        groups.setdefault((item.nodeid.partition("[")[0], parameters(item).get("backend")), []).append(item)
+        backends = [value for name, value in parameters(item).items() if name.endswith("backend")]
+        groups.setdefault((item.nodeid.partition("[")[0], *backends), []).append(item)
     for group in groups.values():
         drawn = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
         yield from drawn[-(-len(group) // share) :]

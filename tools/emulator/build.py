@@ -56,7 +56,9 @@ def compiler() -> list[str]:
 def _statements(root: Path, build_dir: str) -> list[str]:
     import pybind11
 
-    python = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    # Where it is, not how it is reached: environments that share one by links share the objects.
+    of_pybind11 = os.path.realpath(pybind11.get_include())
+    python = [f"-isystem{path}" for path in (of_pybind11, sysconfig.get_path("include"))]
     lines = []
 
     def compile_to(target: str, source: str, flags: list[str]) -> str:
