@@ -132,10 +132,10 @@ def test_the_device_asked_is_the_one_of_the_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0) if index else (7, 5))
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {old: (7, 5), new: (8, 0)}.__getitem__)
     triton_backend._unsupported_device.cache_clear()
     try:
-        old, new = torch.device("cuda", 0), torch.device("cuda", 1)
         assert backends.resolve("triton", "gather_embeddings", new, torch.float32) == "triton"
         with pytest.raises(ValueError, match="needs a device of sm_80 or later, and this is sm_75"):
             backends.resolve("triton", "gather_embeddings", old, torch.float32)
