@@ -35,7 +35,7 @@ class Planned:
 
 
 def plan(ops: Iterable[str], device: str, patterns: list[str], dtypes: list[str]) -> list[Planned]:
-    """What is to be measured. Raises ValueError if no op has a shape of a name."""
+    """The cases to measure. Raises ValueError if a name is that of no op's shape."""
     planned: dict[tuple[str, Sizes, str], Planned] = {}
     found = set()
     for op in ops:
@@ -95,7 +95,7 @@ def measure_all(
                 keep(of_case)
                 rows += of_case
                 failures += [row.note for row in of_case if row.metric == "incorrect"]
-            except Exception as error:  # a case that fails is no reason to lose the others
+            except Exception as error:  # the other cases are still worth having
                 text = (
                     str(error)
                     if isinstance(error, Incorrect)

@@ -104,7 +104,7 @@ def interleave(
 
 # Launches
 
-# What makes the host wait for the device: on a CPU, the operators that would; on a GPU, the runtime's own calls.
+# Calls that make the host wait for the device: on a CPU, operators that would do so on a GPU; on a GPU, the runtime's.
 READS_ON_HOST = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
     "aten::masked_select",

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a case is one op at one shape, with the methods that do the same work.
+"""The core of the benchmarks: a case is one op at one shape, with the methods that do the same work.
 
 Each method is verified before anything is timed. All are then called in turn, round after round, so that their ratios
 hold where times do not. What comes out is long: one row for each figure.
@@ -237,7 +237,7 @@ def _verified(case: Case, notes: _Notes, progress: Progress) -> dict[str, Method
         except Exception as error:
             if ours:
                 raise
-            # Others' code may fail at a shape or on a device; that is no reason to lose what ours does there.
+            # Others' code may fail at a shape or on a device; the times of ours are wanted all the same.
             first_line = next(iter(str(error).splitlines()), "")
             notes.add(name, "", "absent", math.nan, f"{type(error).__name__}: {first_line[:200]}")
     return methods

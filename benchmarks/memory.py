@@ -1,7 +1,7 @@
-"""What a call takes beyond its outputs, at its peak.
+"""The peak memory of a call, beyond its outputs.
 
 On a CPU that is the growth of the process's resident memory, so it is measured in a process of its own whose
-allocators give back at once what they are done with: `python -m benchmarks.memory OP SHAPE DTYPE METHOD ...` prints
+allocators give memory back as soon as it is free: `python -m benchmarks.memory OP SHAPE DTYPE METHOD ...` prints
 bytes by method as JSON.
 """
 

@@ -90,7 +90,7 @@ def case_tables(op: str, cases: dict[CaseKey, list[Row]]) -> Iterator[str]:
 
 
 def notes(op: str) -> str:
-    """What an op's module says of itself, and what it counts."""
+    """The docstring of an op's module, and the work that it counts."""
     module = load(op)
     return f"{' '.join((module.__doc__ or '').split())} Counted: {module.COUNTED}."
 

@@ -29,7 +29,7 @@ def _zero_of(embeddings: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """What a step of the loss works on, checked."""
+    """The checked inputs of a step of the loss."""
 
     embeddings: Tensor  # [B, D, h, w]
     labels: Tensor  # [B, h, w] int64
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step of the loss gave."""
+    """The results of a step of the loss."""
 
     loss: Tensor  # []
     contrast: Tensor  # [] the same before its weight
@@ -71,7 +71,7 @@ class PixelContrastLoss(nn.Module):
         weight: multiplies the loss; may be changed at any time.
         warmup_steps: see above.
         temperature: divides the cosine similarities.
-        base_temperature: scales the loss by temperature / base_temperature; None leaves it alone.
+        base_temperature: scales the loss by temperature / base_temperature; None does not scale it.
         max_samples, max_views, min_pixels: see `hard_anchor_sampling`. A class that occurs again and again and never
             has `min_pixels` pixels is named in a warning, once, after 50 batches.
         ignore_index: label of pixels that do not count.
@@ -141,7 +141,7 @@ class PixelContrastLoss(nn.Module):
 
     @property
     def weight(self) -> float:
-        """What multiplies the contrast."""
+        """The factor of the contrast."""
         return self._weight
 
     @weight.setter
@@ -153,7 +153,7 @@ class PixelContrastLoss(nn.Module):
         self._weight = value
 
     def extra_repr(self) -> str:
-        """What is printed of it."""
+        """The settings shown by `print`."""
         return (
             f"{self.num_classes}, weight={self.weight}, warmup_steps={self.warmup_steps}, "
             f"temperature={self.temperature}, max_samples={self.max_samples}"
@@ -175,7 +175,7 @@ class PixelContrastLoss(nn.Module):
     def inspect(self) -> None:
         """If built on the meta device: begin the warm-up anew unless what it got for memory holds a count of it.
 
-        Called by itself at the first use, and by `train` and `eval`.
+        Called automatically at the first use, and by `train` and `eval`.
         """
         if not self._born_on_meta or self.step.is_meta:
             return
@@ -320,7 +320,7 @@ class PixelContrastLoss(nn.Module):
         return Outcome(loss, unweighted, anchor_labels)
 
     def parts(self, outcome: Outcome) -> dict[str, Tensor]:
-        """What `return_parts` of `forward` says of a step."""
+        """The parts of a step that `forward(..., return_parts=True)` returns."""
         parts = {"contrast": outcome.contrast.detach(), "anchors": (outcome.anchor_labels >= 0).sum()}
         if self.bank is not None:
             filled = self.bank.region_fill.sum() + self.bank.pixel_fill.sum()
@@ -334,7 +334,7 @@ class PixelContrastLoss(nn.Module):
         return backends.resolve(self.backend, "enqueue_collect", embeddings.device, dtype)
 
     def _changed(self) -> str:
-        """What is no longer as it was once a call that trained is over."""
+        """Why a training call cannot be repeated: the state that it has changed, or "" if there is none."""
         if self.bank is not None:
             return "the bank already holds this batch"
         if self.warmup_steps > 0:
@@ -453,7 +453,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
                 f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
             )
         self.register_buffer("class_weights", class_weights)
-        # What they are if the buffer is given memory that nobody fills.
+        # A copy, for the case that the buffer is given memory that nobody fills.
         known = class_weights is not None and not class_weights.is_meta
         self._class_weights = class_weights.tolist() if known and class_weights is not None else None
 
@@ -469,7 +469,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     @property
     def weight(self) -> float:
-        """What multiplies the contrast."""
+        """The factor of the contrast."""
         return self.contrast.weight
 
     @weight.setter

@@ -249,7 +249,7 @@ def test_launch_refuses_another_dtype():
 
 
 def refusal(kernel: Callable[..., None], fields: dict[str, object]) -> str:
-    """What a kernel says of these fields and one that no struct has, so that it is never run."""
+    """A kernel's error about these fields and one that no struct has, so that it never runs."""
     with pytest.raises(TypeError) as error:
         kernel(**fields, no_such_field=0)
     return str(error.value)

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, which no emulator shows."""
+"""The machine code of the CUDA kernels, which no emulator shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, synchronisation, repeatability, sizes, accuracy of its tensor cores."""
+"""Things that only a GPU can show: streams, graphs, synchronisation, repeatability, sizes, accuracy of tensor cores."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def plain() -> Emulator:
 
 @pytest.fixture(scope="session", params=["emulator", "device"])
 def machine(request: pytest.FixtureRequest) -> Emulator:
-    """What holds of the emulator has to hold of a GPU."""
+    """The emulator's properties have to hold on a GPU too."""
     if request.param == "emulator":
         return request.getfixturevalue("plain")
     if not torch.cuda.is_available():
@@ -89,7 +89,7 @@ def bits(values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32).view(np.uint32)
 
 
-# What the primitives do: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "m16n8k8"
+# Semantics of the primitives: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "m16n8k8"
 
 LANE = np.arange(32)
 GROUP, MEMBER = LANE // 4, LANE % 4  # the manual's groupID, threadID_in_group
@@ -294,7 +294,7 @@ def test_nvcc_compiles_the_primitives(tmp_path):
 
 @pytest.mark.skipif("cuda" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
 def test_every_kernel_runs_on_small_shapes():
-    """What `make gpu` gives to compute-sanitizer."""
+    """The problems that `make gpu` gives to compute-sanitizer."""
     gpu_small.main("cuda", "cpu")
 
 
@@ -359,7 +359,7 @@ def test_threads_of_the_host_take_turns(plain):
 
 @pytest.mark.slow
 def test_switching_by_the_system_works_too(tmp_path):
-    """What other processors than x86-64 get."""
+    """The variant for processors other than x86-64."""
     library = tmp_path / "primitives.so"
     command = [*build.compiler(), *build.FLAGS, "-DPXC_EMULATOR_UCONTEXT=1", "-O1", "-shared", "-o", library]
     sources = ["csrc/emulator/emulator.cpp", "-x", "c++", "csrc/emulator/primitives.cu"]
@@ -502,7 +502,7 @@ def test_thread_sanitizer_sees_races_and_nothing_else():
     ("fault", "message"),
     [
         (7, "heap-buffer-overflow"),  # from one array of shared memory into the next
-        (9, "heap-buffer-overflow"),  # behind the end of global memory
+        (9, "heap-buffer-overflow"),  # past the end of global memory
         (10, "signed integer overflow"),
         (11, "heap-buffer-overflow"),  # by a copy
         (99, None),

@@ -363,7 +363,7 @@ def test_no_gradient_reaches_the_bank(backend):
 
 
 def test_collected_rows_have_a_fixed_shape(backend, poison):
-    """What ranks exchange: a region and k pixels for every class of every image, -1 and zeros where there is none."""
+    """The rows that ranks exchange: a region and k pixels per class and image; -1 and zeros where there is none."""
     embeddings, labels, priority = draw(2, 5, 4, 4, 3)
     labels[1][labels[1] == 2] = 255
     rows, row_labels = enqueue.collect(

@@ -304,7 +304,7 @@ def test_labels_beyond_int32_do_not_wrap(backend):
     with pytest.raises(ValueError, match="key_labels must fit int32, got 4294967296"):
         infonce(_ROWS, _LABELS, _ROWS.clone(), huge, temperature=0.1, backend=backend)
     negative = infonce(_ROWS, _LABELS, _ROWS.clone(), huge - 2**33, temperature=0.1, backend=backend)
-    assert negative == 0  # far below 0 is no class either
+    assert negative == 0  # far below 0 is not a class either
 
 
 def test_double_needs_the_reference():

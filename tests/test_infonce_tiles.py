@@ -23,7 +23,7 @@ from tests.support.inputs import BANK, BLOCKS, draw_rows
     [(torch.bfloat16, "highest", 1_000_000, 1e-4), (torch.float32, "high", 300_000, 2.5e-4)],
 )
 def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype, precision, num_keys, bar):
-    """As 16,384 anchors share out the walk on an H100: one block alone would fall short by 6e-4 and 4e-4."""
+    """As 16,384 anchors share out the walk on an H100; a single block would fall short by 6e-4 and 4e-4."""
     monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
     shares = splits.splits
     monkeypatch.setattr(
@@ -127,7 +127,7 @@ def test_fp32_rows_of_any_length(cuda_backend, poison, precision, of_anchors, of
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_what_is_not_finite_stays_in_its_class_and_row(cuda_backend, poison, precision, bad):
-    """Behind an ignored label it is as if it were not there; behind another, no row is taken for a finite one."""
+    """A bad row with an ignored label changes nothing; with another label, no loss is mistaken for a finite one."""
     inputs = draw_rows(40, 90, 33, 3, unlabelled=0)
     before = torch.get_float32_matmul_precision()
     try:
@@ -194,7 +194,7 @@ def test_both_passes_know_labels_by_the_same_pieces(monkeypatch, shared):
 def test_tiles_of_every_width_and_device(
     monkeypatch, poison, dtype, channels, shared, num_anchors, tile_of_negatives, order
 ):
-    """Pieces of a tile that are of one class, of several, without any label, and behind the last key."""
+    """Pieces of a tile that are of one class, of several, without any label, and past the last key."""
     monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
     # It is cached for one device; and one block at a time walks over several tiles.
     monkeypatch.setattr(cuda, "_cut", lambda *how, cut=cuda._cut.__wrapped__: (cut(*how)[0], 1))

@@ -1,7 +1,7 @@
 """`torch.ops.pixcontrast.*` called with any arguments: an error or a right result, on every backend.
 
 An error is a ValueError, a TypeError or a RuntimeError. All else fails the test, above all a result where sizes do not
-fit. A tensor that is too small has no more memory than it says, so that AddressSanitizer sees a read behind it
+fit. A tensor that is too small has no more memory than it says, so that AddressSanitizer sees a read past its end
 (test_sanitizers.py).
 """
 
@@ -63,7 +63,7 @@ def valid(op: str, backend: str) -> Arguments:
 
 
 def run(op: str, arguments: Arguments) -> list[Tensor]:
-    """What the op returns, and what it leaves in the tensors that it writes."""
+    """The op's results: the tensors that it returns and those that it writes into."""
     outputs = getattr(torch.ops.pixcontrast, op)(*arguments.values())
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     return [*(t for t in outputs if t is not None), *(arguments[name] for name in written(op))]
@@ -227,7 +227,7 @@ def results_of_the_case(op: str, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "name"), arguments_of("Tensor"))
 def test_any_layout(backend, op, name, layout):
-    """What a plain tensor gives, to the bit but for sums over a map; only what is written may be refused."""
+    """The bits of a plain tensor's result, except for sums over a map; only tensors that are written may be refused."""
     arguments = valid(op, backend)
     tensor = arguments[name]
     if layout == "channels_last" and tensor.dim() != 4:

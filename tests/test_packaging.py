@@ -113,7 +113,7 @@ def test_wheel_metadata(installed):
 
 @pytest.mark.parametrize("of", ["the wheel", "this tree"])
 def test_module_links_the_language_runtimes_only(installed, of):
-    """The CUDA runtime is inside of the module, if anything."""
+    """The CUDA runtime, if needed at all, is inside the module."""
     (module,) = (installed if of == "the wheel" else ROOT).glob("pixcontrast_ext/_C.*so")
     allowed = re.compile(
         r"(libgomp|libstdc\+\+|libm|libgcc_s|libc|libdl|librt|libpthread|ld-linux.*)\.so\.\d+"
@@ -194,7 +194,7 @@ def native_module(*command, **where):
 
 
 def test_a_source_tree_that_hides_the_installed_package_says_so_once(clone, installed):
-    """What runs inside of the clone after `pip install .`: the folder at hand comes first on sys.path."""
+    """A run inside the clone after `pip install .`, where the current folder comes first on sys.path."""
     where = dict(cwd=clone, PYTHONPATH=f"{clone.parent}:{installed}", PYTHONWARNINGS=None)
     reason = (
         f"{clone} is a source tree without the compiled module, and hides an installed package: "

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels on devices that are not there."""
+"""The machine code of the Triton kernels, for devices that this machine does not have."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ SPILLED = {
 
 
 def test_walks_spill_where_it_was_chosen(found):
-    """What lies around a walk may: it is done once."""
+    """Code around a walk may spill: it runs once."""
     for kernel in walks(found["kernels"]):
         name = re.search("negatives|keys|positives|shift", kernel["kernel"])[0]
         chosen = SPILLED[kernel["arch"]].get(name, {}) if "planes=2" in kernel["name"] else {}
@@ -132,7 +132,7 @@ def test_tensor_cores_work_while_tiles_are_copied(found):
                 # One by one it would be as many; a chunk of 64 channels, or 32 columns, has no more than two to four.
                 least = 3 if "channels=64" in kernel["name"] and "planes=2" in kernel["name"] else 4
                 assert 0 < least * loop["begun"] <= loop["products"], kernel
-            # Scores alone, and the share of two planes, are waited for at once; of three buffers two are on their way.
+            # Walks of scores only, and those of two planes, wait at once; of three buffers two are on their way.
             waits = any(x in kernel["name"] for x in ("planes=2", "WITH_GRAD=False", "shift"))
             assert loop["ahead"] or waits, kernel
             # Labels and the like; Triton 3.6 copies those of a column for each thread that uses them.

@@ -257,7 +257,7 @@ def test_no_anchors_give_keys_no_gradient(poison):
 
 
 def test_sums_tell_whether_a_shift_served(monkeypatch):
-    """The second launch of the negatives leaves alone what the first did well."""
+    """The second launch of the negatives does not touch the sums that the first got right."""
     before = launch.launch
     changed = []
 

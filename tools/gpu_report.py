@@ -219,7 +219,7 @@ LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec a lock may be ano
 
 
 def die_with_parent() -> None:
-    """Of a step: a run that is killed leaves none behind."""
+    """For a step, so that a run that is killed leaves none running."""
     LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

@@ -1,4 +1,4 @@
-"""What binds each kernel, for every architecture in the module: `python -m tools.machine_model`.
+"""The resource that binds each kernel, for every architecture in the module: `python -m tools.machine_model`.
 
 A line for each InfoNCE kernel of 256 channels (or those that are named): cycles of a multiprocessor for one tile, by
 what they are spent on, which of it binds, what time that makes at the benchmark's shape, and what share of the floor.
@@ -11,8 +11,8 @@ times the bound, and 544 us in tiles of 128 x 128, 1.69 times the bound (benchma
 - issue slots: instructions, four of which a multiprocessor issues in a cycle;
 - device memory: columns that come from there, once for each pass.
 
-Beside these stands an estimate of latency: how long one warp takes alone, by the usual cycles until a result is there,
-shared by the blocks that are resident. Where it is near what binds, there is nothing that could hide it.
+Beside these stands an estimate of latency: how long one warp takes by itself, by the usual cycles until a result is
+there, shared by the blocks that are resident. Where it is near what binds, there is nothing that could hide it.
 
 Instructions are read from the machine code, where the walk over the tiles is a loop whose trips are known, as it is for
 whole rows; without what only a tile with masks or with new maxima runs through. For other rows there are tensor cores,
@@ -71,7 +71,7 @@ LATENCY = {
 }
 # Registers of an instruction's result and of what it reads, if they are more than one.
 REGISTERS = {"HMMA": (4, 4, 2, 4), "LDSM": (4, 1), "LDS.128": (4, 1), "LDS.64": (2, 1)}
-# What every tile runs through, whatever branches there are.
+# Instructions that every tile executes, whatever branches there are.
 NEVER_PASSED = {"HMMA", "LDSM", "BAR", "LDGSTS", "MUFU", "STS", "SHFL"}
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 AT_A_TIME = 2
 SILENCE = 60  # seconds at most between two lines about a part
 
-# What stands between the signs of equality in the last line of a run, and how far it is in those before.
+# The text between the equals signs in the last line of a run, and the percentage in the lines before.
 _OUTCOMES = re.compile(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s.*$")
 _PROGRESS = re.compile(r"\[ *(\d+)%\]$")
 

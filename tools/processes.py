@@ -38,7 +38,7 @@ def run(
     )
     try:
         output, errors = process.communicate(timeout=LIMIT)
-    except BaseException as error:  # an interrupt leaves nothing behind either
+    except BaseException as error:  # an interrupt leaves no process running either
         os.killpg(process.pid, signal.SIGKILL)
         output, errors = process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):

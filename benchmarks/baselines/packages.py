@@ -1,4 +1,4 @@
-"""What other packages offer for rows against rows, each called as its documentation says.
+"""The losses of other packages for rows against rows, each called as its documentation says.
 
 Only the first computes this loss, in a matrix of positive pairs x negative pairs. The others compute losses of one
 positive a row, against all keys: the same two products, softmax and gradient, so their time can stand beside ours.

@@ -2,7 +2,7 @@
 
 Each step seeds every random generator from (seed, step, rank) before it draws anything, and the images of a
 step are a function of (seed, step). So there is no random state to save: a run resumed at step s draws what
-the unbroken run draws, and two runs that differ in their loss alone see the same weights, images and
+the unbroken run draws, and two runs that differ only in their loss see the same weights, images and
 augmentations.
 """
 
@@ -228,7 +228,7 @@ class _Run:
         )
         if config.compile:
             self.model.compile()
-        # The criterion stays outside: its bank keeps the ranks in step by itself.
+        # The criterion stays outside: its bank keeps the ranks in step on its own.
         self.replica = DistributedDataParallel(self.model) if ranks.world > 1 else self.model
         self.log: RunLog | None = None
         if ranks.is_first:

@@ -33,7 +33,7 @@ def exact(inputs, *, temperature=0.1, exclude_self=False, weights=None):
 
 
 def weight_rounding(backend, dtype):
-    """What a backend that rounds the weights of its second product may add to the anchors' gradient."""
+    """The error that rounding the weights of its second product may add to a backend's gradient of the anchors."""
     if dtype == torch.float32:
         return 1e-6
     on_bf16_words = backend == "cpu" and native.fused_dtype(dtype) == torch.bfloat16

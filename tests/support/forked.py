@@ -56,7 +56,7 @@ def _exit_codes(running: list[ForkServerProcess]) -> list[int | None]:
 
 
 def ranks(folder: Path, world: int, *args: object) -> str:
-    """What all of them print, started as by torchrun.
+    """The output of all of them, started as by torchrun.
 
     Raises:
         AssertionError: with what they complain of, unless all succeed.

@@ -4,7 +4,7 @@
     python -m tests.support.sanitized overrun cpu|cuda
 
 in a process that tools/emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that
-the sanitizer gives out, so that a kernel's access behind a tensor is reported.
+the sanitizer gives out, so a kernel's access past the end of a tensor is reported.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load() -> None:
 
 
 def overrun(backend: str) -> None:
-    """What has to be reported: a kernel is told of one index more than there is."""
+    """An access that has to be reported: a kernel is told of one index more than there is."""
     import torch
 
     from pixcontrast_ext.backends import cuda, native

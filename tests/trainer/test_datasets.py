@@ -16,7 +16,7 @@ from pixcontrast_ext.trainer.datasets.pascal_context import PascalContext
 
 
 def classes_of(dataset, values):
-    """What the dataset makes of each value of its first label file, which holds `values` twice or oftener."""
+    """The class that the dataset gives each value of its first label file, which holds `values` twice or oftener."""
     label = dataset[0][1].flatten().tolist()
     raw = np.array(Image.open(dataset.pairs[0][1])).ravel().tolist()
     assert set(raw) == set(values)
