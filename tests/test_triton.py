@@ -136,6 +136,7 @@ def test_the_device_asked_is_the_one_of_the_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: of[device.index])
     triton_backend._unsupported_device.cache_clear()
     try:
+        old, new = torch.device("cuda", 0), torch.device("cuda", 1)
         assert backends.resolve("triton", "gather_embeddings", new, torch.float32) == "triton"
         with pytest.raises(ValueError, match="needs a device of sm_80 or later, and this is sm_75"):
             backends.resolve("triton", "gather_embeddings", old, torch.float32)
