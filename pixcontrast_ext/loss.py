@@ -16,7 +16,7 @@ from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, mean_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
-from pixcontrast_ext.ops.sampling import sample
+from pixcontrast_ext.ops.sampling import SamplingRule, sample
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
@@ -362,17 +362,9 @@ class PixelContrastLoss(nn.Module):
     def _contrast(self, batch: Batch, trains: bool, changed: str, backend: str) -> tuple[Tensor, Tensor]:
         """The loss before its weight, and the labels of the anchors."""
         embeddings, labels, predictions = batch
-        chosen = sample(
-            labels,
-            predictions,
-            self._priority(labels),
-            backend,
-            num_classes=self.num_classes,
-            max_samples=self.max_samples,
-            max_views=self.max_views,
-            min_pixels=self.max_views + 1 if self.min_pixels is None else self.min_pixels,
-            ignore_index=self.ignore_index,
-        )
+        min_pixels = self.max_views + 1 if self.min_pixels is None else self.min_pixels
+        rule = SamplingRule(self.num_classes, self.max_samples, self.max_views, min_pixels, self.ignore_index)
+        chosen = sample(labels, predictions, self._priority(labels), rule, backend)
         anchor_labels = chosen.labels
         if trains:
             anchor_labels = watch_classes(labels, anchor_labels, self._watch, changed)

@@ -25,7 +25,7 @@ from tests.support.inputs import BANK, BLOCKS, draw_rows
 def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype, precision, num_keys, bar):
     """As 16,384 anchors share out the walk on an H100; a single block would fall short by 6e-4 and 4e-4."""
     monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
-    shares = splits.splits
+    shares = splits.choose
     monkeypatch.setattr(
         splits, "splits", lambda rows, columns, slots, of_tile: shares(256, columns, 264, of_tile)
     )

@@ -68,7 +68,7 @@ def log1p_kernel(values, logarithms, count, BLOCK: tl.constexpr):
 def test_log1p():
     values = torch.cat([torch.tensor([0.0, 1.0, 1e-38, 1e-8]), torch.rand(5000), torch.rand(5000) ** 20])
     found = torch.empty_like(values)
-    launch.launch(log1p_kernel, (10,), values, found, len(values), BLOCK=1024)
+    launch.start(log1p_kernel, (10,), values, found, len(values), BLOCK=1024)
     torch.testing.assert_close(found.double(), values.double().log1p(), rtol=4e-7, atol=1e-44)
 
 
@@ -88,7 +88,7 @@ def test_stores_round_to_nearest_even(dtype):
     ]
     values = torch.cat([torch.tensor(special), torch.randn(900) * 10 ** torch.empty(900).uniform_(-6, 4)])
     rounded = torch.empty_like(values, dtype=dtype)
-    launch.launch(round_kernel, (1,), values, rounded, len(values), BLOCK=1024)
+    launch.start(round_kernel, (1,), values, rounded, len(values), BLOCK=1024)
     torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -214,7 +214,7 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
 
     def asks(first: Any, count: int, **options: Any) -> bool:
         before = len(asked), len(launched)
-        launch.launch(kernel, (3,), first, count, **options)
+        launch.start(kernel, (3,), first, count, **options)
         return (len(asked), len(launched)) == (before[0] + 1, before[1])
 
     assert asks(rows, 7, AGAIN=False, WIDTH=4, num_warps=8)
@@ -256,7 +256,7 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     before, tensor = triton.knobs.runtime.jit_cache_hook, torch.zeros(1).as_subclass(OnGpu)
     with pytest.raises(RuntimeError, match=r"gather_kernel is not compiled yet.* run the step once before"):
-        launch.launch(Kernel(), (1,), tensor)
+        launch.start(Kernel(), (1,), tensor)
     assert triton.knobs.runtime.jit_cache_hook is before
 
 
@@ -264,14 +264,14 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
 def test_launches_do_not_depend_on_the_data(monkeypatch, batch):
     """Nor on its size; sampling and enqueueing take six at most."""
     counts: dict[str, int] = {}
-    make = launch.launch
+    make = launch.start
 
     def counted(op: str, call: Callable[[], Any]) -> Any:
         def count(*arguments: Any, **options: Any) -> None:
             counts[op] = counts.get(op, 0) + 1
             make(*arguments, **options)
 
-        monkeypatch.setattr(launch, "launch", count)
+        monkeypatch.setattr(launch, "start", count)
         return call()
 
     embeddings = torch.randn(batch, 5, 9, 8, requires_grad=True)
@@ -294,14 +294,14 @@ def test_warming_up_launches_what_a_step_behind_the_warm_up_does(monkeypatch):
     criterion = PixelContrastLoss(3, bank=bank, warmup_steps=1, **settings)
     embeddings, labels = torch.randn(2, 5, 9, 8), torch.randint(0, 3, (2, 9, 8))
     launched: list[Any] = []
-    make = launch.launch
+    make = launch.start
 
     def noted(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         types = [getattr(value, "dtype", type(value)) for value in arguments]
         launched.append((kernel.fn.__name__, str(types), str(options)))
         make(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(launch, "launch", noted)
+    monkeypatch.setattr(launch, "start", noted)
     criterion.warm_up(embeddings, labels, labels)
     compiled = set(launched)
     launched.clear()

@@ -258,7 +258,7 @@ def test_no_anchors_give_keys_no_gradient(poison):
 
 def test_sums_tell_whether_a_shift_served(monkeypatch):
     """The second launch of the negatives does not touch the sums that the first got right."""
-    before = launch.launch
+    before = launch.start
     changed = []
 
     def watched(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -269,7 +269,7 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
         before(kernel, grid, *arguments, **options)
         changed.append(again + int((totals != parts.sum).sum()))
 
-    monkeypatch.setattr(launch, "launch", watched)
+    monkeypatch.setattr(launch, "start", watched)
     rows = torch.nn.functional.normalize(torch.randn(3000, 32), dim=1)
     labels = torch.arange(3000, dtype=torch.int32) % 5
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

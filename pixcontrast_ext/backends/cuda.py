@@ -233,7 +233,7 @@ def infonce_forward(call: InfonceForward) -> None:
     how = (native.DTYPE_CODES[anchors.dtype], full_float32, rows["channels"], num_anchors, num_keys)
     tile, slots = _cut(anchors.device, "negatives", *how)
     row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
-    shares = splits.splits(row_tiles, key_tiles, slots, tile.columns)
+    shares = splits.choose(row_tiles, key_tiles, slots, tile.columns)
     positives_tile, positive_blocks = _cut(anchors.device, "positives", *how)
     assert positives_tile.piece == tile.piece, "both passes know labels by the same pieces"
     part_channels = -(-rows["channels"] // PLANE_CHANNELS) * PLANE_CHANNELS
@@ -254,7 +254,7 @@ def infonce_forward(call: InfonceForward) -> None:
         shift_parts=scratch(shares, num_anchors),
         sum_parts=scratch(shares, num_anchors),
         negative_parts=scratch(shares, num_anchors, part_channels) if with_grad else None,
-        fewest_splits=splits.fewest_splits(key_tiles, tile.columns),
+        fewest_splits=splits.fewest(key_tiles, tile.columns),
         positive_blocks=min(positive_blocks, num_anchors * shares),
         positive_splits=scratch(dtype=torch.int32),
         loss_parts=scratch(shares, num_anchors),
@@ -275,7 +275,7 @@ def infonce_backward(call: InfonceBackward) -> None:
     how = (native.DTYPE_CODES[anchors.dtype], full_float32, rows["channels"])
     tile, slots = _cut(anchors.device, "backward", *how)
     anchor_tiles = -(-num_anchors // tile.columns)
-    shares = splits.splits(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
+    shares = splits.choose(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
     peak = None
     if anchors.dtype != torch.bfloat16 and num_anchors:
         # Of the weights of anchors that have a part in it; from below, for a log-sum-exp that is of other keys.

@@ -10,23 +10,23 @@ LONGEST_WALK = 65_536
 MOST_SPLITS = 1024
 
 
-def fewest_splits(column_tiles: int, columns_of_tile: int) -> int:
+def fewest(column_tiles: int, columns_of_tile: int) -> int:
     """How many blocks share a walk at least, for none to have more than LONGEST_WALK columns."""
     return max(1, -(-column_tiles // (LONGEST_WALK // columns_of_tile)))
 
 
 @functools.lru_cache(maxsize=4096)
-def splits(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) -> int:
+def choose(row_tiles: int, column_tiles: int, slots: int, columns_of_tile: int) -> int:
     """How many blocks share the walk of a row tile over the columns.
 
     The fewest that fill the device evenly and leave none of them more than LONGEST_WALK columns. `slots` blocks run at
     a time, and a wave of blocks takes as long as its longest walk.
     """
-    fewest = fewest_splits(column_tiles, columns_of_tile)
-    most = max(fewest, min(column_tiles, 2 * slots // max(row_tiles, 1), MOST_SPLITS))
+    least = fewest(column_tiles, columns_of_tile)
+    most = max(least, min(column_tiles, 2 * slots // max(row_tiles, 1), MOST_SPLITS))
 
     def cost(count: int) -> int:
         return -(-row_tiles * count // slots) * -(-column_tiles // count)
 
-    least = min(cost(count) for count in range(fewest, most + 1))
-    return next(count for count in range(fewest, most + 1) if cost(count) <= 1.05 * least)
+    shortest = min(cost(count) for count in range(least, most + 1))
+    return next(count for count in range(least, most + 1) if cost(count) <= 1.05 * shortest)

@@ -22,6 +22,16 @@ class AnchorSample(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # [] int32, the rows that are not padding; stays on the device
 
 
+class SamplingRule(NamedTuple):
+    """The numbers of `hard_anchor_sampling`, all of them, in the order of the op."""
+
+    num_classes: int
+    max_samples: int
+    max_views: int
+    min_pixels: int
+    ignore_index: int
+
+
 def _allocate(labels: Tensor, max_samples: int, **_: Any) -> dict[str, Tensor]:
     return {
         "indices": labels.new_empty(max_samples, dtype=torch.int64),
@@ -105,12 +115,8 @@ def hard_anchor_sampling(
         labels.long(),
         predictions.long(),
         priority,
+        SamplingRule(num_classes, max_samples, max_views, min_pixels, ignore_index),
         backends.resolve(backend, "hard_anchor_sampling", labels.device, None),
-        num_classes=num_classes,
-        max_samples=max_samples,
-        max_views=max_views,
-        min_pixels=min_pixels,
-        ignore_index=ignore_index,
     )
 
 
@@ -118,11 +124,9 @@ def sample(
     labels: Tensor,  # [B, H, W] int64
     predictions: Tensor,  # [B, H, W] int64
     priority: Tensor,  # [B, H, W] int32
+    rule: SamplingRule,
     backend: str,
-    **settings: int,
 ) -> AnchorSample:
-    """`hard_anchor_sampling` of what has been checked, with all of its numbers, by a backend that serves it."""
-    chosen = torch.ops.pixcontrast.hard_anchor_sampling(
-        labels, predictions, priority, backend=backend, **settings
-    )
+    """`hard_anchor_sampling` of what has been checked, by a backend that serves it."""
+    chosen = torch.ops.pixcontrast.hard_anchor_sampling(labels, predictions, priority, *rule, backend)
     return AnchorSample(*chosen)

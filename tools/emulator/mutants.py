@@ -9,6 +9,7 @@ Exits with 1 if a fault survives.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -360,9 +361,14 @@ def caught_by(root: Path, recording: Path) -> str | None:
     return None
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     from tools.emulator import record
 
+    parser = argparse.ArgumentParser(
+        description="Put faults into the CUDA kernels and show which check finds each."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; all of them unless told")
+    names = parser.parse_args().names
     unknown = set(names) - {mutant.name for mutant in MUTANTS}
     if unknown:
         raise SystemExit(f"no mutant is called {', '.join(unknown)}")
@@ -393,4 +399,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

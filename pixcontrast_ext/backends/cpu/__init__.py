@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends.calls import Collect, Gather, GatherBackward, Sampling, Write
@@ -40,17 +41,17 @@ def hard_anchor_sampling(call: Sampling) -> None:
 
 
 def gather(call: Gather) -> None:
-    wide = torch.empty(call.rows.shape, dtype=torch.float32)
-    try:
-        native.launch("gather", call, wide=wide, threads=torch.get_num_threads())
-    except native.BadValue as error:
-        raise bad_index(call.embeddings, *error.args) from None
+    _gather("gather", call, call.rows)
 
 
 def gather_backward(call: GatherBackward) -> None:
-    wide = torch.empty(call.grad_rows.shape, dtype=torch.float32)
+    _gather("gather_backward", call, call.grad_rows)
+
+
+def _gather(kernel: str, call: Gather | GatherBackward, rows: Tensor) -> None:
+    wide = torch.empty(rows.shape, dtype=torch.float32)
     try:
-        native.launch("gather_backward", call, wide=wide, threads=torch.get_num_threads())
+        native.launch(kernel, call, wide=wide, threads=torch.get_num_threads())
     except native.BadValue as error:
         raise bad_index(call.embeddings, *error.args) from None
 

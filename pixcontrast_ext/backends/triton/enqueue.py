@@ -250,7 +250,7 @@ def enqueue_collect(call: Collect) -> None:
     shares = triton.cdiv(num_pixels, _SHARE)
     block_d = triton.next_power_of_2(channels)
     sums = call.rows.new_empty(batch, shares + num_classes, channels, dtype=torch.float32)
-    launch.launch(
+    launch.start(
         collect_regions_kernel,
         (batch * shares,),
         embeddings,
@@ -269,7 +269,7 @@ def enqueue_collect(call: Collect) -> None:
         BLOCK_D=block_d,
         num_warps=8,
     )
-    launch.launch(
+    launch.start(
         collect_rows_kernel,
         (batch * num_classes,),
         embeddings,
@@ -294,7 +294,7 @@ def enqueue_collect(call: Collect) -> None:
 
 def enqueue_write(call: Write) -> None:
     batch, num_classes, per_class, channels = call.rows.shape
-    launch.launch(
+    launch.start(
         write_kernel,
         (2 * num_classes,),
         call.rows,

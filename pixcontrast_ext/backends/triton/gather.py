@@ -162,7 +162,7 @@ def _rows_of(channels: int) -> dict[str, int]:
 def gather(call: Gather) -> None:
     embeddings, num_rows = call.embeddings, call.indices.shape[0]
     tile = _rows_of(embeddings.shape[1])
-    launch.launch(
+    launch.start(
         gather_kernel,
         (triton.cdiv(num_rows, tile["ROWS"]),),
         embeddings,
@@ -184,7 +184,7 @@ def gather_backward(call: GatherBackward) -> None:
     tile = _rows_of(channels)
     wide = torch.empty_like(grad_rows, dtype=torch.float32)
     row_pixels = torch.empty_like(indices)
-    launch.launch(
+    launch.start(
         gather_bwd_rows_kernel,
         (triton.cdiv(num_rows, tile["ROWS"]),),
         grad_rows,
@@ -201,7 +201,7 @@ def gather_backward(call: GatherBackward) -> None:
         **tile,
     )
     sorted_rows, sorted_pixels = sort(row_pixels)
-    launch.launch(
+    launch.start(
         gather_bwd_map_kernel,
         (triton.cdiv(num_pixels, _MAP["BLOCK_PIXELS"]), triton.cdiv(channels, _MAP["BLOCK_D"])),
         wide,

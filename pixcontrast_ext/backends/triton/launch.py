@@ -64,7 +64,7 @@ def _kind(argument: Any) -> Any:
 _compiled: dict[Hashable, tuple[Any, CompiledKernel]] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Enqueue a kernel on the current stream of the device of its tensors; an empty grid enqueues nothing.
 
     `options` are its constants, by name, and those of Triton. Products and sums are fused as the compiler sees fit,
@@ -74,12 +74,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         return
     devices.gpu.launch(
         next(tensors_of(arguments)).device,
-        functools.partial(_start, kernel, grid, options),
+        functools.partial(_run, kernel, grid, options),
         arguments,
     )
 
 
-def _start(
+def _run(
     kernel: Any,
     grid: tuple[int, ...],
     options: dict[str, Any],

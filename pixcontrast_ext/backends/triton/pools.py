@@ -177,9 +177,9 @@ def sort_pools(
     predictions = labels if predictions is None else predictions
     classes = (pixels, num_classes, ignore_index, num_pools, chunks)
     grid = (batch * chunks,)
-    launch.launch(pool_count_kernel, grid, labels, predictions, *classes, starts, **kinds, **_COUNT)
-    launch.launch(pool_scan_kernel, (batch,), starts, num_pools * chunks, **_SCAN)
-    launch.launch(
+    launch.start(pool_count_kernel, grid, labels, predictions, *classes, starts, **kinds, **_COUNT)
+    launch.start(pool_scan_kernel, (batch,), starts, num_pools * chunks, **_SCAN)
+    launch.start(
         pool_scatter_kernel, grid, labels, predictions, priority, *classes, starts, keys, **kinds, **SCATTER
     )
     return Pools(keys, starts, chunks)

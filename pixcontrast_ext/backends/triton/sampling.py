@@ -153,7 +153,7 @@ def hard_anchor_sampling(call: Sampling) -> None:
     pool_keep = labels.new_empty(pairs, 2, dtype=torch.int32)
     pool_rows = torch.empty_like(pool_keep)
     sizes = (pixels, batch, num_classes, pools.chunks)
-    launch.launch(
+    launch.start(
         sampling_plan_kernel,
         (1,),
         call.priority,
@@ -171,7 +171,7 @@ def hard_anchor_sampling(call: Sampling) -> None:
         call.count,
         **_PLAN,
     )
-    launch.launch(
+    launch.start(
         sampling_select_kernel,
         (2 * pairs,),
         pools.keys,

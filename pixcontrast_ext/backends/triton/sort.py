@@ -59,5 +59,5 @@ def sort(values: Tensor) -> tuple[Tensor, Tensor]:
         order = torch.where(values < 0, 2**63 - 1, values.long()).sort(stable=True).indices
         return order.int(), values[order]
     order, ordered = torch.empty_like(values, dtype=torch.int32), torch.empty_like(values)
-    launch.launch(sort_kernel, (triton.cdiv(count, SORT["BLOCK"]),), values, order, ordered, count, **SORT)
+    launch.start(sort_kernel, (triton.cdiv(count, SORT["BLOCK"]),), values, order, ordered, count, **SORT)
     return order, ordered

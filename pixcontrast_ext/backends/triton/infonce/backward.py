@@ -186,13 +186,13 @@ def infonce_backward(call: InfonceBackward) -> None:
         return
     *_, of = passes(anchors)
     row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
-    shares = splits.splits(row_tiles, column_tiles, of.slots, of.columns)
+    shares = splits.choose(row_tiles, column_tiles, of.slots, of.columns)
     terms = Terms(call.neg_lse, call.pos_weight, call.grad_scale)
     sides, factors, guarded = prepare(
         anchors, call.anchor_labels, call.others, of, terms=terms, temperature=call.temperature
     )
     grad_parts = grad if shares == 1 else grad.new_empty(shares, *grad.shape)
-    launch.launch(
+    launch.start(
         infonce_bwd_keys_kernel,
         (row_tiles, shares, of.beside),
         *(sides, factors, grad_parts),
@@ -204,4 +204,4 @@ def infonce_backward(call: InfonceBackward) -> None:
     )
     if shares > 1:
         grid = (triton.cdiv(grad.numel(), _FINISH["BLOCK"]),)
-        launch.launch(infonce_bwd_finish_kernel, grid, grad_parts, shares, grad.numel(), grad, **_FINISH)
+        launch.start(infonce_bwd_finish_kernel, grid, grad_parts, shares, grad.numel(), grad, **_FINISH)

@@ -428,8 +428,8 @@ def infonce_forward(call: InfonceForward) -> None:
         return
     negatives, positives, _ = passes(anchors)
     row_tiles, num_tiles = triton.cdiv(num_anchors, negatives.rows), triton.cdiv(num_keys, negatives.columns)
-    shares = splits.splits(row_tiles, num_tiles, negatives.slots, negatives.columns)
-    fewest = splits.fewest_splits(num_tiles, negatives.columns)
+    shares = splits.choose(row_tiles, num_tiles, negatives.slots, negatives.columns)
+    fewest = splits.fewest(num_tiles, negatives.columns)
     pieces = negatives.columns // positives.columns
     most = max(fewest, min(positives.slots // triton.cdiv(num_anchors, positives.rows), num_tiles * pieces))
 
@@ -444,7 +444,7 @@ def infonce_forward(call: InfonceForward) -> None:
     outs = Outputs(loss, call.neg_lse, call.pos_weight, call.pos_count, grad)
     counts, scale = (num_anchors, num_keys), scale_of(call.temperature)
     for again in (False, True):
-        launch.launch(
+        launch.start(
             infonce_fwd_shift_kernel,
             (row_tiles, shares),
             *(sides, plan, parts, *counts, int(with_grad)),
@@ -453,7 +453,7 @@ def infonce_forward(call: InfonceForward) -> None:
             WALK=negatives.walk,
             **negatives.options,
         )
-        launch.launch(
+        launch.start(
             infonce_fwd_negatives_kernel,
             (row_tiles, shares, beside),
             *(sides, plan, parts, *counts, num_tiles, int(again), scale),
@@ -462,7 +462,7 @@ def infonce_forward(call: InfonceForward) -> None:
             WALK=negatives.walk,
             **negatives.options,
         )
-    launch.launch(
+    launch.start(
         infonce_fwd_positives_kernel,
         (min(positives.slots, num_anchors * most), positives.beside if with_grad else 1),
         *(sides, plan, parts, *counts, num_tiles, shares, int(call.exclude_self), scale),
@@ -473,7 +473,7 @@ def infonce_forward(call: InfonceForward) -> None:
         WALK=positives.walk,
         **positives.options,
     )
-    launch.launch(
+    launch.start(
         infonce_fwd_finish_kernel,
         (triton.cdiv(num_anchors, FINISH["ROWS"]),),
         *(sides, plan, parts, outs, num_anchors, shares, 1.0 / call.temperature),

@@ -89,5 +89,5 @@ def plan_of(sorted_labels: Tensor, ranges: Tensor, rows: int, blocks: int, fewes
         ranges.new_empty(5),
     )
     sizes = sorted_labels.shape[0], ranges.shape[1], blocks, fewest, most
-    launch.launch(infonce_plan_kernel, (2,), sorted_labels, plan, *sizes, ROWS=rows, **_PLAN)
+    launch.start(infonce_plan_kernel, (2,), sorted_labels, plan, *sizes, ROWS=rows, **_PLAN)
     return plan

@@ -193,7 +193,7 @@ def prepare(
     num_tiles = 0 if ranges is None else ranges.shape[1]
     for again in (False, True) if in_planes else (False,):
         range_blocks = 0 if again else triton.cdiv(num_tiles, RANGES.value)
-        launch.launch(
+        launch.start(
             infonce_prepare_kernel,
             (anchor_blocks + key_blocks + range_blocks,),
             Source(anchors, order, sorted_labels, sorted_anchors, peaks[0]),
