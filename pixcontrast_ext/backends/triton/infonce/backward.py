@@ -29,6 +29,11 @@ from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
 from pixcontrast_ext.backends.triton.numerics import power_of_two, product, reciprocal
 from pixcontrast_ext.backends.triton.sort import first_not_below
 
+# Weights of the largest exponent take this one; a peak below 2^SMALLEST_PEAK counts as that.
+LARGEST_EXPONENT: tl.constexpr = tl.constexpr(9)
+SMALLEST_PEAK: tl.constexpr = tl.constexpr(-110)
+assert LARGEST_EXPONENT.value - SMALLEST_PEAK.value <= 127, "the power of two is a float"
+
 _FINISH = dict(BLOCK=1024, num_warps=4)
 
 
@@ -123,10 +128,10 @@ def infonce_bwd_keys_kernel(
         scale *= factor * tl.load(sides.unscale + 1)
     weight_scale = 1.0
     if WALK.half:
-        # A power of two that takes the largest weight to 2^10 and below. That leaves fp16 room above, for a log-sum-exp
-        # that is not that of these rows may make weights larger, and digits below, for weights a thousandth as large.
+        # A power of two that takes the largest weight to 2^10 or less. That leaves fp16 room above, as a log-sum-exp of
+        # other rows than these may make weights larger, and precision below, for weights a thousandth as large.
         peak = tl.max(tl.load(factors.peaks + tl.arange(0, MOST_BLOCKS)), 0)
-        exponent = tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 17) - 127 - 9
+        exponent = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) - 127, SMALLEST_PEAK) - LARGEST_EXPONENT
         weight_scale = power_of_two(-exponent)
         factor *= power_of_two(exponent)
     row = load_rows(sides.keys, place, label >= 0, first, WALK, GUARDED)

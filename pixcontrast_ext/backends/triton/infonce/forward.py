@@ -29,14 +29,15 @@ from pixcontrast_ext.backends.triton.infonce.operands import (
 from pixcontrast_ext.backends.triton.infonce.plan import plan_of
 from pixcontrast_ext.backends.triton.infonce.prepare import prepare
 from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
-from pixcontrast_ext.backends.triton.numerics import LN2, log1p, product, reciprocal
+from pixcontrast_ext.backends.triton.numerics import HALF_EXPONENT, LN2, log1p, product, reciprocal
 
 # Tiles, about, in which a program looks for its share of a shift; a quarter of its own at most.
 SAMPLED: tl.constexpr = tl.constexpr(2)
-# Exponents of two that fp16 weights reach, of at most 15: that of the largest score of the sample, which leaves room
-# for larger ones, and that of the largest of all.
+# Exponents of two that fp16 weights reach, of at most HALF_EXPONENT: that of the largest score of the sample, which
+# leaves room for larger ones, and that of the largest of all.
 SAMPLE_EXPONENT: tl.constexpr = tl.constexpr(5.0)
-TOP_EXPONENT: tl.constexpr = tl.constexpr(15.0)
+TOP_EXPONENT: tl.constexpr = tl.constexpr(float(HALF_EXPONENT.value))
+SIGMA_SCALE: tl.constexpr = tl.constexpr(2.0**HALF_EXPONENT.value)
 FINISH = dict(ROWS=1, SPLITS=16, num_warps=4)
 
 
@@ -76,8 +77,8 @@ def scale_of_scores(sides, scale, WALK: tl.constexpr):
 
 @triton.jit
 def sigma_scale(WALK: tl.constexpr):
-    """What sigma, which is at most 1, is multiplied by: fp16 has few numbers below 2^-14, and overflows at 2^16."""
-    return 16384.0 if WALK.half else 1.0
+    """What sigma, which is at most 1, is multiplied by."""
+    return SIGMA_SCALE if WALK.half else 1.0
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import MOST_BLOCKS, NO_LABEL, Factors, Sides, Terms
 from pixcontrast_ext.backends.triton.infonce.tiles import PADDING, Pass
-from pixcontrast_ext.backends.triton.numerics import LOG2E, power_of_two
+from pixcontrast_ext.backends.triton.numerics import HALF_EXPONENT, LOG2E, power_of_two
 from pixcontrast_ext.backends.triton.sort import sort
 
 USUAL_EXPONENT: tl.constexpr = tl.constexpr(8)
@@ -44,8 +44,8 @@ def plane_exponent(peaks, count):
     i = tl.arange(0, MOST_BLOCKS)
     peak = tl.max(tl.load(peaks + i, mask=i < count, other=0.0), 0)
     exponent = (peak.to(tl.int32, bitcast=True) >> 23) - 127
-    usual = (peak == 0.0) | ((exponent >= SMALLEST_USUAL) & (exponent < 15 - USUAL_EXPONENT))
-    return tl.where(usual, USUAL_EXPONENT, tl.minimum(14 - exponent, 126))
+    usual = (peak == 0.0) | ((exponent >= SMALLEST_USUAL) & (exponent < HALF_EXPONENT - USUAL_EXPONENT))
+    return tl.where(usual, USUAL_EXPONENT, tl.minimum(HALF_EXPONENT - 1 - exponent, 126))
 
 
 @triton.jit
