@@ -346,7 +346,7 @@ def test_a_refused_launch_raises(monkeypatch):
     outputs = [torch.empty(64, device=DEVICE) for _ in range(3)]
     count = torch.empty(64, device=DEVICE, dtype=torch.int32)
     call = InfonceForward(*inputs, 0.1, False, False, *outputs, count, None)
-    monkeypatch.setattr(splits, "splits", lambda *_: 70_000)  # more than a grid may have
+    monkeypatch.setattr(splits, "choose", lambda *_: 70_000)  # more than a grid may have
     with pytest.raises(RuntimeError, match=r"infonce_.*invalid"):
         cuda.infonce_forward(call)
     monkeypatch.undo()

@@ -27,7 +27,7 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
     monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
     shares = splits.choose
     monkeypatch.setattr(
-        splits, "splits", lambda rows, columns, slots, of_tile: shares(256, columns, 264, of_tile)
+        splits, "choose", lambda rows, columns, slots, of_tile: shares(256, columns, 264, of_tile)
     )
     anchors, _, keys, _ = inputs = draw_rows(16, num_keys, 16, 1, dtype=dtype, unlabelled=0)
     inputs[3][100:] = 1
@@ -51,7 +51,7 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
 @pytest.mark.parametrize("count", [31, 32, 47, 128])
 def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, count):
     """The finish has a team of threads for 16 splits each, 8 at most; 257 channels are more than a team's at a time."""
-    monkeypatch.setattr(splits, "splits", lambda rows, columns, *_: min(count, columns))
+    monkeypatch.setattr(splits, "choose", lambda rows, columns, *_: min(count, columns))
     inputs = draw_rows(3, 9000, 257, 2, unlabelled=0)
     inputs[1][-1] = -1
     found = [run(inputs, "cuda")[1] for _ in range(2)]

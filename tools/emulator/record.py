@@ -260,7 +260,7 @@ def record(path: Path, kernels: Any) -> int:
                 _infonce(precision)
             _infonce_of_more_anchors_than_one_block_sorts()
             with pytest.MonkeyPatch.context() as of_splits:
-                of_splits.setattr(splits, "splits", lambda rows, columns, *_: columns)
+                of_splits.setattr(splits, "choose", lambda rows, columns, *_: columns)
                 _infonce_of_many_splits()
             # Uncached, because the device changes; and with one block, which then walks over several tiles.
             cut = cuda._cut.__wrapped__
