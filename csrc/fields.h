@@ -1,4 +1,4 @@
-// Lists of a struct's fields, which the seam to Python reads them by (seam.h):
+// Lists a struct's fields for the seam to Python, which reads them by name (seam.h):
 //
 //   struct Sampling : Launch {
 //     const int64_t* labels;
@@ -6,8 +6,8 @@
 //     PXC_FIELDS((Launch), labels, batch)
 //   };
 //
-// gives the struct a function `each_field(visit)` that calls visit("labels", labels) and so on, those of the
-// bases in parentheses first; () is none.
+// gives the struct a function `each_field(visit)` that calls visit("labels", labels) and so on for every
+// field, first for those of the bases in parentheses; () means no base.
 #pragma once
 
 #define PXC_FIELDS(bases, ...)                \
@@ -21,8 +21,8 @@
 #define PXC_BASE_FIELDS(Base) Base::each_field(visit);
 #define PXC_FIELD(name) visit(#name, name);
 
-// macro(first) macro(second) ... : a macro may not expand itself, so each step leaves the next for another
-// scan, and PXC_SCAN scans 4^3 times, once for each of as many fields.
+// Expands to macro(first) macro(second) ... A macro may not expand itself, so each step leaves the next one
+// for another scan. PXC_SCAN scans 4^3 times, enough for that many fields.
 #define PXC_EACH(macro, ...) __VA_OPT__(PXC_SCAN(PXC_STEP(macro, __VA_ARGS__)))
 #define PXC_STEP(macro, first, ...) macro(first) __VA_OPT__(PXC_NEXT_STEP PXC_PARENTHESES(macro, __VA_ARGS__))
 #define PXC_NEXT_STEP() PXC_STEP

@@ -1,7 +1,7 @@
-// The CUDA surface a kernel may use, and nothing else of CUDA: built-in variables, __global__ and the like,
-// vectors such as float4, min and max, the functions of <cmath>, and those below. nvcc maps them to
-// intrinsics and PTX. Any other compiler takes them from emulator/emulator.h, which runs the same kernels on
-// a CPU, a fiber per CUDA thread; it documents what it checks. Neither side knows a thing about contrast.
+// Everything of CUDA that a kernel may use: built-in variables, __global__ and the like, vectors such as
+// float4, min and max, the functions of <cmath>, and those below. nvcc maps them to intrinsics and PTX. Any
+// other compiler takes them from emulator/emulator.h, which runs the same kernels on a CPU with one fiber per
+// CUDA thread and documents what it checks. Neither side knows anything about contrast.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct BFloat16 {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// What an array of `count` elements takes of a block's shared memory.
+// Bytes of a block's shared memory that an array of `count` elements takes.
 template <class T>
 constexpr size_t shared_bytes(size_t count) {
   return (count * sizeof(T) + 15) / 16 * 16;
@@ -48,12 +48,12 @@ namespace pxc {
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // or the next user of the runtime would meet it
+  cudaGetLastError();  // clears the error, or the next user of the runtime would see it
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(status) + ", " +
                            cudaGetErrorString(status));
 }
 
-// Why the runtime does not work, say because the driver is older than it; empty if it does.
+// Why the runtime does not work, for example because the driver is older than it; empty if it works.
 inline std::string runtime_problem() {
   int devices = 0;
   const cudaError_t status = cudaGetDeviceCount(&devices);
@@ -62,8 +62,7 @@ inline std::string runtime_problem() {
   return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
 }
 
-// What a device has of shared memory for the blocks of one multiprocessor, in bytes; each takes 1 KB more
-// than it asks for.
+// Bytes of shared memory that a multiprocessor has for its blocks; each takes 1 KB more than it asks for.
 inline size_t shared_of_multiprocessor(int device) {
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
@@ -77,7 +76,7 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// What a block may have of it.
+// Bytes of shared memory that one block may have.
 inline size_t shared_of_block(int device) {
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
@@ -85,8 +84,8 @@ inline size_t shared_of_block(int device) {
   return size_t(bytes);
 }
 
-// Beyond 48 KB a kernel has to be allowed its shared memory: all there is, for every launch, as another
-// thread may be about to launch it with more.
+// A kernel needs permission to use more than 48 KB of shared memory. This always asks for the maximum, since
+// another thread may be about to launch the same kernel with more than this launch needs.
 inline void allow_shared(const void* function, const char* name, int device, size_t shared) {
   if (shared <= 48 * 1024) return;
   const int most = int(shared_of_block(device));
@@ -104,8 +103,9 @@ int resident_blocks(int device, const char* name, void (*kernel)(Parameters...),
   return blocks;
 }
 
-// Runs kernel(arguments...) on the caller's stream; an empty grid is no launch. Throws if it is refused. The
-// caller has made the device current for itself; the runtime, linked statically, is told as well.
+// Runs kernel(arguments...) on the caller's stream; does nothing for an empty grid. Throws if the launch is
+// refused. The caller has made the device current in its own runtime; the runtime linked statically into this
+// module has to be told as well.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& on, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
             size_t shared, Arguments... arguments) {
@@ -126,7 +126,8 @@ void launch(const Launch& on, const char* name, void (*kernel)(Parameters...), d
 
 extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];
 
-// Hands out arrays of a block's dynamic shared memory, uninitialised; all threads take the same ones in turn.
+// Hands out uninitialised arrays of a block's dynamic shared memory. All threads take the same arrays in the
+// same order.
 class SharedMemory {
  public:
   template <class T>
@@ -145,12 +146,12 @@ class SharedMemory {
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-// Some whole warps of a block, `threads` in all. Barrier 0 is the block's; `id` is 1 to 15.
+// For some whole warps of a block, `threads` threads in all. `id` is 1 to 15; barrier 0 is the whole block's.
 __device__ __forceinline__ void sync_group(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- exchange within a warp; every lane of `mask` calls it in the same place. No memory is ordered ---
+// --- exchange within a warp: all lanes of `mask` make the call at the same place. It orders no memory ---
 
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane, unsigned mask = kFullWarp) {
@@ -160,7 +161,7 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes, unsigned mask = kFullWarp) {
   return __shfl_xor_sync(mask, value, lanes);
 }
-// Of `lanes` lanes before; the first lanes keep their own.
+// The value of the lane `lanes` places before; the first lanes keep their own.
 template <class T>
 __device__ __forceinline__ T shuffle_up(T value, int lanes, unsigned mask = kFullWarp) {
   return __shfl_up_sync(mask, value, lanes);
@@ -169,14 +170,14 @@ __device__ __forceinline__ unsigned ballot(bool predicate, unsigned mask = kFull
   return __ballot_sync(mask, predicate);
 }
 
-// --- integer atomics (of floats there are none: their order would show) ---
+// --- integer atomics (none for floats: results would depend on the order) ---
 
 __device__ __forceinline__ int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 
 // --- asynchronous copies from global to shared memory ---
 
-// Copies 16 bytes, the first `bytes` (0 or 16) of them from `global` and zeros for the rest; both aligned.
-// With 0 bytes nothing is read. The data is there, for this thread, after the wait.
+// Copies 16 bytes: the first `bytes` (0 or 16) of them from `global`, the rest are zeros. Both pointers are
+// aligned. With 0 bytes nothing is read. This thread may use the data after the wait.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
@@ -188,7 +189,7 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
                : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `kPending` of this thread's latest groups are on the way.
+// Waits until at most `kPending` of this thread's latest groups are still in flight.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -196,8 +197,8 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // --- tensor cores; a whole warp calls them. Fragments as in the PTX manual, "mma.m16n8k16" ---
 
-// Four 8x8 matrices of 16-bit elements: lane 8i + j points to row j (16 bytes, aligned) of matrix i. Lane l
-// gets elements 2 (l % 4) and the next of row l / 4, of matrix i in fragment[i].
+// Four 8x8 matrices of 16-bit elements: lane 8i + j points to row j (16 bytes, aligned) of matrix i. Of each
+// matrix i, lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, in fragment[i].
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -205,7 +206,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], const void*
                : "r"(address)
                : "memory");
 }
-// Each matrix transposed: lane l gets elements of column l / 4.
+// The same with each matrix transposed: lane l gets elements of column l / 4.
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row) {
   const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -242,8 +243,8 @@ __device__ __forceinline__ float exp2_approx(float value) {
   return result;
 }
 
-// a * b, rounded. An fma, which the compiler would make of it and the sum that it goes into, keeps digits
-// that the rounded product of -a and b no longer cancels.
+// a * b, rounded. The compiler would fuse a plain product with the sum it enters into an fma, which keeps
+// digits that the rounded product of -a and b cannot cancel.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
 // 1 / x to 1 unit in the last place, for normal x whose reciprocal is normal.
@@ -275,7 +276,7 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 }
 
-// Two of them in a word, `low` first in memory.
+// Two 16-bit floats in one word, `low` first in memory.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>

@@ -1,9 +1,9 @@
-// How a kernel is exposed to Python: as a function of keyword arguments named like the fields of its struct,
-// which stand beside the struct in params.h.
+// Exposes a kernel to Python as a function whose keyword arguments are named like the fields of its struct;
+// params.h lists the fields beside the struct.
 //
-// A pointer comes as (address, dtype) or None, and is refused unless the dtype is the field's own; a tensor
-// of any strides as (address, dtype, sizes, strides). A missing or superfluous field is a TypeError. The GIL
-// is released while a kernel runs, and no struct outlives its call.
+// A pointer is passed as (address, dtype) or None, and is refused unless the dtype is the field's own; a
+// tensor of any strides is passed as (address, dtype, sizes, strides). A missing or superfluous field is a
+// TypeError. The GIL is released while a kernel runs, and no struct outlives its call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,10 +23,11 @@ namespace pxc::seam {
 namespace py = pybind11;
 
 constexpr std::array kDTypeNames = {"float32", "float16", "bfloat16",
-                                    "float64", "int32",   "int64"};  // of DType
+                                    "float64", "int32",   "int64"};  // indexed by DType
 static_assert(kDTypeNames.size() == size_t(DType::kInt64) + 1);
 
-// What a pointer of this type points to. Tensors have no unsigned integers of these sizes; their bits serve.
+// The dtype behind a pointer of this type. Tensors have no unsigned integers of these sizes; signed ones hold
+// the same bits.
 template <class Element>
 constexpr DType dtype_of() {
   using Plain = std::remove_const_t<Element>;
@@ -139,12 +140,12 @@ class Fields {
 
   const char* kernel_;
   const py::kwargs& values_;
-  const EmbeddingMap* map_ = nullptr;  // a gradient has its dtype and sizes
-  int32_t rows_[2] = {-1, -1};         // the dtype of rows of each kind, once one was met
+  const EmbeddingMap* map_ = nullptr;  // its gradient has the same dtype and sizes
+  int32_t rows_[2] = {-1, -1};         // the dtype of the rows of each kind; -1 before the first
   std::set<std::string> used_;
 };
 
-// Adds up the sizes of the fields that a list names. One that it forgets leaves a gap.
+// Adds up the sizes of the fields that a list names. A field that the list forgets leaves a gap.
 struct Sizes {
   template <class Value>
   void operator()(const char*, Value&) {
@@ -158,7 +159,7 @@ void check_list(const char* name) {
   Params params{};
   Sizes sizes;
   params.each_field(sizes);
-  // What is left is padding, after a lone 32-bit number.
+  // A smaller remainder is padding after a lone 32-bit number.
   if (sizeof(Params) - sizes.sum >= sizeof(void*) * 2)
     throw std::logic_error(std::string(name) + ": PXC_FIELDS leaves out a field of its struct");
 }
@@ -166,7 +167,7 @@ void check_list(const char* name) {
 template <class Params>
 using Kernel = void (*)(const Params&);
 
-// `find` names the kernel at the time of the call: the instruction set may have been changed since.
+// Every call asks `find` for the kernel, because the instruction set may have changed since the last one.
 template <class Params, class Find>
 void def_late(py::module_& m, const char* name, Find find) {
   check_list<Params>(name);

@@ -1,7 +1,7 @@
 """Fixtures that all tests share.
 
-They give the backends that run here, and fill fresh tensors with poison, which shows if a kernel reads memory that
-nobody wrote, or leaves its output unwritten.
+They provide the backends that run here, and fill new tensors with poison, so that a test notices a kernel that reads
+memory nobody wrote, or leaves its output unwritten.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tests.support.backends import (
     parameters,
 )
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes, which import torch
-if not ON_DEVICE:  # Triton looks once, when its own library is imported, which importing torch may do
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more would be processes that import torch
+if not ON_DEVICE:  # Triton reads it once, when it is imported, which importing torch may do
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -36,9 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
-@pytest.hookimpl(trylast=True)  # of those that -k has left
+@pytest.hookimpl(trylast=True)  # after -k has selected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The kernels for a GPU have no instruction set of the processor to go through."""
+    """GPU backends do not use the processor's instruction sets, so run them with one only; then apply the share."""
     sets = native._C.instruction_sets() if native._C else []
     left_out = {
         item
@@ -69,7 +69,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "triton" or ON_DEVICE])
 def quick_backend(request: pytest.FixtureRequest) -> str:
-    """For what a loss or a bank does whatever the backend: an interpreted step takes seconds."""
+    """For behaviour of a loss or bank that no backend changes: without Triton, whose interpreted steps take seconds."""
     return request.param
 
 
@@ -85,7 +85,7 @@ def cuda_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in BACKENDS if name in ("reference", "cpu")])
 def careful_backend(request: pytest.FixtureRequest) -> str:
-    """One that looks at labels and indices first, and refuses bad ones. Kernels for a GPU take them for ignored."""
+    """A backend that checks labels and indices first and refuses bad ones; GPU kernels treat them as ignored."""
     return request.param
 
 

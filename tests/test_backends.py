@@ -1,4 +1,4 @@
-"""The registry, and the rule of which module may import which."""
+"""The registry of backends, and the rule for which module may import which."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGE = Path(pixcontrast_ext.__file__).parent
 
 
 def served_by(**arguments) -> str:
-    """Which backend a call reaches."""
+    """The name of the backend that a call reaches."""
     seen = []
     names = ("reference", "cpu")
     modules = {name: backends.get(name) for name in names}
@@ -134,7 +134,7 @@ def test_the_reference_serves_for_want_of_the_module_with_one_warning(unbuilt, r
         served_by(backend="cpu")
     assert backends.resolve(None, "infonce", torch.device("cpu"), torch.float64) == "reference"
     assert backends.resolve(None, "infonce", torch.device("meta"), torch.float32) == "reference"
-    assert not recwarn.list  # named, or what only the reference serves anyway
+    assert not recwarn.list  # it was named, or nothing but the reference serves the call
 
     assert served_by() == "reference"
     assert served_by() == "reference"
@@ -249,18 +249,18 @@ def test_launch_refuses_another_dtype():
 
 
 def refusal(kernel: Callable[..., None], fields: dict[str, object]) -> str:
-    """A kernel's error about these fields and one that no struct has, so that it never runs."""
+    """The kernel's error for these fields plus one that no struct has, so that the kernel never runs."""
     with pytest.raises(TypeError) as error:
         kernel(**fields, no_such_field=0)
     return str(error.value)
 
 
-# A value for every kind of field, of which a struct takes the first that fits.
+# One value for each kind of field; a field gets the first that its kernel accepts.
 SCALAR, POINTER, MAP = 1, None, (0, 0, (1, 1, 1, 1), (1, 1, 1, 1))
 
 
 def fields_of(kernel: Callable[..., None]) -> dict[str, object]:
-    """The fields of a struct, found by what its kernel misses."""
+    """The fields of a struct, found by asking its kernel which one is missing."""
     fields: dict[str, object] = {}
     while found := re.search(r"missing field: (\w+)", refusal(kernel, fields)):
         name = found[1]
@@ -274,7 +274,7 @@ def fields_of(kernel: Callable[..., None]) -> dict[str, object]:
 
 
 def kernels() -> list[tuple[str, str]]:
-    """(module, kernel) of all that take the fields of a struct."""
+    """(module, kernel) for every kernel that takes the fields of a struct."""
     on_cpu = "sampling gather gather_backward collect write plan_tiles collect_keys widen infonce_negatives "
     on_cpu += "infonce_positives infonce_fused_forward infonce_finish infonce_score_gradients"
     on_gpu = "sampling gather gather_backward collect write infonce_forward infonce_backward"
@@ -285,7 +285,7 @@ def kernels() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("module", "name"), kernels())
 def test_every_pointer_of_a_struct_has_one_dtype(module, name):
-    """But for rows and maps, which come in three; all else is refused by name."""
+    """Rows and maps have three dtypes, every other pointer has one; any other dtype is refused by name."""
     kernel = getattr(native._C if module == "cpu" else devices.gpu.kernels, name)
     fields = fields_of(kernel)
     assert len(fields) > 5
@@ -297,7 +297,7 @@ def test_every_pointer_of_a_struct_has_one_dtype(module, name):
         for dtype in (*native.DTYPE_CODES.values(), -1, len(native.DTYPE_CODES)):
             pointer = (64, dtype) if value is POINTER else (64, dtype, *MAP[2:])
             changed = {field: pointer}
-            if field == "embeddings" and "grad_embeddings" in fields:  # whose dtype is the map's
+            if field == "embeddings" and "grad_embeddings" in fields:  # its dtype is the map's
                 changed["grad_embeddings"] = pointer
             said = refusal(kernel, fields | changed)
             refused = said.startswith(f"{name}: {field} must be ")
@@ -312,7 +312,7 @@ def test_every_pointer_of_a_struct_has_one_dtype(module, name):
 
 @pytest.mark.parametrize(("module", "name"), kernels())
 def test_rows_of_a_struct_are_of_one_dtype(module, name):
-    """Or a kernel would read, or write, beyond the end of the narrower ones."""
+    """Otherwise a kernel would read or write past the end of the narrower ones."""
     kernel = getattr(native._C if module == "cpu" else devices.gpu.kernels, name)
     fields = fields_of(kernel)
     rows = [
@@ -321,7 +321,7 @@ def test_rows_of_a_struct_are_of_one_dtype(module, name):
         if value is POINTER
         and not any("must be" in refusal(kernel, fields | {field: (64, dtype)}) for dtype in (0, 1, 2))
     ]
-    apart = {"infonce_fused_forward": {"keys"}}.get(name, set())  # which are widened on the way
+    apart = {"infonce_fused_forward": {"keys"}}.get(name, set())  # these are widened on the way
     for field, other in itertools.combinations(rows, 2):
         said = refusal(kernel, fields | {field: (64, 0), other: (64, 1)})
         assert ("must be float32, got float16" in said) == (not apart & {field, other}), (field, other, said)
@@ -361,7 +361,7 @@ def test_scratch_memory_outlives_the_kernel(monkeypatch):
 
 @pytest.fixture
 def torch_before_2_9(monkeypatch):
-    """Without the settings of precision by device and operation."""
+    """A torch without precision settings per device and operation."""
     monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
     monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(allow_tf32=False))
     before = torch.get_float32_matmul_precision()
@@ -393,7 +393,7 @@ def test_tf32_is_asked_for_by_its_old_name_before_torch_2_9(torch_before_2_9, mo
 
 # trainer -> loss, bank, head -> ops -> backends -> _C
 LAYERS = ["_C", "backends", "ops", "model", "public", "trainer"]
-SHARED = ("calls", "device", "errors", "native", "precision", "splits")  # by the backends
+SHARED = ("calls", "device", "errors", "native", "precision", "splits")  # used by the backends
 
 
 def layer(path: str) -> str:
@@ -460,21 +460,21 @@ def test_the_reference_imports_torch_calls_and_errors_only():
 
 
 def test_import_is_quiet_and_lean():
-    """No output, and nothing heavy beside torch."""
+    """Importing prints nothing and loads nothing heavy besides torch."""
     code = """
 import sys, torch
 before = set(sys.modules)  # torch imports triton where it is installed
 import pixcontrast_ext
 print([name for name in ('torch._dynamo', 'triton', 'kornia', 'matplotlib') if name in set(sys.modules) - before])
 """
-    # Where NumPy is not installed, torch says so.
+    # torch warns where NumPy is not installed.
     quiet = ["-W", "error", "-W", "ignore:Failed to initialize NumPy"]
     done = subprocess.run([sys.executable, *quiet, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 def test_no_block_walks_further_than_sums_that_are_cut_off_allow():
-    """Schedules of an H100, from a few anchors to more row tiles than run at a time."""
+    """Schedules for an H100, from a few anchors to more row tiles than can run at once."""
     for columns_of_tile in (16, 32, 64, 128):
         for row_tiles in (1, 16, 256, 5000):
             for keys in (1, 19_000, 190_000, 300_000, 1_000_000, 20_000_000):

@@ -1,4 +1,4 @@
-"""The bank as a module: construction, views, moves, copies, checkpoints; `test_enqueue.py` is about what it stores."""
+"""The bank as a module: construction, views, moves, copies, checkpoints. `test_enqueue.py` tests what it stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile, opcheck, and what else torch asks of an op."""
+"""torch.compile, opcheck, and the other demands that torch makes on an op."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_opcheck(backend, op):
 
 
 def test_every_op_is_checked():
-    """All but those that speak to the host."""
+    """All but the ops that speak to the host."""
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("pixcontrast::")}
     assert names == set(cases("cpu")) | {
         "draw_priority",
@@ -64,7 +64,7 @@ def training_steps(criterion, compiled, steps=5):
 
 @pytest.mark.parametrize("with_bank", [True, False])
 def test_compiled_criterion_is_the_eager_one(with_bank):
-    """The whole criterion in one graph, which is good for the warm-up and for what follows."""
+    """One graph holds the whole criterion and serves both the warm-up and the steps after it."""
 
     def criterion():
         bank = MemoryBank(4, 8, region_slots=3, pixel_slots=7, pixels_per_image=2) if with_bank else None
@@ -102,9 +102,9 @@ def test_one_compiled_criterion_takes_any_size_in_any_mode(with_bank, training, 
 
 
 def check_any_size(backend, with_bank, training, dynamic):
-    """Changing sizes compile the criterion again at most twice, where torch first sees that a size changes.
+    """Changing sizes recompile the criterion at most twice, when torch first sees a size change.
 
-    Three batch sizes, then three sizes of the map, through a warm-up and with a generator of its own.
+    Three batch sizes and then three map sizes, across the end of a warm-up, with a generator of its own.
     """
 
     def criterion():
@@ -150,7 +150,7 @@ def check_any_size(backend, with_bank, training, dynamic):
 
 @pytest.mark.parametrize("order", ["checkpoint of compiled", "compiled checkpoint"])
 def test_a_compiled_loss_with_a_bank_refuses_to_be_recomputed(order):
-    """Its gradient was off by a third, and the batch was enqueued twice."""
+    """Recomputing made the gradient wrong by a third, and enqueued the batch twice."""
     torch._dynamo.reset()
     criterion = PixelContrastLoss(4, min_pixels=1, bank=MemoryBank(4, 8, region_slots=9, pixel_slots=9))
     labels = torch.arange(72).view(2, 6, 6) % 4

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels, which no emulator shows."""
+"""The machine code of the CUDA kernels, which an emulator cannot show."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_every_kernel_is_compiled_for_every_architecture(resources):
 
 
 def test_nothing_spills_and_nothing_lies_in_local_memory(resources):
-    """Nothing except values that are read once a tile.
+    """Local memory holds nothing but a few values that are read once per tile.
 
-    Those are a few registers of wide tiles of the negatives, and of fp32 rows of more than 256 channels, whose sums
-    take 128. Wide tiles do not fit on some devices.
+    They belong to wide tiles of the negatives, and to fp32 rows of more than 256 channels, whose sums take 128
+    registers. Wide tiles do not fit on some devices.
     """
     for name, by_arch in resources.items():
         for arch, used in by_arch.items():
@@ -56,7 +56,7 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
         pytest.skip(f"the module has no code for {arch}: make test ARCHS= compiles all")
     kernels = compiled_code.instructions(MODULE, arch)
     tiles = {name: count for name, count in kernels.items() if "Tile<" in name}
-    # Of any rows 3 passes, 3 kinds of arithmetic, 2 widths; of rows of the usual lengths the forward's 2 passes.
+    # For any rows: 3 passes, 3 kinds of arithmetic, 2 widths. For the usual row lengths: the forward's 2 passes.
     assert len(tiles) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
     for name, count in tiles.items():
         assert count["HMMA"] >= 32, name
@@ -83,7 +83,7 @@ def test_tiles_fit_the_smallest_device(monkeypatch, dtype, channels):
 
 @pytest.mark.skipif("sm_90" not in ARCHS, reason="the module has no code for sm_90")
 def test_the_model_of_the_machine_bounds_what_was_measured():
-    """On an H100 bf16 rows of 256 channels took 609 us, and 734,000 cycles of shared memory by its counters."""
+    """On an H100, bf16 rows of 256 channels took 609 us, and its counters showed 734,000 shared memory cycles."""
     bounds = {bound.kernel: bound for bound in machine_model.bounds(MODULE, "sm_90")}
     assert len(bounds) == 3 * 3 * 2 + 2 * (7 + 5) + 2 * 4
     for bound in bounds.values():
@@ -91,7 +91,7 @@ def test_the_model_of_the_machine_bounds_what_was_measured():
         assert f"bound by {bound.binding}," in bound.line()
         assert bound.cycles[bound.binding] == max(bound.cycles.values())
         if bound.tile.whole and bound.tile.channels == 256:
-            # Of their code: the tile's products, and what its fragments, copies and weights take, and little more.
+            # Read from the code: the tile's products, its fragments, copies and weights, and little more.
             assert bound.latency is not None, bound.kernel
             assert bound.cycles["issue slots"] > 0, bound.kernel
             assert 1 < bound.cycles["shared memory"] / bound.tile.wavefronts < 1.25, bound.kernel

@@ -1,4 +1,4 @@
-"""Things that only a GPU can show: streams, graphs, synchronisation, repeatability, sizes, accuracy of tensor cores."""
+"""What only a GPU can show: streams, graphs, synchronisation, repeatability, sizes, accuracy of tensor cores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GRADIENT_BAR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch):
-    """Tensors of this file lie on the device, whatever the other tests were given."""
+    """In this file tensors lie on the device, whatever stands in for it in other tests."""
     monkeypatch.setattr(devices, "gpu", devices.Gpu())
 
 
@@ -49,7 +49,7 @@ def device_backend(request):
 
 
 def draw(a, k, d, classes, dtype=torch.float32, order=BANK):
-    """All with a label, on the device."""
+    """Rows on the device, every one with a label."""
     return draw_rows(
         a, k, d, classes,
         order=order, dtype=dtype, label_dtype=torch.int32, unlabelled=None, device=DEVICE,
@@ -119,7 +119,7 @@ def test_tf32_is_rounded_to_nearest(device_backend):
     anchors = inputs[0].double().requires_grad_()
     expected, _ = reference.infonce_per_anchor(anchors, inputs[1], inputs[2].double(), inputs[3], 0.07, False)
     expected.sum().backward()
-    assert 1e-8 < error(grad, anchors.grad) <= 1e-3  # truncated operands are beyond it
+    assert 1e-8 < error(grad, anchors.grad) <= 1e-3  # truncated operands would exceed it
     assert error(loss, expected.detach()) <= 1e-4
 
 
@@ -190,7 +190,7 @@ def test_a_graph_captures_the_whole_step(device_backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = step()
-    with torch.no_grad():  # other data in the same memory
+    with torch.no_grad():  # new data in the same memory
         step.embeddings.copy_(torch.randn_like(step.embeddings))
         step.priority.copy_(torch.randint_like(step.priority, 2**31 - 1))
     step.bank.load_state_dict(state)
@@ -291,18 +291,18 @@ def test_more_than_2_to_the_31_elements(device_backend):
 def test_other_threads_run_while_a_call_waits(device_backend):
     """The GIL is released during a launch, even one that finds the queue of a sleeping device full.
 
-    Of all the turns of another thread, most fall into that call.
+    So most of another thread's turns fall into that one call.
     """
     inputs = draw(64, 500, 64, 3)
     torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, False, device_backend)
 
     def turns_by_call(cycles):
-        """How often this thread has its turn in each of the calls that another one makes."""
+        """How many turns this thread gets during each of the calls that another thread makes."""
         turns, begun, done = collections.Counter(), 0, threading.Event()
 
         def launch_many():
             nonlocal begun
-            for begun in range(600):  # noqa: B007  the queue takes 1,024 launches, and this is more
+            for begun in range(600):  # noqa: B007  more launches than the 1,024 that the queue takes
                 torch.ops.pixcontrast.infonce_forward(*inputs, 0.1, False, False, device_backend)
             done.set()
 

@@ -29,7 +29,7 @@ def results(folder, name, ranks):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of results by number of ranks; what 2 ranks wrote in "steps" is what 3 resume from."""
+    """Folders of results by number of ranks; 3 ranks resume from what 2 ranks wrote in "steps"."""
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}") for ranks in (2, 3)}
@@ -51,7 +51,7 @@ def equal(a, b):
 
 
 def together(ranks, step, size=None):
-    """The batches of all ranks as one, in rank order."""
+    """The batches of all ranks as one batch, in rank order."""
     return [torch.cat(maps) for maps in zip(*(worker.batch(rank, step, size) for rank in ranks), strict=True)]
 
 
@@ -71,7 +71,7 @@ def check(found, expected):
 
 @both
 def test_every_rank_has_the_bank_of_one_process(runs, ranks):
-    """Also where a rank has no valid class, fewer images than the others, or none."""
+    """Even if a rank has no valid class, fewer images than the others, or none."""
     expected = one_bank(range(ranks), range(len(worker.SIZES)))
     assert (expected[-1]["region_fill"] > 0).all()
     assert (expected[-1]["pixel_ptr"] != 0).any()
@@ -81,7 +81,7 @@ def test_every_rank_has_the_bank_of_one_process(runs, ranks):
 
 @both
 def test_regression_8_no_rank_overwrites_what_another_collected(runs, ranks):
-    """Rank r has no pixel of class r, yet its bank has; in the published implementation all had rank 0's bank."""
+    """Rank r has no pixel of class r, but its bank does; the published implementation gave all rank 0's bank."""
     first = [found[0] for found in results(runs[ranks], "steps", ranks)]
     for c in range(worker.CLASSES):
         offered = sum(2 for rank in range(ranks) if rank != c)  # every other image has the class
@@ -127,7 +127,7 @@ def test_ranks_stay_in_step_through_training(runs, ranks, name):
 
 @both
 def test_a_batch_may_have_any_size_on_any_rank_at_any_step(runs, ranks):
-    """Larger than any before on one of them, too, which the first exchange used to forbid."""
+    """Even larger than ever before on one rank, which the first exchange used to forbid."""
     bank = worker.make_bank()
     expected = []
     for step, sizes in enumerate(worker.GROWING):
@@ -157,7 +157,7 @@ def test_banks_that_differ_are_named_on_every_rank(runs, ranks):
 
 @both
 def test_a_rank_may_validate_alone_without_gradients(runs, ranks):
-    """Neither enqueued nor counted, so no other rank is waited for."""
+    """Such a call is neither enqueued nor counted, so it waits for no other rank."""
     for before, after in results(runs[ranks], "validating_alone", ranks):
         assert before["step"] == 0
         assert (before["bank.region_fill"] == 0).all()
@@ -175,7 +175,7 @@ def test_compiled_ranks_stay_in_step(runs, ranks):
 
 @both
 def test_what_the_first_rank_restored_and_ddp_sent_counts_on_every_rank(runs, ranks):
-    """The warm-up is over for all of them, or heads would get gradients of one half of the ranks."""
+    """The warm-up is over on all ranks; otherwise only some of them would contribute gradients to the heads."""
     first, *others = results(runs[ranks], "restored_by_broadcast", ranks)
     for found in (first, *others):
         assert found["step"] == 3
@@ -200,7 +200,7 @@ def test_fully_sharded_from_meta(runs, ranks):
 
 @both
 def test_readme_on_several_ranks(runs, ranks):
-    """Heads, banks and warm-up alike after every step; a NaN during the warm-up stays out of the loss."""
+    """Heads, banks and warm-up agree after every step; a NaN during the warm-up stays out of the loss."""
     found = results(runs[ranks], "readme", ranks)
     for losses, heads, criterion in found:
         assert all(equal(a, b) for a, b in zip(heads, found[0][1], strict=True))
@@ -232,7 +232,7 @@ def test_a_job_that_is_ended_and_begun_anew(tmp_path):
 
 @pytest.mark.parametrize(("missing", "step"), [(0, 2), (1, 2), (1, 0)])
 def test_a_rank_that_leaves_out_a_step_is_named(tmp_path, missing, step):
-    """Within seconds that the environment names; also at its first call, before ranks know each other."""
+    """Within the seconds set in the environment, and even at its first call, before ranks know each other."""
     code, output = run(2, tmp_path, f"leaves_out_a_step.{missing}.{step}")
     assert code != 0
     waiting = rf"rank {1 - missing} waits in its call {step + 1} of MemoryBank.enqueue"

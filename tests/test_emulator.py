@@ -1,7 +1,7 @@
 """The emulator of CUDA kernels, and the kernels that it runs.
 
-Its primitives must behave as the PTX manual says; it and the sanitizers must find the faults they are there to find,
-and none in the kernels that ship.
+Its primitives must behave as the PTX manual says. It and the sanitizers must find the faults they exist to find, and
+none in the kernels that ship.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def plain() -> Emulator:
 
 @pytest.fixture(scope="session", params=["emulator", "device"])
 def machine(request: pytest.FixtureRequest) -> Emulator:
-    """The emulator's properties have to hold on a GPU too."""
+    """The properties tested on the emulator have to hold on a GPU too."""
     if request.param == "emulator":
         return request.getfixturevalue("plain")
     if not torch.cuda.is_available():
@@ -133,7 +133,7 @@ def test_mma(machine, kind):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_sums_of_tensor_cores_are_cut_off(machine, monkeypatch, sign):
-    """So the emulator's other way of rounding is what a device does: towards zero, where 3/4 of a bit are over."""
+    """A device rounds as the emulator does when told to: towards zero, even with 3/4 of the last bit left over."""
     a, b = np.full((16, 16), sign * 1.5 * 2**-12, np.float32), np.full((16, 8), 2**-12, np.float32)
     a[:, 1:] = 0
     words = half_fragments(a.astype(np.float16).view(np.uint16), b.astype(np.float16).view(np.uint16))
@@ -238,7 +238,7 @@ def test_arithmetic(machine):
         exp2 = np.exp2(wide)
         halves = values.astype(np.float16).view(np.uint16)
         negative_halves = (-values).astype(np.float16).view(np.uint16)
-    assert (found[np.isfinite(values), 0] == 0).all()  # opposite products cancel
+    assert (found[np.isfinite(values), 0] == 0).all()  # two products of opposite sign cancel
     assert np.isnan(found[~np.isfinite(values), 0].view(np.float32)).all()
 
     approximate = found[:, 1].copy().view(np.float32)
@@ -359,7 +359,7 @@ def test_threads_of_the_host_take_turns(plain):
 
 @pytest.mark.slow
 def test_switching_by_the_system_works_too(tmp_path):
-    """The variant for processors other than x86-64."""
+    """The variant that switches by ucontext, for processors other than x86-64."""
     library = tmp_path / "primitives.so"
     command = [*build.compiler(), *build.FLAGS, "-DPXC_EMULATOR_UCONTEXT=1", "-O1", "-shared", "-o", library]
     sources = ["csrc/emulator/emulator.cpp", "-x", "c++", "csrc/emulator/primitives.cu"]
@@ -372,7 +372,7 @@ def test_switching_by_the_system_works_too(tmp_path):
         test_named_barriers(emulator)
 
 
-# (fault, what is said of it)
+# (fault, message)
 AT = r"at primitives\.cu:\d+"
 MISUSES = [
     (0, rf"thread 32: sync_block {AT}, while thread 0 is in sync_block {AT}"),
@@ -419,7 +419,7 @@ def test_misuse_is_an_error(plain, monkeypatch, fault, message):
         if schedule == "forward":
             assert "block (0, 0, 0)" in text, text
             assert re.search(message, text), text
-        test_named_barriers(plain)  # and life goes on
+        test_named_barriers(plain)  # the emulator still works
 
 
 @pytest.mark.parametrize(
@@ -501,10 +501,10 @@ def test_thread_sanitizer_sees_races_and_nothing_else():
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (7, "heap-buffer-overflow"),  # from one array of shared memory into the next
+        (7, "heap-buffer-overflow"),  # from one shared array into the next
         (9, "heap-buffer-overflow"),  # past the end of global memory
         (10, "signed integer overflow"),
-        (11, "heap-buffer-overflow"),  # by a copy
+        (11, "heap-buffer-overflow"),  # by an asynchronous copy
         (99, None),
     ],
 )
@@ -530,7 +530,7 @@ def recording(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("variant", build.VARIANTS)
 @pytest.mark.slow
 def test_kernels_pass_the_sanitizers_under_every_schedule(recording, variant):
-    """Bits depend on the schedule, if anything does; a sanitizer sees what is out of bounds or in no order in any."""
+    """No bit may depend on the schedule; a sanitizer sees bad accesses and races under any schedule."""
     folder = sanitized(variant, "_C")
     schedules = SCHEDULES if variant == "plain" else SANITIZED_SCHEDULES
     done = sanitize.run(variant, "tools.emulator.replay", folder, recording, *schedules)
@@ -541,6 +541,6 @@ def test_kernels_pass_the_sanitizers_under_every_schedule(recording, variant):
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants_still_fit_the_kernels(mutant):
-    """`make mutants` puts them to the test."""
+    """Each fault still applies to its kernel; `make mutants` runs them."""
     source = (build.ROOT / "csrc" / "cuda" / mutant.file).read_text()
     assert mutant.apply(source) != source

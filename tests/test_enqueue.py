@@ -32,7 +32,7 @@ def rows_of(rings):
     ("shape", "slots", "k"),
     [
         ((3, 7, 9, 11, 4), (5, 13), 3),  # wraps
-        ((2, 33, 5, 7, 3), (50, 90), 100),  # k beyond what there is
+        ((2, 33, 5, 7, 3), (50, 90), 100),  # k exceeds the number of pixels
         ((4, 3, 8, 8, 2), (3, 5), 6),  # more rows in a batch than a ring holds
         ((2, 18, 4, 4, 19), (1, 1), 1),
         ((2, 5, 6, 6, 3), (0, 7), 2),
@@ -40,7 +40,7 @@ def rows_of(rings):
         ((2, 5, 6, 6, 3), (0, 0), 2),
         ((2, 5, 6, 6, 3), (4, 7), 0),
         ((1, 3, 1, 1, 1), (2, 2), 4),
-        ((2, 16, 4, 16, 2), (9, 9), 4),  # whole groups of sixteen pixels
+        ((2, 16, 4, 16, 2), (9, 9), 4),  # complete groups of sixteen pixels
     ],
 )
 @pytest.mark.parametrize("priorities", [2, 2**31 - 1])  # many ties, hardly any
@@ -87,7 +87,7 @@ def test_without_normalisation_means_and_rows_stay_as_they_are(backend, poison, 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_large_image(backend, normalize, layout):
-    """More pixels than are summed in one go, in long runs of a class and in short ones."""
+    """More pixels than are summed at once, in long and in short runs of a class."""
     embeddings, labels, priority = draw(1, 3, 131, 257, 3, ignored=0.1)
     embeddings += torch.tensor([1.0, -2.0, 0.5])[:, None, None]
     labels[:, :60] = 1
@@ -98,15 +98,15 @@ def test_large_image(backend, normalize, layout):
 
 
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
-@pytest.mark.parametrize("shared", [100, 228])  # KB of a multiprocessor
+@pytest.mark.parametrize("shared", [100, 228])  # KB of shared memory on a multiprocessor
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset"])
 @pytest.mark.parametrize(
     ("channels", "height", "width"),
     [
-        (24, 24, 48),  # copied by 16 bytes, two chunks
-        (18, 22, 27),  # by 4
-        (19, 23, 17),  # by 4 in fp32, else one by one
+        (24, 24, 48),  # copied 16 bytes at a time, in two chunks
+        (18, 22, 27),  # 4 bytes at a time
+        (19, 23, 17),  # 4 bytes at a time in fp32, else element by element
         (300, 7, 12),  # strips of 32 to 128 pixels
         (1100, 9, 8),  # more channels than fit
     ],
@@ -124,7 +124,7 @@ def test_stages_of_every_kind(monkeypatch, poison, shared, dtype, layout, channe
 
 
 def test_many_classes_in_every_sixteen_pixels(backend):
-    """A class that comes and goes: its sum is picked up where it was left."""
+    """Classes come and go within a group, and each sum continues where it was left."""
     embeddings, labels, priority = draw(2, 5, 40, 33, 7, ignored=0.5)
     bank, rings = make_bank(7, 5, 4, 40, 5)
     bank.enqueue(embeddings, labels, priority=priority, backend=backend)
@@ -153,7 +153,7 @@ def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
     if ignore_index < 0 and not dtype.is_signed:
         ignore_index = 101
     embeddings, labels, priority = draw(2, 6, 7, 9, 5)
-    labels[labels == 255] = ignore_index  # 0 and 3 are classes otherwise: their pixels are then ignored too
+    labels[labels == 255] = ignore_index  # if that is 0 or 3, the pixels of that class are ignored too
     bank, rings = make_bank(5, 6, 3, 8, 3, ignore_index=ignore_index)
     bank.enqueue(embeddings, labels.to(dtype), priority=priority, backend=backend)
     rings.enqueue(embeddings, labels, priority, ignore_index)
@@ -191,7 +191,7 @@ def test_a_bad_pixel_without_a_class_harms_nothing(backend):
 
 
 def test_zero_rows_are_not_stored(backend):
-    """A class of zeros gives nothing; one of opposite vectors has pixels but no mean."""
+    """A class of zero vectors gives nothing; one of opposite vectors gives pixels, but no mean."""
     embeddings = torch.randn(1, 6, 2, 4)
     embeddings[:, :, 0, :2] = 0
     embeddings[:, :, 0, 3] = -embeddings[:, :, 0, 2]
@@ -208,7 +208,7 @@ def test_zero_rows_are_not_stored(backend):
 
 
 def test_refused_rows_leave_no_hole(backend):
-    """Rows that are not stored do not move the pointer, in the middle of a ring as well."""
+    """Rows that are not stored do not advance the pointer, even in the middle of a ring."""
     bank, rings = make_bank(1, 4, 3, 5, 3)
     for step in range(6):
         embeddings, labels, priority = draw(3, 4, 2, 3, 1, ignored=0.0)
@@ -231,7 +231,7 @@ def test_norms_do_not_overflow_in_half_precision(backend):
 
 def test_what_overflows_in_the_dtype_of_the_keys_is_not_stored(backend):
     embeddings = torch.ones(1, 4, 1, 4)
-    embeddings[0, 2, 0] = torch.tensor([1e5, 1.0, 6e4, 1e5])  # the largest of fp16 is 65504
+    embeddings[0, 2, 0] = torch.tensor([1e5, 1.0, 6e4, 1e5])  # the largest fp16 number is 65504
     labels = torch.tensor([[[0, 0, 1, 2]]])
     for dtype, regions, pixels in (
         (torch.float16, [1, 1, 0], [1, 1, 0]),
@@ -293,7 +293,7 @@ def test_seed_governs_the_choice(backend):
 
 
 def test_pixels_are_drawn_from_the_whole_class(backend):
-    """Over many draws every pixel of a class gets its turn, and none of another class does."""
+    """Over many draws, every pixel of the class is chosen and no pixel of another class is."""
     embeddings = torch.eye(16).view(1, 16, 4, 4).expand(10, 16, 4, 4)
     labels = (torch.arange(16) % 2).view(1, 4, 4).expand(10, 4, 4)
     bank, _ = make_bank(2, 16, 0, 200, 2)
@@ -322,7 +322,7 @@ def test_repeats_bit_for_bit_at_any_thread_count(layout):
 
 
 def before_a_wall(tensor):
-    """A copy whose last byte is followed by memory that nobody may touch: reading on ends the process."""
+    """A copy that ends at a protected page: reading past its last byte kills the process."""
     size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
     end = (size + page - 1) // page * page
     memory = mmap.mmap(-1, end + page)
@@ -363,7 +363,7 @@ def test_no_gradient_reaches_the_bank(backend):
 
 
 def test_collected_rows_have_a_fixed_shape(backend, poison):
-    """The rows that ranks exchange: a region and k pixels per class and image; -1 and zeros where there is none."""
+    """The rows that ranks exchange: a region and k pixels per class and image, or label -1 and zeros."""
     embeddings, labels, priority = draw(2, 5, 4, 4, 3)
     labels[1][labels[1] == 2] = 255
     rows, row_labels = enqueue.collect(

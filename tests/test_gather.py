@@ -41,7 +41,7 @@ def test_rows_and_gradient(backend, poison, shape, layout, dtype, normalize):
     scale = expected.abs().max().item()
     torch.testing.assert_close(rows.double(), expected, rtol=0, atol=scale * TOLERANCE[dtype])
     scale = exact.grad.abs().max().item()
-    # a sum of rows that is rounded at every step
+    # A sum of rows, rounded at every step.
     torch.testing.assert_close(
         embeddings.grad.double(), exact.grad, rtol=0, atol=scale * 4 * TOLERANCE[dtype] + 1e-6
     )
@@ -65,7 +65,7 @@ def test_rows_of_another_dtype(backend, dtype, rows_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_many_repeats_add_up_in_float32(backend, dtype):
-    """4096 ones are 4096; in bf16 they would stick at 256."""
+    """4096 ones add up to 4096; a bf16 sum would stop at 256."""
     embeddings = torch.randn(1, 3, 2, 2).to(dtype).requires_grad_()
     indices = torch.zeros(4096, dtype=torch.int64)
     gather_embeddings(embeddings, indices, normalize=False, backend=backend).sum().backward()
@@ -75,7 +75,7 @@ def test_many_repeats_add_up_in_float32(backend, dtype):
 
 @pytest.mark.parametrize("rows", [1024, 1025, 5000])
 def test_rows_of_a_pixel_add_up_in_their_order(backend, poison, rows):
-    """They are sorted by tiles of 1024; a sum in another order has other bits."""
+    """Rows are sorted in tiles of 1024; a sum in any other order would have other bits."""
     embeddings = torch.randn(2, 3, 9, 20).requires_grad_()
     indices = torch.randint(0, 360, (rows,))
     weights = torch.randn(rows, 3) * 10.0 ** torch.randint(-3, 4, (rows, 1))

@@ -1,4 +1,4 @@
-"""The run on a GPU, rehearsed without one, where nothing is installed but what such a machine has."""
+"""The run on a GPU, rehearsed without one and with only the packages that such a machine has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTALLED_THERE = ("torch", "triton", "numpy", "pytest", "pybind11", "setuptools
 
 
 def closure(names: tuple[str, ...]) -> set[str]:
-    """The distributions named, and those that they require."""
+    """The named distributions and all that they require."""
     found: set[str] = set()
     pending = list(names)
     while pending:
@@ -38,7 +38,7 @@ def closure(names: tuple[str, ...]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory) -> Path:
-    """A Python that imports those distributions and what they require: links to the ones that are installed here."""
+    """A Python with only these distributions and what they require, as links to those installed here."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -46,7 +46,7 @@ def bare_python(tmp_path_factory) -> Path:
         files = distribution(name).files or []
         for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
             link = site / top
-            if not link.exists():  # the folder nvidia/ is shared by many
+            if not link.exists():  # many share the folder nvidia/
                 link.symlink_to(distribution(name).locate_file(top))
     return folder / "bin" / "python"
 
@@ -71,7 +71,7 @@ def report_of(out: Path) -> str:
 
 
 def rows_of(report: str) -> dict[str, list[str]]:
-    """State, passed, failed, skipped by step."""
+    """State and numbers of passed, failed and skipped tests, by step."""
     lines = [
         line.split(" | ") for line in report.splitlines() if line.startswith("| ") and "step |" not in line
     ]
@@ -138,7 +138,7 @@ def test_a_budget_leaves_out_what_no_longer_fits(tmp_path, capsys):
     log = tmp_path / "00-long.log"
 
     class Slow(Run):
-        """Whose budget is almost spent as soon as the first step is on its way."""
+        """A run whose budget is almost spent as soon as the first step is running."""
 
         def left(self) -> float:
             if not log.exists():

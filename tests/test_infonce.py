@@ -1,6 +1,6 @@
 """`infonce`: the definition in loops, empty sets, memory and layouts, bad input, and what must not leak into a row.
 
-Its accuracy is tested in `test_infonce_accuracy.py`, its CPU kernels in `test_infonce_cpu.py`, those of CUDA in
+Its accuracy is tested in `test_infonce_accuracy.py`, its CPU kernels in `test_infonce_cpu.py`, and its CUDA kernels in
 `test_infonce_tiles.py`.
 """
 
@@ -151,7 +151,7 @@ def test_nan_propagates(backend):
 
 @pytest.mark.parametrize("num_keys", [1, 17, 33, 65, 97, 513])
 def test_nan_propagates_from_the_last_negative(backend, num_keys):
-    """Alone in its tile: a maximum that passes over NaN finds no negative there."""
+    """A NaN alone in its tile: a maximum that ignores NaN would find no negative there."""
     anchors, anchor_labels, keys, key_labels = draw_rows(30, num_keys + 1, 16, 5, unlabelled=0.0)
     anchor_labels[:], key_labels[:], key_labels[-1] = 0, 0, 1
     keys[-1] = math.nan
@@ -163,7 +163,7 @@ def test_nan_propagates_from_the_last_negative(backend, num_keys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("labels", [[1, 1, 2], [0, 0, 1], [1, 1, 2, -1], [0, 0, 1, -1]])
 def test_in_batch_padding_has_no_part_in_steep_gradients(backend, dtype, labels):
-    """All negatives are far below 0, so what has a score of 0 for want of a label is far above them all."""
+    """All negatives score far below 0, so padding that scores 0 because it has no label would be far above them."""
     angles = torch.tensor([0.0, 2.1, 4.2, 0.0])[: len(labels)]
     anchors = (8 * torch.stack([angles.cos(), angles.sin()], 1)).to(dtype).requires_grad_()
     labels = torch.tensor(labels)
@@ -236,7 +236,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(backend, monkeypatch):
 
 
 def test_nothing_saved_aliases_the_keys(backend):
-    """A bank is overwritten between forward and backward."""
+    """A training step overwrites the bank between forward and backward."""
     anchors, anchor_labels, keys, key_labels = draw_rows(50, 200, 8, 4)
     gradients = []
     for overwrite in (False, True):
@@ -304,7 +304,7 @@ def test_labels_beyond_int32_do_not_wrap(backend):
     with pytest.raises(ValueError, match="key_labels must fit int32, got 4294967296"):
         infonce(_ROWS, _LABELS, _ROWS.clone(), huge, temperature=0.1, backend=backend)
     negative = infonce(_ROWS, _LABELS, _ROWS.clone(), huge - 2**33, temperature=0.1, backend=backend)
-    assert negative == 0  # far below 0 is not a class either
+    assert negative == 0  # a label far below 0 is not a class either
 
 
 def test_double_needs_the_reference():

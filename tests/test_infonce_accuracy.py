@@ -16,7 +16,7 @@ from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_log_sum_exp_of_fewer_keys(backend, dtype):
-    """One that is 3.9 lower makes weights of the keys' gradient 49 times as large: fp16 ones overflowed."""
+    """A log-sum-exp 3.9 lower makes the weights of the keys' gradient 49 times larger: in fp16 they overflowed."""
     anchors, anchor_labels, keys, key_labels = draw_rows(70, 150, 33, 3, dtype=dtype)
     labels = anchor_labels.int(), key_labels.int()
     _, lse, weight, count, _ = torch.ops.pixcontrast.infonce_forward(
@@ -59,7 +59,7 @@ def test_fp32_accuracy(backend, poison, shape, exclude_self, order):
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("distance", [0.3, 0.1])
 def test_fp32_gradients_where_the_losses_are_small(gpu_backend, poison, distance, in_batch):
-    """Of classes that have been learnt, with losses down to 1e-5: weights as small keep their digits."""
+    """Well-learnt classes have losses down to 1e-5, and weights as small must keep their digits."""
     centres, labels = F.normalize(torch.randn(10, 64), dim=1), torch.arange(40) % 10
     both = [
         F.normalize(centres[labels] + distance * F.normalize(torch.randn(40, 64), dim=1), dim=1)
@@ -88,8 +88,8 @@ def test_fp32_gradients_where_the_losses_are_small(gpu_backend, poison, distance
 def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):
     """Against fp64 on the same rounded inputs.
 
-    Only the gradient's last rounding, to the input's dtype, may show, and, where products are made in half precision,
-    the rounding of the weights of its sum.
+    Two errors are allowed: the gradient's last rounding, to the input's dtype, and the rounding of the weights where
+    products are made in half precision.
     """
     inputs = draw_rows(300, 999, 65, 7, order=order, dtype=dtype)
     found, expected = run(inputs, backend), exact(inputs)
@@ -116,14 +116,14 @@ def test_gradient_before_rounding(backend, dtype):
 @pytest.mark.parametrize("temperature", [1e-3, 0.07, 1.0, 50.0])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_extreme_logits(backend, temperature, scale):
-    """Logits up to 1e6 with embeddings far from unit norm: no overflow, no lost digits beyond fp32's."""
+    """Logits up to 1e6, from embeddings far from unit norm: no overflow, and no error beyond that of fp32."""
     anchors, anchor_labels, keys, key_labels = draw_rows(40, 300, 24, 3)
     inputs = (anchors * scale, anchor_labels, keys * scale, key_labels)
     found, expected = run(inputs, backend, temperature=temperature), exact(inputs, temperature=temperature)
     logit = scale * scale / temperature
     assert all(x.isfinite().all() for x in found)
     assert error(found[0], expected[0]) <= 1e-6
-    # the rounding of a logit is the relative error of its exponential
+    # The rounding error of a logit is the relative error of its exponential.
     assert error(found[1], expected[1]) <= 2e-6 + 1e-6 * logit
     assert error(found[2], expected[2]) <= 2e-6 + 1e-6 * logit
 
@@ -159,7 +159,7 @@ def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
-    """Where it allows TF32, rounded to nearest."""
+    """Tensor cores get operands rounded to nearest TF32 where the setting allows it; all else keeps fp32."""
     inputs = draw_rows(300, 1000, 64, 5)
     expected, before = exact(inputs), torch.get_float32_matmul_precision()
     try:
@@ -178,7 +178,7 @@ def test_matmul_precision_reaches_tensor_cores_only(backend, precision):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
-    """PyTorch has an old and a new setting, and refuses to read the old one after a write to the new."""
+    """PyTorch has an old and a new setting, and refuses to read the old one after the new one was written."""
     inputs, setting = draw_rows(100, 400, 64, 5, dtype=dtype), torch.backends.cuda.matmul
     exactly, before = run(inputs, gpu_backend), setting.fp32_precision
     try:

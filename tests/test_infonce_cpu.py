@@ -1,4 +1,4 @@
-"""The CPU kernels of `infonce`: every instruction set, products of their own, threads, tiles of keys."""
+"""The CPU kernels of `infonce`: every instruction set, the fused forward, threads, tiles of keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_instruction_set(instruction_set, poison, shape):
             assert error(found[index], expected[index]) <= bar
 
 
-# Blocks of the fused kernels hold 12 anchors, panels 32 keys or channels, words 2 channels of bf16.
+# In the fused kernels a block has 12 anchors, a panel 32 keys or channels, a word 2 channels of bf16.
 FUSED_SHAPES = [
     (1, 1, 3, 2), (5, 7, 31, 3), (13, 33, 33, 2), (100, 1000, 257, 5), (1030, 600, 48, 19), (60, 2500, 2, 7)
 ]  # fmt: skip
@@ -34,7 +34,7 @@ FUSED_SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", FUSED_SHAPES)
 def test_own_products_of_every_instruction_set(instruction_set, poison, shape, dtype):
-    """Ragged in every dimension; rows without a label hold NaN, which no masked lane may pick up."""
+    """Ragged in every dimension. Rows without a label hold NaN, which must not leak through a masked lane."""
     for order, temperature, exclude_self in ((BANK, 0.07, False), (RANDOM, 1.0, True), (BLOCKS, 0.1, True)):
         inputs = draw_rows(*shape, order=order, dtype=dtype)
         anchors, anchor_labels, keys, key_labels = inputs
@@ -49,7 +49,7 @@ def test_own_products_of_every_instruction_set(instruction_set, poison, shape, d
 
 
 def test_rounded_weights_keep_what_keys_have_in_common():
-    """Embeddings before training all point one way; the gradient is what is left when that cancels."""
+    """Before training all embeddings point one way; the gradient is what remains once that direction cancels."""
     anchors, keys = (
         F.normalize(torch.randn(n, 64) + 10 * torch.ones(64), dim=1).bfloat16() for n in (60, 700)
     )
@@ -59,7 +59,7 @@ def test_rounded_weights_keep_what_keys_have_in_common():
 
 
 def test_digits_do_not_fade_with_the_number_of_keys(instruction_set):
-    """Keys of a class share a direction, so their sum grows: one chain of additions was off by 3e-6 here."""
+    """Keys of a class share a direction, so their sum grows; one chain of additions had an error of 3e-6 here."""
     anchor_labels, key_labels = torch.arange(12) // 4, torch.arange(150_000) // 50_000
     centres = torch.randn(3, 32)
     anchors, keys = (
@@ -93,7 +93,7 @@ def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_own_products_hide_nothing(instruction_set, dtype, value):
-    """A key that is not finite, first and last of the panels and tiles."""
+    """A non-finite key in the first and last places of panels and tiles must show in the loss."""
     for at in (0, 31, 32, 511, 512, 1029):
         anchors, anchor_labels, keys, key_labels = draw_rows(30, 1030, 16, 5, dtype=dtype, unlabelled=0.0)
         keys[at, 15] = value
@@ -132,7 +132,7 @@ def test_own_loops_do_not_depend_on_threads():
 
 @pytest.mark.slow
 def test_more_than_2_31_products():
-    """A x K beyond 2^31, and K x D beyond it, on memory that is shared by all rows."""
+    """Cuts so many keys into tiles that K x D exceeds 2^31."""
     keys = torch.zeros(1, 4).expand(2**29 + 5, 4)  # contiguous copies of it would take 8 GiB
     labels = torch.zeros(1, dtype=torch.int32).expand(2**29 + 5)
     assert keys.numel() > 2**31

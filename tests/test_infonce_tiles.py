@@ -1,4 +1,4 @@
-"""The CUDA kernels of `infonce`: tiles of every width and device, splits of the keys, and fp32 rows that are hard."""
+"""The CUDA kernels of `infonce`: tiles of every width and device, splits of the keys, and difficult fp32 rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.inputs import BANK, BLOCKS, draw_rows
     [(torch.bfloat16, "highest", 1_000_000, 1e-4), (torch.float32, "high", 300_000, 2.5e-4)],
 )
 def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype, precision, num_keys, bar):
-    """As 16,384 anchors share out the walk on an H100; a single block would fall short by 6e-4 and 4e-4."""
+    """With the splits of 16,384 anchors on an H100; a single block would fall short by 6e-4 and 4e-4."""
     monkeypatch.setenv("PXC_EMULATOR_SUMS", "truncated")
     shares = splits.choose
     monkeypatch.setattr(
@@ -50,7 +50,7 @@ def test_sums_that_are_cut_off_do_not_add_up_over_a_long_walk(monkeypatch, dtype
 @pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cuda out")
 @pytest.mark.parametrize("count", [31, 32, 47, 128])
 def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, count):
-    """The finish has a team of threads for 16 splits each, 8 at most; 257 channels are more than a team's at a time."""
+    """The finish has up to 8 teams of threads, one per 16 splits; 257 channels are more than a team adds at once."""
     monkeypatch.setattr(splits, "choose", lambda rows, columns, *_: min(count, columns))
     inputs = draw_rows(3, 9000, 257, 2, unlabelled=0)
     inputs[1][-1] = -1
@@ -61,11 +61,11 @@ def test_teams_share_the_splits_of_an_anchor(poison, monkeypatch, count):
 
 
 def rows_of_kind(kind: str, a: int, k: int, d: int, classes: int):
-    """fp32 rows that products find hard in different ways, and the temperature that goes with their lengths."""
+    """fp32 rows that are difficult in different ways, and a temperature that suits their lengths."""
     anchors, anchor_labels, keys, key_labels = draw_rows(a, k, d, classes)
     scale = 1.0
     if kind == "clustered":
-        centres = F.normalize(torch.randn(classes + 1, d), dim=1)  # the last is of those without a label
+        centres = F.normalize(torch.randn(classes + 1, d), dim=1)  # the last is for rows without a label
         anchors = F.normalize(centres[anchor_labels] + 0.3 * anchors, dim=1)
         keys = F.normalize(centres[key_labels] + 0.3 * keys, dim=1)
     elif kind == "near-identical":
@@ -85,13 +85,13 @@ KINDS_OF_ROWS = ["random", "clustered", "near-identical", "badly scaled", "one c
 @pytest.mark.parametrize("sums", ["nearest", "truncated"])
 @pytest.mark.parametrize("kind", KINDS_OF_ROWS)
 def test_fp32_accuracy_of_all_kinds_of_rows(cuda_backend, poison, monkeypatch, kind, sums):
-    """To the bars of all fp32, or, where the rows let nothing in fp32 be as exact, to what plain fp32 makes of them."""
+    """The error meets the usual fp32 bars, or that of plain fp32 where the rows allow no fp32 result to meet them."""
     monkeypatch.setenv("PXC_EMULATOR_SUMS", sums)
     inputs, temperature = rows_of_kind(kind, 150, 1200, 200, 5)
     settings = dict(temperature=temperature, exclude_self=False, weights=torch.randn(150))
     found, expected = run(inputs, cuda_backend, **settings), exact(inputs, **settings)
     plain = run(inputs, "reference", **settings)
-    # Clusters leave losses of 4e-3, of which the last digit of a score of 14 is a part of 1e-6.
+    # Clusters leave losses of 4e-3, so the last bit of a score of 14 is a relative error of 1e-6.
     for index, bar in enumerate((2e-6 if kind == "clustered" else 1e-6, 2e-6, 2e-6)):
         assert error(found[index], expected[index]) <= max(bar, error(plain[index], expected[index]))
 
@@ -102,13 +102,13 @@ def test_fp32_accuracy_of_all_kinds_of_rows(cuda_backend, poison, monkeypatch, k
     [(0, 0), (6, 0), (7, 0), (-8, 0), (-9, -9), (0, -60), (-100, 0), (90, -30), (90, 30), (-140, 60)],
 )
 def test_fp32_rows_of_any_length(cuda_backend, poison, precision, of_anchors, of_keys):
-    """A power of two on either side changes nothing but the temperature and the unit of the gradient."""
+    """A power of two on either side changes only the temperature and the scale of the gradient."""
     anchors, anchor_labels, keys, key_labels = draw_rows(40, 90, 33, 3)
-    anchors[:, 0] = 1.0  # the largest, so that the power of two is known
+    anchors[:, 0] = 1.0  # the largest value, so the power of two is known
     expected = exact((anchors, anchor_labels, keys, key_labels), temperature=0.5, exclude_self=False)
     scales = math.ldexp(1.0, of_anchors), math.ldexp(1.0, of_keys)
     inputs = ((anchors.double() * scales[0]).float(), anchor_labels, keys * scales[1], key_labels)
-    if of_anchors < -126:  # subnormal numbers have lost digits already
+    if of_anchors < -126:  # subnormal inputs have already lost digits
         expected = exact(inputs, temperature=0.5 * scales[0] * scales[1], exclude_self=False)
     before = torch.get_float32_matmul_precision()
     try:
@@ -120,14 +120,14 @@ def test_fp32_rows_of_any_length(cuda_backend, poison, precision, of_anchors, of
     finally:
         torch.set_float32_matmul_precision(before)
     assert error(loss, expected[0]) <= (1e-6 if precision == "highest" else 1e-4)
-    if of_anchors >= -126:  # else fp32 does not hold it
+    if of_anchors >= -126:  # below that fp32 cannot hold it
         assert error(grad.double() * scales[0], expected[1]) <= (2e-6 if precision == "highest" else 1e-3)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 3e38])
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_what_is_not_finite_stays_in_its_class_and_row(cuda_backend, poison, precision, bad):
-    """A bad row with an ignored label changes nothing; with another label, no loss is mistaken for a finite one."""
+    """A bad row with an ignored label changes nothing; with any other label it never gives a finite, wrong loss."""
     inputs = draw_rows(40, 90, 33, 3, unlabelled=0)
     before = torch.get_float32_matmul_precision()
     try:
@@ -194,9 +194,9 @@ def test_both_passes_know_labels_by_the_same_pieces(monkeypatch, shared):
 def test_tiles_of_every_width_and_device(
     monkeypatch, poison, dtype, channels, shared, num_anchors, tile_of_negatives, order
 ):
-    """Pieces of a tile that are of one class, of several, without any label, and past the last key."""
+    """Tiles with pieces of one class, of several, without any label, and past the last key."""
     monkeypatch.setenv("PXC_EMULATOR_SHARED", str(shared))
-    # It is cached for one device; and one block at a time walks over several tiles.
+    # Uncached, because the device changes; and with one block, which then walks over several tiles.
     monkeypatch.setattr(cuda, "_cut", lambda *how, cut=cuda._cut.__wrapped__: (cut(*how)[0], 1))
     code = native.DTYPE_CODES[dtype]
     if not ON_DEVICE:
@@ -215,7 +215,7 @@ def test_tiles_of_every_width_and_device(
             *inputs, 0.1, other is anchors, True, "cuda"
         )
         expected, expected_grad, _ = exact(clean, exclude_self=other is anchors)
-        if other is anchors:  # of the anchors as anchors only
+        if other is anchors:  # the forward's gradient is that of the anchors as anchors only
             leaf = clean[0].double().requires_grad_()
             terms, _ = reference.infonce_per_anchor(leaf, clean[1], clean[2].double(), clean[3], 0.1, True)
             (expected_grad,) = torch.autograd.grad(terms.sum(), leaf)

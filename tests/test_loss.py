@@ -26,7 +26,7 @@ from tests.support.losses import bank_of, batch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_nearest_is_the_rule_of_interpolate(dtype):
-    """Many pairs of sizes, among them those where the exact quotient would round another way than torch's fp32."""
+    """Many pairs of sizes, including those where the exact quotient would round differently from torch's fp32."""
     sizes = [(a, b) for a in range(1, 71) for b in range(1, 71)] + [
         (1023, 257),
         (4099, 777),
@@ -99,7 +99,7 @@ def test_base_temperature_scales(quick_backend):
 def test_enqueues_after_the_loss_and_in_training_only(quick_backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastLoss(4, min_pixels=1, bank=bank_of(), backend=quick_backend)
-    # With an empty bank: the batch is not contrasted with itself.
+    # The bank is still empty, and the batch is not contrasted with itself.
     assert criterion(embeddings, labels, logits) == 0
     filled = criterion.bank.region_fill.clone()
     assert (filled == 2).all()
@@ -170,7 +170,7 @@ def test_nan_propagates_into_the_loss_and_not_into_the_bank(backend):
 
 
 def test_unnormalised_maps_of_any_scale(backend):
-    """Normalised inside: a scale of the map does not change the loss."""
+    """The loss normalises the map, so scaling the map does not change it."""
     embeddings, labels, logits = batch()
     losses = []
     for scale in (1.0, 1e-6, 1e6):
@@ -321,7 +321,7 @@ INTEGERS = [
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("num_classes", [256, 128])
 def test_any_integer_labels_that_hold_the_classes(dtype, num_classes):
-    """Also where the number of classes itself is beyond the dtype."""
+    """Even if the dtype cannot hold the number of classes itself."""
     embeddings, labels, _ = batch(ignored=0.0)
     predictions = torch.zeros_like(labels)
     criterion = PixelContrastLoss(num_classes, min_pixels=1, ignore_index=-100)
@@ -362,7 +362,7 @@ def test_projection_head_bad_settings():
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cpu", "reference"])
 def test_without_weight_no_backend_is_asked(monkeypatch, backend):
-    """Nothing is contrasted, and without a bank nothing enqueued."""
+    """Nothing is contrasted and, without a bank, nothing is enqueued."""
     monkeypatch.setattr(devices, "gpu", devices.Gpu())
     embeddings, labels = torch.randn(2, 4, 5, 5, requires_grad=True), torch.zeros(2, 5, 5, dtype=torch.int64)
     loss = PixelContrastLoss(3, weight=0, backend=backend)(embeddings, labels, labels)
@@ -375,7 +375,7 @@ def test_without_weight_no_backend_is_asked(monkeypatch, backend):
 
 
 def test_rows_too_wide_to_contrast_leave_the_rest_to_the_first_backend(monkeypatch):
-    """Sampling, gather and bank are served as ever where only InfoNCE has to fall back."""
+    """If only InfoNCE has to fall back, sampling, gather and bank keep the first backend."""
     asked = []
     resolve = backends.resolve
     monkeypatch.setattr(

@@ -68,7 +68,7 @@ def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(quick_back
         4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=quick_backend
     )
     criterion(logits, embeddings, labels)
-    torch.testing.assert_close(criterion.eval()(logits, embeddings, labels), entropy)  # validated as trained
+    torch.testing.assert_close(criterion.eval()(logits, embeddings, labels), entropy)  # as in training
     resumed = PixelContrastCrossEntropyLoss(
         4, warmup_steps=2, min_pixels=1, bank=bank_of(), backend=quick_backend
     )
@@ -149,7 +149,7 @@ def test_bad_settings_of_the_sum(settings, message):
 
 @pytest.mark.parametrize("value", [4, -1, 300])
 def test_bad_label_is_named_even_where_no_embedding_is(backend, value):
-    """At full resolution, between the pixels that the embeddings pick."""
+    """The bad label is at full resolution, between the pixels that the embeddings pick."""
     embeddings, labels, logits = batch(labels_size=(28, 18), ignored=0.0)
     labels[1, 3, 5] = value
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_weight_may_be_changed_within_its_limits():
 
 
 def test_both_losses_have_the_same_options():
-    """Spelt out, so that a misspelt one is found by a type checker, and named by the class that was called."""
+    """They are spelt out, so that a type checker finds a misspelt one and the error names the class called."""
     contrast, both = (
         inspect.signature(loss).parameters for loss in (PixelContrastLoss, PixelContrastCrossEntropyLoss)
     )

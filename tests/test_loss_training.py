@@ -18,7 +18,7 @@ from tests.support.losses import bank_of, batch
 
 @pytest.mark.parametrize("training", [True, False])
 def test_warming_up_leaves_no_trace(quick_backend, training):
-    """It takes a step; bank, warm-up, modes, random numbers and the caller's tensors do not show it."""
+    """It takes a step, but leaves bank, warm-up, modes, random numbers and the caller's tensors unchanged."""
     bank = MemoryBank(3, 5, region_slots=4, pixel_slots=9, process_group=None)
     generator = torch.Generator().manual_seed(3)
     settings = dict(warmup_steps=2, bank=bank, generator=generator, backend=quick_backend)
@@ -48,7 +48,7 @@ def test_warming_up_leaves_no_trace(quick_backend, training):
 
 @pytest.mark.parametrize("left_out", [dict(warmup_steps=2), dict(weight=0.0)])
 def test_what_is_left_out_gives_a_gradient_of_zero_and_lets_no_nan_through(quick_backend, left_out):
-    """DistributedDataParallel demands one for every weight of the head, in every step."""
+    """DistributedDataParallel demands a gradient for every weight of the head in every step."""
     embeddings, labels, logits = batch(ignored=0.0)
     with torch.no_grad():
         embeddings[:, 0] = math.nan
@@ -78,7 +78,7 @@ def test_weight_and_warm_up_serve_any_segmentation_loss(quick_backend):
 
 
 def test_validation_without_gradients_changes_nothing(quick_backend):
-    """Whether or not somebody calls eval(): a loss function has no mode in most trainers' mind."""
+    """Even without eval(), since most trainers do not think of a loss function as having a mode."""
     embeddings, labels, logits = batch()
     criterion = PixelContrastCrossEntropyLoss(
         4, warmup_steps=5, min_pixels=1, bank=bank_of(), backend=quick_backend
@@ -95,7 +95,7 @@ def test_validation_without_gradients_changes_nothing(quick_backend):
 
 
 def test_warm_up_counts_calls_that_train():
-    """With gradient accumulation each micro-batch is one; the docstring says so."""
+    """With gradient accumulation each micro-batch counts as one, as the docstring says."""
     embeddings, labels, logits = batch()
     criterion = PixelContrastLoss(4, warmup_steps=3, min_pixels=1)
     parameter = torch.nn.Parameter(torch.ones(()))
@@ -155,7 +155,7 @@ def test_activation_checkpointing_is_right_or_refused(quick_backend, reentrant):
 
 @pytest.fixture
 def few_batches(monkeypatch):
-    """Are looked at, so that an interpreter gets to the end."""
+    """The watch ends after few batches, so that an interpreter reaches its end."""
     monkeypatch.setattr(watch, "BATCHES", 4)
     monkeypatch.setattr(watch, "OCCURS", 3)
 
@@ -166,7 +166,7 @@ def test_a_class_that_never_yields_an_anchor_is_named_once(quick_backend, few_ba
     labels[:, 4:] = 1
     labels[0, 0, :3] = 2  # three pixels in every batch
     criterion = PixelContrastLoss(4, min_pixels=4, warmup_steps=99, backend=quick_backend)
-    with torch.inference_mode():  # validation is not looked at
+    with torch.inference_mode():  # the watch ignores validation
         for _ in range(5):
             criterion(embeddings, labels, labels)
 
@@ -194,7 +194,7 @@ def test_a_class_that_yields_anchors_is_not_named(quick_backend, few_batches):
 
 
 def test_small_model_learns_to_separate_classes():
-    """Convergence: embeddings of one class end up closer to each other than to those of others."""
+    """Convergence: embeddings of one class end up closer to each other than to those of other classes."""
     scene = torch.randint(0, 3, (4, 16, 16))
     image = F.one_hot(scene, 3).permute(0, 3, 1, 2).float() + 0.5 * torch.randn(4, 3, 16, 16)
     head = ProjectionHead(3, 8)
@@ -207,7 +207,7 @@ def test_small_model_learns_to_separate_classes():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] == 0  # an empty bank
+    assert losses[0] == 0  # the bank is empty
     assert sum(losses[-5:]) < 0.8 * sum(losses[1:6])
     rows = F.normalize(head(image).permute(0, 2, 3, 1).reshape(-1, 8), dim=1)
     similarity, same = rows @ rows.T, scene.view(-1, 1) == scene.view(1, -1)

@@ -1,8 +1,8 @@
 """`torch.ops.pixcontrast.*` called with any arguments: an error or a right result, on every backend.
 
-An error is a ValueError, a TypeError or a RuntimeError. All else fails the test, above all a result where sizes do not
-fit. A tensor that is too small has no more memory than it says, so that AddressSanitizer sees a read past its end
-(test_sanitizers.py).
+An error is a ValueError, a TypeError or a RuntimeError. Anything else fails the test, above all a result for sizes that
+do not fit. A tensor that is too small owns no more memory than its size, so that AddressSanitizer sees a read past its
+end (test_sanitizers.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def written(op: str) -> list[str]:
 
 
 def valid(op: str, backend: str) -> Arguments:
-    """Arguments by name, the written ones new."""
+    """Arguments by name, with fresh copies of those the op writes."""
     values = (v.clone() if isinstance(v, Tensor) else v for v in valid_cases("reference")[op])
     return dict(zip([a.name for a in schema_of(op)], values, strict=True)) | {"backend": backend}
 
@@ -70,7 +70,7 @@ def run(op: str, arguments: Arguments) -> list[Tensor]:
 
 
 def assert_refused(op: str, arguments: Arguments, *wanted: str) -> None:
-    """The op says what is `wanted`, and has written nothing."""
+    """The op's error contains the `wanted` texts, and the op has written nothing."""
     before = {name: arguments[name].clone() for name in written(op) if isinstance(arguments[name], Tensor)}
     with pytest.raises(ERRORS) as caught:
         run(op, arguments)
@@ -88,12 +88,12 @@ def outcome(op: str, arguments: Arguments) -> list[Tensor] | Exception:
 
 
 def assert_error_or_right(op: str, arguments: Arguments) -> bool:
-    """Whether there is a result; it is that of the reference then."""
+    """Whether there is a result, which must then be that of the reference."""
     found = outcome(op, arguments)
     if isinstance(found, Exception):
         return False
     expected = outcome(op, arguments | {"backend": "reference"})
-    if isinstance(expected, Exception):  # on the CPU it looks at labels and indices
+    if isinstance(expected, Exception):  # on the CPU it checks labels and indices
         assert arguments["backend"] in GPU_BACKENDS, expected
         assert "expected 0 <=" in str(expected), expected
         return True
@@ -106,7 +106,7 @@ def assert_error_or_right(op: str, arguments: Arguments) -> bool:
 
 
 def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """Cut off or repeated along a dimension, in memory of its own."""
+    """The tensor cut off or repeated along a dimension, in memory of its own."""
     index = torch.arange(size) % max(tensor.shape[dim], 1)
     return tensor.index_select(dim, index)
 
@@ -125,7 +125,7 @@ def misshapen(op: str, name: str, tensor: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize(("op", "name"), arguments_of("Tensor"))
 def test_a_shape_that_does_not_fit_is_refused(backend, op, name):
-    """By the fake as well, and on the meta device."""
+    """The fake refuses it as well, and so does the meta device."""
     arguments = valid(op, backend)
     assert misshapen(op, name, arguments[name])
     for tensor in misshapen(op, name, arguments[name]):
@@ -148,7 +148,7 @@ def test_the_message_names_op_argument_and_shapes():
 
 
 def with_size(op: str, arguments: Arguments, letter: str, size: int) -> Arguments:
-    """A size changes wherever it stands."""
+    """The arguments with one size changed wherever it occurs."""
     changed = dict(arguments)
     for name, sizes in SIZES[op].items():
         if letter in sizes:
@@ -197,13 +197,13 @@ def test_any_dtype_of_all_rows(backend, op, dtype):
 
 
 def offset(tensor: Tensor) -> Tensor:
-    """Between numbers that nobody may use or change."""
+    """A copy between numbers that nobody may use or change."""
     junk = torch.full((3,), 77).to(tensor.dtype)
     return torch.cat([junk, tensor.flatten(), junk])[3:-3].view(tensor.shape)
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """Every other element of each row of the memory, last dimension first."""
+    """A copy in every other element of memory, with the dimensions in reverse order."""
     flipped = tensor.permute(*reversed(range(tensor.dim())))
     wide = torch.stack([flipped, torch.full_like(flipped, 77)], dim=-1)
     return wide[..., 0].permute(*reversed(range(tensor.dim())))
@@ -214,7 +214,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": strided,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "negative": lambda t: torch._neg_view(-t),
-    "expanded": lambda t: t[:1].clone().expand(t.shape),  # of other values than the case has, and so the next
+    "expanded": lambda t: t[:1].clone().expand(t.shape),  # not the values of the case, and so the next
     "zero": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
 }
 
@@ -227,7 +227,7 @@ def results_of_the_case(op: str, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "name"), arguments_of("Tensor"))
 def test_any_layout(backend, op, name, layout):
-    """The bits of a plain tensor's result, except for sums over a map; only tensors that are written may be refused."""
+    """The same bits as for a plain tensor, except for sums over a map; only written tensors may be refused."""
     arguments = valid(op, backend)
     tensor = arguments[name]
     if layout == "channels_last" and tensor.dim() != 4:
@@ -327,7 +327,7 @@ def test_any_dtype_of_the_rows_wanted(backend, op, name):
 @pytest.mark.parametrize("size", [(2**16, 2**16), (2, 2**31), (2**59, 1)])
 @pytest.mark.parametrize("op", ["hard_anchor_sampling", "enqueue_collect"])
 def test_too_many_pixels_are_refused_before_they_are_copied(backend, op, size):
-    """2^32 and more, in the memory of one."""
+    """2^32 pixels and more, in the memory of one."""
     arguments = valid(op, backend)
     for name in SIZES[op]:
         tensor = arguments[name]
@@ -337,7 +337,7 @@ def test_too_many_pixels_are_refused_before_they_are_copied(backend, op, size):
 
 @pytest.mark.parametrize("op", ["hard_anchor_sampling", "enqueue_collect"])
 def test_too_many_pairs_are_refused_before_they_are_counted(backend, op):
-    """Their number would not fit 64 bits; no pixel, so the tensors are empty."""
+    """Their number would not fit 64 bits. There is no pixel, so the tensors are empty."""
     arguments = valid(op, backend) | {"num_classes": 2**31 - 1}
     for name in SIZES[op]:
         shape = [2**40, *arguments[name].shape[1:-1], 0]
@@ -385,7 +385,7 @@ def test_what_is_written_shares_no_memory(backend, name):
             continue
         one, two = arguments[name], arguments[other]
         size = max(one.nbytes, two.nbytes)
-        for start in (0, (one.nbytes - 1) // 8 * 8):  # at one place; the end of one is the start of the other
+        for start in (0, (one.nbytes - 1) // 8 * 8):  # the same place; the end of one, the start of the other
             memory = torch.zeros(2 * size, dtype=torch.uint8)
             views = {
                 key: memory[at : at + t.nbytes].view(t.dtype).view(t.shape)
@@ -395,7 +395,7 @@ def test_what_is_written_shares_no_memory(backend, name):
 
 
 def test_neighbours_in_memory_are_apart(backend):
-    """A bank in one piece of memory, as flattened parameters are."""
+    """A bank may lie in one piece of memory, like flattened parameters."""
     expected, arguments = (valid("enqueue_write", backend) for _ in range(2))
     memory, at = torch.zeros(4096, dtype=torch.uint8), 0
     for name in (*written("enqueue_write"), "rows", "row_labels"):
@@ -409,7 +409,7 @@ def test_neighbours_in_memory_are_apart(backend):
 @pytest.mark.parametrize("value", [-(2**63), -1, 5, 6, 2**31, 2**63 - 1])
 @pytest.mark.parametrize("name", ["region_ptr", "region_fill", "pixel_ptr", "pixel_fill"])
 def test_garbage_in_a_ring_writes_nothing_outside(backend, name, value):
-    """The CPU refuses it, others fold it into the ring, as the reference does."""
+    """The CPU backend refuses it; the others fold it into the ring, as the reference does."""
     arguments = valid("enqueue_write", backend)
     arguments[name][1] = value
     for key in written("enqueue_write"):
@@ -443,7 +443,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize(("op", "name"), [(op, name) for name, ops in CONTENTS.items() for op in ops])
 def test_any_content(backend, op, name):
-    """All of one value, and all values side by side. Kernels for a GPU skip labels and indices that name nothing."""
+    """Each value everywhere, and all values together. GPU kernels skip labels and indices that name nothing."""
     arguments = valid(op, backend)
     numbers = torch.iinfo(arguments[name].dtype)
     values = [-1, 60, 255, 2**31 - 1, numbers.min, numbers.max]
@@ -456,7 +456,7 @@ def test_any_content(backend, op, name):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy")
 @pytest.mark.parametrize(("op", "name"), arguments_of("Tensor"))
 def test_any_number(backend, op, name):
-    """NaN, infinities and the largest of a dtype spread as they like, and end."""
+    """NaN, infinities, and huge and tiny numbers may spread in any way, but every call ends."""
     arguments = valid(op, backend)
     if arguments[name].is_floating_point():
         for value in (math.nan, math.inf, -math.inf, 3e38, 1e-45):

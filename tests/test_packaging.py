@@ -1,7 +1,7 @@
 """The package as users get it: what sdist and wheel hold, what the module links, what a rebuild costs.
 
-The wheel is built once, from an sdist, in pip's ordinary isolation (so without torch). How setup.py behaves
-is tested on a tree whose csrc/ is a few lines, with a stand-in for nvcc: that is about rules, not kernels.
+The wheel is built once, from an sdist, in pip's ordinary isolation (so without torch). setup.py itself is tested on a
+tree whose csrc/ is a few lines, with a stand-in for nvcc, because its rules do not depend on the kernels.
 """
 
 import email
@@ -24,7 +24,7 @@ LEFT_BEHIND = ("*.so", "*.egg-info", "__pycache__", ".*", "build", "dist", "runs
 
 
 def run(*command, cwd, **environment):
-    """Runs to the end, both streams together; the test states what it expects of the exit code."""
+    """Runs a command with both streams as one; it leaves the exit code to the test."""
     environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     return processes.run(command, one_stream=True, cwd=cwd, env=environment)
 
@@ -55,7 +55,7 @@ def wheel(sdist):
     out = sdist.parent / "wheel"
     # Without the CUDA kernels, which take minutes; the module under test has them where nvcc is found.
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist]
-    # Nor optimised: what the wheel holds and links is the same.
+    # Not optimised either: the wheel holds and links the same.
     flags = f"{os.environ.get('CXXFLAGS', '')} -O0"
     built = run(*command, cwd=sdist.parent, PIXCONTRAST_CUDA="0", CXXFLAGS=flags)
     assert built.returncode == 0, built.stdout
@@ -65,7 +65,7 @@ def wheel(sdist):
 
 @pytest.fixture(scope="module")
 def installed(wheel):
-    """The wheel's files unpacked: a folder to put on sys.path."""
+    """The folder with the wheel's unpacked files, to put on sys.path."""
     folder = wheel.parent / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
@@ -167,7 +167,7 @@ for _ in range(3):
 """
 
 
-# The environment of the tests may hold an editable installation, whose finder knows of a compiled module.
+# The tests' environment may have an editable installation, whose finder knows a compiled module.
 WITHOUT_EDITABLE = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
@@ -194,7 +194,7 @@ def native_module(*command, **where):
 
 
 def test_a_source_tree_that_hides_the_installed_package_says_so_once(clone, installed):
-    """A run inside the clone after `pip install .`, where the current folder comes first on sys.path."""
+    """After `pip install .`, a run inside the clone, where the current folder comes first on sys.path."""
     where = dict(cwd=clone, PYTHONPATH=f"{clone.parent}:{installed}", PYTHONWARNINGS=None)
     reason = (
         f"{clone} is a source tree without the compiled module, and hides an installed package: "
@@ -221,7 +221,7 @@ def test_an_installed_package_without_its_module_gives_the_reason(clone):
 
 TOY_SOURCES = {
     "csrc/params.h": "int answer();\n",
-    # Python's own C interface: pybind11's headers take seconds, and the wheel above compiles them.
+    # It uses Python's own C interface: pybind11's headers take seconds, and the wheel above compiles them.
     "csrc/bindings.cpp": """
         #include <Python.h>
         #include "params.h"
@@ -274,7 +274,7 @@ esac
 
 @pytest.fixture
 def toy(tmp_path):
-    """A tree with this project's setup.py and next to no sources."""
+    """A tree with this project's setup.py and hardly any sources."""
     tree = tmp_path / "toy"
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +287,7 @@ def toy(tmp_path):
 
 @pytest.fixture
 def nvcc(tmp_path):
-    """A toolkit with a stand-in nvcc; the wrapper on its `bin` is not inside it, the log lists every call."""
+    """A toolkit with a stand-in nvcc: returns a wrapper folder outside the toolkit, and a log of every call."""
     top, wrapper = tmp_path / "toolkit", tmp_path / "wrapper"
     log = tmp_path / "nvcc.log"
     for folder in (top, wrapper):
@@ -324,7 +324,7 @@ def test_rebuild_compiles_only_what_changed(toy):
     assert "[2/2]" in build(toy, PIXCONTRAST_CUDA="0").stdout  # one object and the link
     assert config_of(toy)[0] == "43"
 
-    os.utime(toy / "csrc/params.h")  # known to ninja from the depfiles only: bindings, sampling, link
+    os.utime(toy / "csrc/params.h")  # ninja knows it only from the depfiles: bindings, sampling, link
     assert "[3/3]" in build(toy, PIXCONTRAST_CUDA="0").stdout
 
 
@@ -456,7 +456,7 @@ def test_the_runtime_is_found_where_toolkits_have_it(toy, nvcc, tmp_path, place)
 
 
 def test_editable_installation_keeps_its_objects(toy, tmp_path):
-    """The isolated builds of pip use a new environment each time; the second installation compiles nothing."""
+    """Each of pip's isolated builds has a new environment, and still the second one compiles nothing."""
     site = tmp_path / "site"
     command = (
         sys.executable,

@@ -1,4 +1,4 @@
-"""How `make test` runs its parts: progress while they run, whole output of those that fail, one sum at the end."""
+"""How `make test` runs its parts: progress on the way, full output of those that fail, one total at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling and enqueue on inputs that hypothesis draws, against the rules as loops."""
+"""Sampling and enqueue on inputs drawn by hypothesis, against the rules as loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's lines for a training loop, as they stand; `test_distributed.py` runs them on several ranks."""
+"""README's training loop, run verbatim; `test_distributed.py` runs it on several ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_training_loop_of_readme():
     assert (names["bank"].region_fill[:2] == 6).all()
     moved = [bool((a != b).any()) for a, b in zip(before, names["model"].parameters(), strict=True)]
     assert moved[:4] == [True] * 4  # the network
-    assert not any(moved[4:])  # the head rests in the warm-up
+    assert not any(moved[4:])  # the head does not move during the warm-up
     names["criterion"].step.fill_(5000)
     exec(loop, names)
     assert names["parts"]["contrast"] > 0

@@ -1,7 +1,7 @@
-"""The faults of the published implementation (tfzhou/ContrastiveSeg at 287e5d3), one test each: none of them here.
+"""The faults of the published implementation (tfzhou/ContrastiveSeg at 287e5d3), one test each: none occurs here.
 
-All through the public API, as a trainer would meet them; #n is the issue there. The eighth, banks overwritten by
-rank 0's, takes several processes: `test_distributed.py`.
+All tests use the public API, as a trainer would; #n is the issue in that repository. The eighth fault, banks that rank
+0's overwrote, takes several processes: `test_distributed.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def used(bank):
 
 
 def test_1_pixels_of_a_class_are_enqueued_under_that_class(backend):
-    """#65: the permutation was used as pixel indices without a detour through the pixels of the class."""
+    """#65: the permutation itself served as pixel indices, instead of indexing the pixels of the class."""
     labels = torch.zeros(2, 8, 8, dtype=torch.int64)
     labels[:, 6:] = 1
     labels[:, 7, 4:] = 2
@@ -61,11 +61,11 @@ def test_2_labels_of_another_size_are_picked_where_the_embeddings_are(quick_back
     keys, key_labels = used(bank)
     assert bank.region_fill.tolist() == [2] * 4
     assert torch.equal(keys.argmax(dim=1), key_labels.long())
-    assert (keys.max(dim=1).values > 0.98).all()  # regions too are of one class
+    assert (keys.max(dim=1).values > 0.98).all()  # regions hold one class as well
 
 
 def test_3_rings_advance_by_what_was_written_and_wrap(backend):
-    """#18, #55, #31: the pointer moved by 1 after several rows, and a wrap overwrote the tail."""
+    """#18, #55, #31: the pointer moved by 1 after several rows were written, and a wrap overwrote the tail."""
     bank = MemoryBank(1, 2, region_slots=3, pixel_slots=7, pixels_per_image=3, normalize=False)
     written = []
     for step in range(5):
@@ -109,7 +109,7 @@ def test_4_class_0_is_a_class_like_any_other(backend):
 
 
 def test_5_no_key_of_a_bank_is_taken_for_the_anchor_itself(backend):
-    """#16, #55: the mask (i, i) was applied to rows of the queue, and ran out of bounds with more anchors than keys."""
+    """#16, #55: the mask (i, i) was applied to rows of the queue, out of bounds if anchors outnumbered keys."""
     anchors = F.normalize(torch.randn(6, 4), dim=1)
     keys, key_labels = anchors[:3].flip(0).contiguous(), torch.tensor([0, 1, 0])
     anchor_labels = torch.tensor([0, 1, 0, 1, 0, 1])
@@ -127,7 +127,7 @@ def test_5_no_key_of_a_bank_is_taken_for_the_anchor_itself(backend):
     criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend)
     embeddings = torch.randn(1, 4, 4, 4)
     criterion(embeddings, labels, labels)
-    # 16 anchors, 2 keys, all of them count.
+    # 16 anchors and 2 keys, and every pair counts.
     rows = F.normalize(embeddings, dim=1).permute(0, 2, 3, 1).reshape(16, 4)
     scores = rows @ bank.flat()[0].T / 0.1
     own, other = scores.gather(1, labels.view(-1, 1)), scores.gather(1, 1 - labels.view(-1, 1))
@@ -137,14 +137,14 @@ def test_5_no_key_of_a_bank_is_taken_for_the_anchor_itself(backend):
 
 
 def test_6_slots_that_nobody_filled_take_no_part(backend):
-    """They were random unit vectors from the start."""
+    """Unfilled slots used to take part, as random unit vectors."""
     labels = torch.arange(2).repeat(8).view(1, 4, 4)
     embeddings = torch.randn(1, 4, 4, 4)
     losses = []
     for slots in (8, 200):
         bank = MemoryBank(2, 4, region_slots=slots, pixel_slots=slots, pixels_per_image=8)
         bank.enqueue(embeddings, labels, backend=backend)
-        bank.keys[bank.key_labels < 0] = math.nan  # nothing may come of what stands there
+        bank.keys[bank.key_labels < 0] = math.nan  # what an unused slot holds must not matter
         losses.append(
             PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend).eval()(embeddings, labels, labels)
         )
@@ -154,7 +154,7 @@ def test_6_slots_that_nobody_filled_take_no_part(backend):
 
 @pytest.mark.parametrize("with_bank", [True, False])
 def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
-    """#68: no eligible class crashed, no positive was 0 / 0, the warm-up 0 * NaN, and embeddings off the sphere NaN."""
+    """#68: no eligible class crashed; no positive gave 0 / 0, the warm-up 0 * NaN, unnormalised embeddings NaN."""
 
     def bank():
         return MemoryBank(3, 4, region_slots=2, pixel_slots=2) if with_bank else None
@@ -164,7 +164,7 @@ def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
     few[0, 0, :2] = torch.tensor([0, 1])
     for labels, min_pixels in ((torch.full((1, 4, 4), 255), 1), (few, None), (few, 1)):
         criterion = PixelContrastLoss(3, bank=bank(), min_pixels=min_pixels, backend=backend)
-        loss = criterion(embeddings, labels, labels)  # nothing, not eligible, no positive
+        loss = criterion(embeddings, labels, labels)  # nothing to contrast, no eligible class, no positive
         (grad,) = torch.autograd.grad(loss, embeddings)
         assert loss.item() == 0
         assert (grad == 0).all()
@@ -185,7 +185,7 @@ def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
 
 
 def test_9_half_of_the_anchors_are_mispredicted_pixels(backend):
-    """#17, #22, #31, #47, #59: whatever was predicted, anchors were drawn at random."""
+    """#17, #22, #31, #47, #59: anchors were drawn at random, whatever was predicted."""
     labels = torch.arange(2).repeat_interleave(200).view(1, 20, 20)
     for wrong in (30, 120):
         predictions = labels.clone()
@@ -198,7 +198,7 @@ def test_9_half_of_the_anchors_are_mispredicted_pixels(backend):
         assert hard.sum() == 50
         assert [int(hard[sample.labels == c].sum()) for c in range(2)] == [25, 25]
 
-    # A loss that only hard pixels can have: theirs are on the wrong side.
+    # Only hard pixels have a loss: their embeddings are those of the other class.
     predictions = torch.where(torch.arange(400).view(1, 20, 20) % 10 == 0, 1 - labels, labels)
     embeddings = coded(predictions, 2)
     criterion = PixelContrastLoss(2, max_samples=40, max_views=20, backend=backend)
@@ -208,7 +208,7 @@ def test_9_half_of_the_anchors_are_mispredicted_pixels(backend):
 
 
 def profiled(step):
-    """Ops run, nested ones too; Python functions entered; and the most memory held beyond the start, in bytes."""
+    """Ops run (nested ones too), Python functions entered, and peak memory above the start in bytes."""
     calls = 0
 
     def count(frame, event, argument):
@@ -231,7 +231,7 @@ def profiled(step):
     return ops, calls, peak
 
 
-# Without Triton, whose interpreter is Python.
+# Without Triton: its interpreter runs Python.
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_10_work_does_not_grow_with_the_pairs_of_image_and_class(backend):
     """There was a Python loop over them: 1930 ops to sample a batch of 8, 2990 to enqueue it."""
@@ -267,4 +267,4 @@ def test_10_nothing_of_anchors_times_keys_is_stored():
         peaks[backend] = profiled(lambda c=criterion: c(embeddings, labels, labels).backward())[2]
     matrix = 4 * anchors * keys
     assert 0 < peaks["cpu"] < matrix / 8
-    assert peaks["reference"] > matrix  # it may, and shows that it would be seen
+    assert peaks["reference"] > matrix  # it may, which shows that the measurement would see it

@@ -1,4 +1,4 @@
-"""State that comes back otherwise than by a plain `load_state_dict`: what the buffers say has to be what happens."""
+"""State restored in other ways than a plain `load_state_dict`: what happens must follow what the buffers say."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def is_new(criterion):
 
 
 def goes_on_like(criterion, other):
-    """Buffers and behaviour agree, now and over the next steps."""
+    """Assert that buffers and behaviour agree, now and over the next steps."""
     for seed in range(10, 14):
         assert all(torch.equal(a, b) for a, b in zip(criterion.buffers(), other.buffers(), strict=True))
         torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def goes_on_like(criterion, other):
 @pytest.mark.parametrize("steps", [1, WARMUP, 5])
 @pytest.mark.parametrize("way", ["copied", "assigned", "assigned to meta", "emptied first", "in place"])
 def test_a_restored_criterion_goes_on(steps, way, tmp_path, poison):
-    """`in place` is torch.distributed.checkpoint, which writes into the buffers and calls nothing of ours."""
+    """`in place` is torch.distributed.checkpoint, which writes into the buffers without calling our code."""
     saved = trained(steps)
     criterion = on_meta() if "meta" in way or "emptied" in way else make()
     if way == "in place":
@@ -93,7 +93,7 @@ def test_memory_for_a_criterion_from_meta_is_filled(poison):
 @pytest.mark.parametrize("garbage", [0, 94850857649568, -1])
 @pytest.mark.parametrize("notices", ["train", "eval", "call"])
 def test_buffers_that_a_loader_left_uninitialised_are_noticed(garbage, notices):
-    """As `from_pretrained` of transformers does with a file without the bank: `empty_like`, and nothing is called."""
+    """As transformers' `from_pretrained` leaves them if the file has no bank: `empty_like`, without any call."""
     criterion = on_meta()
     for module in criterion.modules():
         for name, value in list(module._buffers.items()):
@@ -114,7 +114,7 @@ def test_buffers_that_a_loader_left_uninitialised_are_noticed(garbage, notices):
 
 
 def test_buffers_that_a_loader_filled_are_kept():
-    """The same loader, of a file with the bank."""
+    """The same loader with a file that has the bank."""
     saved, criterion = trained(2), on_meta()
     for name, value in state(saved).items():
         owner, _, buffer = name.rpartition(".")
@@ -224,7 +224,7 @@ def test_a_bank_in_an_average_of_buffers_comes_back_to_unit_norm():
     labelled = bank.key_labels >= 0
     assert (bank.keys.norm(dim=-1)[labelled] < 0.9).any()
     expected = nn.functional.normalize(bank.keys, dim=-1)[labelled]
-    # Pointers are averaged to what no bank has; only the rows are ours to mend.
+    # Averaged pointers belong to no bank; only the rows can be mended here.
     whole = {**state(criterion.bank), "keys": bank.keys.clone()}
     loaded = MemoryBank(4, 6, region_slots=5, pixel_slots=9)
     with pytest.warns(UserWarning, match="do not have norm 1 .*EMA"):
@@ -236,7 +236,7 @@ def test_a_bank_in_an_average_of_buffers_comes_back_to_unit_norm():
 
 
 def test_the_head_has_no_buffer_of_ours():
-    """A network with its head is saved, averaged and stripped as any other."""
+    """A network with its head can be saved, averaged and stripped like any other."""
     assert {name for name, _ in ProjectionHead(3, 4).named_buffers()} == {
         "project.1.running_mean",
         "project.1.running_var",

@@ -84,7 +84,7 @@ def test_any_integer_dtype_and_ignore_index(backend, dtype, ignore_index):
     if ignore_index < 0 and not dtype.is_signed:
         ignore_index = 101
     labels, predictions, priority = draw(2, 7, 9, 5)
-    labels[labels == 255] = ignore_index  # 3 is a class otherwise: its pixels are then ignored too
+    labels[labels == 255] = ignore_index  # if that is 3, the pixels of class 3 are ignored too
     check_sampling(
         labels.to(dtype), predictions.to(dtype), priority, backend,
         num_classes=5, max_samples=40, max_views=6, min_pixels=1, ignore_index=ignore_index,

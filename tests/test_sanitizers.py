@@ -1,7 +1,7 @@
-"""The kernels for the CPU, and those for a GPU in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The CPU kernels, and the GPU kernels in the emulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Without torch the emulated ones have been there before (test_emulator.py). Here torch calls them: with all the arguments
-of test_ops.py, and on ragged problems.
+test_emulator.py runs the emulated kernels under them without torch. Here torch calls the kernels, with all the
+arguments of test_ops.py and on ragged problems.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.support.backends import BACKENDS, ON_DEVICE
 from tools.emulator import build, sanitize
 
 SANITIZED = [name for name in ("cpu", "cuda") if name in BACKENDS]
-# Of the tests of single ops those whose sizes are no multiple of anything.
+# The tests of single ops whose sizes are not a multiple of anything.
 RAGGED = "rules_say or rows_and_gradient or layouts_and_dtypes or beyond_the_end"
 FILES = [f"tests/test_{name}.py" for name in ("sampling", "gather", "enqueue")]
 
@@ -53,7 +53,7 @@ def check(backend: str, *arguments: str, share: int = 1) -> None:
 
 @pytest.mark.parametrize("backend", SANITIZED)
 def test_any_arguments(backend):
-    """One in eight, but what never gets to a kernel."""
+    """One in eight of the calls that can reach a kernel."""
     wanted = "(test_ops or opcheck) and not strangers"
     if backend == "cuda":
         wanted += " and not instruction_set"
@@ -62,5 +62,5 @@ def test_any_arguments(backend):
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cpu out")
 def test_ragged_problems():
-    """Those of the emulated kernels are repeated in test_emulator.py."""
+    """For the CPU only: test_emulator.py replays such problems for the emulated kernels."""
     check("cpu", *FILES, "-k", f"not reference and ({RAGGED})")

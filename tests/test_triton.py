@@ -1,4 +1,4 @@
-"""The parts that only Triton has: versions and devices it serves, launches, roundings, masks at the end of memory."""
+"""What only the Triton backend has: versions and devices served, launches, rounding, masks at the end of memory."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_an_old_device_is_named(monkeypatch):
 
 
 def test_the_device_asked_is_the_one_of_the_tensors(monkeypatch):
-    """The current one is too old, the other is not."""
+    """The current device is too old, the other one is not."""
     monkeypatch.setattr(devices, "gpu", devices.Gpu())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -166,14 +166,14 @@ def test_hopper_needs_a_safe_assembler(monkeypatch, version, anyway, serves):
 
 
 def test_the_assembler_is_the_one_that_triton_calls():
-    """Of Triton 3.9, a safe one; of 3.6, none."""
+    """Triton 3.9 brings a safe assembler, 3.6 does not."""
     major, minor = map(int, triton_backend.assembler(90).split(".")[:2])
     newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
     assert ((major, minor) >= triton_backend.SAFE_ASSEMBLER) == newest
 
 
 class OnGpu(torch.Tensor):
-    """Says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     device = torch.device("cuda", 0)
 
@@ -181,8 +181,8 @@ class OnGpu(torch.Tensor):
 def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
     """The launcher's key holds everything by which Triton tells kernels apart.
 
-    That is dtypes, addresses and numbers that are multiples of 16, ones, numbers beyond int32, and constants. The
-    compiled kernel gets the same arguments, and the constants in its order.
+    That is dtypes, which addresses and numbers are multiples of 16, which numbers are 1 or beyond int32, and constants.
+    The compiled kernel gets the same arguments, with the constants in its own order.
     """
     asked: list[Any] = []
     launched: list[Any] = []
@@ -243,7 +243,7 @@ def test_a_kernel_is_found_again_without_asking_triton(monkeypatch):
 
 
 def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
-    """Triton asks a hook before it compiles or loads; a kernel that is there does not get so far."""
+    """Triton calls a hook before it compiles or loads a kernel, but not for one that is already loaded."""
 
     class Kernel:
         name = "pixcontrast_ext.backends.triton.gather.gather_kernel"
@@ -262,7 +262,7 @@ def test_a_cold_kernel_within_a_capture_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_launches_do_not_depend_on_the_data(monkeypatch, batch):
-    """Nor on its size; sampling and enqueueing take six at most."""
+    """Launches do not depend on the batch size either; sampling and enqueueing take six at most."""
     counts: dict[str, int] = {}
     make = launch.start
 
@@ -288,7 +288,7 @@ def test_launches_do_not_depend_on_the_data(monkeypatch, batch):
 
 
 def test_warming_up_launches_what_a_step_behind_the_warm_up_does(monkeypatch):
-    """With the same constants, so that nothing is left to compile."""
+    """It launches them with the same constants, so that nothing is left to compile."""
     bank = MemoryBank(3, 5, region_slots=2, pixel_slots=9, process_group=None)
     settings = dict(max_samples=30, max_views=9, min_pixels=1, backend="triton")
     criterion = PixelContrastLoss(3, bank=bank, warmup_steps=1, **settings)
@@ -312,7 +312,7 @@ def test_warming_up_launches_what_a_step_behind_the_warm_up_does(monkeypatch):
 
 
 def test_tiny_pixels_have_a_direction(gpu_backend):
-    """Squares of this norm are subnormal, or 0."""
+    """The squares of such small values are subnormal or 0."""
     embeddings = torch.zeros(1, 4, 1, 2)
     embeddings[0, :, 0, 0] = 1e-20
     rows = gather_embeddings(embeddings, torch.tensor([0, 1]), backend=gpu_backend)

@@ -1,4 +1,4 @@
-"""The machine code of the Triton kernels, for devices that this machine does not have."""
+"""The machine code of the Triton kernels, for devices that this machine need not have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.backends import BACKENDS
 from tools import compiled_code, triton_code
 
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may use
-SMALLEST_SHARED = 101_376  # on sm_86, sm_89 and sm_120, which run what is compiled like sm_80
+SMALLEST_SHARED = 101_376  # on sm_86, sm_89 and sm_120, whose kernels are configured like those of sm_80
 ROOT = Path(__file__).parents[1]
 NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
@@ -29,7 +29,7 @@ if compiled_code.cuobjdump() is None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """In a process of its own: in this one Triton interprets."""
+    """What the compiler makes of the kernels, in a process of its own, since Triton interprets in this one."""
     path = tmp_path_factory.mktemp("triton") / "found.json"
     command = [sys.executable, "-m", "tools.triton_code", "--json", str(path)]
     for name in ("widths", "archs"):
@@ -47,7 +47,7 @@ def found(tmp_path_factory):
 
 
 def walks(kernels):
-    """The kernels of InfoNCE that multiply, with the loops in which they do."""
+    """The kernels of InfoNCE that have loops with products."""
     return [kernel for kernel in kernels if kernel["loops"] and kernel["kernel"].startswith("infonce")]
 
 
@@ -73,8 +73,8 @@ def tile_of(kernel):
     return getattr(of_width, next(tile for name, tile in named.items() if name in kernel["kernel"]))
 
 
-# Loads from local memory, at most, in a walk of two planes, by architecture, kernel, and the widest rows: outputs that
-# do not fit registers. On an H100 it takes longer to multiply the scores again.
+# Most loads from local memory in a walk of two planes, by architecture, kernel, and widest rows. They are for outputs
+# that do not fit registers; on an H100 the alternative, to multiply the scores again, takes longer.
 SPILLED = {
     80: dict(negatives={128: 0, 512: 10}, keys={128: 0, 256: 2 if NEWEST else 8, 512: 12}),
     90: dict(
@@ -84,7 +84,7 @@ SPILLED = {
 
 
 def test_walks_spill_where_it_was_chosen(found):
-    """Code around a walk may spill: it runs once."""
+    """Code around a walk may spill, since it runs once."""
     for kernel in walks(found["kernels"]):
         name = re.search("negatives|keys|positives|shift", kernel["kernel"])[0]
         chosen = SPILLED[kernel["arch"]].get(name, {}) if "planes=2" in kernel["name"] else {}
@@ -102,7 +102,7 @@ def test_shared_memory_fits(found):
 
 
 def test_a_multiprocessor_holds_as_many_programs_as_the_tiles_say(found):
-    """65,536 registers, which a warp takes by 256, and 1 KB of shared memory for each block besides its own."""
+    """65,536 registers, which warps take in units of 256; each block takes 1 KB of shared memory besides its own."""
     for kernel in walks(found["kernels"]):
         if kernel["odd"]:
             continue
@@ -114,33 +114,33 @@ def test_a_multiprocessor_holds_as_many_programs_as_the_tiles_say(found):
 
 
 def test_tensor_cores_work_while_tiles_are_copied(found):
-    """Products run in groups, while the next tile of columns is being copied, and no two warps do the same work.
+    """Products run in groups while the next tile of columns is being copied, and no two warps do the same work.
 
-    The exception is a tile of one stage, of two planes: nothing is copied ahead of it.
+    The exception is a tile of two planes with a single stage: nothing is copied ahead of it.
     """
     for kernel in walks(found["kernels"]):
         if kernel["odd"]:
-            continue  # rows of an odd width or base are copied a few bytes at a time
+            continue  # rows of odd width or start are copied a few bytes at a time
         hopper = kernel["arch"] == 90
         stages = tile_of(kernel).num_stages
-        assert stages >= 3 or "planes=2" in kernel["name"]  # these do not leave room for more
-        # On Hopper products are in flight while the next begin: they hold one more.
+        assert stages >= 3 or "planes=2" in kernel["name"]  # two planes leave no room for more
+        # On Hopper products are still in flight when the next ones begin, so they hold one more buffer.
         assert kernel["buffers"] >= (stages - (not hopper) if stages > 1 else 0), kernel
         assert not kernel["replicated"], kernel
         for loop in kernel["loops"]:
             if hopper:
-                # One by one it would be as many; a chunk of 64 channels, or 32 columns, has no more than two to four.
+                # One by one, both would be equal. A chunk of 64 channels, or 32 columns, has only two to four products.
                 least = 3 if "channels=64" in kernel["name"] and "planes=2" in kernel["name"] else 4
                 assert 0 < least * loop["begun"] <= loop["products"], kernel
-            # Walks of scores only, and those of two planes, wait at once; of three buffers two are on their way.
+            # Walks of scores only, and of two planes, wait at once; with three buffers two copies are in flight.
             waits = any(x in kernel["name"] for x in ("planes=2", "WITH_GRAD=False", "shift"))
             assert loop["ahead"] or waits, kernel
-            # Labels and the like; Triton 3.6 copies those of a column for each thread that uses them.
+            # Labels and the like. Triton 3.6 copies a column's labels once for each thread that uses them.
             assert loop["narrow"] <= (6 if NEWEST else 5 * tile_of(kernel).columns // 4), kernel
 
 
 def test_no_product_in_flight_loses_its_input(found):
-    """Assemblers before CUDA 13.3 are known to let other values into registers that a wgmma still reads."""
+    """Assemblers before CUDA 13.3 are known to overwrite registers that a wgmma still reads."""
     for kernel in walks(found["kernels"]):
         assert not any(loop["overwritten"] for loop in kernel["loops"]), kernel
 

@@ -1,4 +1,4 @@
-"""Triton's InfoNCE: its tiles, the order of its visits, the shift that it guesses before the walk, and its sums."""
+"""Triton's InfoNCE: its tiles, the order of visits, the shift it guesses before the walk, and its sums."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if "triton" not in BACKENDS:
 
 @pytest.mark.parametrize("kind", sorted(tiles.TILES))
 def test_tiles_fit_each_other(kind):
-    """The positives share the negatives' ranges of labels and prepared rows, and these are whole tiles."""
+    """The positives share the negatives' label ranges and prepared rows, so tiles must divide each other."""
     assert max(tiles.TILES[kind]) == triton_backend.MAX_CHANNELS
     for passes in tiles.TILES[kind].values():
         assert passes.negatives.columns % passes.positives.columns == 0
@@ -32,7 +32,7 @@ def test_tiles_fit_each_other(kind):
             assert tiles.PADDING % tile.rows == tiles.PADDING % tile.columns == 0
 
 
-@pytest.mark.parametrize("channels", [50, 128, 200, 384, 512])  # 384: three chunks of 128 in a row of four
+@pytest.mark.parametrize("channels", [50, 128, 200, 384, 512])  # 384: three chunks of 128, padded to four
 @pytest.mark.parametrize("arithmetic", ["bf16", "fp16", "high", "highest"])
 @pytest.mark.parametrize("major", [8, 9])
 def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, channels):
@@ -58,7 +58,7 @@ def test_every_tile_computes_the_same(monkeypatch, poison, major, arithmetic, ch
     finally:
         setting.fp32_precision = before
     expected = gradients("reference", [x.double() for x in rows])
-    # With the rounding of a gradient to its dtype.
+    # Includes the rounding of a gradient to its dtype.
     bars = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 4e-3}
     bar = 1e-3 if arithmetic == "high" else bars[dtype]
     for ours, exact in zip(found, expected, strict=True):
@@ -88,7 +88,7 @@ def test_anchors_are_sorted_by_label(count):
 
 
 def visits(anchors: int, keys: int, classes: int) -> tuple[float, int]:
-    """The largest share of the tiles of keys that a tile of one class visits, and how many such tiles there are."""
+    """The largest share of the key tiles that a tile of one class visits, and how many such tiles there are."""
     rows = torch.zeros(anchors, 256, dtype=torch.bfloat16)
     negatives, positives, _ = tiles.passes(rows)
     anchor_labels = torch.randint(0, classes, (anchors,), dtype=torch.int32)
@@ -100,7 +100,7 @@ def visits(anchors: int, keys: int, classes: int) -> tuple[float, int]:
     labels = sides.anchor_labels[found.class_tiles[:count].long()]
     met = (ranges[0] <= labels[:, None]) & (ranges[1] >= labels[:, None])
     span = torch.stack([row.nonzero().max() - row.nonzero().min() + 1 for row in met])
-    assert torch.equal(span, met.sum(1))  # they lie side by side
+    assert torch.equal(span, met.sum(1))  # the visited tiles are contiguous
     assert sum(tensor.numel() for tensor in found) <= anchors + 6 * ranges.shape[1] + 5  # linear
     return float(span.max()) / ranges.shape[1], count
 
@@ -116,17 +116,17 @@ def test_positives_visit_their_own_class_only():
     assert share <= 0.008
 
 
-# A shift that is known before the walk
+# A shift chosen before the walk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("above", [20.0, 130.0, 1000.0])
 @pytest.mark.parametrize("channels", [64, 300])
 def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
-    """One key, which no sample sees, scores `above` powers of two above all others.
+    """One key, which the sample misses, scores `above` powers of two above all others.
 
-    At 300 channels several programs each add up their own channels, and none may mistake a sum that another program has
-    already mended for one whose shift served.
+    At 300 channels several programs each add up their own channels. None may take a sum that another program has
+    already mended for one whose shift was good enough.
     """
     count, one = (800, 700) if channels == 64 else (450, 330)
     anchors = torch.zeros(40, channels)
@@ -144,7 +144,7 @@ def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
         a, k = (x.to(dtype).to(rows).requires_grad_() for x in (anchors, keys))
         loss = infonce(a, anchor_labels, k, key_labels, temperature=temperature, backend=backend)
         into += [loss.detach(), *torch.autograd.grad(loss, (a, k))]
-    bar = 1e-5 if dtype == torch.float32 else 1e-2  # all weights of 16 bits are off alike
+    bar = 1e-5 if dtype == torch.float32 else 1e-2  # all 16-bit weights err alike
     for ours, exact in zip(found, expected, strict=True):
         assert (ours.double() - exact).norm() <= bar * exact.norm()
 
@@ -153,8 +153,8 @@ def test_a_shift_that_did_not_serve_is_mended(dtype, above, channels):
 def test_a_shift_far_above_the_rest_loses_nothing(dtype):
     """One key that the sample sees scores 23 powers of two above all others, which make up half of the sum.
 
-    The others' weights are alike, near 2^-8, and the two 16-bit parts of a weight err by up to 2^-25 together, which is
-    2^-17 of it.
+    The others' weights are nearly equal, about 2^-8. The two 16-bit parts of a weight together err by up to 2^-25,
+    which is 2^-17 of it.
     """
     keys = torch.nn.functional.normalize(torch.cat([torch.ones(8192, 1), torch.randn(8192, 31)], 1), dim=1)
     anchors = torch.zeros(2, 32)
@@ -177,7 +177,7 @@ def test_a_shift_far_above_the_rest_loses_nothing(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("channels", [64, 200])
 def test_scores_beyond_all_room_for_a_shift(dtype, channels):
-    """Numbers of their size are 128 apart, and nothing of one may be left beside another."""
+    """fp32 scores of this size are 128 apart, so the weight of one may vanish entirely beside another's."""
     rows = torch.nn.functional.normalize(torch.randn(60, channels), dim=1).mul(1e4).to(dtype)
     labels = torch.arange(60) % 4
     found, expected = [], []
@@ -190,7 +190,7 @@ def test_scores_beyond_all_room_for_a_shift(dtype, channels):
 
 
 def test_programs_beside_each_other_divide_by_their_own_sums():
-    """Of 300 channels each adds up the scores in another order; in numbers of this size that is a difference."""
+    """With 300 channels each adds up the scores in its own order, which shows in scores of this size."""
     rows = torch.nn.functional.normalize(torch.randn(300, 300), dim=1) * 100
     labels = torch.arange(300) % 4
     gradients = []
@@ -204,7 +204,7 @@ def test_programs_beside_each_other_divide_by_their_own_sums():
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("upstream", [float("nan"), 1e30])
 def test_anchors_without_a_label_do_not_scale_the_gradient(in_batch, upstream):
-    """fp16 weights are scaled by the largest one, and these anchors have none."""
+    """fp16 weights are scaled by the largest one, which must not come from an anchor without a label."""
     rows = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
     labels = torch.arange(40, dtype=torch.int32) % 5 - 1
     weight = torch.where(labels < 0, upstream, torch.rand(40) + 0.5)
@@ -257,7 +257,7 @@ def test_no_anchors_give_keys_no_gradient(poison):
 
 
 def test_sums_tell_whether_a_shift_served(monkeypatch):
-    """The second launch of the negatives does not touch the sums that the first got right."""
+    """The second launch of the negatives leaves alone the sums that the first got right."""
     before = launch.start
     changed = []
 
@@ -275,7 +275,7 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         infonce(rows[:64].to(dtype), labels[:64], rows.to(dtype), labels, temperature=0.1, backend="triton")
     assert changed == [0, 0, 0]
-    # Programs that meet no negative, beside others that do; and anchors for which there is none.
+    # Some programs meet no negative while others do; then anchors have none at all.
     halves = (torch.arange(512) >= 256).int()
     for theirs in (halves, halves * 0):
         infonce(rows[:64], labels[:64] * 0, rows[:512], theirs, temperature=0.1, backend="triton")
@@ -290,7 +290,7 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
 
 
 def truncating_dot(_: Any, a: Any, b: Any, d: Any, *__: Any) -> Any:
-    """A product as tensor cores add it up: 16 terms at a time, exactly, onto a sum that is cut off to fp32."""
+    """A product as tensor cores sum it: 16 terms at a time, added exactly, and the sum truncated to fp32."""
     total = d.data
     for k in range(0, a.data.shape[1], 16):
         terms = a.data[:, k : k + 16].astype(np.float64) @ b.data[k : k + 16].astype(np.float64)
@@ -333,8 +333,8 @@ def test_fp32_keeps_its_accuracy_where_sums_are_cut_off(monkeypatch, kind, keys)
         return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, a))]
 
     exact = solved("reference", torch.float64)
-    # The gradient of rows that are nearly alike is a difference of sums that nearly cancel, of which plain fp32 knows
-    # less.
+    # For rows that are nearly alike, the gradient is a difference of sums that nearly cancel, where plain fp32 is less
+    # accurate.
     plain = solved("reference", torch.float32)
     for ours, fp32, right, bar in zip(
         solved("triton", torch.float32), plain, exact, (1e-6, 2e-6), strict=True

@@ -1,4 +1,4 @@
-"""The exponentials and logarithms of the CPU kernels, seen through the kernels, against fp64."""
+"""The exponentials and logarithms of the CPU kernels, called through the kernels, against fp64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pixcontrast_ext.backends import native
 
 
 def negatives(scores, *, shift=0.0, labels=None):
-    """exp2(score - shift) and its sum, one row."""
+    """exp2(score - shift) and its sum, for one row."""
     weights, total = scores.clone()[None], torch.zeros(1)
     native.launch(
         "infonce_negatives", scores=weights, num_rows=1, num_keys=scores.shape[0],
@@ -21,7 +21,7 @@ def negatives(scores, *, shift=0.0, labels=None):
 
 
 def positives(scores, neg_lse):
-    """softplus(neg_lse - score) and sigmoid, in log2 units, one score a row."""
+    """softplus(neg_lse - score) and its sigmoid, in log2 units, one score per row."""
     n = scores.shape[0]
     sigma = scores.clone()[:, None]
     loss, weight, count = torch.zeros(n).double(), torch.zeros(n).double(), torch.zeros(n, dtype=torch.int64)
@@ -53,7 +53,7 @@ def test_exp2_at_the_ends(instruction_set):
 
 
 def test_shift_follows_the_maximum(instruction_set):
-    """From far below, where every exponential would overflow."""
+    """From a start so far below that every exponential would overflow."""
     scores = torch.tensor([300.0, 299.0, 1.0])
     weights, total = negatives(scores, shift=-200.0)
     assert weights.tolist() == [1.0, 0.5, 0.0]

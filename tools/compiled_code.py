@@ -3,7 +3,7 @@
     python -m tools.compiled_code            print the table of registers
     python -m tools.compiled_code --update   write it to expected/registers.txt
 
-A change of a kernel that changes its registers has to update the table, so that nobody loses occupancy unawares.
+A change to a kernel that changes its registers must also update the table, so that nobody loses occupancy unnoticed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TABLE = Path(__file__).parent / "expected" / "registers.txt"
 @dataclass
 class Resources:
     registers: int
-    stack: int  # bytes of local memory a thread, spilled registers included
-    shared: int  # static, bytes a block
+    stack: int  # bytes of local memory per thread, including spilled registers
+    shared: int  # static, bytes per block
 
 
 def cuobjdump() -> str | None:
-    """The disassembler of the toolkit, or the one that the triton package brings."""
+    """The path of the toolkit's disassembler, or of the one in the triton package."""
     found = shutil.which("cuobjdump")
     if found:
         return found
@@ -41,7 +41,7 @@ def cuobjdump() -> str | None:
 def _run(*arguments: str) -> str:
     tool = cuobjdump()
     assert tool is not None
-    # cuobjdump looks for nvdisasm on PATH.
+    # cuobjdump searches PATH for nvdisasm.
     path = f"{Path(tool).parent}:/usr/bin:/bin"
     return subprocess.run(
         [tool, *arguments], env={"PATH": path}, capture_output=True, text=True, check=True
@@ -49,7 +49,7 @@ def _run(*arguments: str) -> str:
 
 
 def _names(text: str) -> str:
-    """Demangled, without namespaces and parameters."""
+    """The text with names demangled, without namespaces and parameters."""
     done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
     return re.sub(r"pxc::(cuda::)?|\(anonymous namespace\)::|^void ", "", done)
 
@@ -59,7 +59,7 @@ def kernel_name(demangled: str) -> str:
 
 
 def resources(module: Path) -> dict[str, dict[str, Resources]]:
-    """By kernel and architecture ("sm_80")."""
+    """The resources by kernel and architecture ("sm_80")."""
     kernels: dict[str, dict[str, Resources]] = collections.defaultdict(dict)
     arch, name = "", ""
     for line in _names(_run("-res-usage", str(module))).splitlines():
@@ -79,7 +79,7 @@ def disassembly(module: Path, arch: str) -> str:
 
 
 def instructions(module: Path, arch: str) -> dict[str, collections.Counter[str]]:
-    """How often each instruction, without its modifiers, stands in each kernel."""
+    """How often each instruction, without its modifiers, occurs in each kernel."""
     kernels: dict[str, collections.Counter[str]] = {}
     counter: collections.Counter[str] = collections.Counter()
     for line in disassembly(module, arch).splitlines():
@@ -105,7 +105,7 @@ def table(module: Path, compiler: str) -> str:
 
 
 def registers(text: str) -> dict[str, dict[str, str]]:
-    """What a table says, by kernel and architecture."""
+    """The registers in a table, by kernel and architecture."""
     _, header, *rows = text.splitlines()
     archs = header.split()[1:]
     cells = [row.rsplit(None, len(archs)) for row in rows]

@@ -1,10 +1,10 @@
 """Puts the emulator and Triton's interpreter in a GPU's place: `cuda` and `triton` then serve tensors on the CPU.
 
-As a program, it runs a module with them in place:
+As a program, it runs a module with these in place:
 
     TRITON_INTERPRET=1 python -m tools.emulated benchmarks gather --shapes quick
 
-Triton looks for that variable when it is imported, which importing torch may do.
+Triton reads that variable when it is imported, which importing torch may do.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tools.emulator import build
 
 
 class Emulated(devices.Gpu):
-    """CPU tensors as those of a Hopper with few multiprocessors, so that small problems have several splits."""
+    """Treats CPU tensors as those of a Hopper with few multiprocessors, so that small problems have several splits."""
 
     type = "cpu"
 
     def __init__(self, kernels: Any = None) -> None:
-        self.kernels = kernels  # None: only Triton's are there
+        self.kernels = kernels  # None: there are only Triton's
 
     def unavailable(self) -> None:
         return None
@@ -53,7 +53,7 @@ class Emulated(devices.Gpu):
 
 
 def serve(names: Collection[str], variant: str = "plain") -> None:
-    """Has the named ones of `cuda` and `triton` take tensors on the CPU; `variant` is one of the emulator's builds."""
+    """Makes the named ones of `cuda` and `triton` serve CPU tensors; `variant` names a build of the emulator."""
     devices.gpu = Emulated(build.load(build.build(variant)).cuda if "cuda" in names else None)
     if "triton" in names and available_backends()["triton"] is None:
         from tools import interpreter

@@ -1,6 +1,6 @@
-"""A plugin of pytest that writes down each outcome as it comes, so that a run that is cut off leaves what it has shown.
+"""A pytest plugin that writes down each outcome at once, so that a run that is cut off leaves what it has shown.
 
-One JSON object a line, in the file that PIXCONTRAST_TEST_LOG names: the test, its outcome, and why.
+It writes one JSON object per line to the file that PIXCONTRAST_TEST_LOG names: the test, its outcome, and the reason.
 """
 
 from __future__ import annotations

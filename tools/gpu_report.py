@@ -1,10 +1,10 @@
 """Everything that a GPU can show: `make gpu`, whole or in calls that fit the time at hand.
 
-It builds the module for the device, and then, part by part: `device`, the tests that need one; `timings`, the
+It builds the module for the device and then runs these parts: `device`, the tests that need a device; `timings`, the
 benchmarks and a profile of the two passes; `sanitize`, compute-sanitizer over small shapes; `suite`, the tests of the
-backends with the kernels on the device. Any parts may be named. After every step a line is printed and the report
-written anew, with what each step showed, what was skipped and why, and what has not begun; a run that is killed
-leaves the report, and a log of each step, as far as it came. The exit code is 1 if anything failed.
+backends with the kernels on the device. Any of them may be named. After every step it prints a line and rewrites the
+report: what each step showed, what was skipped and why, and what has not begun. A run that is killed leaves the report
+up to that point, and a log of each step. The exit code is 1 if anything failed.
 
     make gpu PARTS="device sanitize --budget 540 --out results"
 """
@@ -58,8 +58,8 @@ ONLY = {
     "infonce_tiles": "cuda",
     "triton_infonce": "triton",
     "triton": "triton",
-}  # files with tests of one backend
-TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most comes first
+}  # files that test one backend only
+TIMINGS = (  # op, shape, dtypes, minimum of seconds it takes; the most important first
     ("infonce", "cityscapes", ("bf16",), 40),
     ("infonce", "cityscapes-one-view", ("bf16",), 30),
     ("infonce", "cityscapes", ("fp32", "tf32"), 60),
@@ -71,15 +71,15 @@ TIMINGS = (  # op, shape, dtypes, seconds it takes at least; what matters most c
     ("infonce", "quick", ("bf16", "fp32"), 40),
 )
 SECTIONS = (  # of Nsight Compute
-    "SpeedOfLight",  # share of every peak
-    "ComputeWorkloadAnalysis",  # of every pipe
-    "MemoryWorkloadAnalysis_Tables",  # traffic of shared memory
+    "SpeedOfLight",  # the share of each peak
+    "ComputeWorkloadAnalysis",  # of each pipe
+    "MemoryWorkloadAnalysis_Tables",  # traffic in shared memory
     "LaunchStats",  # registers
-    "Occupancy",  # blocks a multiprocessor
+    "Occupancy",  # blocks per multiprocessor
     "SchedulerStats",
-    "WarpStateStats",  # reasons for the warps to wait
+    "WarpStateStats",  # why warps wait
 )
-# The tests that need a device, in shares: the first fills its memory, the others take about as long as each other.
+# The tests that need a device, in shares: the first fills its memory, the others take about equally long.
 SHARES = ("2_to_the_31", "against_double", "not against_double and not 2_to_the_31")
 
 
@@ -88,12 +88,12 @@ class Step:
     part: str
     name: str
     command: list[str]
-    needs: float  # seconds: with fewer left it does not begin
+    needs: float  # seconds; with fewer left the step does not begin
     environment: dict[str, str] = field(default_factory=dict)
-    shows: str = ""  # a pattern that its output has if all is well
+    shows: str = ""  # a pattern in its output if all is well
     missing: str = ""  # why it cannot run here
-    quoted: bool = False  # its output belongs in the report
-    # What came out.
+    quoted: bool = False  # the report quotes its output
+    # The outcome.
     state: str = "not begun"
     passed: int = 0
     failed: int = 0
@@ -103,7 +103,7 @@ class Step:
 
     @property
     def is_alone(self) -> bool:
-        """Whether others beside it would change what it shows, need it, or take its memory."""
+        """Whether steps beside it would change its result, depend on it, or take its memory."""
         return self.part in ("build", "timings") or "2_to_the_31" in self.name
 
     @property
@@ -130,7 +130,7 @@ def without(program: str) -> str:
 
 
 def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step]:
-    """All steps on a GPU, in the order of what matters most."""
+    """All steps on a GPU, the most important first."""
     major, minor = torch.cuda.get_device_capability()
     yield Step(
         "build",
@@ -179,7 +179,7 @@ def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step
                 + ["--report-api-errors", "no"] * (backend == "triton")
                 + python("-m", "tools.gpu_small", backend),
                 needs=60,
-                # Every tensor its own allocation, so that reading past one is seen.
+                # Gives every tensor an allocation of its own, so that a read past its end is reported.
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 shows=clean,
                 missing=missing,
@@ -188,7 +188,7 @@ def device_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step
 
 
 def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[Step]:
-    for backend in reversed(BACKENDS):  # Triton compiles, which takes longest
+    for backend in reversed(BACKENDS):  # Triton's compiling takes longest
         wanted = f"{backend} and ({tests_named})" if tests_named else backend
         for name in suite:
             if ONLY.get(name, backend) != backend:
@@ -198,7 +198,7 @@ def suite_steps(suite: list[str], tests_named: str, needs: float) -> Iterator[St
 
 
 def rehearsal_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[Step]:
-    """The same parts with the emulator and Triton's interpreter in the device's place, at small shapes."""
+    """The same parts at small shapes, with the emulator and Triton's interpreter instead of a device."""
     yield Step("build", "the emulator", python("-m", "tools.emulator.build", "plain"), needs=5)
     for backend in BACKENDS:
         yield tests("device", f"what needs one, {backend}", backend, 1, "tests/test_cuda_device.py")
@@ -215,16 +215,16 @@ def rehearsal_steps(suite: list[str], tests_named: str, csv: Path) -> Iterator[S
     yield from suite_steps(suite, tests_named, needs=5)
 
 
-LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec a lock may be another thread's
+LIBC = ctypes.CDLL(None)  # loaded here, as another thread may hold a lock between fork and exec
 
 
 def die_with_parent() -> None:
-    """For a step, so that a run that is killed leaves none running."""
+    """Makes a step end with its parent, so that a run that is killed leaves no step running."""
     LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Run:
-    """Goes through steps and keeps the report."""
+    """Runs the steps and keeps the report."""
 
     def __init__(
         self, steps: list[Step], folder: Path, about: dict[str, str], budget: float | None, jobs: int = 1
@@ -265,9 +265,9 @@ class Run:
         outcomes = log.with_suffix(".jsonl")
         environment = {
             **os.environ,
-            # On sm_90 Triton is off with an older assembler, which a machine without a network may have.
+            # An older assembler turns Triton off on sm_90, and a machine without a network may have one.
             "PIXCONTRAST_TRITON_ANY_ASSEMBLER": "1",
-            # The checkout, not an installed copy.
+            # Use the checkout, not an installed copy.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             **step.environment,
             "PIXCONTRAST_TEST_LOG": str(outcomes),
@@ -313,7 +313,7 @@ class Run:
         for line in lines:
             try:
                 outcome = json.loads(line)
-            except json.JSONDecodeError:  # the last one, of a run that was cut off
+            except json.JSONDecodeError:  # the last line of a run that was cut off
                 continue
             if outcome["outcome"] == "passed":
                 step.passed += 1
@@ -329,7 +329,7 @@ class Run:
             step.failed, step.detail = 1, f"exit code {code}\n{text[-3000:]}"
 
     def write(self) -> None:
-        """Whole or not at all, whenever the run may end."""
+        """Writes the report, whole or not at all, whenever the run may end."""
         with self.writing:
             self._write()
 

@@ -1,6 +1,6 @@
 """Runs every kernel of a backend once over small, ragged shapes on the device, for compute-sanitizer.
 
-With --one-forward it is one forward at the paper's size instead, for a profiler.
+With --one-forward it runs a single forward at the paper's size instead, for a profiler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def as_they_are(tensor: Tensor) -> Tensor:
 
 
 def rows(a: int, k: int, d: int, dtype: torch.dtype, device: str, placed: Placed) -> tuple[Tensor, ...]:
-    """Anchors, their labels, keys and theirs."""
+    """Anchors and their labels, keys and their labels."""
     anchors, keys = (placed(torch.randn(n, d, device=device).to(dtype)).requires_grad_() for n in (a, k))
     anchor_labels, key_labels = (
         placed(torch.randint(-1, 4, (n,), device=device, dtype=torch.int32)) for n in (a, k)
@@ -45,7 +45,7 @@ def contrast(
     device: str = "cpu",
     placed: Placed = as_they_are,
 ) -> None:
-    """The loss of a anchors, with k keys and among themselves; `placed` moves each tensor to the memory wanted."""
+    """The loss of `a` anchors, with `k` keys and among themselves; `placed` moves each tensor where it is wanted."""
     anchors, labels, keys, key_labels = rows(a, k, d, dtype, device, placed)
     loss = partial(infonce, temperature=1.0, exclude_self=True, backend=backend)
     loss(anchors, labels, keys, key_labels).backward()
@@ -65,7 +65,7 @@ def maps(
     layout: torch.memory_format = torch.contiguous_format,
     placed: Placed = as_they_are,
 ) -> None:
-    """Sampling, gathering and a bank, of embeddings of a shape [B, D, H, W]."""
+    """Sampling, gathering and a bank, for embeddings of shape [B, D, H, W]."""
     embeddings = torch.randn(shape, device=device).to(dtype).to(memory_format=layout)
     embeddings = placed(embeddings).requires_grad_()
     batch, channels, height, width = shape
@@ -96,7 +96,7 @@ def main(
         for shape in rows:
             contrast(*shape, dtype, backend, device)
             loss_alone(*shape, dtype, backend, device)
-        for channels in (64, 128, 256, 512) if device == "cuda" else ():  # they have tiles of their own
+        for channels in (64, 128, 256, 512) if device == "cuda" else ():  # widths with tiles of their own
             contrast(70, 150, channels, dtype, backend, device)
             loss_alone(70, 150, channels, dtype, backend, device)
     torch.set_float32_matmul_precision("high")
@@ -109,7 +109,7 @@ def main(
 
 
 def one_forward(backend: str) -> None:
-    """1,024 anchors against a full bank of Cityscapes, bf16, with the gradient."""
+    """1,024 anchors against a full bank for Cityscapes, in bf16, with the gradient."""
     anchors, keys = (
         F.normalize(torch.randn(n, 256, device="cuda"), dim=1).bfloat16() for n in (1024, 190_000)
     )
@@ -128,7 +128,7 @@ if __name__ == "__main__":
         from tools import emulated
 
         emulated.serve((arguments.backend,))
-        # To see that it runs: for all that a device gets the interpreter takes minutes.
+        # A check that it runs: the interpreter would take minutes for all that a device gets.
         main(arguments.backend, "cpu", DTYPES[:1], rows=((5, 9, 65),), pixels=(5, 7))
     else:
         (one_forward if arguments.one_forward else main)(arguments.backend)

@@ -1,7 +1,7 @@
 """Makes Triton's interpreter fast enough to test with.
 
-It patches its language anew at every call of a function within a kernel, to no effect after the first; and it takes as
-long for a small tile as for a large one.
+The interpreter patches the Triton language again at every call of a function within a kernel, although only the first
+time has an effect; and it takes as long for a small tile as for a large one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pixcontrast_ext.backends.triton.infonce import forward, prepare
 
 
 def hasten() -> None:
-    """From now on kernels that are interpreted take half the time, or less."""
+    """From now on, interpreted kernels take half the time or less."""
     patch_once_a_launch()
     sort.SORT.update(BLOCK=64, OTHERS=512)
     pools.SCATTER.update(OTHERS=256)
@@ -26,9 +26,9 @@ def hasten() -> None:
 
 
 def patch_once_a_launch() -> None:
-    """Every function is patched once in a launch, at whose end the interpreter takes its patches back.
+    """Patch every function once per launch; at its end the interpreter removes the patches.
 
-    Unlike larger tiles this leaves the masks as they are.
+    Unlike larger tiles, this leaves the masks as they are.
     """
     patched: set[Callable[..., Any]] = set()
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang

@@ -1,22 +1,22 @@
 """The resource that binds each kernel, for every architecture in the module: `python -m tools.machine_model`.
 
-A line for each InfoNCE kernel of 256 channels (or those that are named): cycles of a multiprocessor for one tile, by
-what they are spent on, which of it binds, what time that makes at the benchmark's shape, and what share of the floor.
-And a line for each of the other ops, which are bound by device memory. All of it is predicted, and a bound: nothing
-waits for anything else in it. With bf16 rows of 256 channels an H100 took 609 us for pass 1 in tiles of 64 x 64, 1.46
-times the bound, and 544 us in tiles of 128 x 128, 1.69 times the bound (benchmarks/results/2026-11-26-*).
+It prints a line for each InfoNCE kernel of 256 channels (or those that are named): the cycles of a multiprocessor for
+one tile by resource, the resource that binds, the time this gives at the benchmark's shape, and its share of the floor.
+It prints a line for each of the other ops, which are bound by device memory. All of these are predicted lower bounds:
+in the model nothing waits for anything else. With bf16 rows of 256 channels an H100 took 609 us for pass 1 in tiles of
+64 x 64, 1.46 times the bound, and 544 us in tiles of 128 x 128, 1.69 times the bound (benchmarks/results/2026-11-26-*).
 
-- tensor cores: products of the tile times the cycles of one;
-- shared memory: what fragments, copies, weights, maxima, labels and spilled registers move, 128 bytes a cycle;
-- issue slots: instructions, four of which a multiprocessor issues in a cycle;
-- device memory: columns that come from there, once for each pass.
+- tensor cores: the tile's products times the cycles of one;
+- shared memory: the traffic of fragments, copies, weights, maxima, labels and spilled registers, at 128 bytes a cycle;
+- issue slots: instructions, of which a multiprocessor issues four in a cycle;
+- device memory: the columns, read from there once per pass.
 
-Beside these stands an estimate of latency: how long one warp takes by itself, by the usual cycles until a result is
-there, shared by the blocks that are resident. Where it is near what binds, there is nothing that could hide it.
+Besides, it estimates latency: the time of one warp that runs by itself, from the usual number of cycles until a result
+is ready, divided by the number of resident blocks. Where this is close to the binding resource, nothing can hide it.
 
-Instructions are read from the machine code, where the walk over the tiles is a loop whose trips are known, as it is for
-whole rows; without what only a tile with masks or with new maxima runs through. For other rows there are tensor cores,
-shared memory and device memory only.
+Instructions are read from the machine code where the walk over the tiles is a loop with a known number of trips, as it
+is for whole rows. Code that only tiles with masks or new maxima run is left out. For other rows there are only tensor
+cores, shared memory and device memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from tools import compiled_code
 
 ANCHORS, KEYS, CLASSES = 1024, 190_000, 19
-QUARTERS = 4  # of a multiprocessor, each with a tensor core and a scheduler
+QUARTERS = 4  # parts of a multiprocessor, each with a tensor core and a scheduler
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Machine:
     multiprocessors: int
     ghz: float  # under load
     mma: float  # cycles of a tensor core for m16n8k16
-    peak: float  # TFLOP/s of 16-bit products, of which the floor is made
+    peak: float  # TFLOP/s of 16-bit products, which give the floor
     bandwidth: float  # GB/s
     shared: int = 100  # KB of a multiprocessor
 
 
-# Of their data sheets; but the H100's clock, and its 6 cycles for mma.sync, which is short of the peak, were measured,
-# and the 8 of the B200 are those its assembler plans with.
+# From the data sheets. Two exceptions: the H100's clock and its 6 cycles for mma.sync, which is short of the peak, were
+# measured, and the 8 cycles of the B200 are those its assembler plans with.
 MACHINES = {
     "sm_80": Machine("A100", 108, 1.41, 8, 312, 2039, 164),
     "sm_86": Machine("RTX A6000", 84, 1.80, 16, 155, 768),
@@ -55,9 +55,9 @@ MACHINES = {
     "sm_120": Machine("RTX PRO 6000", 188, 2.60, 16, 503, 1792),
 }
 
-# Bytes of shared memory that an instruction of a warp moves, in units of the 128 of a cycle.
+# Shared memory that an instruction of a warp moves, in units of the 128 bytes of a cycle.
 WAVEFRONTS = {"LDSM": 4.0, "LDGSTS.128": 4.0, "LDS.128": 4.0, "LDS.64": 2.0, "STS.128": 4.0, "STS.64": 2.0}
-# Cycles until a result can be used; of others 5.
+# Cycles until a result can be used; 5 for other instructions.
 LATENCY = {
     "HMMA": 33,
     "LDSM": 33,
@@ -69,14 +69,14 @@ LATENCY = {
     "LDL": 30,
     "S2R": 20,
 }
-# Registers of an instruction's result and of what it reads, if they are more than one.
+# Registers of an instruction's result and of its operands, if any has more than one.
 REGISTERS = {"HMMA": (4, 4, 2, 4), "LDSM": (4, 1), "LDS.128": (4, 1), "LDS.64": (2, 1)}
-# Instructions that every tile executes, whatever branches there are.
+# Instructions that every tile executes, so a branch over them is not taken.
 NEVER_PASSED = {"HMMA", "LDSM", "BAR", "LDGSTS", "MUFU", "STS", "SHFL"}
 
 
 def visits(of_pass: str, rows: int, columns: int) -> float:
-    """Tiles of a whole pass at the benchmark's shape."""
+    """Number of tiles in a whole pass at the benchmark's shape."""
     if of_pass == "keys":
         return KEYS / rows * -(-ANCHORS // columns)
     if of_pass == "negatives":
@@ -86,7 +86,7 @@ def visits(of_pass: str, rows: int, columns: int) -> float:
 
 @dataclass
 class Tile:
-    """Of a kernel's name: Tile<Math<type, planes>, channels, whole, pieces, wide>."""
+    """Parsed from a kernel's name: Tile<Math<type, planes>, channels, whole, pieces, wide>."""
 
     of_pass: str
     half: bool
@@ -123,26 +123,26 @@ class Tile:
 
     @property
     def shared(self) -> int:
-        """Bytes of a block, and those that the device takes for itself."""
+        """Bytes of a block, including those that the device takes for itself."""
         row_bytes = 2 * self.planes * self.channels
         beside = 8 * self.columns if self.of_pass == "negatives" else 16 * (2 * self.columns + self.rows)
         tiles = (self.rows + 2 * self.columns) * row_bytes + 2 * self.parts * self.rows * self.columns
         return tiles + 4 * self.column_warps * self.rows + beside + 1024
 
     def resident(self, machine: Machine) -> int:
-        """Blocks of a multiprocessor."""
+        """Blocks that a multiprocessor holds."""
         return min(1 if self.wide else 2, machine.shared * 1024 // self.shared)
 
     @property
     def parts(self) -> int:
-        """Of the weights."""
+        """16-bit parts of a weight."""
         if self.planes == 2 or self.of_pass == "negatives":
             return self.planes
         return 1 if self.half else 2
 
     @property
     def score_products(self) -> int:
-        """Instructions of a warp's tensor core for the scores of a tile."""
+        """Tensor core instructions of one warp for the scores of a tile."""
         products = self.rows * self.columns * self.channels // (16 * 8 * 16) // self.warps
         return products * (3 if self.planes == 2 else 1)
 
@@ -153,7 +153,7 @@ class Tile:
 
     @property
     def wavefronts(self) -> int:
-        """Cycles of shared memory for fragments, copies and weights of all warps."""
+        """Cycles of shared memory for the fragments, copies and weights of all warps."""
         rows, columns = self.rows // self.row_warps, self.columns // self.column_warps  # of a warp's scores
         row_bytes = 2 * self.planes * self.channels
         scores = (rows + columns) * row_bytes
@@ -167,7 +167,7 @@ class Tile:
 
     @property
     def floor_flops(self) -> float:
-        """Of the two products, each counted once, whatever the planes and parts."""
+        """FLOPs of the two products, each counted once, whatever the number of planes and parts."""
         return 4 * ANCHORS * KEYS * self.channels / (CLASSES if self.of_pass == "positives" else 1)
 
 
@@ -176,7 +176,7 @@ class Instruction:
     address: int
     base: str
     width: str  # "64", "128" or ""
-    registers: list[tuple[int, ...]]  # of each operand
+    registers: list[tuple[int, ...]]  # by operand
     target: int | None  # where it may branch to
 
     @property
@@ -185,7 +185,7 @@ class Instruction:
 
 
 def instructions(module: Path, arch: str) -> Iterator[tuple[str, list[Instruction]]]:
-    """Of every kernel, in the order of addresses."""
+    """The instructions of every kernel, in the order of addresses."""
     name, code = "", list[Instruction]()
     for line in compiled_code.disassembly(module, arch).splitlines():
         if found := re.match(r"\s*Function : (.*)$", line):
@@ -210,8 +210,8 @@ def instructions(module: Path, arch: str) -> Iterator[tuple[str, list[Instructio
 def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
     """The instructions executed for a tile of columns, or None if the code does not show which they are.
 
-    They are the body of the loop over columns, with the loops of products inside it repeated as often as the tile
-    needs, and without the other loops, which only tiles with gaps enter.
+    They are the body of the loop over columns. The loops of products inside it are repeated as often as the tile needs;
+    other loops are left out, because only tiles with gaps enter them.
     """
     loops = [(i.target, i.address) for i in code if i.target is not None and i.target < i.address]
 
@@ -243,7 +243,7 @@ def walk_of(code: list[Instruction], tile: Tile) -> list[Instruction] | None:
     if left or len(of_products) > 2:
         return None
     executed: list[Instruction] = []
-    beyond = 0  # the target of a branch that skips code which few tiles run
+    beyond = 0  # target of a branch over code that few tiles run
     for i in inside(walk):
         if i.address < beyond:
             continue
@@ -288,8 +288,8 @@ class Bound:
     kernel: str
     machine: Machine
     tile: Tile
-    cycles: dict[str, float]  # of a tile, by resource
-    latency: float | None  # likewise, an estimate
+    cycles: dict[str, float]  # per tile, by resource
+    latency: float | None  # per tile, an estimate
 
     @property
     def binding(self) -> str:
@@ -346,11 +346,11 @@ def bounds(module: Path, arch: str) -> Iterator[Bound]:
         yield Bound(name, machine, tile, cycles, alone)
 
 
-# Of Cityscapes' size: B 8, D 256, H 128, W 256, fp32; labels, predictions and priorities of the pixels.
+# At Cityscapes' size: B 8, D 256, H 128, W 256, fp32; labels, predictions and priorities for every pixel.
 MAP, PIXELS, ROWS = 8 * 256 * 128 * 256, 8 * 128 * 256, 1024
 MEMORY = {
-    "sampling": 20 * PIXELS + 2 * 8 * PIXELS,  # and the sorted keys, written and read
-    "gather": 2 * 32 * 256 * ROWS,  # sectors of 32 bytes, of which 4 are wanted; twice
+    "sampling": 20 * PIXELS + 2 * 8 * PIXELS,  # plus the sorted keys, written and read
+    "gather": 2 * 32 * 256 * ROWS,  # two times sectors of 32 bytes, of which 4 are used
     "gather, backward": 4 * MAP + 32 * 256 * ROWS,
     "enqueue": 4 * MAP + 12 * PIXELS + 2 * 8 * PIXELS,
 }

@@ -1,9 +1,9 @@
-"""Runs targets of the Makefile that call pytest, two at a time, and tells how far they are.
+"""Runs targets of the Makefile that call pytest, two at a time, and reports their progress.
 
     python -m tools.parts test-rest test-triton
 
-A line is printed whenever a part has got on by a tenth, and once a minute at least. A part that passes shows what it
-skipped, one that fails all of its output. At the end stand the outcomes of all parts together.
+It prints a line whenever a part has completed another tenth, and at least once a minute. A part that passes shows what
+it skipped; one that fails shows all of its output. The outcomes of all parts together come last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 
 AT_A_TIME = 2
-SILENCE = 60  # seconds at most between two lines about a part
+SILENCE = 60  # most seconds between two lines about a part
 
 # The text between the equals signs in the last line of a run, and the percentage in the lines before.
 _OUTCOMES = re.compile(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s.*$")
@@ -28,7 +28,7 @@ _PROGRESS = re.compile(r"\[ *(\d+)%\]$")
 
 @dataclass
 class Part:
-    """A target, and what was seen of its run."""
+    """A target and what its run has shown so far."""
 
     name: str
     output: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Part:
         return self
 
     def _read(self, line: str) -> bool:
-        """Whether a line says that another tenth is done."""
+        """Read a line of output; returns whether it says that another tenth is done."""
         if outcomes := _OUTCOMES.match(line):
             for count, kind in re.findall(r"(\d+) (\w+)", outcomes[1]):
                 self.outcomes[kind] += int(count)
@@ -80,7 +80,7 @@ class Part:
         return self.percent // 10 != before // 10
 
     def report(self) -> str:
-        """All of its output if it failed, else what it skipped."""
+        """All of its output if it failed, otherwise what it skipped."""
         text = "".join(self.output)
         if self.returned == 0:
             text = "".join(re.findall(r"^(?:SKIPPED|XFAIL).*\n", text, re.M))
@@ -89,12 +89,12 @@ class Part:
 
 
 def said(outcomes: collections.Counter[str]) -> str:
-    """Outcomes in the order of pytest."""
+    """The outcomes as text, in pytest's order."""
     return ", ".join(f"{count} {kind}" for kind, count in outcomes.items()) or "no test was run"
 
 
 def main(names: list[str]) -> int:
-    """Run the parts of these names; 1 if one fails."""
+    """Run the named parts; returns 1 if one fails."""
     tell, total = threading.Lock(), collections.Counter[str]()
     with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
         parts = list(pool.map(lambda name: Part(name).run(tell), names))

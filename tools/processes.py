@@ -1,6 +1,6 @@
 """Runs other programs for tests and tools, and ends them if they hang.
 
-The time limit is far longer than any of them takes, even on a busy machine, because no test may depend on a time.
+The time limit is far longer than any of them takes, even on a busy machine, because no test may depend on timing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def overdue(what: str, output: str) -> TimeoutError:
 def run(
     command: Iterable[object], *, one_stream: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` with the output as text, standard error in it or beside it.
+    """Like `subprocess.run` with the output as text; standard error is part of it or separate.
 
     Raises:
-        TimeoutError: after LIMIT seconds; the process and all that it started have been killed then.
+        TimeoutError: after LIMIT seconds, once the process and all that it started have been killed.
     """
     words = [str(word) for word in command]
     errors_to = subprocess.STDOUT if one_stream else subprocess.PIPE
@@ -38,7 +38,7 @@ def run(
     )
     try:
         output, errors = process.communicate(timeout=LIMIT)
-    except BaseException as error:  # an interrupt leaves no process running either
+    except BaseException as error:  # an interrupt must not leave a process running either
         os.killpg(process.pid, signal.SIGKILL)
         output, errors = process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):

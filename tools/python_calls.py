@@ -1,6 +1,6 @@
 """Counts the Python calls of the package in a training step on the CPU: `python -m tools.python_calls [--all]`.
 
-What a step costs beside its kernels is mostly calls. `--all` names the functions. The count depends on the instruction
+Besides its kernels, most of a step's cost is calls. `--all` names the functions. The count depends on the instruction
 set: without AVX-512, InfoNCE's products are torch's, and every tile takes calls of its own.
 """
 
@@ -15,7 +15,7 @@ import torch
 from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss
 from pixcontrast_ext.backends import native
 
-WARM_UP = 60  # steps, after which the watch of silent classes rests
+WARM_UP = 60  # steps; by then the watch for silent classes has ended
 
 
 def counted() -> collections.Counter[str]:

@@ -5,8 +5,8 @@ It reports registers, spills, shared memory, the loops with products, and how lo
     python -m tools.triton_code            compile every shipped configuration and print the table
     python -m tools.triton_code --update   write it to expected/triton-<version>.txt
 
-A launcher decides what is compiled. So the launchers run as usual, except that each launch is handed to the compiler:
-every configuration that ships is compiled, and no other.
+Launchers decide what is compiled. So they run as usual, but each launch goes to the compiler: every configuration that
+ships is compiled, and no other.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from tools.emulated import Emulated
 ARCHS = (80, 90)
 WIDTHS = (64, 128, 256, 512)  # every width of rows that InfoNCE is compiled for
 MULTIPROCESSORS = {80: 108, 90: 132}
-FLOPS = {80: 2048, 90: 4096}  # of 16-bit products in a cycle of a multiprocessor
-MAP_WIDTHS = (64, 256)  # those of maps
+FLOPS = {80: 2048, 90: 4096}  # 16-bit, per cycle of a multiprocessor
+MAP_WIDTHS = (64, 256)  # widths for the ops on maps
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -74,7 +74,7 @@ class Job:
     arch: int
     signature: tuple[tuple[str, Any], ...]  # a type, or a record of types
     constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[tuple[int, ...], ...]  # places of arguments that are multiples of 16
+    divisible: tuple[tuple[int, ...], ...]  # positions of arguments that are multiples of 16
     num_warps: int
     num_stages: int
 
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def types(self) -> str:
-        """That of the first tensor."""
+        """The type of the first tensor."""
         kinds = (kind[0] if isinstance(kind, tuple) else kind for _, kind in self.signature)
         first: str = next(kind for kind in kinds if "*" in kind)
         return first
@@ -101,13 +101,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop with products of tiles, as the machine code has it."""
+    """A loop with products of tiles in the machine code."""
 
     instructions: int
     products: int  # HGMMA or HMMA
     begun: int  # groups of HGMMA: WARPGROUP.ARRIVE
-    copies: int  # LDGSTS of 16 bytes a thread
-    narrow: int  # LDGSTS of fewer
+    copies: int  # LDGSTS of 16 bytes per thread
+    narrow: int  # LDGSTS of fewer bytes
     local: int  # loads from local memory
     ahead: bool  # a copy is issued while products are in flight
     overwritten: bool  # a register that a product in flight reads is written
@@ -118,14 +118,14 @@ class Code:
     registers: int
     stack: int
     shared: int
-    buffers: int  # of a tile of columns in shared memory, the fewest; 0: it is not copied asynchronously
-    replicated: bool  # several warps multiply the same
+    buffers: int  # fewest buffers of a tile of columns in shared memory; 0: no asynchronous copies
+    replicated: bool  # several warps compute the same product
     loops: tuple[Loop, ...]
-    seconds: float  # that compiling it took, what Triton keeps for all included
+    seconds: float  # to compile it, including what Triton then caches for all kernels
 
 
 def _written(instruction: str) -> set[int]:
-    """Registers that a machine instruction writes, about: its first operand, by the width in its name."""
+    """Registers that a machine instruction writes, roughly: its first operand, as wide as its name says."""
     found = re.match(r"(?:@!?U?P\d+ )?([A-Z0-9_.]+) (?:P\d+, )?R(\d+)\b", instruction)
     if found is None or found[1].startswith(("ST", "RED", "LDGSTS", "BRA", "BAR", "DEPBAR")):
         return set()
@@ -141,7 +141,7 @@ def _written(instruction: str) -> set[int]:
 
 
 def _overwritten(body: list[str]) -> bool:
-    """Whether a register that an HGMMA reads is written before the wait for it; a loop is walked twice."""
+    """Whether a register that an HGMMA reads is written before the wait for it. The loop body is read twice."""
     reads: set[int] = set()
     for instruction in body + body:
         found = re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", instruction)
@@ -155,7 +155,7 @@ def _overwritten(body: list[str]) -> bool:
 
 
 def _ahead(body: list[str]) -> bool:
-    """Whether a copy stands between the last product of a loop and the wait for it, which may be in the next round."""
+    """Whether a copy is between the last product of a loop and the wait for it, perhaps in the next iteration."""
     last = max(i for i, instruction in enumerate(body) if re.search(r"\bHG?MMA\b", instruction))
     for instruction in body[last:] + body:
         if "LDGSTS" in instruction and ".128" in instruction:
@@ -205,7 +205,7 @@ def loops_of(sass: str) -> tuple[Loop, ...]:
 
 
 def replicated(ttgir: str) -> bool:
-    """Whether the warps of a product cover more than its tile."""
+    """Whether the warps of a product cover more than its tile, so that some repeat the others' work."""
     layouts = {
         name: (int(rows), int(columns))
         for name, rows, columns in re.findall(
@@ -221,7 +221,7 @@ def replicated(ttgir: str) -> bool:
 
 
 def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Job:
-    """As Triton specialises a launch: on dtypes, on integers that are 1, and on what 16 divides."""
+    """The job of a launch, specialised as Triton does: on dtypes, integers equal to 1, and multiples of 16."""
     names = kernel.arg_names
     values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
     assert set(values) == set(names), f"{kernel.__name__}: {set(names) ^ set(values)}"
@@ -261,7 +261,7 @@ def job_of(arch: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str
 
 @contextlib.contextmanager
 def recording(arch: int) -> Iterator[dict[Job, None]]:
-    """Within it, launches are written down instead of made, and devices are of `arch`."""
+    """Within it, launches are recorded instead of made, and devices are of `arch`."""
     jobs: dict[Job, None] = {}
 
     class Described(Emulated):
@@ -280,7 +280,7 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
 
 
 def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, begin: int = 0) -> None:
-    """The passes over rows that begin `begin` numbers after an aligned address."""
+    """Launches all passes over rows that begin `begin` elements after an aligned address."""
     anchors, keys = (torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k))
     anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
     loss, neg_lse, weight = torch.ones(3, a)
@@ -334,7 +334,7 @@ def launch_maps(
 
 
 def smallest_jobs(arch: int) -> list[Job]:
-    """Everything once, or nearly: Triton makes constants of arguments that are 1."""
+    """Nearly everything once at the smallest sizes, since Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
         launch_infonce(torch.float32, 1, a=1, k=1)
         launch_maps(
@@ -407,7 +407,7 @@ def compile_job(job: Job) -> Code:
 
 
 def compile_all(jobs: list[Job], workers: int = 2) -> dict[Job, Code]:
-    """In processes of their own and with an empty cache, so that nothing stale is read."""
+    """Compiles in separate processes and with an empty cache, so that nothing stale is read."""
     with tempfile.TemporaryDirectory() as cache:
         before = os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -432,7 +432,7 @@ def table(codes: dict[Job, Code], what: str) -> str:
 
 
 def costs(codes: dict[Job, Code]) -> str:
-    """Compile time, for which a first call waits: seconds of one core, by architecture and kernel."""
+    """Compile time, which a first call waits for: seconds of one core, by architecture and kernel."""
     seconds: dict[tuple[int, str], list[float]] = {}
     for job, code in codes.items():
         seconds.setdefault((job.arch, job.kernel), []).append(code.seconds)
@@ -446,9 +446,9 @@ def costs(codes: dict[Job, Code]) -> str:
 def predicted(codes: dict[Job, Code]) -> str:
     """Lower and upper estimates of the walks' times at the benchmark's shape.
 
-    The lower one has the tensor cores and the issue slots of a multiprocessor busy at the same time, the upper one one
-    after the other. Code that branches skip counts as issued, and nothing waits: on an H100 the negatives of 256
-    channels took 1.1 (bf16) and 1.4 times ("highest") the upper one.
+    The lower estimate assumes that the tensor cores and issue slots of a multiprocessor are busy at the same time, the
+    upper one that they take turns. Code that branches skip counts as issued, and nothing waits: on an H100 the
+    negatives of 256 channels took 1.1 times (bf16) and 1.4 times ("highest") the upper estimate.
     """
     lines = []
     for job, code in codes.items():

@@ -1,7 +1,7 @@
 """Runs every Triton kernel in the interpreter on tensors that end where memory ends: `python -m tools.triton_guard`.
 
-Right after the last element of each tensor, scratch memory included, lies a page that nobody may touch, so a load or
-store without its mask kills the process. `--overrun` makes such a load, to show that it does.
+Right after the last element of each tensor, scratch memory included, comes a page that nobody may touch, so a load or
+store without its mask kills the process. `--overrun` makes such a load, to prove it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _empty = torch.empty
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a contiguous tensor, which ends at a page that nobody may touch."""
+    """A contiguous tensor whose memory ends at a page that nobody may touch."""
     size = math.prod(shape) * dtype.itemsize
     if size == 0:
         return _empty(shape, dtype=dtype)
@@ -54,7 +54,7 @@ def copied(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Within it, the tensors that the launchers allocate end at such a page as well."""
+    """Within it, tensors that the launchers allocate also end at such a page."""
 
     def new_empty(like: Tensor, *shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -72,7 +72,7 @@ def guarded_memory() -> Iterator[None]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def overrun_kernel(values, total, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Reads one element more than there are."""
+    """Reads one more element than there is."""
     i = tl.arange(0, BLOCK)
     tl.store(total, tl.sum(tl.load(values + i, mask=i <= count, other=0.0), 0))
 
@@ -87,7 +87,7 @@ def main() -> None:
         )
         return
     with guarded_memory():
-        # Masks depend on shapes; the 16-bit dtypes share their tiles, so each takes a part of the shapes.
+        # Masks depend on shapes. The 16-bit dtypes share their tiles, so each takes some of the shapes.
         for shape in ((70, 150, 65), (1, 1, 1), (33, 130, 64)):
             contrast(*shape, torch.float32, "triton", placed=copied)
         contrast(70, 150, 65, torch.float16, "triton", placed=copied)

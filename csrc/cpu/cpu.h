@@ -1,4 +1,4 @@
-// The CPU kernels, as bindings.cpp sees them. They throw BadValue for what only a look at the data shows.
+// The CPU kernels, as bindings.cpp sees them. They throw BadValue for errors that only the data can show.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace pxc::cpu {
 
-// A value that the caller has to explain to the user: where it stands and what it is.
+// A bad value, and its position, which the caller reports to the user.
 struct BadValue {
   int64_t position, value;
 };
@@ -25,9 +25,9 @@ void collect_keys(const CollectKeysParams&);
 // Keys per tile of the fused forward. Smaller tiles would read and write O more often. At D = 256 an fp32
 // tile, packed for both products, is 1 MiB and streams through L2.
 constexpr int64_t kFusedBlockK = 512;
-constexpr int kPanel = 32;  // columns that it multiplies at a time
+constexpr int kPanel = 32;  // columns that the fused forward multiplies at a time
 
-// Of kLanes consecutive pixels of an image those that belong to one class.
+// Those of kLanes consecutive pixels of an image that belong to one class.
 constexpr int64_t kLanes = 16;
 struct Group {
   int64_t label;
@@ -35,9 +35,10 @@ struct Group {
   uint32_t member[kLanes];  // all ones or zero: a select by `and` keeps a NaN out of the other classes
 };
 
-// What is built once per instruction set: the steps of InfoNCE between torch's products, its forward with own
-// products (null where there is none), and the two readings of enqueue: the pixels' squares,
-// sums[pixel] += plane[pixel]^2 over all planes, and the class sums, for one or two channels at a time:
+// The functions that are built once per instruction set: the steps of InfoNCE between torch's matrix
+// products; its fused forward, with products of its own (null where there is none); and the two passes of
+// enqueue over the map, for the pixels' squares, sums[pixel] += plane[pixel]^2 over all planes, and for the
+// class sums of one or two channels at a time,
 // strands[label][channel][lane] += plane[pixel] * weights[pixel].
 struct VectorKernels {
   void (*widen)(const WidenParams&);
@@ -75,7 +76,7 @@ void fused_forward(const FusedForwardParams&);
 // The kernels in use: those of the best instruction set that the processor has, unless another was selected.
 const VectorKernels& vector_kernels();
 const char* instruction_set();
-// The DType that own products multiply keys of this one in; -1 if the products are torch's.
+// The DType in which the fused forward multiplies keys of this one; -1 if torch does the products.
 int fused_dtype(int keys_dtype);
 std::vector<std::string> instruction_sets();           // those the processor has, best first
 void select_instruction_set(const std::string& name);  // throws std::invalid_argument

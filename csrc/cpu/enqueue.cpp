@@ -2,10 +2,11 @@
 // region) and the pixels of smallest (priority, pixel), as candidate rows of a fixed shape. Write: the
 // candidates that are labelled go into the rings, in image order.
 //
-// The map is read twice, once for the norms, once for the class sums and the chosen pixels; where channels
-// are planes of memory each time straight along them. Reading it once, in blocks that stay in cache, was
-// slower: a block is a small piece of every plane, each on a page of its own. Other layouts are copied plane
-// by plane for the second reading. No sum is shared between threads, so none depends on their number.
+// The map is read twice: once for the norms, and once for the class sums and the chosen pixels. Where
+// channels are planes of memory, each pass reads straight along them. Reading the map only once, in blocks
+// that stay in cache, was slower: a block is a small piece of every plane, each on a page of its own. Other
+// layouts are copied plane by plane for the second pass. No sum is shared between threads, so no result
+// depends on their number.
 #include <cstring>
 
 #include "cpu.h"
@@ -17,14 +18,14 @@ namespace {
 
 constexpr int64_t kWindow = 256;   // pixels whose groups are sorted by class
 constexpr int64_t kFlush = 1024;   // groups summed in fp32 before they go into doubles
-constexpr int64_t kShare = 4096;   // pixels that a thread takes at a time in the first reading
-constexpr int64_t kChannels = 16;  // channels, in the second
+constexpr int64_t kShare = 4096;   // pixels that a thread takes at a time in the first pass
+constexpr int64_t kChannels = 16;  // channels that it takes at a time in the second
 
 // What one image offers.
 struct Offer {
   std::vector<int64_t> counts;  // [C] pixels of each class
-  std::vector<int64_t> pixels;  // chosen ones, within the image
-  std::vector<int64_t> rows;    // of [B, C, 1 + pixels_per_image], where those go
+  std::vector<int64_t> pixels;  // the chosen ones, as indices within the image
+  std::vector<int64_t> rows;    // where those go in [B, C, 1 + pixels_per_image]
   std::vector<Group> groups;    // in the order of the pixels, sorted by class within a window
 };
 
@@ -83,7 +84,7 @@ void group_pixels(const CollectParams& p, int64_t image, Offer& offer) {
 
 bool has_planes(const CollectParams& p) { return p.stride_column == 1 && p.stride_row == p.width; }
 
-// 1 / norm of every pixel of an image, or 1. A thread takes some consecutive pixels.
+// 1 / norm of `size` consecutive pixels, or 1 if they are not normalised.
 template <class In>
 void weigh(const CollectParams& p, int64_t first, int64_t size, float* weights) {
   if (!p.normalize) return std::fill(weights, weights + size, 1.f);
@@ -149,7 +150,8 @@ struct Scratch {
   std::vector<float> strands;  // [C, 2, kLanes]
 };
 
-// A channel of one image in fp32, its pixels side by side up to whole groups: the map itself where it is so.
+// One channel of one image as contiguous fp32 pixels, padded to whole groups. This is the map itself where it
+// already has that form.
 template <class In>
 const float* plane_of(const CollectParams& p, const In* channel, std::vector<float>& copy) {
   const int64_t pixels = p.height * p.width;
@@ -278,7 +280,7 @@ void collect(const CollectParams& p) {
 
 namespace {
 
-// One kind of memory of one class: its candidates are the slots [first_slot, last_slot) of every image.
+// The region or the pixel ring of one class: its candidates are slots [first_slot, last_slot) of every image.
 struct Ring {
   int64_t first_slot, last_slot, offset, slots;
   int64_t *ptr, *fill;
@@ -309,7 +311,7 @@ void write_ring(const WriteParams& p, int64_t label, const Ring& ring) {
 }  // namespace
 
 void write(const WriteParams& p) {
-  // Pointers have even positions in an error, fills odd ones.
+  // In an error, pointers have even positions and fills odd ones.
   const auto check = [](int64_t label, int64_t ptr, int64_t fill, int64_t slots) {
     if (ptr < 0 || ptr >= std::max<int64_t>(1, slots)) throw BadValue{2 * label, ptr};
     if (fill < 0 || fill > slots) throw BadValue{2 * label + 1, fill};

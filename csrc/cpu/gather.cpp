@@ -1,6 +1,6 @@
-// Gathering chosen pixels out of the strided map, and scattering their gradient back into a dense one, which
-// is zeroed and filled once. Several rows may name one pixel; they add up in row order, whatever the thread
-// count.
+// Gathers chosen pixels from the strided map, and scatters their gradient back into a dense map, which is
+// zeroed and filled once. Several rows may name the same pixel; their gradients add up in row order, whatever
+// the thread count.
 #include <cstring>
 #include <numeric>
 
@@ -28,8 +28,8 @@ void store_rows(const GatherParams& p) {
   }
 }
 
-// d(x / |x|): the gradient less its part along the row. A row without gradient stays exactly zero, so that
-// padding cannot carry a NaN pixel into the map's gradient.
+// The derivative of x / |x|: the gradient minus its component along the row, over the norm. A row whose
+// gradient is zero stays exactly zero, so that padding cannot carry a NaN pixel into the map's gradient.
 template <class Row>
 void differentiate_rows(const GatherBackwardParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -50,8 +50,8 @@ void differentiate_rows(const GatherBackwardParams& p) {
   }
 }
 
-// The rows that name each pixel, added up in the first of them, in row order and fp32. Returns those first
-// rows.
+// Adds up the rows that name the same pixel, into the first of them, in row order and in fp32. Returns these
+// first rows.
 std::vector<int64_t> merge_repeats(const GatherBackwardParams& p) {
   std::vector<int64_t> order(p.num_rows), firsts;
   std::iota(order.begin(), order.end(), int64_t(0));

@@ -42,7 +42,7 @@ inline void store(Half* p, float value) {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;
-  } else if (magnitude >= 0x47800000u) {  // 65536 and more; what rounds up to it carries into inf below
+  } else if (magnitude >= 0x47800000u) {  // 65536 and more; what rounds up to 65536 carries into inf below
     half = 0x7c00u;
   } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded result in the low bits
     half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u;

@@ -7,7 +7,7 @@
 namespace pxc::cpu {
 namespace {
 
-// First position at or after `start` whose label differs from the one there.
+// First position after `start` whose label differs from the one at `start`, or `end`.
 int64_t end_of_run(const int32_t* labels, int64_t start, int64_t end) {
   int64_t i = start;
   while (i < end && labels[i] == labels[start]) ++i;
@@ -17,7 +17,7 @@ int64_t end_of_run(const int32_t* labels, int64_t start, int64_t end) {
 }  // namespace
 
 // Cuts the keys into tiles of at most max_keys. Long runs of one label become tiles of their own, of even
-// sizes; short ones are put together in a mixed tile; keys of no label are left out where they can be.
+// sizes; short runs share a mixed tile; keys without a label are left out where possible.
 void plan_tiles(const TilesParams& p) {
   const int64_t long_run = std::max<int64_t>(1, p.max_keys / 8);
   int64_t count = 0;

@@ -22,7 +22,7 @@ inline float inverse_norm(float sum_of_squares) {
   return sum_of_squares > 0.f ? 1.f / std::sqrt(sum_of_squares) : sum_of_squares;
 }
 
-// The same of a row, summed in kLanes strands that the compiler keeps in vectors.
+// The same for a row, summed in kLanes strands that the compiler keeps in vectors.
 inline float inverse_norm(const float* row, int64_t channels) {
   constexpr int64_t kLanes = 16;
   float lanes[kLanes] = {}, sum = 0.f;
@@ -36,8 +36,8 @@ inline float inverse_norm(const float* row, int64_t channels) {
 }
 
 // Calls visit(row, channel, element) for every channel of the pixels at `indices`, a few channels of one
-// image at a time: where channels are planes, that stays within a few pages, and a pixel at a time would
-// touch one for every channel. No two threads get the same (row, channel), and each gets its rows in order.
+// image at a time. Where channels are planes, this stays within a few pages; going pixel by pixel would touch
+// a page per channel. No two threads get the same (row, channel), and each gets its rows in order.
 template <class Element, class Visit>
 void visit_pixels(const EmbeddingMap& m, const int64_t* indices, int64_t num_rows, Element* map, int threads,
                   Visit visit) {

@@ -12,7 +12,7 @@
 
 namespace pxc::cpu {
 
-// Orders as (priority, pixel) do; pixel < 2^32.
+// Keys are ordered like the pairs (priority, pixel); pixel < 2^32.
 inline uint64_t pool_key(int32_t priority, int64_t pixel) {
   return uint64_t(uint32_t(priority) ^ 0x80000000u) << 32 | uint64_t(pixel);
 }
@@ -33,8 +33,8 @@ inline int64_t class_of(const int64_t* labels, int64_t position, int64_t num_cla
   return label;
 }
 
-// Carries exceptions out of a parallel loop, which none may leave: of several bad values the one that stands
-// first.
+// Carries an exception out of a parallel loop, which no exception may leave by itself. Of several bad values
+// it keeps the one at the first position.
 class Guard {
  public:
   template <class Body>

@@ -13,8 +13,8 @@ enum Kind { kHard = 0, kEasy = 1, kKinds = 2 };
 struct Pool {
   int64_t size = 0;
   int64_t keep = 0;
-  int64_t offset = 0;       // of its keys within the image's
-  int64_t first_row = 0;    // of the output
+  int64_t offset = 0;       // where its keys start among the image's
+  int64_t first_row = 0;    // where its rows start in the output
   int64_t first_pixel = 0;  // of the pair, in raster order; kept with the hard pool
 };
 

@@ -1,9 +1,9 @@
-"""Which backends run here, and how much of each test: what the environment says. It imports no torch.
+"""Which backends run here, and how much of each test, as the environment says. It imports no torch.
 
-The backends for a GPU take CPU tensors: the kernels of `cuda` run in the emulator, those of `triton` in Triton's
+The GPU backends take CPU tensors: the kernels of `cuda` run in the emulator and those of `triton` in Triton's
 interpreter, or, with PIXCONTRAST_TEST_CUDA=device, both on a GPU that gets copies of the tensors.
-PIXCONTRAST_TEST_BACKENDS names those to test; a comma between two. PIXCONTRAST_TEST_SHARE=4 runs a quarter of the
-combinations of each test, where all take too long.
+PIXCONTRAST_TEST_BACKENDS names the backends to test, separated by commas. PIXCONTRAST_TEST_SHARE=4 runs a quarter of
+the combinations of each test, where all of them take too long.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def parameters(item: pytest.Item) -> dict[str, object]:
 
 
 def outside_of_the_share(items: list[pytest.Item], share: int) -> Iterator[pytest.Item]:
-    """All but one in `share` of the combinations of each test and backend; names draw them, the same every time."""
+    """All but one in `share` of the combinations of each test and backend, drawn by a fixed hash of their names."""
     groups: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
         backends = [value for name, value in parameters(item).items() if name.endswith("backend")]

@@ -1,4 +1,4 @@
-"""What ops give, against the contract in slow loops."""
+"""Compares the results of ops with the contract in slow loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from pixcontrast_ext import MemoryBank, hard_anchor_sampling
 from tests.support import oracle
 
-# Of gathered rows and of their gradient, relative to the largest value.
+# For gathered rows and their gradient, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 

@@ -1,4 +1,4 @@
-"""InfoNCE of a backend with both gradients, and the same in fp64 to compare it with."""
+"""InfoNCE of a backend with both gradients, and the same in fp64 for comparison."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def exact(inputs, *, temperature=0.1, exclude_self=False, weights=None):
 
 
 def weight_rounding(backend, dtype):
-    """The error that rounding the weights of its second product may add to a backend's gradient of the anchors."""
+    """The error that a backend may add to the anchors' gradient by rounding the weights of its second product."""
     if dtype == torch.float32:
         return 1e-6
     on_bf16_words = backend == "cpu" and native.fused_dtype(dtype) == torch.bfloat16

@@ -1,7 +1,7 @@
 """What the ranks do in `test_distributed.py`: scenarios in turn, the bank's state after each step saved to a file.
 
-Arguments: the number of ranks, the folder for the results, and a checkpoint to resume from; or, in its place,
-"leaves_out_a_step.R.S" or "begins_anew" for that scenario alone.
+Arguments: the number of ranks, the folder for the results, and a checkpoint to resume from. Instead of a checkpoint,
+"leaves_out_a_step.R.S" or "begins_anew" runs only that scenario.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pixcontrast_ext.ops import exchange
 from tools import processes
 
 CLASSES, CHANNELS, PIXELS = 4, 6, (5, 7)
-# Images of a rank in each step: all the same, one rank with fewer, one with none at all.
+# Images per rank in each step: equal numbers, one rank with fewer, all but one with none.
 SIZES = [
     lambda rank: 2,
     lambda rank: 2,
@@ -41,7 +41,7 @@ VOID = (1, 1)  # the rank and step whose labels are all ignored
 
 
 def batch(rank, step, size=None):
-    """What a rank gets at a step: embeddings, labels, priority."""
+    """The embeddings, labels and priority of a rank at a step."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     size = SIZES[step % len(SIZES)](rank) if size is None else size
     embeddings = torch.randn(size, CHANNELS, *PIXELS, generator=generator)
@@ -71,7 +71,7 @@ def steps(rank, **settings):
 
 
 def nothing_first(rank):
-    """No rank has an image in the first exchange, which so cannot say how large one is."""
+    """No rank has an image in the first exchange, which therefore cannot tell how large an image is."""
     bank = make_bank()
     return [enqueue(bank, *batch(rank, step, size)) for step, size in enumerate((0, 2, 0, 2))]
 
@@ -82,7 +82,7 @@ def resumed(rank, checkpoint):
     return [enqueue(bank, *batch(rank, step)) for step in range(len(SIZES), 2 * len(SIZES))]
 
 
-# Images of two ranks and more in each step: larger than any before on one rank, on the other, on all; smaller; none.
+# Images of each rank in each step: more than ever before on one rank, on another, on all; fewer; none.
 GROWING = [(1, 1, 1), (2, 1, 1), (1, 4, 1), (5, 5, 2), (0, 3, 0), (0, 0, 0), (1, 7, 3)]
 
 
@@ -92,7 +92,7 @@ def growing(rank):
 
 
 def rows(rank):
-    """Rows without a map, of another number on each rank."""
+    """Rows without a map, a different number of them on each rank."""
     bank = make_bank()
     for step in range(3):
         bank.enqueue_rows(*batch_of_rows(rank, step))
@@ -108,7 +108,7 @@ def batch_of_rows(rank, step):
 
 
 def other_banks(rank):
-    """The message on each rank."""
+    """Banks differ between the ranks; returns the error message on each."""
     bank = MemoryBank(CLASSES, CHANNELS, dtype=torch.float32 if rank == 0 else torch.float16)
     try:
         enqueue(bank, *batch(rank, 0, 2))
@@ -118,7 +118,7 @@ def other_banks(rank):
 
 
 def validating_alone(rank):
-    """The first rank validates without the others, in training mode, and without gradients."""
+    """Only the first rank validates, in training mode but without gradients."""
     torch.manual_seed(rank)
     loss = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank(), warmup_steps=9)
     embeddings, labels, _ = batch(rank, 0, 2)
@@ -131,7 +131,7 @@ def validating_alone(rank):
 
 
 def compiled(rank):
-    """Batch sizes change, on one rank only, within a compiled loss."""
+    """Batch sizes change within a compiled loss, and on one rank only."""
     torch.manual_seed(rank)
     loss = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank())
     run = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -144,7 +144,7 @@ def compiled(rank):
 
 
 def restored_by_broadcast(rank):
-    """The first rank alone loads a checkpoint; DDP sends the buffers to the others. State, then loss of a step."""
+    """Only the first rank loads a checkpoint, and DDP sends the buffers on. Returns the state, then a step's loss."""
     torch.manual_seed(0)
     head = ProjectionHead(CHANNELS, CHANNELS, "linear")
     loss = PixelContrastLoss(CLASSES, min_pixels=1, bank=make_bank(), warmup_steps=3)
@@ -161,7 +161,7 @@ def restored_by_broadcast(rank):
 
 
 def fully_sharded(rank):
-    """FSDP2, built on the meta device, through a warm-up: what every rank has after each step, and after a restore."""
+    """FSDP2, built on the meta device, through a warm-up: the state of every rank per step, and after a restore."""
     with torch.device("meta"):
         step_module = Step(
             ProjectionHead(CHANNELS, CHANNELS, "linear"),
@@ -195,7 +195,7 @@ def fully_sharded(rank):
 
 
 class Network(nn.Module):
-    """What README calls the network: features of 720 channels, logits of 19."""
+    """The `network` of README: features of 720 channels and logits of 19."""
 
     def __init__(self):
         super().__init__()
@@ -207,7 +207,7 @@ class Network(nn.Module):
 
 
 def readme(rank, *, steps=20, warmup_steps=6):
-    """README's own lines, through a warm-up with a NaN in it. Losses, and what has to be equal on all ranks."""
+    """README's own lines through a warm-up with a NaN in it. Returns losses, and what all ranks must agree on."""
     setup, loop, ranks = readme_blocks()
     names = {"network": Network(), "device": "cpu"}
     torch.manual_seed(0)
@@ -233,7 +233,7 @@ def readme(rank, *, steps=20, warmup_steps=6):
             hook.remove()
         losses.append({name: value.item() for name, value in found["parts"].items()})
         losses[-1]["loss"] = found["loss"].item()
-        head = names["model"].module.head  # its parameters: each rank has running statistics of its own
+        head = names["model"].module.head  # parameters only: running statistics differ by rank
         heads.append({name: weight.detach().clone() for name, weight in head.named_parameters()})
     return losses, heads, state(criterion)
 
@@ -279,20 +279,20 @@ def training(rank, *, loss_in_ddp):
 
 
 def leaves_out_a_step(rank, missing, left_out):
-    """One rank calls the loss once less than the other, and goes on to something else."""
+    """One rank calls the loss once less than the other and goes on with something else."""
     loss = PixelContrastLoss(CLASSES, bank=make_bank())
     for step in range(3):
         if step == left_out:
             os.environ[exchange.TIMEOUT_VARIABLE] = "3"
             if rank == missing:
-                time.sleep(processes.LIMIT)  # ended with the other rank
+                time.sleep(processes.LIMIT)  # killed once the other rank has failed
                 return
         embeddings, labels, _ = batch(rank, step, 2)
         loss(embeddings, labels, labels)
 
 
 def begins_anew(rank, out):
-    """The job is ended and begun again, with a store of its own: torch does not always survive the same again."""
+    """The job ends and begins anew with a store of its own, as torch does not always survive reusing the first."""
     steps(rank)
     dist.barrier()
     dist.destroy_process_group()
@@ -304,7 +304,7 @@ def begins_anew(rank, out):
 
 
 def uneven_groups(rank):
-    """Groups that not all ranks know of, made before that of the bank."""
+    """Groups that not all ranks know are made before the bank's group."""
     alone = dist.new_group([0])
     pair = dist.new_group([0, 1])
     del alone
@@ -347,7 +347,7 @@ def main(rank, out, checkpoint=None):
 
 
 def run(rank, ranks, listener, *arguments):
-    """One rank to its end, with what torchrun tells it. Returns the exit code."""
+    """Runs one rank to its end in the environment that torchrun would give it. Returns the exit code."""
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         limit = datetime.timedelta(seconds=processes.LIMIT)
@@ -370,9 +370,9 @@ def run(rank, ranks, listener, *arguments):
 
 
 def start(ranks, *arguments):
-    """Forks the ranks, so that torch is imported once; the first that fails ends the others. Returns its exit code."""
+    """Forks the ranks, so torch is imported once. The first that fails ends the others; returns its exit code."""
     if not arguments[-1].startswith(("leaves_out_a_step", "begins_anew")):
-        import torch._dynamo  # noqa: F401  which a scenario needs
+        import torch._dynamo  # noqa: F401  a scenario needs it
     listener = socket.create_server(("localhost", 0))
     running = set()
     for rank in range(ranks):

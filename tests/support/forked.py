@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(["pixcontrast_ext.trainer.__main__", "torch._dyn
 
 
 def start(output: Path, *args: object, **environment: str) -> ForkServerProcess:
-    """Begins what `python -m pixcontrast_ext.trainer ARGS` does, on one thread, into `output` and `output`.errors."""
+    """Starts `python -m pixcontrast_ext.trainer ARGS` on one thread, writing to `output` and `output`.errors."""
     process = _CONTEXT.Process(target=_run, args=(output, [*map(str, args)], environment))
     process.start()
     return process
@@ -44,7 +44,7 @@ def _run(output: Path, args: list[str], environment: dict[str, str]) -> None:
 
 
 def _exit_codes(running: list[ForkServerProcess]) -> list[int | None]:
-    """When all have ended, or one has failed, for which the others may wait, or the limit is reached."""
+    """Waits until all have ended, one has failed (the others may be waiting for it), or the limit is reached."""
     end = time.monotonic() + processes.LIMIT
     waiting = [process.sentinel for process in running]
     while waiting and not any(process.exitcode for process in running):
@@ -56,11 +56,11 @@ def _exit_codes(running: list[ForkServerProcess]) -> list[int | None]:
 
 
 def ranks(folder: Path, world: int, *args: object) -> str:
-    """The output of all of them, started as by torchrun.
+    """The output of all ranks, started as torchrun would start them.
 
     Raises:
-        AssertionError: with what they complain of, unless all succeed.
-        TimeoutError: with the same, if one hangs.
+        AssertionError: with their output, unless all succeed.
+        TimeoutError: with their output, if one hangs.
     """
     with socket.create_server(("localhost", 0)) as free:
         address = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 BANK, RANDOM, BLOCKS = "bank", "random", "blocks"  # orders of keys
 
-# Ways in which a map [B, D, H, W] may lie in memory.
+# Memory layouts of a map [B, D, H, W].
 LAYOUTS = {
     "contiguous": lambda e: e.contiguous(),
     "channels_last": lambda e: e.contiguous(memory_format=torch.channels_last),
@@ -73,7 +73,7 @@ def draw_maps(
 ) -> Maps:
     """Labels and priorities of images; embeddings if there are channels, predictions if a share `wrong` is given.
 
-    Priorities lie between -`priorities` and `priorities`: with few different ones there are ties.
+    Priorities lie between -`priorities` and `priorities`; a small range gives ties.
     """
     shape = (batch, height, width)
     embeddings = (

@@ -1,4 +1,4 @@
-"""What `test_lightning.py` starts, and Lightning once more for the second rank. Argument: the folder for the states."""
+"""The script that `test_lightning.py` starts, and Lightning for the second rank. Argument: the folder for states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Runs the kernels for a GPU on the device for tests whose tensors lie on the CPU.
+"""Runs the GPU kernels on the device for tests whose tensors lie on the CPU.
 
-The backend tests compare backends on one set of tensors. With a GPU, their backends `cuda` and `triton` go through
-here: every launch takes copies of the tensors' whole storages to the device, and brings all of them back.
+The backend tests compare backends on one set of tensors. With a GPU, the backends `cuda` and `triton` go through this
+module: every launch copies the tensors' whole storages to the device, and copies all of them back.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Copying(devices.Gpu):
 def moved(
     value: Any, gpu: torch.device, storages: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]]
 ) -> Any:
-    """The same with copies of the tensors on the device; `storages` has those of whole storages, by address."""
+    """`value` with copies of its tensors on the device; `storages` maps addresses to storages and their copies."""
     if isinstance(value, dict):
         return {name: moved(field, gpu, storages) for name, field in value.items()}
     if isinstance(value, tuple):
@@ -79,5 +79,5 @@ def moved(
 
 
 def serve() -> None:
-    """Has `cuda` and `triton` take tensors on the CPU so."""
+    """Makes `cuda` and `triton` serve CPU tensors in this way."""
     devices.gpu = Copying()

@@ -27,7 +27,7 @@ ROWS, ROW_LABELS = 0.2 * _normal(7, 4), torch.arange(7, dtype=torch.int32) % 3 -
 KEYS, KEY_LABELS = 0.2 * _normal(11, 4), torch.arange(11, dtype=torch.int32) % 3 - 1
 COLUMN = _normal(7).abs()
 
-# A letter for each size; equal letters of an op are equal sizes.
+# One letter per size; the same letter within an op means the same size.
 SIZES = {
     "hard_anchor_sampling": {"labels": "BHW", "predictions": "BHW", "priority": "BHW"},
     "gather": {"embeddings": "BDHW", "indices": "A"},

@@ -1,4 +1,4 @@
-"""The contract as plain loops in double precision, slow and written apart from every backend."""
+"""The contract as plain loops in double precision: slow, and sharing no code with any backend."""
 
 from __future__ import annotations
 

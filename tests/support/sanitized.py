@@ -1,10 +1,10 @@
-"""Runs tests with the CPU kernels compiled for AddressSanitizer and UndefinedBehaviorSanitizer, the emulator likewise.
+"""Runs tests with the CPU kernels and the emulator compiled for AddressSanitizer and UndefinedBehaviorSanitizer.
 
     python -m tests.support.sanitized pytest ARGUMENT ...
     python -m tests.support.sanitized overrun cpu|cuda
 
-in a process that tools/emulator/sanitize.py starts. Torch is not compiled for them, but its tensors lie in memory that
-the sanitizer gives out, so a kernel's access past the end of a tensor is reported.
+in a process that tools/emulator/sanitize.py starts. Torch is not compiled for the sanitizers, but its tensors lie in
+memory that AddressSanitizer allocates, so it reports a kernel's access past the end of a tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def build() -> Path:
     Raises:
         RuntimeError: with the compiler's messages.
     """
-    # Compiling takes longer than the tests: nothing is optimised, and line numbers are all that a report names.
+    # Compiling takes longer than the tests, so nothing is optimised, and reports need only line numbers.
     flags = shlex.join(["-O0", "-g1", *SANITIZERS["address"]])
     environment = {
         "PIXCONTRAST_CUDA": "0",
@@ -45,7 +45,7 @@ def build() -> Path:
 
 
 def load() -> None:
-    """Puts it where the package looks for its own."""
+    """Puts the sanitized module where the package looks for its own."""
     import torch  # noqa: F401  first, as in the package
 
     name = "pixcontrast_ext._C"
@@ -57,7 +57,7 @@ def load() -> None:
 
 
 def overrun(backend: str) -> None:
-    """An access that has to be reported: a kernel is told of one index more than there is."""
+    """Makes an access that must be reported: a kernel is told of one more index than there is."""
     import torch
 
     from pixcontrast_ext.backends import cuda, native

@@ -32,7 +32,7 @@ class Model(PreTrainedModel):
 
 
 class ModelThatResets(Model):
-    """`_init_weights` gets every module of which the file lacks something."""
+    """transformers calls `_init_weights` on every module for which the file lacks something."""
 
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):

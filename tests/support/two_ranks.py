@@ -1,4 +1,4 @@
-"""What two trainers train here: a small network with head and criterion inside, through the warm-up on two ranks."""
+"""A small network with head and criterion inside, which two trainers train through the warm-up on two ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = RANKS * STEPS * BATCH
 
 
 class Images(Dataset):
-    """Each has two classes, its halves, and so adds two regions to the bank."""
+    """Each image has two classes, one per half, and so adds two regions to the bank."""
 
     def __len__(self) -> int:
         return IMAGES
@@ -33,7 +33,7 @@ class Images(Dataset):
 
 
 class Network(nn.Module):
-    """What a trainer gets: everything that is trained or saved is a submodule. The bank is never full."""
+    """The module a trainer gets: whatever is trained or saved is a submodule. The bank never fills up."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ def run(folder: Path, *command: object) -> None:
 
 
 def check(folder: Path) -> None:
-    """Both ranks ended with one head, one bank and one count, and the bank has seen the images of both."""
+    """Both ranks end with the same head, bank and count, and the bank has seen the images of both."""
     first, second = (torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS))
     assert first.keys() == second.keys()
     for name, value in first.items():
-        if "running_" not in name:  # the statistics of batch norm stay with their rank until the next step
+        if "running_" not in name:  # batch norm's statistics stay on their rank until the next step
             assert torch.equal(value, second[name]), name
     assert first["count"] == WARMUP_STEPS
     (regions,) = (value for name, value in first.items() if name.endswith("bank.region_fill"))
@@ -85,5 +85,5 @@ def check(folder: Path) -> None:
     torch.manual_seed(0)
     initial = Network().state_dict()
     trained = {name.removeprefix("network."): value for name, value in first.items()}
-    for name in ("head.project.0.weight", "head.project.3.weight"):  # the contrast reached it
+    for name in ("head.project.0.weight", "head.project.3.weight"):  # the contrast trained it
         assert not torch.equal(trained[name], initial[name]), name

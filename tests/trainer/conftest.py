@@ -1,4 +1,4 @@
-"""What the trainer's tests share: runs that take seconds, and a way to start one as a user does."""
+"""Shared by the trainer's tests: runs that take seconds, and a way to start one as a user would."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from tools import processes
 
-# The torchvision of the package index is built for CUDA. Its library does not load beside a CPU-only torch, and its
-# import then fails on these two ops, which nothing here calls.
+# The torchvision of the package index is built for CUDA. With a CPU-only torch its library does not load, and importing
+# it then fails for lack of these two ops, which nothing here calls.
 if torch.version.cuda is None and find_spec("torchvision") and not version("torchvision").endswith("+cpu"):
     TORCHVISION_OPS = Library("torchvision", "DEF")
     for _op in ("nms", "qnms"):
@@ -32,14 +32,14 @@ if torch.version.cuda is None and find_spec("torchvision") and not version("torc
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen() -> None:
-    """A run collects garbage before it measures memory, which takes a second for all that is imported here."""
+    """Keeps imports out of garbage collection: a run collects before it measures memory, which took a second."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def quick_tsne(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quarter of t-SNE's iterations, for what is not about where it puts the pixels."""
+    """A quarter of t-SNE's iterations, for tests that do not depend on where it puts the pixels."""
     from sklearn.manifold import TSNE
 
     fit = TSNE.fit_transform
@@ -48,7 +48,7 @@ def quick_tsne(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As the subprocesses have: the bits of a sum depend on how many threads share it."""
+    """One thread, like the subprocesses: the bits of a sum depend on how many threads share it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def one_thread():
 
 
 def tiny_config(out: Path, contrast: str = "bank", **changes: object) -> TrainConfig:
-    """9 steps, 3 an epoch of 15 scenes of 32x48 (3 of which each epoch leaves out)."""
+    """9 steps, 3 per epoch, on 15 scenes of 32x48 (each epoch leaves out 3 of them)."""
     config = TrainConfig(
         out=out,
         steps=9,
@@ -86,13 +86,13 @@ def tiny(tmp_path: Path) -> Callable[..., TrainConfig]:
 
 @pytest.fixture(scope="module")
 def tiny_of_module(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """For a run that several tests look at, and that none changes."""
+    """A config for a run that several tests look at and none changes."""
     return tiny_config(tmp_path_factory.mktemp("module") / "run", steps=2)
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """For subprocesses: this very package, one thread."""
+    """The environment for subprocesses: this very package, one thread."""
     root = str(Path(pixcontrast_ext.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
@@ -111,7 +111,7 @@ def trainer(environment: dict[str, str], tmp_path: Path) -> Callable[..., subpro
 
 @pytest.fixture
 def camvid(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a little dataset in CamVid's layout, the upper half of each image sky and the lower road."""
+    """Writes a small dataset in CamVid's layout; the upper half of each image is sky, the lower half road."""
 
     def build(
         suffix: str = ".png", splits: tuple[str, ...] = ("train", "val", "test"), count: int = 4
@@ -149,7 +149,7 @@ def on_disk() -> Callable[..., None]:
 
 @pytest.fixture
 def cityscapes(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
-    """Two cities a split, with what else lies in the official folders. Labels hold every id, 0-33."""
+    """Two cities per split, and the other files of the official folders. Labels hold every id, 0-33."""
     root = tmp_path / "cityscapes"
     ids = np.arange(34, dtype=np.uint8).repeat(6).reshape(12, 17)
     for split, cities in (("train", ("aachen", "zurich")), ("val", ("munster", "lindau"))):
@@ -169,7 +169,7 @@ def cityscapes(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
 
 @pytest.fixture
 def pascal_context(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
-    """Images of two sizes, and one that no list names. Labels hold every value, 0-59."""
+    """Images of two sizes; one image is in no list. Labels hold every value, 0-59."""
     root = tmp_path / "VOC2010"
     lists = root / "ImageSets" / "SegmentationContext"
     lists.mkdir(parents=True)

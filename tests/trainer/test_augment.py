@@ -1,4 +1,4 @@
-"""Augmentation: images and labels move together, and the same way for a seed."""
+"""Augmentation: images and labels move together, and a seed always gives the same result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_labels_move_with_their_images():
     inside = moved[:, 1] > 0.999  # the green channel tells what came from the image
     expected = torch.where(moved_labels == IGNORE, 5, moved_labels)
     agree = ((moved[:, 0] * 255 - 10) / 20 - expected).abs() < 0.5
-    assert agree[inside].float().mean() > 0.9  # the rest lies on edges, which images blend and labels do not
+    assert agree[inside].float().mean() > 0.9  # the rest lies on edges, where images blend and labels do not
     outside = moved[:, 1] == 0
     assert 0.02 < outside.float().mean() < 0.6
     assert (moved_labels[outside] == IGNORE).float().mean() > 0.99
@@ -67,7 +67,7 @@ def test_void_stays_void():
 
 
 def numbered(height, width):
-    """An image whose labels tell its pixels apart by row and by column, less than 255 of each."""
+    """An image whose labels number its pixels by row and by column, fewer than 255 of each."""
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width).expand(height, width)
     return torch.rand(64, 3, height, width), rows.expand(64, -1, -1), columns.expand(64, -1, -1)

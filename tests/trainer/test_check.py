@@ -1,4 +1,4 @@
-"""`check-data`: the census of a dataset, and the problems that it lists."""
+"""`check-data`: the census of a dataset, and the list of problems."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_check_data_goes_on_after_a_problem_and_lists_them(cityscapes, capsys, m
     printed = capsys.readouterr()
     assert printed.out.count("4 images") == 2
     assert printed.out.count("0 problems") == 2
-    assert "train: 100%" in printed.err  # the bars
+    assert "train: 100%" in printed.err  # the progress bars
     assert "val: 100%" in printed.err
     lines = [line.split() for line in printed.out.splitlines()]
     assert ["traffic", "light", "24", "2.94%"] in lines
@@ -79,7 +79,7 @@ def test_bad_input_is_a_message(capsys, args, message):
 
 
 def test_a_png_with_a_damaged_chunk_is_named(camvid, capsys):
-    """Pillow raises SyntaxError there, of all things."""
+    """Pillow raises SyntaxError for such a file, of all things."""
     root = camvid()
     path = root / "val" / "val1.png"
     noise = np.random.default_rng(0).integers(0, 255, (360, 480, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""The checkpoint store: what is kept, and what a damaged file or a write that dies does to it."""
+"""The checkpoint store: what it keeps, and how it survives a damaged file or an interrupted write."""
 
 from __future__ import annotations
 

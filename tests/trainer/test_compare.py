@@ -1,4 +1,4 @@
-"""That a comparison compares like with like, and that its figures are those of its runs."""
+"""A comparison compares like with like, and its figures are those of its runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(tiny):
 
 
 def test_runs_of_a_seed_share_weights_and_data_to_the_end(config):
-    """As long as the contrast takes no part, the methods are one, past the end of an epoch."""
+    """As long as the contrast takes no part, all methods give the same run, even past the end of an epoch."""
     run = replace(config.run, steps=5, loss=replace(config.run.loss, warmup_steps=5))
     compare(replace(config, run=run))
     for seed in config.seeds:
@@ -58,7 +58,7 @@ def test_runs_of_a_seed_differ_in_the_loss_alone(config):
         for seed in config.seeds
     }
     for seed in config.seeds:
-        # Of the initial weights and the first batch, augmented: one number says that all of them are alike.
+        # One number for the initial weights and the augmented first batch: it shows that they are alike.
         same = {first[method, seed]["cross_entropy"] for method in config.methods}
         assert len(same) == 1, same
         assert len({first[method, seed]["contrast"] for method in config.methods}) >= 2
@@ -71,7 +71,7 @@ def test_runs_of_a_seed_differ_in_the_loss_alone(config):
         runs = [config.run.out / f"{method}-seed{seed}" for seed in config.seeds]
         assert found["miou"] == [read_rows(run / "val.csv")[-1]["miou"] for run in runs]
         assert all(seconds > 0 for seconds in found["seconds_per_step"])
-        assert all(100 < memory < 100_000 for memory in found["memory_mib"])  # MiB, of a process with torch
+        assert all(100 < memory < 100_000 for memory in found["memory_mib"])  # MiB of a process with torch
         models = [CheckpointStore(run / "checkpoints").load_latest()[1]["model"] for run in runs]
         assert all(any("embed_head" in name for name in model) == (method != "off") for model in models)
     assert comparison.baseline == "off"
@@ -86,7 +86,7 @@ def test_resume_trains_what_is_missing_and_nothing_else(config):
     shutil.rmtree(config.run.out / "bank-seed4")
     with pytest.raises(FileExistsError, match="off-seed4 holds a run already"):
         compare(replace(config, seeds=(4,), methods=("bank", "off")))
-    assert not (config.run.out / "bank-seed4").exists()  # told before anything was trained
+    assert not (config.run.out / "bank-seed4").exists()  # refused before anything was trained
     kept = {path: path.stat().st_mtime_ns for path in config.run.out.glob("*/checkpoints/*.pt")}
     assert len(kept) == 3
     moved = config.run.out.rename(config.run.out.with_name("moved"))
@@ -110,7 +110,7 @@ def test_from_the_command_line(tmp_path, capsys):
     arguments = ["--seeds", "1", "--methods", "off", "bank", "--config", str(options), "--out", str(out)]
     assert main(["compare", *arguments, *FLAGS.split()]) == 0
     told = capsys.readouterr().out
-    assert main(["compare", "--resume", "--out", str(out)]) == 0  # all as it was
+    assert main(["compare", "--resume", "--out", str(out)]) == 0  # nothing has changed
     assert capsys.readouterr().out == told
     miou = read_rows(out / "bank-seed1" / "val.csv")[-1]["miou"]
     assert f"{miou:.4f}" in told
@@ -137,7 +137,7 @@ def test_the_interval_is_that_of_a_paired_t_test():
 
 @pytest.fixture
 def comparison(tmp_path):
-    """Three seeds, whose mIoU the bank raises by 0.02, 0.03 and 0.04, for a tenth more time and 50 MiB."""
+    """Three seeds whose mIoU the bank raises by 0.02, 0.03 and 0.04, for a tenth more time and 50 MiB."""
     results = {}
     for method, gain in (("off", 0.0), ("bank", 0.02)):
         results[method] = []
@@ -157,7 +157,7 @@ def test_the_table_says_what_came_out(comparison):
     assert rows["seed 1"] == ["0.4000", "0.4300"]
     assert rows["mean"] == ["0.4000", "0.4300"]
     assert rows["paired difference"] == ["+0.0300"]
-    # 0.03 -+ 4.3027 * 0.01 / sqrt(3), Student's t of two degrees of freedom
+    # 0.03 -+ 4.3027 * 0.01 / sqrt(3): Student's t for two degrees of freedom
     assert rows["95 % interval"] == ["+0.0052", "to", "+0.0548"]
     assert rows["ms per step"] == ["500", "(1.00x)", "550", "(1.10x)"]
     assert rows["peak memory, MiB"] == ["1,000", "(+0)", "1,050", "(+50)"]
@@ -172,7 +172,7 @@ def test_the_picture_has_curves_and_differences(comparison, tmp_path):
     assert blue[:, :half].sum() > 200
     assert orange[:, :half].sum() > 200
     assert orange[:, half:].sum() > 60
-    assert blue[:, half:].sum() == 0  # the baseline has no difference
+    assert blue[:, half:].sum() == 0  # the baseline has no difference to show
 
 
 def test_without_a_known_peak_the_table_leaves_memory_out(comparison):

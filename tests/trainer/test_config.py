@@ -1,4 +1,4 @@
-"""Configurations: files, flags over them, and values that are refused."""
+"""Configurations: files, flags that override them, and refused values."""
 
 from __future__ import annotations
 

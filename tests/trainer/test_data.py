@@ -25,7 +25,7 @@ from pixcontrast_ext.trainer.datasets.labelled import Resize
 
 def test_synthetic_scenes_are_a_function_of_seed_split_and_index():
     image, label = Synthetic("train", 9, seed=3)[7]
-    again = Synthetic("train", 20, seed=3)  # neither length nor what was drawn before matters
+    again = Synthetic("train", 20, seed=3)  # neither the length nor earlier draws matter
     _ = again[2]
     assert torch.equal(image, again[7][0])
     assert torch.equal(label, again[7][1])
@@ -49,7 +49,7 @@ def test_synthetic_scenes_hold_classes_and_void_only(size):
 
 
 def test_synthetic_classes_do_not_differ_in_colour():
-    """Water is water and paint is paint: the classes that share one have the same mean colour in a scene."""
+    """Classes that share a material (water, paint) have the same mean colour in a scene."""
     scenes = Synthetic("train", 40)
     compared = 0
     for index in range(40):
@@ -58,7 +58,7 @@ def test_synthetic_classes_do_not_differ_in_colour():
             masks = [label == Synthetic.CLASSES.index(name) for name in (one, other)]
             if all(mask.sum() > 60 for mask in masks):
                 means = [image[:, mask].float().mean(1) for mask in masks]
-                assert (means[0] - means[1]).abs().max() < 22  # stripes of +-14 and noise
+                assert (means[0] - means[1]).abs().max() < 22  # stripes of +-14, and noise
                 compared += 1
     assert compared > 40
 
@@ -188,7 +188,7 @@ def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, co
             assert image.dtype == label.dtype == torch.uint8
             assert image.shape == (3, *label.shape), name
             classes = set(label.unique().tolist())
-            if name not in ("synthetic", "camvid"):  # whose files here do not hold every class
+            if name not in ("synthetic", "camvid"):  # their files here do not hold every class
                 assert classes == {*range(len(spec.classes))} | (
                     {IGNORE} if name != "pascal_context_60" else set()
                 )
@@ -277,7 +277,7 @@ def test_a_batch_of_several_sizes_is_padded_with_void():
 
 
 def test_evaluation_does_not_pad(pascal_context):
-    """A prediction near the padding would depend on which images came together."""
+    """Otherwise a prediction near the padding would depend on which images share a batch."""
     dataset = PascalContext(pascal_context, "val")
     (stacks,) = eval_loader(dataset, 2)
     assert [labels.shape for _, labels in stacks] == [(1, 10, 12), (1, 8, 15)]

@@ -1,4 +1,4 @@
-"""Datasets read from files: small ones in exactly the official layouts, whole and with each kind of fault."""
+"""Datasets read from files: small ones in exactly the official layouts, intact and with each kind of fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pixcontrast_ext.trainer.datasets.pascal_context import PascalContext
 
 
 def classes_of(dataset, values):
-    """The class that the dataset gives each value of its first label file, which holds `values` twice or oftener."""
+    """The class that the dataset gives each value of its first label file, which holds exactly `values`."""
     label = dataset[0][1].flatten().tolist()
     raw = np.array(Image.open(dataset.pairs[0][1])).ravel().tolist()
     assert set(raw) == set(values)
@@ -114,7 +114,7 @@ def test_pascal_context_has_59_classes_or_60(pascal_context):
     assert PascalContext.CLASSES[36] == "person"
     assert PascalContext.CLASSES[58] == "wood"
     assert PascalContext.COLOURS[14] == PascalContext.COLOURS_60[15] == voc_colour(15) == (192, 128, 128)
-    inner = PascalContext(pascal_context.parent, "val")  # VOC2010 may be given or be in what is given
+    inner = PascalContext(pascal_context.parent, "val")  # either VOC2010 itself or its parent may be given
     assert inner.pairs == fewer.pairs
 
 
@@ -152,7 +152,7 @@ def test_coco_stuff_leaves_the_unused_ids_out(coco_stuff):
     dropped = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
     assert {value for value, label in mapped.items() if label == IGNORE} == dropped | {255}
     assert [label for label in mapped.values() if label != IGNORE] == list(range(171))
-    # COCO's category ids, one above the values of the files.
+    # COCO's category ids, one more than the values in the files.
     for category, name in {
         1: "person", 13: "stop sign", 27: "backpack", 46: "wine glass", 73: "laptop", 90: "toothbrush",
         92: "banner", 106: "clouds", 124: "grass", 149: "road", 157: "sky-other", 169: "tree", 182: "wood",

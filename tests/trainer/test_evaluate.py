@@ -1,4 +1,4 @@
-"""Scores: IoU by hand and by torchmetrics, of a known model, and of an exported one."""
+"""Scores: IoU by hand and by torchmetrics, for a known model and for an exported one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_iou_is_that_of_torchmetrics():
 
 
 class Says(nn.Module):
-    """Of a grey level of n / 100 it says that it is class n; of the right half of any image, that it is class 2."""
+    """Predicts class n for a grey level of n / 100, and class 2 for the right half of any image."""
 
     def forward(self, images):
         logits = -((images[:, :1] * 100 - torch.arange(4.0).view(1, 4, 1, 1)) ** 2)

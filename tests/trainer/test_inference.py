@@ -1,4 +1,4 @@
-"""Windows, scales and flips against the same written out pixel by pixel."""
+"""Windows, scales and flips, compared with the same computation pixel by pixel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Pixelwise(nn.Module):
 
 
 class Strided(nn.Module):
-    """Sees pixels around, and where in its input they are, at stride 4."""
+    """Sees neighbouring pixels and their position in its input, at stride 4."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The record of a run, which a resumed one goes on with."""
+"""The record of a run, which a resumed run continues."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(folder, steps, start=0, value=1.0):
 def test_resuming_drops_what_comes_after_and_repeats_nothing(tmp_path):
     write(tmp_path, [1, 2, 3, 4, 5])  # not closed: killed
     with (tmp_path / "train.csv").open("a") as file:
-        file.write("6,0.1")  # and in the middle of a row
+        file.write("6,0.1")  # killed in the middle of a row
     write(tmp_path, [4, 5, 6], start=3, value=2.0).close()
     rows = read_rows(tmp_path / "train.csv")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
@@ -75,7 +75,7 @@ def test_a_row_cut_short_is_not_read(tmp_path):
 
 
 def test_a_record_with_other_columns_is_not_continued(tmp_path):
-    """As of a run that another version of the trainer began: its numbers would shift by a column."""
+    """Another version of the trainer may have begun the run; its numbers would shift by a column."""
     log = RunLog(tmp_path)
     log.add("val", {"step": 1, "miou": 0.5})
     before = (tmp_path / "val.csv").read_text()

@@ -1,4 +1,4 @@
-"""The command line as users meet it: help, a run from training to evaluation, errors in a line."""
+"""The command line as users meet it: help, a run from training to evaluation, one-line errors."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_bad_input_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, a
 
 def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):
     config = DemoConfig(out=tmp_path / "demo", steps=2, synthetic_images=(8, 4))
-    for name in ("off", "bank"):  # of an earlier one, which is replaced
+    for name in ("off", "bank"):  # an earlier demo, which is replaced
         (config.out / name).mkdir(parents=True)
         for left in ("config.json", "train.csv"):
             (config.out / name / left).write_text("no longer there")

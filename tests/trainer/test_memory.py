@@ -1,4 +1,4 @@
-"""The peak that a run records, and what is held to by it."""
+"""The peak memory that a run records, and a bound that is checked with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def watch():
 
 
 def test_the_reference_copies_the_map_for_one_class_at_a_time(watch):
-    """A copy for each was 46 GB with the 171 classes of COCO-Stuff."""
+    """One copy per class would take 46 GB with the 171 classes of COCO-Stuff."""
     embeddings = torch.randn(1, 64, 400, 400)
     labels = torch.randint(0, 20, (1, 400, 400))
     bank = MemoryBank(20, 64, region_slots=2, pixel_slots=2, pixels_per_image=1)

@@ -1,4 +1,4 @@
-"""Models: sizes, gradients, and a network of one's own."""
+"""Models: sizes, gradients, and a network that a user adds."""
 
 from __future__ import annotations
 

@@ -39,8 +39,9 @@ def hrnet():
     return build_model("hrnet_w18", 19, 16).eval()
 
 
-# Without the projection head. From torchvision's table (21 classes, with the auxiliary head), and from the papers and
-# their code in millions (19 classes): HRNetV2-W18 9.6, W48 65.8, W48 with OCR 70.3. W18 with OCR: what it has.
+# Parameters without the projection head. From torchvision's table (21 classes, with the auxiliary head); and in
+# millions, from the papers and their code (19 classes): HRNetV2-W18 9.6, W48 65.8, W48 with OCR 70.3. The number for
+# W18 with OCR was counted here.
 @pytest.mark.parametrize(
     ("name", "classes", "backbone", "whole"),
     [
@@ -85,7 +86,7 @@ def test_outputs_share_one_grid_for_any_size(name, size):
     assert set(outputs) == {"seg", "embed"}
     assert outputs["seg"].shape == (2, 7, *grid)
     assert outputs["embed"].shape == (2, 24, *grid)
-    assert features.shape == (2, model.backbone.channels, *grid)  # what pictures and the embeddings are of
+    assert features.shape == (2, model.backbone.channels, *grid)  # pictures and embeddings are made of these
     assert all(output.isfinite().all() for output in outputs.values())
 
 
@@ -137,7 +138,7 @@ def test_hrnet_joins_its_branches_and_pads_with_the_mean_colour(hrnet):
 
 
 def test_object_context_is_the_papers_formulas():
-    """Pixel by pixel and region by region, arXiv 1909.11065, section 3.2."""
+    """The formulas of arXiv 1909.11065, section 3.2, pixel by pixel and region by region."""
     context = ObjectContext(width=6, key_width=4).eval()
     for norm in context.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -287,7 +288,7 @@ def test_a_run_starts_from_its_weights_and_resumes_without_them(tiny, tmp_path, 
     torch.save(randomised(build_model("compact", 3).backbone), path)
     seen = []
     monkeypatch.setattr(train, "load_backbone", lambda model, file: seen.append(file))
-    monkeypatch.setattr(train, "fetch_backbone", None)  # a file goes before what timm has
+    monkeypatch.setattr(train, "fetch_backbone", None)  # a file takes precedence over timm's weights
     config = tiny(contrast="off", steps=2, net=ModelConfig(embed_dim=16, weights=path, pretrained=True))
     train.train(config)
     train.train(replace(config, steps=4), resume=True)
@@ -330,7 +331,7 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
     )
     run = train._Run(config, Ranks(0, 1, CPU), resume=False)
     run.model.train()
-    # Two steps: the residual blocks start as the identity, and pass no gradient on in the first.
+    # Two steps, because residual blocks start as the identity and pass on no gradient in the first.
     rows = [run._step(step, batch, measure=True) for step, batch in enumerate(run.loader)]
     run.log.close()
     assert len(rows) == 2
@@ -348,7 +349,7 @@ def test_deeplabv3_on_one_image_is_told(deeplabv3):
     with pytest.raises(ValueError, match="at least two images at a time, got 1: raise --batch-size"):
         deeplabv3(torch.rand(1, 3, 64, 64))
     shared = train.share_norms(deeplabv3, Ranks(0, 2, torch.device("cuda", 0)))
-    # Torch's own error: there is one rank here.
+    # This is torch's own error, because there is one rank here.
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         shared.train()(torch.rand(1, 3, 64, 64))
 

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 def colours_of(path):
     """How many pixels of each colour a picture has."""
     pixels = np.array(Image.open(path).convert("RGB")).reshape(-1, 3)
-    numbers = pixels @ np.array([2**16, 2**8, 1])  # which are sorted faster than rows
+    numbers = pixels @ np.array([2**16, 2**8, 1])  # numbers sort faster than rows
     values, counts = np.unique(numbers, return_counts=True)
     return {
         (value >> 16, value >> 8 & 255, value & 255): count
@@ -49,7 +49,7 @@ def test_panels_show_truth_in_the_class_colours(model, tmp_path):
     for value, colour in enumerate(spec.colours):
         if (labels == value).sum() > 100:
             assert shown.get(colour, 0) > 300, spec.classes[value]  # far more than its square in the legend
-    assert model.training  # as it was
+    assert model.training  # still in training mode
 
 
 def test_curves_have_a_line_for_each_run(tmp_path):
@@ -90,7 +90,7 @@ def test_tsne_has_a_panel_for_each_cloud(model, tmp_path):
 
 
 def test_confusion_matrix_is_shaded_by_share_of_the_class(tmp_path):
-    """A class all of whose pixels are right is as dark as it gets, however few they are."""
+    """A class with all its pixels right is as dark as possible, however few they are."""
     full, half = (8, 48, 107), (107, 174, 214)  # matplotlib's "Blues" at 1 and at 1/2
     spec = dataset_spec("camvid")
     confusion = torch.zeros(11, 11, dtype=torch.int64)
@@ -116,7 +116,7 @@ def test_confusion_matrix_of_many_classes(name, tmp_path):
 
 
 def test_features_of_an_image_are_picked_before_those_of_the_next(model, monkeypatch):
-    """The maps of all images at once would be gigabytes for a large network."""
+    """Keeping the maps of all images at once would take gigabytes for a large network."""
     held = []
     normalize = pictures.F.normalize
 

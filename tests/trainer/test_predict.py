@@ -1,4 +1,4 @@
-"""Masks and overlays against the prediction itself, and what becomes of files that are not as they should be."""
+"""Masks and overlays against the prediction itself, and what happens to files that are not as they should be."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def run(tiny_of_module):
-    """A run of images of 32x48 whose model says something else of every few pixels."""
+    """A run on images of 32x48 whose model predicts another class every few pixels."""
     torch.manual_seed(20210118)
     config = tiny_of_module
     train(config)
@@ -95,7 +95,7 @@ def test_an_exported_model_predicts_the_same(run, photos, tmp_path):
 
 
 def test_images_are_shown_to_the_network_as_in_training(run, photos, tmp_path):
-    """A model of half-size images gets half-size images, and its mask is of the whole size."""
+    """A model trained on half-size images gets half-size images, and its mask has the full size."""
     model, config, _ = load_model(run, CPU)
     data = replace(config.data, size=None, scale=0.5)
     predict_folder(model, dataset_spec("synthetic"), data, photos, tmp_path / "half", CPU)
@@ -106,7 +106,7 @@ def test_images_are_shown_to_the_network_as_in_training(run, photos, tmp_path):
 
 def test_a_photograph_is_turned_as_its_camera_says(run, photos, tmp_path):
     tags = Image.Exif()
-    tags[0x0112] = 6  # to be turned by a quarter
+    tags[0x0112] = 6  # a quarter turn
     image = Image.open(photos / "one.png")
     for path in photos.iterdir():
         path.unlink()

@@ -1,4 +1,4 @@
-"""The recipes against the tables they are from: the paper's setting and the configs of the authors' code."""
+"""The recipes against their sources: the paper's settings and the configs of the authors' code."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     assert (config.data.size, config.data.scale) == (None, 1.0)
     assert config.data.short_side == (520 if resized else None)
     assert config.data.zoom == (0.5, 2.0)
-    # The scripts of these pass --nbb_mult 10.
+    # The authors' scripts for these pass --nbb_mult 10.
     assert optim.head_lr == (10.0 if resized and config.net.model.startswith("hrnet") else 1.0)
     assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
     assert (loss.base_temperature, loss.max_samples, loss.min_pixels, loss.aux_weight) == (
@@ -96,7 +96,7 @@ def test_a_recipe_is_found_by_its_name_and_flags_override_it(tmp_path, monkeypat
     assert config.optim.lr == 0.5
     assert config.steps == 30_000
     assert config.out == Path("runs/camvid_hrnet_w48")
-    Path("camvid_hrnet_w48").write_text('{"steps": 3}')  # a file goes before a recipe
+    Path("camvid_hrnet_w48").write_text('{"steps": 3}')  # a file takes precedence over a recipe
     assert load_config(Path("camvid_hrnet_w48")).steps == 3
 
 
@@ -110,7 +110,7 @@ def test_a_recipe_that_there_is_not_is_told_with_those_there_are(tmp_path, capsy
 
 
 def test_a_recipe_trains(camvid, tmp_path):
-    """The whole way from the command line, with the network and the schedule cut down."""
+    """All the way from the command line, with a smaller network and a shorter schedule."""
     args = (
         "--model compact --no-pretrained --steps 2 --batch-size 2 --crop 32 40 --warmup-steps 0 --workers 0"
     )

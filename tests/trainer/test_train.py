@@ -1,4 +1,4 @@
-"""Training: resumed and killed runs against the unbroken one, several ranks, dtypes, and whether it learns."""
+"""Training: resumed and killed runs against an unbroken one, several ranks, dtypes, and whether it learns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_same_record(one, other):
 
 
 def keep_until(config, step):
-    """Turn a finished run into one killed after its checkpoint of `step`; its record runs on, as it may."""
+    """Turn a finished run into one killed after its checkpoint of `step`; its record may go further, and does."""
     store = CheckpointStore(config.out / "checkpoints")
     for path in store.paths():
         if int(path.name.split("-")[1]) > step:
@@ -121,7 +121,7 @@ def test_resuming_a_finished_run_changes_nothing(tiny):
 
 
 def steps_until_killed(config, target, output, *command):
-    """Rows of the log when a run was killed after `target` of them, or None if it came to its end before that."""
+    """Rows of the log when a run was killed after `target` of them, or None if it finished before that."""
     process, rows = forked.start(output, *command), 0
     end = time.monotonic() + processes.LIMIT
     while rows < target and process.is_alive():
@@ -139,7 +139,7 @@ def steps_until_killed(config, target, output, *command):
 
 
 def test_kill_9_then_resume_is_the_unbroken_run(tiny, tmp_path):
-    """A real process, killed at whatever it is doing, three times over."""
+    """A real process, killed at a random point, three times."""
     config = tiny("unbroken", steps=24, checkpoint_every=3, log_every=1)
     train(config)
     killed = replace(config, out=config.out.with_name("killed"))
@@ -150,7 +150,7 @@ def test_kill_9_then_resume_is_the_unbroken_run(tiny, tmp_path):
         before = shutil.copytree(killed.out, tmp_path / f"before {target}") if saved else None
         resume = ["--resume"] if saved else []
         while (rows := steps_until_killed(killed, target, output, *command, *resume)) is None:
-            shutil.rmtree(killed.out)  # it had come to its end before anyone looked: once more
+            shutil.rmtree(killed.out)  # it finished before anyone looked: try again
             if before is not None:
                 shutil.copytree(before, killed.out)
         saved = final(killed)["step"]
@@ -161,7 +161,7 @@ def test_kill_9_then_resume_is_the_unbroken_run(tiny, tmp_path):
 
 
 def test_runs_with_and_without_contrast_start_alike(tiny):
-    """Same weights, same images: during warm-up only the criterion's name differs."""
+    """Weights and images are the same; during the warm-up only the criterion's name differs."""
     runs = {name: tiny(name, name, steps=1, log_every=1, checkpoint_every=1) for name in ("off", "bank")}
     for config in runs.values():
         train(config)
@@ -186,15 +186,15 @@ def test_training_lowers_the_loss_and_raises_the_score(tiny, contrast):
     result = train(config)
     values = [row["cross_entropy"] for row in read_rows(config.out / "train.csv")]
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
-    assert result.miou > 0.12  # all land is below 0.1
+    assert result.miou > 0.12  # predicting only land scores below 0.1
     if contrast != "off":
         terms = [row["contrast"] for row in read_rows(config.out / "train.csv")]
         assert abs(terms[0]) < 1e-5  # warm-up
-        assert max(terms) > 0.05  # then not
+        assert max(terms) > 0.05  # after the warm-up
 
 
 def nearly_the_same(one, other):
-    """Two runs' losses differ by little if at all, and their weights have the same names."""
+    """Assert that two runs' losses differ by little, if at all, and that their weights have the same names."""
     losses = [[row["loss"] for row in read_rows(run.out / "train.csv")] for run in (one, other)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert final(one)["model"].keys() == final(other)["model"].keys()
@@ -264,7 +264,7 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, tmp_path, capsys
     spec = dataset_spec(config.data.dataset)
     loader = eval_loader(spec.build(config.data, "val"), 8)
     scores = evaluate(model, loader, spec.classes, Ranks(0, 1, torch.device("cpu")))
-    assert scores.miou == read_rows(config.out / "val.csv")[-1]["miou"]  # of the weights that were saved
+    assert scores.miou == read_rows(config.out / "val.csv")[-1]["miou"]  # the score of the saved weights
 
     told = forked.ranks(tmp_path, 2, "eval", "--checkpoint", config.out)
     capsys.readouterr()
@@ -274,7 +274,7 @@ def test_two_ranks_train_resume_and_evaluate(tiny, environment, tmp_path, capsys
 
     alone = replace(config, out=config.out.with_name("alone"))
     train(alone)
-    # Not equal: the ranks' norms see half a batch each, and their augmentation differs.
+    # Only nearly equal: each rank's norms see half a batch, and the augmentation differs.
     for one, two in zip(*(read_rows(run.out / "train.csv") for run in (alone, config)), strict=True):
         assert one["cross_entropy"] == pytest.approx(two["cross_entropy"], rel=0.3)
 
@@ -294,7 +294,7 @@ def test_evaluation_is_of_the_first_ranks_statistics(tiny, monkeypatch):
 
 
 def test_images_of_several_sizes_train(tiny, pascal_context, quick_tsne):
-    """Padded to one size, cropped, evaluated each at its own; pictures name the classes that are seen."""
+    """Images are padded to one size, cropped, and evaluated at their own; pictures name the classes shown."""
     data = DataConfig(dataset="pascal_context", root=pascal_context, crop=(32, 32))
     config = tiny(steps=2, batch_size=2, data=data, pictures=True)
     result = train(config)
@@ -351,7 +351,7 @@ def test_resuming_takes_changed_options_of_the_optimizer(tiny, name):
 
 @pytest.mark.parametrize("left_out", [dict(warmup_steps=9), dict(weight=0.0)])
 def test_every_weight_has_a_gradient_whatever_the_criterion_leaves_out(tiny, left_out):
-    """DDP fails on one that has none."""
+    """DDP fails if a weight has no gradient."""
     config = tiny(steps=3)
     config = replace(config, loss=replace(config.loss, **left_out))
     train(config)
@@ -424,7 +424,7 @@ def test_learning_rate_rises_and_decays():
 
 @pytest.mark.parametrize(("nesterov", "head_lr"), [(True, 1.0), (False, 10.0)])
 def test_a_step_of_sgd_is_the_formula(tiny, nesterov, head_lr):
-    """Two steps of momentum, for backbone and heads, weights and norms."""
+    """Two steps with momentum, for backbone and heads, weights and norms."""
     options = OptimConfig(
         lr=0.1, momentum=0.5, nesterov=nesterov, weight_decay=0.01, head_lr=head_lr, power=0
     )

@@ -1,1 +1,1 @@
-"""Tests of the loss inside other trainers, which need an environment of their own: make test-trainers."""
+"""Tests of the loss inside other trainers. They need an environment of their own: make test-trainers."""

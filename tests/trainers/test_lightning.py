@@ -1,4 +1,4 @@
-"""Lightning with its plain `ddp`, which demands a gradient for every parameter in every step."""
+"""Lightning with plain `ddp`, which demands a gradient for every parameter in every step."""
 
 from __future__ import annotations
 

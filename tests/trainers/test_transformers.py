@@ -1,6 +1,6 @@
-"""The loss inside of transformers: its Trainer on two ranks, and `from_pretrained`.
+"""The loss inside transformers: its Trainer on two ranks, and `from_pretrained`.
 
-The latter builds on the meta device and loads tensor by tensor, past `load_state_dict`.
+The latter builds on the meta device and loads tensor by tensor, without `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def test_two_ranks_stay_alike_through_the_warm_up(tmp_path):
 
 
 def train(model: torch.nn.Module, steps: int) -> list[bool]:
-    """For each step, whether the contrast reached the head."""
+    """Whether the contrast reached the head, for each step."""
     model.train()
     images = two_ranks.Images()
     reached = []

@@ -1,1 +1,1 @@
-"""The emulator of CUDA in csrc/emulator/: its build, its record of calls, and the faults that it is tested with."""
+"""The emulator of CUDA in csrc/emulator/: its build, its recorded calls, and the faults that test it."""

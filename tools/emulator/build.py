@@ -2,7 +2,7 @@
 
     python -m tools.emulator.build [VARIANT ...]
 
-`_C.so` is the project's module with the kernels of csrc/cuda/ and nothing else; `primitives.so` has those of
+`_C.so` is the project's module with only the kernels of csrc/cuda/; `primitives.so` has those of
 csrc/emulator/primitives.cu and is called through ctypes. There are three variants: `plain`, `address`
 (AddressSanitizer and UndefinedBehaviorSanitizer) and `thread` (ThreadSanitizer). Ninja compiles what has changed.
 """
@@ -20,8 +20,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# AddressSanitizer already sees accesses through a null pointer and past the end of an object; checking them twice would
-# cost a tenth of the compiler's time.
+# AddressSanitizer already detects accesses through a null pointer and past the end of an object; checking them twice
+# would cost a tenth of the compile time.
 SANITIZERS = {
     "plain": [],
     "address": [
@@ -33,10 +33,10 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 VARIANTS = tuple(SANITIZERS)
-# Where compiling takes longer than all that is run, nothing is optimised.
+# Nothing is optimised where compiling takes longer than everything that is run.
 OPTIMIZE = {"plain": "-O2", "address": "-O0", "thread": "-O1"}
 
-# Contraction would give the variants different bits.
+# With contraction the variants would give different bits.
 FLAGS = [
     "-std=c++20",
     "-g1",
@@ -58,7 +58,7 @@ def compiler() -> list[str]:
 def _statements(root: Path, build_dir: str) -> list[str]:
     import pybind11
 
-    # Where it is, not how it is reached: environments that share one by links share the objects.
+    # The real path, so that environments which share pybind11 through links also share the objects.
     of_pybind11 = os.path.realpath(pybind11.get_include())
     python = [f"-isystem{path}" for path in (of_pybind11, sysconfig.get_path("include"))]
     lines = []
@@ -68,7 +68,7 @@ def _statements(root: Path, build_dir: str) -> list[str]:
         lines.append(f"  flags = {shlex.join(flags)}")
         return f"{build_dir}/{target}"
 
-    # Neither has a kernel's access to memory in it, so they serve all variants.
+    # Neither contains a kernel's memory accesses, so they serve all variants.
     emulator = compile_to("emulator.o", "csrc/emulator/emulator.cpp", ["-O3"])
     bindings = [
         compile_to(f"{Path(source).stem}.o", source, ["-O0", *python])
@@ -79,7 +79,7 @@ def _statements(root: Path, build_dir: str) -> list[str]:
         flags = [OPTIMIZE[variant], *sanitizer, "-x", "c++"]
         objects = [compile_to(f"{variant}/{Path(source).stem}.o", source, flags) for source in kernels]
         primitives = compile_to(f"{variant}/primitives.o", "csrc/emulator/primitives.cu", flags)
-        # The emulator first: of an inline function that both have, its own copy is taken.
+        # The emulator comes first, so that the linker takes its copy of an inline function that both have.
         for name, parts in (("_C", [*bindings, *objects]), ("primitives", [primitives])):
             lines.append(f"build {build_dir}/{variant}/{name}.so: link {emulator} {' '.join(parts)}")
             lines.append(f"  flags = {shlex.join(sanitizer)}")
@@ -89,7 +89,7 @@ def _statements(root: Path, build_dir: str) -> list[str]:
 def build(
     variant: str, source_root: Path = ROOT, build_dir: Path | None = None, targets: tuple[str, ...] = ("_C",)
 ) -> Path:
-    """Brings `_C.so` of a variant up to date, or other targets ("primitives"), and returns the folder with it.
+    """Brings `_C.so` of a variant, or other targets ("primitives"), up to date and returns their folder.
 
     Raises:
         RuntimeError: with the compiler's messages.

@@ -2,9 +2,9 @@
 
     python -m tools.emulator.mutants [NAME ...]
 
-Every fault is one that people make. The kernels are changed in a copy, built for the emulator, and the recorded calls
-are replayed: first for other bits, then under AddressSanitizer, then under ThreadSanitizer, each under all schedules.
-Exits with 1 if a fault survives.
+Every fault is one that people make. The kernels are changed in a copy and built for the emulator, and the recorded
+calls are replayed: first to look for different bits, then under AddressSanitizer, then under ThreadSanitizer, each
+under all schedules. Exits with 1 if a fault survives.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tools.emulator import build, sanitize
 class Mutant:
     name: str
     file: str  # in csrc/cuda
-    text: str  # stands there once
+    text: str  # occurs there once
     replacement: str
 
     def apply(self, source: str) -> str:
@@ -334,7 +334,7 @@ MUTANTS = [
 
 
 def verdict(done: subprocess.CompletedProcess[str]) -> str:
-    """What stopped a replay, in a line."""
+    """What stopped a replay, in one line."""
     for text in (done.stdout, done.stderr):
         for pattern in (
             r"^(FAILED|DIFFERS): call \d+, \w+\(.*?\), schedule (\w+):? ?(.*)$",

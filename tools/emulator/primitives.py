@@ -39,7 +39,7 @@ class Primitives:
 
 
 def exact_buffer(size: int) -> int:
-    """Address of `size` zeroed bytes, in an allocation of their own whose bounds a sanitizer knows."""
+    """Address of `size` zeroed bytes in an allocation of their own, whose bounds a sanitizer knows."""
     libc = ctypes.CDLL(None)
     libc.calloc.restype = ctypes.c_void_p
     libc.calloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]

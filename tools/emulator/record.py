@@ -1,6 +1,6 @@
 """Records every call of a CUDA kernel that a set of small problems makes, for replay.py to repeat without torch.
 
-The problems are ragged on purpose: no size is a multiple of a tile, a warp or a vector, unless it is meant to be.
+The problems are ragged on purpose: no size is a multiple of a tile, a warp or a vector unless that is intended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Recorder(Emulated):
-    """Writes down the memory before and after each call, storage by storage."""
+    """Records the memory before and after each call, storage by storage."""
 
     def __init__(self, kernels: Any) -> None:
         super().__init__(kernels)
@@ -46,7 +46,7 @@ class Recorder(Emulated):
             if not isinstance(tensor, Tensor):
                 call["scalars"][name] = value
             elif tensor.numel() == 0:
-                call["scalars"][name] = (0, *value[1:])  # nothing, of its dtype
+                call["scalars"][name] = (0, *value[1:])  # a null pointer of its dtype
             else:
                 storage = tensor.untyped_storage()
                 place, _ = storages.setdefault(storage.data_ptr(), (len(storages), storage))
@@ -78,18 +78,18 @@ def _maps(batch: int, height: int, width: int, classes: int) -> tuple[Tensor, Te
     labels = torch.randint(0, classes, shape)
     predictions = torch.where(torch.rand(shape) < 0.4, torch.randint(0, classes, shape), labels)
     labels[torch.rand(shape) < 0.2] = 255
-    labels[torch.rand(shape) < 0.05] = classes + 3  # no class: ignored
+    labels[torch.rand(shape) < 0.05] = classes + 3  # not a class: ignored
     return labels, predictions, torch.randint(-50, 50, shape, dtype=torch.int32)
 
 
 def _layouts(embeddings: Tensor) -> list[Tensor]:
-    """The same map contiguous, channels_last, and as a part of a larger one."""
+    """The same map contiguous, channels_last, and as part of a larger one."""
     inside = F.pad(embeddings, (1, 2, 3, 0))[..., 3:, 1:-2]
     return [embeddings, embeddings.to(memory_format=torch.channels_last), inside]
 
 
 def _sampling() -> None:
-    problems = [  # shape and classes; samples, views, pixels at least
+    problems = [  # shape and classes; samples, views, min_pixels
         ((2, 17, 23, 5), (64, 10, None)),
         ((3, 8, 9, 6), (5, 3, 1)),
         ((1, 33, 41, 3), (100, 100, 1)),
@@ -115,12 +115,12 @@ def _gather() -> None:
         for embeddings in _layouts(torch.randn(2, channels, 5, 7).to(dtype)):
             for normalize, count in ((True, 45), (False, 1), (True, 0)):
                 indices = torch.randint(0, 70, (count,))
-                indices[count // 2 :: 9] = 3  # several times
-                indices[count // 3 :: 11] = 70  # none
+                indices[count // 2 :: 9] = 3  # one pixel several times
+                indices[count // 3 :: 11] = 70  # no pixel
                 leaf = embeddings.detach().requires_grad_()
                 rows = gather_embeddings(leaf, indices, normalize=normalize, backend="cuda")
                 rows.backward(torch.randn_like(rows))
-    # More than 2^32 pixels, in the memory of one row of them.
+    # More than 2^32 pixels in the memory of one row.
     width = 2**16 + 1
     embeddings = torch.randn(1, 2, 1, width).half().expand(width, 2, 1, width)
     indices = torch.tensor([width**2 - 1, width**2 - 77, 2**31 + 5, 3])
@@ -182,7 +182,7 @@ def _infonce(precision: str) -> None:
             continue
         anchor_rows, anchor_labels = _rows(anchors, channels, classes, dtype)
         key_rows, key_labels = _rows(keys, channels, classes, dtype)
-        # Tiles of one class, and a class of which most parts of the positives see nothing.
+        # Tiles of one class, and a class that most parts of the positives never see.
         if anchors in (37, 70):
             key_labels[10:][key_labels[10:] == 1] = 0
             key_labels, order = key_labels.sort()
@@ -195,7 +195,7 @@ def _infonce(precision: str) -> None:
         for rows, labels in ((key_rows, key_labels), (anchor_rows, anchor_labels)):
             loss = losses(anchor_rows, anchor_labels, rows, labels)
             loss.backward(torch.randn_like(loss))
-        for gradient in (anchor_rows.grad, key_rows.grad):  # NaN would equal whatever a replay leaves
+        for gradient in (anchor_rows.grad, key_rows.grad):  # a NaN would stay NaN whatever a fault does
             assert gradient is not None
             assert gradient.isfinite().all()
 
@@ -219,8 +219,8 @@ def _infonce_of_many_splits() -> None:
 def _infonce_of_usual_widths() -> None:
     """The widths that have tiles of their own, on a large and a small device, for few anchors and more.
 
-    Some tiles of keys are of one class, some of two; some lack labels, some reach past the last key. The fp32 rows of
-    128 channels are too long for the usual planes.
+    Some tiles of keys hold one class, some two; some lack labels, some reach past the last key. The fp32 rows of 128
+    channels have norms too large for the usual planes.
     """
     widths = (
         *((channels, "228", 40) for channels in (64, 128, 256, 512)),
@@ -250,7 +250,7 @@ def record(path: Path, kernels: Any) -> int:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(devices, "gpu", recorder)
-            patch.setenv("PXC_EMULATOR_SHARED", "100")  # some problems set others
+            patch.setenv("PXC_EMULATOR_SHARED", "100")  # some problems change it
             _sampling()
             _gather()
             _enqueue()

@@ -2,8 +2,8 @@
 
     python -m tools.emulator.replay FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
 
-Every buffer is an allocation of its own, of exactly the size of the storage that it stands for. What a call leaves in
-them has to be, bit for bit, what the recorded call left.
+Every buffer is an allocation of its own with exactly the size of the storage that it stands for. Each call must leave
+in them, bit for bit, what the recorded call left.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _libc.free.argtypes = [ctypes.c_void_p]
 
 
 def replay(kernels: ModuleType, call: dict[str, Any], arrays: Any, index: int) -> list[str]:
-    """The fields behind which something else than recorded was left."""
+    """The pointer fields whose memory differs from the recording afterwards."""
     befores = [arrays[f"{index}.{i}.before"] for i in range(call["storages"])]
     buffers = [_libc.malloc(before.nbytes) for before in befores]
     try:
@@ -59,7 +59,7 @@ def main(folder: Path, recording: Path, schedules: tuple[str, ...] = SCHEDULES) 
         for index, call in enumerate(calls):
             where = f"call {index}, {call['kernel']}({call['scalars']}), schedule {schedule}"
             os.environ["PXC_EMULATOR_SHARED"] = call["shared"]
-            print(where, file=sys.stderr, flush=True)  # what a sanitizer's report is about
+            print(where, file=sys.stderr, flush=True)  # names the call that a sanitizer's report is about
             try:
                 differing = replay(kernels, call, arrays, index)
             except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Runs a module of this repository under the sanitizer of a variant; Python itself is not compiled for any."""
+"""Runs a module of this repository under a variant's sanitizer; Python itself is not compiled for one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.emulator.build import ROOT, compiler
 _RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 _OPTIONS = {
-    # Python does not free all, and leaves what it calls from C without a frame.
+    # No leak detection: Python does not free everything, and what it calls from C has no frame in a report.
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=66",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "exitcode=66:halt_on_error=1",
@@ -31,7 +31,7 @@ def _library(name: str) -> str | None:
 
 @functools.cache
 def missing(variant: str) -> str | None:
-    """Why a variant cannot be run here, or None."""
+    """The reason why a variant cannot run here, or None."""
     runtime = _RUNTIMES.get(variant)
     if runtime is None or _library(runtime):
         return None
@@ -40,7 +40,7 @@ def missing(variant: str) -> str | None:
 
 @functools.cache
 def _prefix() -> list[str]:
-    """ThreadSanitizer wants memory where it expects it; some kernels spread addresses wider than it knows."""
+    """ThreadSanitizer expects memory at known addresses, and some kernels randomise addresses more than it allows."""
     fixed = ["setarch", "-R"]
     works = shutil.which("setarch") and subprocess.run([*fixed, "true"], capture_output=True).returncode == 0
     return fixed if works else []
@@ -50,6 +50,6 @@ def run(variant: str, module: str, *arguments: object, **options: str) -> subpro
     """`python -m module arguments ...`; `options` are environment variables."""
     environment = {**os.environ, **_OPTIONS, "PYTHONPATH": str(ROOT), **options}
     if variant in _RUNTIMES:
-        # The C++ library as well: its exceptions are caught by the sanitizer, which looks for it at the start.
+        # The C++ library too: the sanitizer intercepts its exceptions and looks it up at the start.
         environment["LD_PRELOAD"] = f"{_library(_RUNTIMES[variant])} {_library('libstdc++.so.6')}"
     return processes.run([*_prefix(), sys.executable, "-m", module, *arguments], env=environment)

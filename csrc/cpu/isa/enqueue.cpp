@@ -1,4 +1,4 @@
-// The inner loops of enqueue's two readings of the map: the pixels' squares over all channels, and class sums
+// The inner loops of enqueue's two passes over the map: the pixels' squares over all channels, and class sums
 // over the pixels of one or two channels.
 //
 // This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
@@ -12,7 +12,7 @@ namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
-// Four planes at a time: a quarter of the traffic of the sums, which stay in the core's first cache.
+// Four planes at a time: the sums, which stay in L1, are read and written a quarter as often.
 template <class In>
 void add_squares_of(const In* planes, int64_t num_planes, int64_t stride, int64_t size, float* sums) {
   int64_t n = 0;
@@ -36,8 +36,8 @@ void add_squares_of(const In* planes, int64_t num_planes, int64_t stride, int64_
 using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using LaneBits = uint32_t __attribute__((vector_size(4 * kLanes)));
 
-// Groups are only nearly in the order of memory, which is not enough for the hardware to look ahead by
-// itself.
+// How many elements ahead to prefetch. Groups are only nearly in memory order, which is not enough for the
+// hardware's own prefetcher.
 constexpr int64_t kAhead = 1024;
 
 template <class Vector>

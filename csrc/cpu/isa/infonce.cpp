@@ -1,7 +1,8 @@
-// InfoNCE between the matrix products, which are torch's and leave a tile of dot products in cache. Each step
-// reads that tile once or twice and writes it once, in place, so that it can enter the next product.
+// The steps of InfoNCE between the matrix products. Those are torch's, and leave a tile of dot products in
+// cache. Each step reads that tile once or twice and writes it once, in place, so that it can enter the next
+// product.
 //
-// Anchors come sorted by class, so "own class" is a range. Pass 1 (negatives) keeps a running sum of
+// The anchors are sorted by class, so "own class" is a range. Pass 1 (negatives) keeps a running sum of
 // exp2(score - shift) per anchor.
 //
 // This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another

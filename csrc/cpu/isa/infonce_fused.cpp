@@ -1,10 +1,10 @@
-// The forward of InfoNCE with its own matrix products. A block of anchors meets a tile of keys: their dot
-// products, the weights made of them and the second product stay in the core's own cache, and the keys are
-// packed once for both products, by all threads for all threads. One parallel region serves a whole call.
+// The forward of InfoNCE with matrix products of its own. For a block of anchors and a tile of keys, the dot
+// products, the weights computed from them and the second product stay in the core's own cache. All threads
+// together pack the keys of a tile, once for both products. One parallel region serves a whole call.
 //
-// Both products read rows as 32-bit words, one fp32 or two bf16 each. A step takes one word of every row, and
-// a panel holds the words of 32 columns step by step; so one loop serves both products and both element
-// types.
+// Both products read rows as 32-bit words of one fp32 or two bf16 elements. A step takes one word of every
+// row, and a panel holds the words of 32 columns step by step, so one loop serves both products and both
+// element types.
 //
 // Every thread owns a share of the anchors, and no sum crosses threads: results do not depend on their
 // number. This file is compiled for AVX-512 (fp32 products) and for AVX512-BF16 (bf16 products); nothing in
@@ -41,7 +41,7 @@ struct Float32 {
 };
 
 #ifdef __AVX512BF16__
-// bf16 products with fp32 sums. These instructions take subnormal numbers for 0 and round to nearest,
+// bf16 products with fp32 sums. These instructions treat subnormal numbers as 0 and round to nearest,
 // whatever the mode of the processor.
 struct BFloat16Pair {
   using Element = BFloat16;
@@ -53,8 +53,8 @@ struct BFloat16Pair {
   static Word word(const BFloat16* element, int64_t stride) {
     return Word(element[0].bits) | Word(element[stride].bits) << 16;
   }
-  // Returns the sum of the rounded weights. A zero after the last one completes its pair. (The maskz forms,
-  // of all lanes, are what GCC's headers define without a warning.)
+  // Returns the sum of the rounded weights. A zero after the last one completes its pair. (The maskz
+  // forms, with all lanes set, are used because GCC's headers define them without a warning.)
   static float round(const float* weights, int64_t n, BFloat16* rounded) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < n; j += 16) {
@@ -112,7 +112,8 @@ void multiply_rows(const Product& p) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       float* out = p.out + r * p.out_stride + 16 * v;
-      // A tile is summed apart: one chain of additions over all keys would lose digits with their number.
+      // Each tile is summed separately: one chain of additions over all keys would lose more digits the more
+      // keys there are.
       if (p.accumulate) sums[r][v] = _mm512_add_ps(sums[r][v], _mm512_maskz_loadu_ps(masks[v], out));
       _mm512_mask_storeu_ps(out, masks[v], sums[r][v]);
     }
@@ -138,7 +139,7 @@ struct Tile {
 // The keys of a tile as panels of both products.
 struct Panels {
   Word* keys;      // [kBlockK / kPanel][words of a row, kPanel]
-  Word* channels;  // [channels / kPanel, up][kBlockK / kPerWord, kPanel]; null without gradient
+  Word* channels;  // [channels / kPanel, rounded up][kBlockK / kPerWord, kPanel]; null without gradient
 };
 
 struct Range {
@@ -195,7 +196,8 @@ class Walk {
     int64_t tile, key;
   };
 
-  // The next keys of a class, or none. Tiles of another class are passed by: every thread looks for them.
+  // Collects the next keys of a class; false if there are none. Tiles of another class are skipped, because
+  // every thread repeats this search.
   bool collect(int32_t label, Cursor& at) {
     tile_.count = 0;
     for (; at.tile < p_.num_tiles; ++at.tile, at.key = 0) {
@@ -218,8 +220,8 @@ class Walk {
     return range;
   }
 
-  // Visits those of `rows` that are this thread's, in blocks of even size. Threads share `total` rows evenly,
-  // of which these are the ones after the first `before`.
+  // Visits this thread's part of `rows`, in blocks of even size. The threads share `total` rows evenly;
+  // `rows` come after the first `before` of them.
   template <class Visit>
   void share(Range rows, int64_t before, int64_t total, Visit visit) {
     const int64_t shift = rows.start - before;
@@ -234,7 +236,8 @@ class Walk {
     }
   }
 
-  // Two buffers take turns: whoever is through with this tile may pack the next while others still read it.
+  // Two buffers alternate, so that a thread which is done with a tile may pack the next one while others
+  // still read this one.
   Panels pack() {
     const int64_t key_words = kBlockK * words_;
     const int64_t channel_words =
@@ -249,7 +252,7 @@ class Walk {
     return panels;
   }
 
-  // 32 keys by 32 channels, with zeros where there are less.
+  // Packs 32 keys by 32 channels, with zeros where there are fewer.
   void pack_square(int64_t first, int64_t channel, const Panels& panels) {
     constexpr int kWords = kPanel / Multiply::kPerWord;
     typename Multiply::Element square[kPanel][kPanel] = {};
@@ -349,7 +352,7 @@ class Walk {
     if constexpr (Multiply::kPerWord == 1) {
       add_keys(rows, scores_[0], panels, p_.positives);
     } else {
-      // G nearly cancels with S O, so what the first rounding leaves takes part as well.
+      // G nearly cancels with S O, so the remainder of the first rounding is multiplied as well.
       round_weights(rows.stop - rows.start);
       add_keys(rows, rounded_[0], panels, p_.positives);
       for (int64_t i = 0; i < rows.stop - rows.start; ++i) {

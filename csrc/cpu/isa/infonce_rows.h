@@ -1,5 +1,5 @@
 // What InfoNCE does to the dot products of one anchor with some keys, before they enter the second product:
-// in place, in cache. `infonce.cpp` calls it between products of torch, `infonce_fused.cpp` between its own.
+// in place, in cache. `infonce.cpp` calls it between torch's products, `infonce_fused.cpp` between its own.
 //
 // The shift of pass 1 follows the running maximum lazily: it moves only once the maximum has outgrown it by
 // kSlack, because every move rescales a row of O. Any shift gives the same result as long as nothing
@@ -17,7 +17,7 @@ namespace {
 
 constexpr float kSlack = 8.f;
 
-// Masked: keys of the anchor's own class count as nothing.
+// Masked: keys of the anchor's own class are left out.
 template <bool Masked>
 float row_maximum(const float* scores, int64_t n, const int32_t* key_labels, int32_t label) {
   float maximum = -INFINITY;
@@ -58,7 +58,7 @@ void negatives_row(const NegativesParams& p, int64_t i, float* scores) {
       for (int64_t d = 0; d < p.channels; ++d) output[d] *= factor;
     }
   }
-  // No finite score yet: any shift will do, and -inf - -inf would not.
+  // No finite score yet: any shift will do but -inf, since -inf - -inf is NaN.
   const float shift = p.shift[i] == -INFINITY ? 0.f : p.shift[i];
   p.sum[i] += exponentials<Masked>(scores, p.num_keys, p.key_labels, label, p.scale, shift);
 }

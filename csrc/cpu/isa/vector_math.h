@@ -1,5 +1,5 @@
-// exp2, log1p and their kin as straight-line code that the compiler vectorises. Errors are measured in
-// `tests/test_vector_math.py`: below 2 ulp where results are normal. NaN goes in and comes out.
+// exp2, log1p and what is made of them, as straight-line code that the compiler vectorises. Errors are
+// measured in `tests/test_vector_math.py`: below 2 ulp where results are normal. NaN gives NaN.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,8 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// 2^x. Results below 2^-126 become 0, from 2^127.5 up inf. Adding 1.5 * 2^23 rounds x to an integer, which is
-// then found in the low bits of the sum.
+// 2^x. Results below 2^-126 become 0, and those from 2^127.5 up become inf. Adding 1.5 * 2^23 rounds x to an
+// integer, which is then in the low bits of the sum.
 inline float exp2(float x) {
   constexpr float kRounder = 0x1.8p23f;
   x = x < -127.f ? -127.f : x;  // in this order both clamps let NaN through
