@@ -52,14 +52,15 @@ def walks(kernels):
 
 
 def test_everything_that_multiplies_was_compiled(found):
-    """Every kernel with products, in four kinds of arithmetic, for each architecture and width.
+    """Every kernel with products, for each architecture, width and kind of arithmetic: of one width fp16 is left out.
 
     The kernels are the shift, the negatives and the positives with and without a gradient, and the backward with and
     without the mirror.
     """
     archs = os.environ.get("PIXCONTRAST_TEST_ARCHS", "").split() or SHARED
     widths = os.environ.get("PIXCONTRAST_TEST_WIDTHS", "").split() or triton_code.WIDTHS
-    assert len(walks(found["kernels"])) >= 4 * 8 * len(archs) * len(widths)
+    kinds = 3 if len(widths) == 1 else 4
+    assert len(walks(found["kernels"])) >= kinds * 8 * len(archs) * len(widths)
 
 
 def channels_of(kernel):

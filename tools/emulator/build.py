@@ -9,6 +9,7 @@ csrc/emulator/primitives.cu and is called through ctypes. There are three varian
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shlex
@@ -112,13 +113,16 @@ def build(
         *_statements(source_root, relative),
     ]
     text, file = "\n".join(lines) + "\n", build_dir / "build.ninja"
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(file)]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
     command += [f"{relative}/{variant}/{target}.so" for target in targets]
-    done = subprocess.run(command, cwd=source_root, capture_output=True, text=True)
+    # One at a time: two runs of the tests that begin together would compile everything twice, into the same files.
+    with open(build_dir / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        done = subprocess.run(command, cwd=source_root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the emulator does not build ({variant}):\n{done.stdout}{done.stderr}")
     return build_dir / variant
