@@ -323,3 +323,42 @@ def test_differentiating_twice_is_refused(backend):
     (grad,) = torch.autograd.grad(loss, anchors, create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         (grad.square().sum() + anchors.sum()).backward()
+
+
+def test_weighted_mean(backend):
+    """Of the anchors that have a positive: the last has none, and its weight is in neither sum."""
+    anchors, keys = (
+        F.normalize(torch.randn(5, 8), dim=1).requires_grad_(),
+        F.normalize(torch.randn(9, 8), dim=1),
+    )
+    labels = torch.tensor([0, 1, 2, 0, 7]), torch.arange(9) % 3
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 9.0])
+    each = infonce(anchors, labels[0], keys, labels[1], temperature=0.1, reduction="none", backend=backend)
+    found = infonce(
+        anchors, labels[0], keys, labels[1], temperature=0.1, anchor_weights=weights, backend=backend
+    )
+    assert torch.allclose(found, (each[:4] * weights[:4]).sum() / 3.5)
+    (grad,) = torch.autograd.grad(found, anchors)
+    assert (grad.abs().sum(dim=1) > 0).tolist() == [True, False, True, True, False]
+    nothing = infonce(
+        anchors, labels[0], keys, labels[1], temperature=0.1, anchor_weights=weights * 0, backend=backend
+    )
+    assert nothing == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (torch.tensor([1.0, -0.5]), ValueError, r"anchor_weights\[1\] is -0.5, expected 0 <= weight < inf"),
+        (torch.tensor([math.nan, 1.0]), ValueError, r"anchor_weights\[0\] is nan"),
+        (torch.tensor([1.0]), ValueError, r"anchor_weights must have shape \(2,\), got \(1,\)"),
+        (torch.tensor([1, 1]), TypeError, "anchor_weights must be a floating-point tensor, got torch.int64"),
+        ([1.0, 1.0], TypeError, "anchor_weights must be a floating-point tensor, got list"),
+    ],
+)
+def test_weights_that_are_none(weights, error, message):
+    rows, labels = torch.eye(2), torch.tensor([0, 1])
+    with pytest.raises(error, match=message):
+        infonce(rows, labels, rows, labels, temperature=0.1, anchor_weights=weights)
+    with pytest.raises(ValueError, match="anchor_weights weight the mean, got reduction='none'"):
+        infonce(rows, labels, rows, labels, temperature=0.1, reduction="none", anchor_weights=torch.ones(2))

@@ -42,6 +42,25 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], device: torc
         raise ValueError(f"{name} must be on {device}, got {labels.device}")
 
 
+def check_weights(name: str, weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `weights` are floating point, of this shape, on this device.
+
+    On the CPU they are also looked at: none may be negative, infinite or NaN.
+    """
+    if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if tuple(weights.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(weights.shape)}")
+    if weights.device != device:
+        raise ValueError(f"{name} must be on {device}, got {weights.device}")
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~((weights >= 0) & (weights < torch.inf))
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            raise ValueError(f"{name}{place} is {float(weights[tuple(place)])}, expected 0 <= weight < inf")
+
+
 def check_embeddings(embeddings: Tensor) -> None:
     """Raise TypeError or ValueError unless this is a [B, D, H, W] floating-point map with D >= 1."""
     if not isinstance(embeddings, Tensor) or not embeddings.dtype.is_floating_point:

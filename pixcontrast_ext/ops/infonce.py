@@ -168,6 +168,7 @@ def infonce(
     temperature: float,
     reduction: str = "mean",
     exclude_self: bool = False,
+    anchor_weights: Tensor | None = None,  # [A]
     backend: str | None = None,
 ) -> Tensor:
     """Pixel contrast of eq. (3) in arXiv 2101.11939: every positive against all negatives of its anchor.
@@ -190,15 +191,19 @@ def infonce(
         temperature: divides the scores.
         reduction: "mean" over the anchors that have a positive (0 if none has), or "none".
         exclude_self: key i is not a positive of anchor i.
+        anchor_weights: floating point, in [0, inf). The mean is then sum w_i loss_i / sum w_i over the anchors that
+            have a positive, 0 if their weights are all 0. No gradient reaches them.
         backend: see `available_backends`.
 
     Returns:
         Scalar for "mean", [A] for "none"; fp32 whatever the input's dtype (fp64 for fp64).
 
     Raises:
-        TypeError: rows that are not floating point or differ in dtype, labels that are not integers.
+        TypeError: rows or weights that are not floating point, rows that differ in dtype, labels that are not
+            integers.
         ValueError: shapes that do not fit, mixed devices, a temperature that is not positive and finite, an
-            unknown reduction, a backend that cannot serve the call.
+            unknown reduction, weights without a mean, a backend that cannot serve the call; on the CPU also a
+            weight that is negative or not finite.
     """
     _check_rows("anchors", anchors)
     _check_rows("keys", keys)
@@ -215,6 +220,10 @@ def infonce(
     check_temperature("temperature", temperature)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    if anchor_weights is not None:
+        if reduction == "none":
+            raise ValueError("anchor_weights weight the mean, got reduction='none'")
+        checks.check_weights("anchor_weights", anchor_weights, (anchors.shape[0],), anchors.device)
 
     in_batch = keys is anchors and key_labels is anchor_labels
     anchor_labels = checks.to_int32("anchor_labels", anchor_labels)
@@ -222,7 +231,7 @@ def infonce(
     width = operator.index(anchors.shape[1])
     name = backends.resolve(backend, "infonce", anchors.device, anchors.dtype, width)
     loss, pos_count = contrast_rows(anchors, anchor_labels, others, float(temperature), exclude_self, name)
-    return loss if reduction == "none" else mean_of(loss, pos_count)
+    return loss if reduction == "none" else mean_of(loss, pos_count, anchor_weights)
 
 
 def contrast_rows(
@@ -242,9 +251,15 @@ def contrast_rows(
     return outputs
 
 
-def mean_of(loss: Tensor, pos_count: Tensor) -> Tensor:
-    """Over the anchors that have a positive; 0 if none has."""
-    return loss.sum() / (pos_count > 0).sum().clamp(min=1)
+def mean_of(loss: Tensor, pos_count: Tensor, anchor_weights: Tensor | None = None) -> Tensor:
+    """Over the anchors that have a positive, of equal weight unless told; 0 if none has."""
+    if anchor_weights is None:
+        return loss.sum() / (pos_count > 0).sum().clamp(min=1)
+    weights = torch.where(pos_count > 0, anchor_weights.detach().to(loss.dtype), 0)
+    total = weights.sum()
+    # An anchor of weight 0 has no part in the mean, even if its loss is NaN.
+    weighted = torch.where(weights > 0, loss * weights, 0).sum()
+    return weighted / torch.where(total > 0, total, 1)
 
 
 def check_temperature(name: str, value: float) -> None:
