@@ -47,11 +47,14 @@ PYBIND11_MODULE(_C, m) {
   def_late<NegativesParams>(m, "infonce_negatives", [] { return vector_kernels().negatives; });
   def_late<PositivesParams>(m, "infonce_positives", [] { return vector_kernels().positives; });
   def_late<FusedForwardParams>(m, "infonce_fused_forward", [] { return vector_kernels().fused_forward; });
+  def_late<CountScoresParams>(m, "count_scores", [] { return vector_kernels().count_scores; });
+  def_late<FusedCountsParams>(m, "fused_counts", [] { return vector_kernels().fused_counts; });
   def_late<FinishParams>(m, "infonce_finish", [] { return vector_kernels().finish; });
   def_late<ScoreGradientParams>(m, "infonce_score_gradients",
                                 [] { return vector_kernels().score_gradients; });
 
   m.attr("FUSED_BLOCK_K") = kFusedBlockK;
+  m.attr("SCORE_BINS") = kScoreBins;
   m.attr("PANEL") = kPanel;
   m.attr("LANES") = kLanes;
   m.attr("DTYPES") = std::vector<std::string>(seam::kDTypeNames.begin(), seam::kDTypeNames.end());

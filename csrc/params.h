@@ -181,14 +181,15 @@ struct NegativesParams {
   int64_t num_rows, num_keys;
   const int32_t* anchor_labels;  // [rows]
   const int32_t* key_labels;     // [keys], or null if every key is a negative of every row
+  const float* neg_min;          // [rows], dot products below it take no part; or null
   float scale;
   float* shift;   // [rows] in and out: running shift, log2 units
   float* sum;     // [rows] in and out: sum of exp2(score - shift)
   float* output;  // [rows, D] in and out: rescaled when the shift moves; null without gradient
   int64_t channels;
   int32_t threads;
-  PXC_FIELDS((), scores, num_rows, num_keys, anchor_labels, key_labels, scale, shift, sum, output, channels,
-             threads)
+  PXC_FIELDS((), scores, num_rows, num_keys, anchor_labels, key_labels, neg_min, scale, shift, sum, output,
+             channels, threads)
 };
 
 struct PositivesParams {
@@ -197,28 +198,59 @@ struct PositivesParams {
   const float* neg_lse_log2;    // [rows]
   const int64_t* anchor_index;  // [rows], or null without exclude_self
   const int64_t* key_index;     // [keys], or null without exclude_self
+  const float* pos_max;         // [rows], dot products from it on take no part; or null
   float scale;
   double* loss_sum;        // [rows] in and out: sum of eq. (2)
   double* pos_weight_sum;  // [rows] in and out: S of eq. (4)
   int64_t* pos_counts;     // [rows] in and out
   int32_t threads;
-  PXC_FIELDS((), scores, num_rows, num_keys, neg_lse_log2, anchor_index, key_index, scale, loss_sum,
+  PXC_FIELDS((), scores, num_rows, num_keys, neg_lse_log2, anchor_index, key_index, pos_max, scale, loss_sum,
              pos_weight_sum, pos_counts, threads)
 };
 
-// Both passes of the forward, with products of their own.
-struct FusedForwardParams {
+// Dot products are counted in equal bins over [-1, 1]; those outside belong to the first and the last.
+constexpr int kScoreBins = 512;
+
+struct CountScoresParams {
+  const float* scores;  // [rows, keys] dot products
+  int64_t num_rows, num_keys;
+  const int32_t* anchor_labels;  // [rows]
+  const int32_t* key_labels;     // [keys]: those of the row's own label do not count; or null
+  const int64_t* anchor_index;   // [rows], or null without exclude_self
+  const int64_t* key_index;      // [keys], or null without exclude_self
+  int32_t* counts;               // [rows, kScoreBins] in and out
+  int32_t threads;
+  PXC_FIELDS((), scores, num_rows, num_keys, anchor_labels, key_labels, anchor_index, key_index, counts,
+             threads)
+};
+
+// What is multiplied where both passes over the keys have products of their own. Pass 1 meets the negative
+// keys, pass 2 the keys.
+struct FusedRows {
   ConstRows anchors;  // [rows, D] sorted by label, of fused_dtype(); D of bf16 padded with 0 to be even
   int64_t num_rows, channels;
   const int32_t* anchor_labels;  // [rows], ascending, all >= 0
   const int64_t* anchor_index;   // [rows], or null without exclude_self
   OtherConstRows keys;           // [K, D]
   const int32_t* key_labels;     // [K]
-  int64_t num_keys;
-  const int64_t* tiles;  // [num_tiles, 3], from TilesParams with kFusedBlockK as max_keys
+  const int64_t* tiles;          // [num_tiles, 3], from TilesParams with kFusedBlockK as max_keys
   int64_t num_tiles;
+  OtherConstRows negative_keys;    // [M, D], which may be the keys
+  const int32_t* negative_labels;  // [M]
+  const int64_t* negative_tiles;   // [num_negative_tiles, 3]
+  int64_t num_negative_tiles;
+  Rows panels;  // scratch: 2 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type; of the
+                // forward 4 kFusedBlockK
+  int32_t threads;
+  PXC_FIELDS((), anchors, num_rows, channels, anchor_labels, anchor_index, keys, key_labels, tiles, num_tiles,
+             negative_keys, negative_labels, negative_tiles, num_negative_tiles, panels, threads)
+};
+
+// Both passes of the forward.
+struct FusedForwardParams : FusedRows {
   float scale;
-  Rows panels;             // scratch: 4 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type
+  const float* neg_min;    // [rows], dot products with negatives below it take no part; or null
+  const float* pos_max;    // [rows], dot products with positives from it on take no part; or null
   float* shift;            // [rows] in (-inf) and out: running shift, log2 units
   float* sum;              // [rows] in (0) and out: of exp2(score - shift)
   float* weight_sum;       // [rows] in (0) and out: of the bf16 weights that O is made of; unused by fp32
@@ -228,10 +260,15 @@ struct FusedForwardParams {
   double* loss_sum;        // [rows] in (0) and out: sum of eq. (2)
   double* pos_weight_sum;  // [rows] in (0) and out: S of eq. (4)
   int64_t* pos_counts;     // [rows] in (0) and out
-  int32_t threads;
-  PXC_FIELDS((), anchors, num_rows, channels, anchor_labels, anchor_index, keys, key_labels, num_keys, tiles,
-             num_tiles, scale, panels, shift, sum, weight_sum, neg_lse_log2, negatives, positives, loss_sum,
-             pos_weight_sum, pos_counts, threads)
+  PXC_FIELDS((FusedRows), scale, neg_min, pos_max, shift, sum, weight_sum, neg_lse_log2, negatives, positives,
+             loss_sum, pos_weight_sum, pos_counts)
+};
+
+// The histograms of the dot products of both.
+struct FusedCountsParams : FusedRows {
+  int32_t* neg_counts;  // [rows, kScoreBins] in (0) and out
+  int32_t* pos_counts;  // [rows, kScoreBins] in (0) and out
+  PXC_FIELDS((FusedRows), neg_counts, pos_counts)
 };
 
 struct FinishParams {
@@ -270,10 +307,15 @@ struct ScoreGradientParams {
   const float* row_neg_lse_log2;  // [rows], likewise, when the rows are anchors too (symmetric); else null
   const float* row_push;          // [rows]
   const float* row_pull;          // [rows]
+  const float* neg_min;           // [anchors], dot products with negatives below it take no part; or null
+  const float* pos_max;           // [anchors], dot products with positives from it on take no part; or null
+  const float* row_neg_min;       // [rows], likewise, when the rows are anchors too
+  const float* row_pos_max;       // [rows]
   float scale;
   int32_t threads;
   PXC_FIELDS((), scores, num_rows, num_anchors, row_labels, anchor_labels, row_index, anchor_index,
-             neg_lse_log2, push, pull, row_neg_lse_log2, row_push, row_pull, scale, threads)
+             neg_lse_log2, push, pull, row_neg_lse_log2, row_push, row_pull, neg_min, pos_max, row_neg_min,
+             row_pos_max, scale, threads)
 };
 
 }  // namespace cpu

@@ -36,14 +36,15 @@ struct Group {
 };
 
 // The functions that are built once per instruction set: the steps of InfoNCE between torch's matrix
-// products; its fused forward, with products of its own (null where there is none); and the two passes of
-// enqueue over the map, for the pixels' squares, sums[pixel] += plane[pixel]^2 over all planes, and for the
-// class sums of one or two channels at a time,
-// strands[label][channel][lane] += plane[pixel] * weights[pixel].
+// products; its fused forward and histograms, with products of their own (null where there are none); and the
+// two passes of enqueue over the map, for the pixels' squares, sums[pixel] += plane[pixel]^2 over all planes,
+// and for the class sums of one or two channels at a time, strands[label][channel][lane] += plane[pixel] *
+// weights[pixel].
 struct VectorKernels {
   void (*widen)(const WidenParams&);
   void (*negatives)(const NegativesParams&);
   void (*positives)(const PositivesParams&);
+  void (*count_scores)(const CountScoresParams&);
   void (*finish)(const FinishParams&);
   void (*score_gradients)(const ScoreGradientParams&);
   void (*add_squares)(DType dtype, const void* planes, int64_t num_planes, int64_t stride, int64_t size,
@@ -51,6 +52,7 @@ struct VectorKernels {
   void (*add_groups)(const Group* groups, int64_t num_groups, const float* const* planes, int num_planes,
                      const float* weights, float* strands);
   void (*fused_forward)(const FusedForwardParams&);
+  void (*fused_counts)(const FusedCountsParams&);
   bool multiplies_bfloat16;
 };
 
@@ -59,11 +61,13 @@ struct VectorKernels {
   void widen(const WidenParams&);                                                         \
   void negatives(const NegativesParams&);                                                 \
   void positives(const PositivesParams&);                                                 \
+  void count_scores(const CountScoresParams&);                                            \
   void finish(const FinishParams&);                                                       \
   void score_gradients(const ScoreGradientParams&);                                       \
   void add_squares(DType, const void*, int64_t, int64_t, int64_t, float*);                \
   void add_groups(const Group*, int64_t, const float* const*, int, const float*, float*); \
   void fused_forward(const FusedForwardParams&);                                          \
+  void fused_counts(const FusedCountsParams&);                                            \
   }
 PXC_DECLARE_VECTOR_KERNELS(portable)
 PXC_DECLARE_VECTOR_KERNELS(avx2)
@@ -71,7 +75,8 @@ PXC_DECLARE_VECTOR_KERNELS(avx512)
 #undef PXC_DECLARE_VECTOR_KERNELS
 namespace avx512_bf16 {
 void fused_forward(const FusedForwardParams&);
-}
+void fused_counts(const FusedCountsParams&);
+}  // namespace avx512_bf16
 
 // The kernels in use: those of the best instruction set that the processor has, unless another was selected.
 const VectorKernels& vector_kernels();

@@ -12,15 +12,16 @@ struct InstructionSet {
   bool supported;
 };
 
-#define PXC_STEPS(isa)                                                                             \
-  isa::widen, isa::negatives, isa::positives, isa::finish, isa::score_gradients, isa::add_squares, \
-      isa::add_groups
-constexpr VectorKernels kPortable = {PXC_STEPS(portable), nullptr, false};
+#define PXC_STEPS(isa)                                                                              \
+  isa::widen, isa::negatives, isa::positives, isa::count_scores, isa::finish, isa::score_gradients, \
+      isa::add_squares, isa::add_groups
+constexpr VectorKernels kPortable = {PXC_STEPS(portable), nullptr, nullptr, false};
 #ifdef __x86_64__
-constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), nullptr, false};
-constexpr VectorKernels kAvx512 = {PXC_STEPS(avx512), avx512::fused_forward, false};
+constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), nullptr, nullptr, false};
+constexpr VectorKernels kAvx512 = {PXC_STEPS(avx512), avx512::fused_forward, avx512::fused_counts, false};
 #if PXC_HAVE_AVX512_BF16
-constexpr VectorKernels kAvx512Bf16 = {PXC_STEPS(avx512), avx512_bf16::fused_forward, true};
+constexpr VectorKernels kAvx512Bf16 = {PXC_STEPS(avx512), avx512_bf16::fused_forward,
+                                       avx512_bf16::fused_counts, true};
 #endif
 #endif
 #undef PXC_STEPS

@@ -21,12 +21,13 @@ import torch
 
 from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import native
-from pixcontrast_ext.backends.calls import Backend
+from pixcontrast_ext.backends.calls import Backend, MiningBackend
 
 if TYPE_CHECKING:
     from pixcontrast_ext.backends import cpu, cuda, reference, triton
 
     _: tuple[Backend, ...] = (cuda, triton, cpu, reference)
+    _mining: tuple[MiningBackend, ...] = (cpu, reference)
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
@@ -69,6 +70,8 @@ def _reason_off(
     module = _module(name)
     if module is None:
         return "this version has no kernels for it"
+    if op.startswith("mining") and not hasattr(module, "mined_forward"):
+        return "it has no kernels for example mining"
     return module.unsupported(op, dtype, channels, device)
 
 

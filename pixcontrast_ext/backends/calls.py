@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+SCORE_BINS = 512  # over [-1, 1]
+
 
 class _Record:
     __slots__: tuple[str, ...] = ()
@@ -157,6 +159,51 @@ class InfonceForward(_Record):
 
 
 @dataclass(slots=True)
+class MinedForward(InfonceForward):
+    """The same for the pairs that mining keeps: negatives of their own, and a range of cosines for each anchor.
+
+    A negative takes part unless its cosine is below `neg_min`, a positive, one of the keys, unless its is `pos_max` or
+    above. A NaN always does.
+    """
+
+    negatives: Tensor  # [M, D]
+    negative_labels: Tensor  # [M] int32; those of an anchor's own class are not its negatives
+    neg_min: Tensor  # [A] fp32
+    pos_max: Tensor  # [A] fp32
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether the anchors are the keys, and the negatives."""
+        return (
+            super(MinedForward, self).in_batch
+            and self.negatives.data_ptr() == self.anchors.data_ptr()
+            and self.negative_labels.data_ptr() == self.anchor_labels.data_ptr()
+            and self.negatives.shape == self.anchors.shape
+        )
+
+
+@dataclass(slots=True)
+class ScoreCounts(_Record):
+    """How many negatives and how many positives of each anchor have their cosine in each of SCORE_BINS bins.
+
+    The bins are equal parts of [-1, 1]; what lies outside belongs to the first and the last, NaN to the first.
+    """
+
+    anchors: Tensor  # [A, D]
+    anchor_labels: Tensor  # [A] int32
+    keys: Tensor  # [K, D], of which the positives are
+    key_labels: Tensor  # [K] int32
+    negatives: Tensor  # [M, D]
+    negative_labels: Tensor  # [M] int32
+    exclude_self: bool
+    neg_counts: Tensor  # [A, SCORE_BINS] int32 out; 0 for an anchor without a label
+    pos_counts: Tensor  # [A, SCORE_BINS] int32 out
+
+    def sizes(self) -> dict[str, int]:
+        return {"num_anchors": self.anchors.shape[0], "num_keys": self.keys.shape[0]}
+
+
+@dataclass(slots=True)
 class InfonceBackward(_Record):
     """Eq. (6): the gradient of the keys, or both halves of that of anchors that are the keys."""
 
@@ -182,7 +229,15 @@ class InfonceBackward(_Record):
         return {"num_anchors": self.anchors.shape[0], "num_keys": self.grad.shape[0]}
 
 
-Call = Sampling | Gather | GatherBackward | Collect | Write | InfonceForward | InfonceBackward
+@dataclass(slots=True)
+class MinedBackward(InfonceBackward):
+    """The same for the pairs that mining keeps: each anchor's own range, in either role."""
+
+    neg_min: Tensor  # [A] fp32; inf: the keys are no negatives
+    pos_max: Tensor  # [A] fp32; -inf: they are no positives
+
+
+Call = Sampling | Gather | GatherBackward | Collect | Write | InfonceForward | InfonceBackward | ScoreCounts
 
 
 class Backend(Protocol):
@@ -210,3 +265,13 @@ class Backend(Protocol):
     def infonce_forward(self, call: InfonceForward) -> None: ...
 
     def infonce_backward(self, call: InfonceBackward) -> None: ...
+
+
+class MiningBackend(Backend, Protocol):
+    """One that has the kernels of example mining as well."""
+
+    def score_counts(self, call: ScoreCounts) -> None: ...
+
+    def mined_forward(self, call: MinedForward) -> None: ...
+
+    def mined_backward(self, call: MinedBackward) -> None: ...

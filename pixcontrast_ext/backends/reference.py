@@ -24,12 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext.backends.calls import (
+    SCORE_BINS,
     Collect,
     Gather,
     GatherBackward,
     InfonceBackward,
     InfonceForward,
+    MinedBackward,
+    MinedForward,
     Sampling,
+    ScoreCounts,
     Write,
 )
 from pixcontrast_ext.backends.errors import bad_class, bad_index
@@ -96,9 +100,23 @@ def infonce_per_anchor(
 
 def infonce_forward(call: InfonceForward) -> None:
     """Eq. (1) to (4), and eq. (6) for the anchors with g = 1."""
-    anchors, keys = _labelled(call.anchors, call.anchor_labels), _labelled(call.keys, call.key_labels)
-    scores = anchors @ keys.T / call.temperature
-    negatives, positives = _pairs(call.anchor_labels, call.key_labels, call.exclude_self)
+    keys = _labelled(call.keys, call.key_labels)
+    pairs = _pairs(call.anchor_labels, call.key_labels, call.exclude_self)
+    _forward(call, _cosines(call, keys), keys, *pairs)
+
+
+def _cosines(call: InfonceForward | InfonceBackward | ScoreCounts, keys: Tensor) -> Tensor:
+    return _labelled(call.anchors, call.anchor_labels) @ keys.T
+
+
+def _forward(
+    call: InfonceForward,
+    cosines: Tensor,  # [A, K]
+    keys: Tensor,  # [K, D]
+    negatives: Tensor,  # [A, K] bool
+    positives: Tensor,  # [A, K] bool
+) -> None:
+    scores = cosines / call.temperature
     neg_lse = _neg_lse(scores, negatives)
     count = positives.sum(dim=1)
     pair_losses = torch.where(positives, F.softplus(neg_lse[:, None] - scores), 0.0)
@@ -129,15 +147,65 @@ def _score_grad(
 
 def infonce_backward(call: InfonceBackward) -> None:
     """Eq. (6) for the keys; for anchors that are the keys, both halves of it."""
-    anchors = _labelled(call.anchors, call.anchor_labels)
     keys, key_labels = call.others or (call.anchors, call.anchor_labels)
-    keys = _labelled(keys, key_labels)
-    scores = anchors @ keys.T / call.temperature
-    negatives, positives = _pairs(call.anchor_labels, key_labels, call.exclude_self)
+    pairs = _pairs(call.anchor_labels, key_labels, call.exclude_self)
+    _backward(call, _cosines(call, _labelled(keys, key_labels)), *pairs)
+
+
+def _backward(call: InfonceBackward, cosines: Tensor, negatives: Tensor, positives: Tensor) -> None:
+    scores = cosines / call.temperature
     ds = _score_grad(scores, negatives, positives, call.neg_lse, call.pos_weight, call.grad_scale)
     if call.others is None:
         ds = ds + ds.T
-    call.grad.copy_(ds.T @ anchors / call.temperature)
+    call.grad.copy_(ds.T @ _labelled(call.anchors, call.anchor_labels) / call.temperature)
+
+
+# Mining
+
+
+def _kept(call: MinedForward | MinedBackward, cosines: Tensor) -> tuple[Tensor, Tensor]:
+    """Which pairs may be negatives and which positives, by each anchor's range. A NaN may be either."""
+    return ~(cosines < call.neg_min[:, None]), ~(cosines >= call.pos_max[:, None])
+
+
+def score_counts(call: ScoreCounts) -> None:
+    """Bins have exact edges: a cosine is in bin b or above exactly if it is at least the lower edge of b."""
+
+    def count(keys: Tensor, key_labels: Tensor, which: int, counts: Tensor) -> None:
+        exclude_self = call.exclude_self and which == 1
+        pairs = _pairs(call.anchor_labels, key_labels, exclude_self)[which]
+        half = SCORE_BINS // 2
+        place = (_cosines(call, _labelled(keys, key_labels)).float() * half).floor() + half
+        bins = place.nan_to_num(nan=0).clamp(0, SCORE_BINS - 1).long()
+        counts.zero_().scatter_add_(1, bins, pairs.int())
+
+    count(call.negatives, call.negative_labels, 0, call.neg_counts)
+    count(call.keys, call.key_labels, 1, call.pos_counts)
+
+
+def mined_forward(call: MinedForward) -> None:
+    """Eq. (1) to (4) with N(i) and P(i) as mining leaves them, and eq. (6) for the anchors with g = 1."""
+    rows = _labelled(call.keys, call.key_labels), _labelled(call.negatives, call.negative_labels)
+    cosines = [_cosines(call, each) for each in rows]
+    negatives = _pairs(call.anchor_labels, call.negative_labels, False)[0] & _kept(call, cosines[1])[0]
+    positives = _pairs(call.anchor_labels, call.key_labels, call.exclude_self)[1] & _kept(call, cosines[0])[1]
+    # As if both were one set of keys, of which the first are no negatives and the others no positives.
+    _forward(
+        call,
+        torch.cat(cosines, dim=1),
+        torch.cat(rows),
+        torch.cat([torch.zeros_like(positives), negatives], dim=1),
+        torch.cat([positives, torch.zeros_like(negatives)], dim=1),
+    )
+
+
+def mined_backward(call: MinedBackward) -> None:
+    """Eq. (6) as in `infonce_backward`, for the pairs that mining keeps."""
+    keys, key_labels = call.others or (call.anchors, call.anchor_labels)
+    cosines = _cosines(call, _labelled(keys, key_labels))
+    pairs = _pairs(call.anchor_labels, key_labels, call.exclude_self)
+    negatives, positives = (pair & kept for pair, kept in zip(pairs, _kept(call, cosines), strict=True))
+    _backward(call, cosines, negatives, positives)
 
 
 # pools of pixels: what sampling and enqueue share

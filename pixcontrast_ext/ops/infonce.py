@@ -13,29 +13,9 @@ from torch import Tensor
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
 from pixcontrast_ext.ops import checks, library
+from pixcontrast_ext.ops.mined_infonce import MinedInfoNCE, allocate_backward, allocate_forward
+from pixcontrast_ext.ops.mining import Thresholds, check_contrast
 from pixcontrast_ext.ops.signature import INT32_MAX, Limits
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _allocate_forward(anchors: Tensor, with_grad: bool, **_: Any) -> dict[str, Tensor]:
-    size, channels = anchors.shape
-    dtype = _accumulator(anchors.dtype)
-    return {
-        "loss": anchors.new_empty(size, dtype=dtype),
-        "neg_lse": anchors.new_empty(size, dtype=dtype),
-        "pos_weight": anchors.new_empty(size, dtype=dtype),
-        "pos_count": anchors.new_empty(size, dtype=torch.int32),
-        "anchor_grad": anchors.new_empty(size if with_grad else 0, channels, dtype=dtype),
-    }
-
-
-def _allocate_backward(anchors: Tensor, keys: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
-    rows = anchors if keys is None else keys
-    return {"grad": rows.new_empty(rows.shape, dtype=_accumulator(rows.dtype))}
-
 
 _LIMITS: dict[str, Limits] = {"D": (1, None), "A": (0, INT32_MAX)}
 
@@ -45,7 +25,7 @@ library.define(
     dict(anchors="[A, D] T", anchor_labels="[A] int32", keys="[K, D] T", key_labels="[K] int32"),
     _LIMITS | {"K": (0, INT32_MAX)},
     InfonceForward,
-    _allocate_forward,
+    allocate_forward,
     "infonce_forward",
 )
 library.define(
@@ -62,7 +42,7 @@ library.define(
     ),
     _LIMITS | {"K": (0, INT32_MAX)},
     InfonceBackward,
-    _allocate_backward,
+    allocate_backward,
     "infonce_backward",
 )
 library.define(
@@ -77,7 +57,7 @@ library.define(
     ),
     _LIMITS,
     functools.partial(InfonceBackward, keys=None, key_labels=None),
-    _allocate_backward,
+    allocate_backward,
     "infonce_backward",
 )
 
@@ -151,14 +131,6 @@ class BlockwiseInfoNCE(torch.autograd.Function):
         return grad_anchors, None, grad_keys, None, None, None, None, None
 
 
-def _check_rows(name: str, rows: Tensor) -> None:
-    if not isinstance(rows, Tensor) or not rows.dtype.is_floating_point:
-        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if rows.dim() != 2 or rows.shape[1] < 1:
-        raise ValueError(f"{name} must have shape [rows, D] with D >= 1, got {tuple(rows.shape)}")
-
-
 def infonce(
     anchors: Tensor,  # [A, D]
     anchor_labels: Tensor,  # [A]
@@ -168,6 +140,9 @@ def infonce(
     temperature: float,
     reduction: str = "mean",
     exclude_self: bool = False,
+    negatives: tuple[Tensor, Tensor] | None = None,  # [M, D] and [M]
+    neg_min: Tensor | None = None,  # [A]
+    pos_max: Tensor | None = None,  # [A]
     anchor_weights: Tensor | None = None,  # [A]
     backend: str | None = None,
 ) -> Tensor:
@@ -191,6 +166,11 @@ def infonce(
         temperature: divides the scores.
         reduction: "mean" over the anchors that have a positive (0 if none has), or "none".
         exclude_self: key i is not a positive of anchor i.
+        negatives: rows and their labels, of which the negatives are taken in place of the keys, whose labels then
+            only say which are positives: `DrawnKeys.negatives` of `draw_keys`. No A x M matrix is stored either.
+        neg_min, pos_max: fp32. Of each anchor's pairs those take part whose cosine (the plain product of the rows) is
+            not below `neg_min`, for a negative, or below `pos_max`, for a positive: `score_thresholds`. |P| counts
+            the positives that remain. A NaN always takes part.
         anchor_weights: floating point, in [0, inf). The mean is then sum w_i loss_i / sum w_i over the anchors that
             have a positive, 0 if their weights are all 0. No gradient reaches them.
         backend: see `available_backends`.
@@ -205,18 +185,7 @@ def infonce(
             unknown reduction, weights without a mean, a backend that cannot serve the call; on the CPU also a
             weight that is negative or not finite.
     """
-    _check_rows("anchors", anchors)
-    _check_rows("keys", keys)
-    if anchors.dtype != keys.dtype:
-        raise TypeError(f"anchors and keys must have one dtype, got {anchors.dtype} and {keys.dtype}")
-    if anchors.shape[1] != keys.shape[1]:
-        raise ValueError(
-            f"anchors and keys must have the same width, got {tuple(anchors.shape)} and {tuple(keys.shape)}"
-        )
-    if anchors.device != keys.device:
-        raise ValueError(f"anchors and keys must be on one device, got {anchors.device} and {keys.device}")
-    checks.check_labels("anchor_labels", anchor_labels, (anchors.shape[0],), anchors.device)
-    checks.check_labels("key_labels", key_labels, (keys.shape[0],), keys.device)
+    check_contrast(anchors, anchor_labels, keys, key_labels, negatives)
     check_temperature("temperature", temperature)
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
@@ -229,9 +198,70 @@ def infonce(
     anchor_labels = checks.to_int32("anchor_labels", anchor_labels)
     others = None if in_batch else (keys, checks.to_int32("key_labels", key_labels))
     width = operator.index(anchors.shape[1])
-    name = backends.resolve(backend, "infonce", anchors.device, anchors.dtype, width)
-    loss, pos_count = contrast_rows(anchors, anchor_labels, others, float(temperature), exclude_self, name)
+    mined = not (negatives is None and neg_min is None and pos_max is None)
+    op = "mining" if mined else "infonce"
+    name = backends.resolve(backend, op, anchors.device, anchors.dtype, width)
+    if mined:
+        kept = Thresholds(
+            *(
+                _threshold(bound, value, infinite, anchors)
+                for bound, value, infinite in (
+                    ("neg_min", neg_min, -math.inf),
+                    ("pos_max", pos_max, math.inf),
+                )
+            )
+        )
+        if negatives is not None:
+            negatives = negatives[0], checks.to_int32("negatives[1]", negatives[1])
+        loss, pos_count = contrast_mined(
+            anchors, anchor_labels, others, negatives, kept, float(temperature), exclude_self, name
+        )
+    else:
+        loss, pos_count = contrast_rows(
+            anchors, anchor_labels, others, float(temperature), exclude_self, name
+        )
     return loss if reduction == "none" else mean_of(loss, pos_count, anchor_weights)
+
+
+def _threshold(name: str, value: Tensor | None, infinite: float, anchors: Tensor) -> Tensor:
+    """A cosine for each anchor: `value`, or one that keeps everything."""
+    if value is None:
+        return anchors.new_full((anchors.shape[0],), infinite, dtype=torch.float32)
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a float32 tensor, got {got}")
+    if tuple(value.shape) != (anchors.shape[0],):
+        raise ValueError(f"{name} must have shape ({anchors.shape[0]},), got {tuple(value.shape)}")
+    if value.device != anchors.device:
+        raise ValueError(f"{name} must be on {anchors.device}, got {value.device}")
+    return value.detach()
+
+
+def contrast_mined(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    others: tuple[Tensor, Tensor] | None,  # keys [K, D] and their labels [K] int32; None: the anchors
+    negatives: tuple[Tensor, Tensor] | None,  # rows [M, D] and their labels [M] int32; None: the keys
+    kept: Thresholds,
+    temperature: float,
+    exclude_self: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """As `contrast_rows`, of the pairs that `kept` keeps."""
+    if others is None and negatives is not None:
+        others = anchors, anchor_labels
+    outputs: tuple[Tensor, Tensor] = MinedInfoNCE.apply(  # type: ignore[no-untyped-call]
+        anchors,
+        anchor_labels,
+        *(others or (None, None)),
+        *(negatives or (None, None)),
+        *kept,
+        temperature,
+        exclude_self,
+        torch.is_grad_enabled(),
+        backend,
+    )
+    return outputs
 
 
 def contrast_rows(

@@ -37,18 +37,17 @@ void widen(const WidenParams& p) {
 
 void negatives(const NegativesParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t i = 0; i < p.num_rows; ++i) {
-    if (p.key_labels) {
-      negatives_row<true>(p, i, p.scores + i * p.num_keys);
-    } else {
-      negatives_row<false>(p, i, p.scores + i * p.num_keys);
-    }
-  }
+  for (int64_t i = 0; i < p.num_rows; ++i) negatives_row(p, i, p.scores + i * p.num_keys);
 }
 
 void positives(const PositivesParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) positives_row(p, i, p.scores + i * p.num_keys);
+}
+
+void count_scores(const CountScoresParams& p) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t i = 0; i < p.num_rows; ++i) count_row(p, i, p.scores + i * p.num_keys);
 }
 
 void finish(const FinishParams& p) {
@@ -89,19 +88,26 @@ inline float score_gradient(float score_log2, bool positive, float neg_lse_log2,
   return positive ? -pull * (u > 0.f ? r : e * r) : push * e;
 }
 
-template <bool Symmetric>
+template <bool Symmetric, bool Mined>
 void score_gradients_row(const ScoreGradientParams& p, int64_t i) {
   float* scores = p.scores + i * p.num_anchors;
   const int32_t label = p.row_labels[i];
   const float row_neg_lse_log2 = Symmetric ? p.row_neg_lse_log2[i] : 0.f;
   const float row_push = Symmetric ? p.row_push[i] : 0.f;
   const float row_pull = Symmetric ? p.row_pull[i] : 0.f;
+  const float row_neg_min = Symmetric && Mined ? p.row_neg_min[i] : 0.f;
+  const float row_pos_max = Symmetric && Mined ? p.row_pos_max[i] : 0.f;
 #pragma omp simd
   for (int64_t j = 0; j < p.num_anchors; ++j) {
-    const float score = scores[j] * p.scale;
+    const float dot = scores[j], score = dot * p.scale;
     const bool positive = p.anchor_labels[j] == label;
     float ds = score_gradient(score, positive, p.neg_lse_log2[j], p.push[j], p.pull[j]);
-    if (Symmetric) ds += score_gradient(score, positive, row_neg_lse_log2, row_push, row_pull);
+    if (Mined) ds = (positive ? dot >= p.pos_max[j] : dot < p.neg_min[j]) ? 0.f : ds;
+    if (Symmetric) {
+      float mirror = score_gradient(score, positive, row_neg_lse_log2, row_push, row_pull);
+      if (Mined) mirror = (positive ? dot >= row_pos_max : dot < row_neg_min) ? 0.f : mirror;
+      ds += mirror;
+    }
     scores[j] = ds;
   }
   for (int64_t j = 0; p.row_index && j < p.num_anchors; ++j) {
@@ -112,14 +118,15 @@ void score_gradients_row(const ScoreGradientParams& p, int64_t i) {
 }  // namespace
 
 void score_gradients(const ScoreGradientParams& p) {
+  const auto row = p.row_neg_lse_log2
+                       ? (p.neg_min ? score_gradients_row<true, true> : score_gradients_row<true, false>)
+                       : (p.neg_min ? score_gradients_row<false, true> : score_gradients_row<false, false>);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t i = 0; i < p.num_rows; ++i) {
     if (p.row_labels[i] < 0) {
       for (int64_t j = 0; j < p.num_anchors; ++j) p.scores[i * p.num_anchors + j] = 0.f;
-    } else if (p.row_neg_lse_log2) {
-      score_gradients_row<true>(p, i);
     } else {
-      score_gradients_row<false>(p, i);
+      row(p, i);
     }
   }
 }

@@ -146,48 +146,79 @@ struct Range {
   int64_t start, stop;
 };
 
-// One thread's part of the walk.
+// One thread's part of both walks, over the negative keys and over the keys.
 template <class Key, class Multiply>
 class Walk {
  public:
-  explicit Walk(const FusedForwardParams& p)
+  // with_gradient: keys are packed for the second product as well.
+  Walk(const FusedRows& p, bool with_gradient)
       : p_(p),
+        with_gradient_(with_gradient),
         words_((p.channels + Multiply::kPerWord - 1) / Multiply::kPerWord),
         channel_panels_((p.channels + kPanel - 1) / kPanel),
         thread_(omp_get_thread_num()),
         num_threads_(omp_get_num_threads()) {}
 
-  void negatives() {
-    for (int64_t t = 0; t < p_.num_tiles; ++t) {
-      const int64_t first = p_.tiles[3 * t], size = p_.tiles[3 * t + 1], label = p_.tiles[3 * t + 2];
+  // Calls block(rows, panels, mixed) for every block of anchors and tile of negative keys that meet. A mixed
+  // tile may have keys of the anchors' own class.
+  template <class Block>
+  void negatives(Block block) {
+    for (int64_t t = 0; t < p_.num_negative_tiles; ++t) {
+      const int64_t* tile = p_.negative_tiles + 3 * t;
+      const int64_t first = tile[0], size = tile[1], label = tile[2];
       tile_.count = 0;
       for (int64_t j = first; j < first + size; ++j) {
-        if (p_.key_labels[j] < 0) continue;  // it may hold anything, even NaN
+        if (p_.negative_labels[j] < 0) continue;  // it may hold anything, even NaN
         tile_.keys[tile_.count] = j;
-        tile_.labels[tile_.count++] = p_.key_labels[j];
+        tile_.labels[tile_.count++] = p_.negative_labels[j];
       }
-      const Panels panels = pack();
+      const Panels panels = pack(p_.negative_keys.data);
       if (label < 0) {
-        share({0, p_.num_rows}, 0, p_.num_rows, [&](Range rows) { negatives_block<true>(rows, panels); });
+        share({0, p_.num_rows}, 0, p_.num_rows, [&](Range rows) { block(rows, panels, true); });
       } else {
         const Range own = anchors_of(label);
         const int64_t others = p_.num_rows - (own.stop - own.start);
-        const auto visit = [&](Range rows) { negatives_block<false>(rows, panels); };
+        const auto visit = [&](Range rows) { block(rows, panels, false); };
         share({0, own.start}, 0, others, visit);
         share({own.stop, p_.num_rows}, own.start, others, visit);
       }
     }
   }
 
-  void positives() {
+  // Calls block(rows, panels) for every block of anchors and tile of keys of their class.
+  template <class Block>
+  void positives(Block block) {
     for (int64_t start = 0; start < p_.num_rows;) {
       const int32_t label = p_.anchor_labels[start];
       const Range own = anchors_of(label);
       start = own.stop;
       for (Cursor cursor{0, 0}; collect(label, cursor);) {
-        const Panels panels = pack();
-        share(own, 0, own.stop - own.start, [&](Range rows) { positives_block(rows, panels); });
+        const Panels panels = pack(p_.keys.data);
+        share(own, 0, own.stop - own.start, [&](Range rows) { block(rows, panels); });
       }
+    }
+  }
+
+  const Tile& tile() const { return tile_; }
+  float* scores(int64_t row) { return scores_[row]; }
+
+  void multiply_anchors(Range rows, const Panels& panels) {
+    const Word* anchors = static_cast<const Word*>(p_.anchors.data) + rows.start * words_;
+    for (int64_t first = 0; first < tile_.count; first += kPanel) {
+      multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, words_,
+                                                  scores_[0] + first, kBlockK, kPanel, false});
+    }
+  }
+
+  // output[rows, D] += weights · keys
+  void add_keys(Range rows, const void* weights, const Panels& panels, float* output) {
+    constexpr int64_t kSteps = kBlockK / Multiply::kPerWord;
+    const int64_t steps = (tile_.count + Multiply::kPerWord - 1) / Multiply::kPerWord;
+    for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
+      multiply<Multiply>(
+          rows.stop - rows.start,
+          {static_cast<const Word*>(weights), kSteps, panels.channels + channel * kSteps, steps,
+           output + rows.start * p_.channels + channel, p_.channels, p_.channels - channel, true});
     }
   }
 
@@ -238,25 +269,26 @@ class Walk {
 
   // Two buffers alternate, so that a thread which is done with a tile may pack the next one while others
   // still read this one.
-  Panels pack() {
+  Panels pack(const void* keys) {
     const int64_t key_words = kBlockK * words_;
     const int64_t channel_words =
-        p_.negatives ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
+        with_gradient_ ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
     turn_ ^= 1;
     Word* buffer = static_cast<Word*>(p_.panels.data) + turn_ * (key_words + channel_words);
-    const Panels panels{buffer, p_.negatives ? buffer + key_words : nullptr};
+    const Panels panels{buffer, with_gradient_ ? buffer + key_words : nullptr};
     for (int64_t first = kPanel * thread_; first < tile_.count; first += kPanel * num_threads_) {
-      for (int64_t channel = 0; channel < p_.channels; channel += kPanel) pack_square(first, channel, panels);
+      for (int64_t channel = 0; channel < p_.channels; channel += kPanel)
+        pack_square(static_cast<const Key*>(keys), first, channel, panels);
     }
 #pragma omp barrier
     return panels;
   }
 
   // Packs 32 keys by 32 channels, with zeros where there are fewer.
-  void pack_square(int64_t first, int64_t channel, const Panels& panels) {
+  void pack_square(const Key* all_keys, int64_t first, int64_t channel, const Panels& panels) {
     constexpr int kWords = kPanel / Multiply::kPerWord;
     typename Multiply::Element square[kPanel][kPanel] = {};
-    const Key* keys = static_cast<const Key*>(p_.keys.data) + channel;
+    const Key* keys = all_keys + channel;
     const int64_t num_keys = tile_.count - first < kPanel ? tile_.count - first : kPanel;
     const int64_t num_channels = p_.channels - channel < kPanel ? p_.channels - channel : kPanel;
     for (int64_t j = 0; j < num_keys; ++j) {
@@ -279,34 +311,38 @@ class Walk {
     }
   }
 
-  void scores_of(Range rows, const Panels& panels) {
-    const Word* anchors = static_cast<const Word*>(p_.anchors.data) + rows.start * words_;
-    for (int64_t first = 0; first < tile_.count; first += kPanel) {
-      multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, words_,
-                                                  scores_[0] + first, kBlockK, kPanel, false});
-    }
+  const FusedRows& p_;
+  const bool with_gradient_;
+  const int64_t words_, channel_panels_, thread_, num_threads_;
+  int turn_ = 0;
+  Tile tile_;
+  alignas(64) float scores_[kBlockA][kBlockK];
+};
+
+// One thread's part of the forward.
+template <class Key, class Multiply>
+class Forward {
+ public:
+  explicit Forward(const FusedForwardParams& p) : p_(p), walk_(p, p.negatives != nullptr) {}
+
+  void negatives() {
+    walk_.negatives(
+        [&](Range rows, const Panels& panels, bool mixed) { negatives_block(rows, panels, mixed); });
   }
 
-  // output[rows, D] += weights · keys
-  void add_keys(Range rows, const void* weights, const Panels& panels, float* output) {
-    constexpr int64_t kSteps = kBlockK / Multiply::kPerWord;
-    const int64_t steps = (tile_.count + Multiply::kPerWord - 1) / Multiply::kPerWord;
-    for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
-      multiply<Multiply>(
-          rows.stop - rows.start,
-          {static_cast<const Word*>(weights), kSteps, panels.channels + channel * kSteps, steps,
-           output + rows.start * p_.channels + channel, p_.channels, p_.channels - channel, true});
-    }
+  void positives() {
+    walk_.positives([&](Range rows, const Panels& panels) { positives_block(rows, panels); });
   }
 
-  template <bool Masked>
-  void negatives_block(Range rows, const Panels& panels) {
-    scores_of(rows, panels);
+ private:
+  void negatives_block(Range rows, const Panels& panels, bool mixed) {
+    walk_.multiply_anchors(rows, panels);
     const NegativesParams p{.scores = nullptr,
                             .num_rows = p_.num_rows,
-                            .num_keys = tile_.count,
+                            .num_keys = walk_.tile().count,
                             .anchor_labels = p_.anchor_labels,
-                            .key_labels = tile_.labels,
+                            .key_labels = mixed ? walk_.tile().labels : nullptr,
+                            .neg_min = p_.neg_min,
                             .scale = p_.scale,
                             .shift = p_.shift,
                             .sum = p_.sum,
@@ -316,11 +352,11 @@ class Walk {
     float shifts[kBlockA];
     for (int64_t i = rows.start; i < rows.stop; ++i) {
       shifts[i - rows.start] = p_.shift[i];
-      negatives_row<Masked>(p, i, scores_[i - rows.start]);
+      negatives_row(p, i, walk_.scores(i - rows.start));
     }
     if (!p_.negatives) return;
     if constexpr (Multiply::kPerWord == 1) {
-      add_keys(rows, scores_[0], panels, p_.negatives);
+      walk_.add_keys(rows, walk_.scores(0), panels, p_.negatives);
     } else {
       // Finish divides O by the sum of the *rounded* weights. With the exact sum, rounding would leave an
       // error along the direction that all keys share, and the gradient is what remains once that direction
@@ -328,65 +364,91 @@ class Walk {
       for (int64_t i = rows.start; i < rows.stop; ++i) {
         const int64_t row = i - rows.start;
         if (p_.shift[i] != shifts[row]) p_.weight_sum[i] *= exp2(shifts[row] - p_.shift[i]);
-        p_.weight_sum[i] += Multiply::round(scores_[row], tile_.count, rounded_[row]);
+        p_.weight_sum[i] += Multiply::round(walk_.scores(row), walk_.tile().count, rounded_[row]);
       }
-      add_keys(rows, rounded_[0], panels, p_.negatives);
+      walk_.add_keys(rows, rounded_[0], panels, p_.negatives);
     }
   }
 
   void positives_block(Range rows, const Panels& panels) {
-    scores_of(rows, panels);
+    walk_.multiply_anchors(rows, panels);
+    const int64_t num_keys = walk_.tile().count;
     const PositivesParams p{.scores = nullptr,
                             .num_rows = p_.num_rows,
-                            .num_keys = tile_.count,
+                            .num_keys = num_keys,
                             .neg_lse_log2 = p_.neg_lse_log2,
                             .anchor_index = p_.anchor_index,
-                            .key_index = tile_.keys,
+                            .key_index = walk_.tile().keys,
+                            .pos_max = p_.pos_max,
                             .scale = p_.scale,
                             .loss_sum = p_.loss_sum,
                             .pos_weight_sum = p_.pos_weight_sum,
                             .pos_counts = p_.pos_counts,
                             .threads = 1};
-    for (int64_t i = rows.start; i < rows.stop; ++i) positives_row(p, i, scores_[i - rows.start]);
+    for (int64_t i = rows.start; i < rows.stop; ++i) positives_row(p, i, walk_.scores(i - rows.start));
     if (!p_.positives) return;
     if constexpr (Multiply::kPerWord == 1) {
-      add_keys(rows, scores_[0], panels, p_.positives);
+      walk_.add_keys(rows, walk_.scores(0), panels, p_.positives);
     } else {
-      // G nearly cancels with S O, so the remainder of the first rounding is multiplied as well.
+      // G nearly cancels with S O, so what the first rounding leaves takes part as well.
       round_weights(rows.stop - rows.start);
-      add_keys(rows, rounded_[0], panels, p_.positives);
+      walk_.add_keys(rows, rounded_[0], panels, p_.positives);
       for (int64_t i = 0; i < rows.stop - rows.start; ++i) {
+        float* weights = walk_.scores(i);
 #pragma omp simd
-        for (int64_t j = 0; j < tile_.count; ++j) scores_[i][j] -= load(&rounded_[i][j]);
+        for (int64_t j = 0; j < num_keys; ++j) weights[j] -= load(&rounded_[i][j]);
       }
       round_weights(rows.stop - rows.start);
-      add_keys(rows, rounded_[0], panels, p_.positives);
+      walk_.add_keys(rows, rounded_[0], panels, p_.positives);
     }
   }
 
   void round_weights(int64_t num_rows) {
-    for (int64_t i = 0; i < num_rows; ++i) Multiply::round(scores_[i], tile_.count, rounded_[i]);
+    for (int64_t i = 0; i < num_rows; ++i) Multiply::round(walk_.scores(i), walk_.tile().count, rounded_[i]);
   }
 
   const FusedForwardParams& p_;
-  const int64_t words_, channel_panels_, thread_, num_threads_;
-  int turn_ = 0;
-  Tile tile_;
-  alignas(64) float scores_[kBlockA][kBlockK];
+  Walk<Key, Multiply> walk_;
   alignas(64) BFloat16 rounded_[kBlockA][kBlockK];
 };
 
 template <class Key, class Multiply>
-void walk(const FusedForwardParams& p) {
+void forward(const FusedForwardParams& p) {
 #pragma omp parallel num_threads(p.threads)
   {
-    Walk<Key, Multiply> walk(p);
-    walk.negatives();
+    Forward<Key, Multiply> forward(p);
+    forward.negatives();
 #pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < p.num_rows; ++i)
       p.neg_lse_log2[i] = float(p.shift[i] + std::log2(double(p.sum[i])));
-    walk.positives();
+    forward.positives();
+  }
+}
+
+template <class Key, class Multiply>
+void counts(const FusedCountsParams& p) {
+#pragma omp parallel num_threads(p.threads)
+  {
+    Walk<Key, Multiply> walk(p, false);
+    const auto count = [&](Range rows, const Panels& panels, bool positives, bool mixed, int32_t* counts) {
+      walk.multiply_anchors(rows, panels);
+      const CountScoresParams of_block{.scores = nullptr,
+                                       .num_rows = p.num_rows,
+                                       .num_keys = walk.tile().count,
+                                       .anchor_labels = p.anchor_labels,
+                                       .key_labels = mixed ? walk.tile().labels : nullptr,
+                                       .anchor_index = positives ? p.anchor_index : nullptr,
+                                       .key_index = walk.tile().keys,
+                                       .counts = counts,
+                                       .threads = 1};
+      for (int64_t i = rows.start; i < rows.stop; ++i) count_row(of_block, i, walk.scores(i - rows.start));
+    };
+    walk.negatives([&](Range rows, const Panels& panels, bool mixed) {
+      count(rows, panels, false, mixed, p.neg_counts);
+    });
+#pragma omp barrier
+    walk.positives([&](Range rows, const Panels& panels) { count(rows, panels, true, false, p.pos_counts); });
   }
 }
 
@@ -394,10 +456,19 @@ void walk(const FusedForwardParams& p) {
 
 void fused_forward(const FusedForwardParams& p) {
 #ifdef __AVX512BF16__
-  if (p.keys.dtype == DType::kBFloat16) return walk<BFloat16, BFloat16Pair>(p);
+  if (p.keys.dtype == DType::kBFloat16) return forward<BFloat16, BFloat16Pair>(p);
   avx512::fused_forward(p);
 #else
-  with_dtype(p.keys.dtype, [&](auto* key) { walk<std::remove_pointer_t<decltype(key)>, Float32>(p); });
+  with_dtype(p.keys.dtype, [&](auto* key) { forward<std::remove_pointer_t<decltype(key)>, Float32>(p); });
+#endif
+}
+
+void fused_counts(const FusedCountsParams& p) {
+#ifdef __AVX512BF16__
+  if (p.keys.dtype == DType::kBFloat16) return counts<BFloat16, BFloat16Pair>(p);
+  avx512::fused_counts(p);
+#else
+  with_dtype(p.keys.dtype, [&](auto* key) { counts<std::remove_pointer_t<decltype(key)>, Float32>(p); });
 #endif
 }
 

@@ -17,26 +17,28 @@ namespace {
 
 constexpr float kSlack = 8.f;
 
-// Masked: keys of the anchor's own class are left out.
-template <bool Masked>
-float row_maximum(const float* scores, int64_t n, const int32_t* key_labels, int32_t label) {
+// Masked: keys of the anchor's own class count as nothing. Mined: so do dot products below `least`.
+template <bool Masked, bool Mined>
+float row_maximum(const float* scores, int64_t n, const int32_t* key_labels, int32_t label, float least) {
   float maximum = -INFINITY;
 #pragma omp simd reduction(max : maximum)
   for (int64_t j = 0; j < n; ++j) {
     float score = scores[j];
+    if (Mined) score = score < least ? -INFINITY : score;
     if (Masked) score = key_labels[j] == label ? -INFINITY : score;
     maximum = score > maximum ? score : maximum;
   }
   return maximum;
 }
 
-template <bool Masked>
-float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t label, float scale,
-                   float shift) {
+template <bool Masked, bool Mined>
+float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t label, float least,
+                   float scale, float shift) {
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
     float weight = exp2(scores[j] * scale - shift);
+    if (Mined) weight = scores[j] < least ? 0.f : weight;
     if (Masked) weight = key_labels[j] == label ? 0.f : weight;
     scores[j] = weight;
     sum += weight;
@@ -44,10 +46,11 @@ float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t 
   return sum;
 }
 
-template <bool Masked>
+template <bool Masked, bool Mined>
 void negatives_row(const NegativesParams& p, int64_t i, float* scores) {
   const int32_t label = Masked ? p.anchor_labels[i] : -1;
-  const float maximum = row_maximum<Masked>(scores, p.num_keys, p.key_labels, label) * p.scale;
+  const float least = Mined ? p.neg_min[i] : 0.f;
+  const float maximum = row_maximum<Masked, Mined>(scores, p.num_keys, p.key_labels, label, least) * p.scale;
   if (maximum > p.shift[i] + kSlack || (p.shift[i] == -INFINITY && maximum > -INFINITY)) {
     const float factor = exp2(p.shift[i] - maximum);
     p.shift[i] = maximum;
@@ -58,31 +61,80 @@ void negatives_row(const NegativesParams& p, int64_t i, float* scores) {
       for (int64_t d = 0; d < p.channels; ++d) output[d] *= factor;
     }
   }
-  // No finite score yet: any shift will do but -inf, since -inf - -inf is NaN.
+  // No finite score yet: any shift will do, and -inf - -inf would not.
   const float shift = p.shift[i] == -INFINITY ? 0.f : p.shift[i];
-  p.sum[i] += exponentials<Masked>(scores, p.num_keys, p.key_labels, label, p.scale, shift);
+  p.sum[i] += exponentials<Masked, Mined>(scores, p.num_keys, p.key_labels, label, least, p.scale, shift);
 }
 
-inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
-  int64_t self = -1;  // at most one key is the anchor itself
-  for (int64_t j = 0; p.anchor_index && j < p.num_keys; ++j) {
-    if (p.key_index[j] == p.anchor_index[i]) self = j;
+inline void negatives_row(const NegativesParams& p, int64_t i, float* scores) {
+  if (p.neg_min) {
+    p.key_labels ? negatives_row<true, true>(p, i, scores) : negatives_row<false, true>(p, i, scores);
+  } else {
+    p.key_labels ? negatives_row<true, false>(p, i, scores) : negatives_row<false, false>(p, i, scores);
   }
-  const float neg_lse_log2 = p.neg_lse_log2[i];
+}
+
+// At most one key is the anchor itself; -1 if none is.
+inline int64_t find_self(const int64_t* anchor_index, int64_t i, const int64_t* key_index, int64_t num_keys) {
+  int64_t self = -1;
+  for (int64_t j = 0; anchor_index && j < num_keys; ++j) {
+    if (key_index[j] == anchor_index[i]) self = j;
+  }
+  return self;
+}
+
+template <bool Mined>
+void positives_row(const PositivesParams& p, int64_t i, float* scores) {
+  const int64_t self = find_self(p.anchor_index, i, p.key_index, p.num_keys);
+  const float neg_lse_log2 = p.neg_lse_log2[i], end = Mined ? p.pos_max[i] : 0.f;
   float loss = 0.f, weight = 0.f;
-#pragma omp simd reduction(+ : loss, weight)
+  int32_t left_out = !Mined && self >= 0;
+#pragma omp simd reduction(+ : loss, weight, left_out)
   for (int64_t j = 0; j < p.num_keys; ++j) {
+    const bool out = j == self || (Mined && scores[j] >= end);
     float softplus, sigmoid;
     softplus_sigmoid(neg_lse_log2 - scores[j] * p.scale, &softplus, &sigmoid);
-    softplus = j == self ? 0.f : softplus;
-    sigmoid = j == self ? 0.f : sigmoid;
+    softplus = out ? 0.f : softplus;
+    sigmoid = out ? 0.f : sigmoid;
     scores[j] = sigmoid;
     loss += softplus;
     weight += sigmoid;
+    if (Mined) left_out += out;
   }
   p.loss_sum[i] += double(loss);
   p.pos_weight_sum[i] += double(weight);
-  p.pos_counts[i] += p.num_keys - (self >= 0);
+  p.pos_counts[i] += p.num_keys - left_out;
+}
+
+inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
+  p.pos_max ? positives_row<true>(p, i, scores) : positives_row<false>(p, i, scores);
+}
+
+// Bins have exact edges, so that a dot product is in bin b or above exactly if it is at least the lower edge
+// of b. NaN is in the first.
+inline void count_row(const CountScoresParams& p, int64_t i, const float* scores) {
+  constexpr int kHalf = kScoreBins / 2;
+  constexpr int64_t kChunk = 256;
+  const int64_t self = find_self(p.anchor_index, i, p.key_index, p.num_keys);
+  const int32_t label = p.anchor_labels[i];
+  int32_t* counts = p.counts + i * kScoreBins;
+  int32_t bins[kChunk];
+  for (int64_t first = 0; first < p.num_keys; first += kChunk) {
+    const int64_t n = p.num_keys - first < kChunk ? p.num_keys - first : kChunk;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      float place = scores[first + j] * kHalf;
+      place = place >= -kHalf ? place : -kHalf;
+      place = place < kHalf ? place : kHalf - 1;
+      int32_t bin = int32_t(place + kHalf);  // towards 0
+      bin -= float(bin - kHalf) > place;     // where the sum was rounded up
+      if (p.key_labels) bin = p.key_labels[first + j] == label ? kScoreBins : bin;
+      bins[j] = first + j == self ? kScoreBins : bin;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      if (bins[j] < kScoreBins) ++counts[bins[j]];
+    }
+  }
 }
 
 }  // namespace

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends.calls import Collect, Gather, GatherBackward, Sampling, Write
-from pixcontrast_ext.backends.cpu.infonce import infonce_backward, infonce_forward
+from pixcontrast_ext.backends.cpu.infonce import (
+    infonce_backward,
+    infonce_forward,
+    mined_backward,
+    mined_forward,
+    score_counts,
+)
 from pixcontrast_ext.backends.errors import bad_index, bad_label
 
 __all__ = [
@@ -18,6 +24,9 @@ __all__ = [
     "hard_anchor_sampling",
     "infonce_backward",
     "infonce_forward",
+    "mined_backward",
+    "mined_forward",
+    "score_counts",
     "unsupported",
 ]
 

@@ -7,14 +7,22 @@ and the steps between them native. Extra memory is a few tiles, whatever the num
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext.backends import native
-from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
+from pixcontrast_ext.backends.calls import (
+    SCORE_BINS,
+    InfonceBackward,
+    InfonceForward,
+    MinedBackward,
+    MinedForward,
+    ScoreCounts,
+)
 from pixcontrast_ext.backends.precision import full_float32_products
 
 # A tile of scores is 4 MiB, and is written and read three times while it is in the shared cache. Smaller tiles would
@@ -156,21 +164,41 @@ class _Sums:
         self.positives = torch.zeros(size, channels, dtype=torch.float32) if with_grad else None
 
 
+class _Thresholds:
+    """What mining keeps of a block of anchors: cosines from `neg_min` on, and below `pos_max`."""
+
+    def __init__(self, block: _AnchorBlock, call: MinedForward | MinedBackward):
+        self.neg_min, self.pos_max = call.neg_min[block.index], call.pos_max[block.index]
+
+
+_Rows = tuple[Tensor, Tensor]  # with their labels
+
+
 def infonce_forward(call: InfonceForward) -> None:
+    keys = call.keys, call.key_labels
+    _forward(call, keys, keys)
+
+
+def mined_forward(call: MinedForward) -> None:
+    _forward(call, (call.keys, call.key_labels), (call.negatives, call.negative_labels))
+
+
+def _walk(keys: _Rows, negatives: _Rows) -> _FusedWalk | _TorchWalk:
+    dtype = native.fused_dtype(keys[0].dtype)
+    return _TorchWalk(keys, negatives) if dtype is None else _FusedWalk(keys, negatives, dtype)
+
+
+def _forward(call: InfonceForward, keys: _Rows, negatives: _Rows) -> None:
     outputs = (call.loss, 0), (call.neg_lse, -math.inf), (call.pos_weight, 0), (call.pos_count, 0)
     for output, nothing in (*outputs, (call.anchor_grad, 0)):
         if output is not None:
             output.fill_(nothing)  # what rows without a label keep
-    dtype = native.fused_dtype(call.keys.dtype)
-    walk: _FusedWalk | _TorchWalk = (
-        _TorchWalk(call.keys, call.key_labels)
-        if dtype is None
-        else _FusedWalk(call.keys, call.key_labels, dtype)
-    )
+    walk = _walk(keys, negatives)
     channels, with_grad = call.anchors.shape[1], call.anchor_grad is not None
-    for block in _anchor_blocks(call.anchors, call.anchor_labels, dtype or torch.float32):
-        sums = _Sums(len(block), channels, with_grad, dtype == torch.bfloat16)
-        walk(block, LOG2_E / call.temperature, call.exclude_self, sums)
+    for block in _anchor_blocks(call.anchors, call.anchor_labels, walk.dtype):
+        sums = _Sums(len(block), channels, with_grad, walk.dtype == torch.bfloat16)
+        thresholds = _Thresholds(block, call) if isinstance(call, MinedForward) else None
+        walk.sum_up(block, LOG2_E / call.temperature, call.exclude_self, sums, thresholds)
         native.launch(
             "infonce_finish",
             num_rows=len(block),
@@ -187,104 +215,184 @@ def infonce_forward(call: InfonceForward) -> None:
         )
 
 
+def score_counts(call: ScoreCounts) -> None:
+    call.neg_counts.zero_()
+    call.pos_counts.zero_()
+    walk = _walk((call.keys, call.key_labels), (call.negatives, call.negative_labels))
+    for block in _anchor_blocks(call.anchors, call.anchor_labels, walk.dtype):
+        neg_counts, pos_counts = torch.zeros(2, len(block), SCORE_BINS, dtype=torch.int32)
+        walk.count(block, call.exclude_self, neg_counts, pos_counts)
+        call.neg_counts[block.index], call.pos_counts[block.index] = neg_counts, pos_counts
+
+
 class _FusedWalk:
     """Both passes in one native call, whose products are its own."""
 
-    def __init__(self, keys: Tensor, key_labels: Tensor, dtype: torch.dtype):
-        self.keys, self.key_labels = keys, key_labels
-        self.block_k = native.FUSED_BLOCK_K
-        self.tiles = _plan_tiles(key_labels, self.block_k)
+    def __init__(self, keys: _Rows, negatives: _Rows, dtype: torch.dtype):
+        self.keys, self.negatives, self.dtype = keys, negatives, dtype
+        self.tiles = _plan_tiles(keys[1], native.FUSED_BLOCK_K)
+        same = keys[1] is negatives[1]
+        self.negative_tiles = self.tiles if same else _plan_tiles(negatives[1], native.FUSED_BLOCK_K)
         # a tile packed for either product, and the next tile
-        channels = -(-keys.shape[1] // native._C.PANEL) * native._C.PANEL
-        self.panels = torch.empty(2 * 2 * self.block_k * channels, dtype=dtype)
+        channels = -(-keys[0].shape[1] // native._C.PANEL) * native._C.PANEL
+        self.panels = torch.empty(2 * 2 * native.FUSED_BLOCK_K * channels, dtype=dtype)
 
-    def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
-        native.launch(
+    def sum_up(
+        self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums, kept: _Thresholds | None
+    ) -> None:
+        self._launch(
             "infonce_fused_forward",
-            anchors=block.rows,
-            num_rows=len(block),
-            channels=self.keys.shape[1],
-            anchor_labels=block.labels,
-            anchor_index=block.index if exclude_self else None,
-            keys=self.keys,
-            key_labels=self.key_labels,
-            num_keys=self.keys.shape[0],
-            tiles=self.tiles,
-            num_tiles=self.tiles.shape[0],
+            block,
+            exclude_self,
             scale=scale,
-            panels=self.panels,
+            neg_min=None if kept is None else kept.neg_min,
+            pos_max=None if kept is None else kept.pos_max,
             neg_lse_log2=torch.empty(len(block), dtype=torch.float32),
             **vars(sums),
+        )
+
+    def count(self, block: _AnchorBlock, exclude_self: bool, neg_counts: Tensor, pos_counts: Tensor) -> None:
+        self._launch("fused_counts", block, exclude_self, neg_counts=neg_counts, pos_counts=pos_counts)
+
+    def _launch(self, kernel: str, block: _AnchorBlock, exclude_self: bool, **fields: Any) -> None:
+        native.launch(
+            kernel,
+            anchors=block.rows,
+            num_rows=len(block),
+            channels=self.keys[0].shape[1],
+            anchor_labels=block.labels,
+            anchor_index=block.index if exclude_self else None,
+            keys=self.keys[0],
+            key_labels=self.keys[1],
+            tiles=self.tiles,
+            num_tiles=self.tiles.shape[0],
+            negative_keys=self.negatives[0],
+            negative_labels=self.negatives[1],
+            negative_tiles=self.negative_tiles,
+            num_negative_tiles=self.negative_tiles.shape[0],
+            panels=self.panels,
             threads=torch.get_num_threads(),
+            **fields,
         )
 
 
 class _TorchWalk:
     """Both passes tile by tile, with products of torch."""
 
-    def __init__(self, keys: Tensor, key_labels: Tensor):
-        self.keys = _Keys(keys, key_labels)
+    dtype = torch.float32
 
-    def __call__(self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums) -> None:
-        scores = torch.empty(len(block) * min(BLOCK_K, self.keys.keys.shape[0]), dtype=torch.float32)
-        with full_float32_products():
-            self._negatives(block, scale, scores, sums)
-            self._positives(block, scale, exclude_self, scores, sums)
+    def __init__(self, keys: _Rows, negatives: _Rows):
+        self.keys = _Keys(*keys)
+        self.negatives = self.keys if keys[1] is negatives[1] else _Keys(*negatives)
 
-    def _negatives(self, block: _AnchorBlock, scale: float, scores: Tensor, sums: _Sums) -> None:
-        for first, size, label in self.keys.tiles:
-            if label >= 0:
-                tile, labels = self.keys.rows(first, size), None
-            else:
-                tile, labels = self.keys.labelled(first, size)
-            count = tile.shape[0]
-            for start, stop in block.other_than(label):
-                weights = torch.mm(
-                    block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
-                )
-                native.launch(
-                    "infonce_negatives",
-                    scores=weights,
-                    num_rows=stop - start,
-                    num_keys=count,
-                    anchor_labels=block.labels[start:stop],
-                    key_labels=labels,
-                    scale=scale,
-                    shift=sums.shift[start:stop],
-                    sum=sums.sum[start:stop],
-                    output=None if sums.negatives is None else sums.negatives[start:stop],
-                    channels=tile.shape[1],
-                    threads=torch.get_num_threads(),
-                )
-                if sums.negatives is not None:
-                    sums.negatives[start:stop].addmm_(weights, tile)
-
-    def _positives(
-        self, block: _AnchorBlock, scale: float, exclude_self: bool, scores: Tensor, sums: _Sums
+    def sum_up(
+        self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums, kept: _Thresholds | None
     ) -> None:
+        def negatives(start: int, stop: int, weights: Tensor, tile: Tensor, labels: Tensor | None) -> None:
+            native.launch(
+                "infonce_negatives",
+                scores=weights,
+                num_rows=stop - start,
+                num_keys=tile.shape[0],
+                anchor_labels=block.labels[start:stop],
+                key_labels=labels,
+                neg_min=None if kept is None else kept.neg_min[start:stop],
+                scale=scale,
+                shift=sums.shift[start:stop],
+                sum=sums.sum[start:stop],
+                output=None if sums.negatives is None else sums.negatives[start:stop],
+                channels=tile.shape[1],
+                threads=torch.get_num_threads(),
+            )
+            if sums.negatives is not None:
+                sums.negatives[start:stop].addmm_(weights, tile)
+
+        def positives(start: int, stop: int, sigma: Tensor, tile: Tensor, indices: Tensor) -> None:
+            native.launch(
+                "infonce_positives",
+                scores=sigma,
+                num_rows=stop - start,
+                num_keys=tile.shape[0],
+                neg_lse_log2=neg_lse_log2[start:stop],
+                anchor_index=block.index[start:stop] if exclude_self else None,
+                key_index=indices if exclude_self else None,
+                pos_max=None if kept is None else kept.pos_max[start:stop],
+                scale=scale,
+                loss_sum=sums.loss_sum[start:stop],
+                pos_weight_sum=sums.pos_weight_sum[start:stop],
+                pos_counts=sums.pos_counts[start:stop],
+                threads=torch.get_num_threads(),
+            )
+            if sums.positives is not None:
+                sums.positives[start:stop].addmm_(sigma, tile)
+
+        self._each_negative_tile(block, negatives)
         neg_lse_log2 = sums.shift + sums.sum.log2()
-        for label, (start, stop) in block.ranges.items():
-            for tile, indices in self.keys.of_class(label):
-                count = tile.shape[0]
-                sigma = torch.mm(
-                    block.rows[start:stop], tile.T, out=scores[: (stop - start) * count].view(-1, count)
-                )
-                native.launch(
-                    "infonce_positives",
-                    scores=sigma,
-                    num_rows=stop - start,
-                    num_keys=count,
-                    neg_lse_log2=neg_lse_log2[start:stop],
-                    anchor_index=block.index[start:stop] if exclude_self else None,
-                    key_index=indices if exclude_self else None,
-                    scale=scale,
-                    loss_sum=sums.loss_sum[start:stop],
-                    pos_weight_sum=sums.pos_weight_sum[start:stop],
-                    pos_counts=sums.pos_counts[start:stop],
-                    threads=torch.get_num_threads(),
-                )
-                if sums.positives is not None:
-                    sums.positives[start:stop].addmm_(sigma, tile)
+        self._each_positive_tile(block, positives)
+
+    def count(self, block: _AnchorBlock, exclude_self: bool, neg_counts: Tensor, pos_counts: Tensor) -> None:
+        def count(
+            start: int,
+            stop: int,
+            scores: Tensor,
+            labels: Tensor | None,
+            indices: Tensor | None,
+            counts: Tensor,
+        ) -> None:
+            native.launch(
+                "count_scores",
+                scores=scores,
+                num_rows=stop - start,
+                num_keys=scores.shape[1],
+                anchor_labels=block.labels[start:stop],
+                key_labels=labels,
+                anchor_index=None if indices is None else block.index[start:stop],
+                key_index=indices,
+                counts=counts[start:stop],
+                threads=torch.get_num_threads(),
+            )
+
+        self._each_negative_tile(
+            block,
+            lambda start, stop, scores, _, labels: count(start, stop, scores, labels, None, neg_counts),
+        )
+        self._each_positive_tile(
+            block,
+            lambda start, stop, scores, _, indices: count(
+                start, stop, scores, None, indices if exclude_self else None, pos_counts
+            ),
+        )
+
+    def _scores(self, block: _AnchorBlock, start: int, stop: int, tile: Tensor) -> Tensor:
+        """Of some anchors and a tile, in a buffer that the next call takes again."""
+        if not hasattr(self, "_buffer"):
+            most = max(len(self.keys.key_labels), len(self.negatives.key_labels))
+            self._buffer = torch.empty(BLOCK_A * min(BLOCK_K, most), dtype=torch.float32)
+        count = tile.shape[0]
+        out = self._buffer[: (stop - start) * count].view(-1, count)
+        return torch.mm(block.rows[start:stop], tile.T, out=out)
+
+    def _each_negative_tile(
+        self, block: _AnchorBlock, visit: Callable[[int, int, Tensor, Tensor, Tensor | None], None]
+    ) -> None:
+        """Calls visit(first anchor, last, scores, tile, labels or None if none is the anchors' own)."""
+        with full_float32_products():
+            for first, size, label in self.negatives.tiles:
+                if label >= 0:
+                    tile, labels = self.negatives.rows(first, size), None
+                else:
+                    tile, labels = self.negatives.labelled(first, size)
+                for start, stop in block.other_than(label):
+                    visit(start, stop, self._scores(block, start, stop, tile), tile, labels)
+
+    def _each_positive_tile(
+        self, block: _AnchorBlock, visit: Callable[[int, int, Tensor, Tensor, Tensor], None]
+    ) -> None:
+        """Calls visit(first anchor, last, scores, tile, indices of the keys)."""
+        with full_float32_products():
+            for label, (start, stop) in block.ranges.items():
+                for tile, indices in self.keys.of_class(label):
+                    visit(start, stop, self._scores(block, start, stop, tile), tile, indices)
 
 
 class _Factors:
@@ -300,6 +408,7 @@ class _Factors:
         self.neg_lse_log2 = torch.where(alone, math.inf, neg_lse * LOG2_E)
         self.pull = torch.where(alone, 0.0, per_logit)
         self.push = torch.where(alone, 0.0, per_logit * call.pos_weight[block.index])
+        self.kept = _Thresholds(block, call) if isinstance(call, MinedBackward) else None
 
 
 def _score_gradients(
@@ -311,6 +420,12 @@ def _score_gradients(
     row_factors: _Factors | None,  # of rows that are anchors too
     temperature: float,
 ) -> None:
+    def of_rows(name: str) -> Tensor | None:
+        return None if row_factors is None else getattr(row_factors, name)
+
+    def threshold(of: _Factors | None, name: str) -> Tensor | None:
+        return None if of is None or of.kept is None else getattr(of.kept, name)
+
     native.launch(
         "infonce_score_gradients",
         scores=scores,
@@ -320,10 +435,16 @@ def _score_gradients(
         anchor_labels=block.labels,
         row_index=row_index,
         anchor_index=None if row_index is None else block.index,
-        **vars(factors),
-        row_neg_lse_log2=None if row_factors is None else row_factors.neg_lse_log2,
-        row_push=None if row_factors is None else row_factors.push,
-        row_pull=None if row_factors is None else row_factors.pull,
+        neg_lse_log2=factors.neg_lse_log2,
+        push=factors.push,
+        pull=factors.pull,
+        row_neg_lse_log2=of_rows("neg_lse_log2"),
+        row_push=of_rows("push"),
+        row_pull=of_rows("pull"),
+        neg_min=threshold(factors, "neg_min"),
+        pos_max=threshold(factors, "pos_max"),
+        row_neg_min=threshold(row_factors, "neg_min"),
+        row_pos_max=threshold(row_factors, "pos_max"),
         scale=LOG2_E / temperature,
         threads=torch.get_num_threads(),
     )
@@ -360,3 +481,6 @@ def _backward_symmetric(call: InfonceBackward) -> None:
             _score_gradients(ds, rows.labels, block, factors, index, row_factors, call.temperature)
             grad.addmm_(ds, block.rows)
         call.grad[rows.index] = grad
+
+
+mined_backward = infonce_backward  # the factors of a block know what mining keeps
