@@ -85,25 +85,27 @@ inline int64_t find_self(const int64_t* anchor_index, int64_t i, const int64_t* 
 
 template <bool Mined>
 void positives_row(const PositivesParams& p, int64_t i, float* scores) {
-  const int64_t self = find_self(p.anchor_index, i, p.key_index, p.num_keys);
-  const float neg_lse_log2 = p.neg_lse_log2[i], end = Mined ? p.pos_max[i] : 0.f;
+  // 32-bit integers have as many lanes as floats.
+  const int32_t num_keys = int32_t(p.num_keys);
+  const int32_t self = int32_t(find_self(p.anchor_index, i, p.key_index, p.num_keys));
+  const float neg_lse_log2 = p.neg_lse_log2[i], end = Mined ? p.pos_max[i] : INFINITY;
   float loss = 0.f, weight = 0.f;
-  int32_t left_out = !Mined && self >= 0;
+  int32_t left_out = 0;
 #pragma omp simd reduction(+ : loss, weight, left_out)
-  for (int64_t j = 0; j < p.num_keys; ++j) {
-    const bool out = j == self || (Mined && scores[j] >= end);
+  for (int32_t j = 0; j < num_keys; ++j) {
     float softplus, sigmoid;
     softplus_sigmoid(neg_lse_log2 - scores[j] * p.scale, &softplus, &sigmoid);
+    const int32_t out = Mined ? (j == self) | (scores[j] >= end) : j == self;
     softplus = out ? 0.f : softplus;
     sigmoid = out ? 0.f : sigmoid;
     scores[j] = sigmoid;
     loss += softplus;
     weight += sigmoid;
-    if (Mined) left_out += out;
+    left_out += out;
   }
   p.loss_sum[i] += double(loss);
   p.pos_weight_sum[i] += double(weight);
-  p.pos_counts[i] += p.num_keys - left_out;
+  p.pos_counts[i] += num_keys - left_out;
 }
 
 inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
@@ -114,15 +116,16 @@ inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
 // of b. NaN is in the first.
 inline void count_row(const CountScoresParams& p, int64_t i, const float* scores) {
   constexpr int kHalf = kScoreBins / 2;
-  constexpr int64_t kChunk = 256;
-  const int64_t self = find_self(p.anchor_index, i, p.key_index, p.num_keys);
+  constexpr int32_t kChunk = 256;
+  const int32_t num_keys = int32_t(p.num_keys);
+  const int32_t self = int32_t(find_self(p.anchor_index, i, p.key_index, p.num_keys));
   const int32_t label = p.anchor_labels[i];
   int32_t* counts = p.counts + i * kScoreBins;
   int32_t bins[kChunk];
-  for (int64_t first = 0; first < p.num_keys; first += kChunk) {
-    const int64_t n = p.num_keys - first < kChunk ? p.num_keys - first : kChunk;
+  for (int32_t first = 0; first < num_keys; first += kChunk) {
+    const int32_t n = num_keys - first < kChunk ? num_keys - first : kChunk;
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
+    for (int32_t j = 0; j < n; ++j) {
       float place = scores[first + j] * kHalf;
       place = place >= -kHalf ? place : -kHalf;
       place = place < kHalf ? place : kHalf - 1;
@@ -131,7 +134,7 @@ inline void count_row(const CountScoresParams& p, int64_t i, const float* scores
       if (p.key_labels) bin = p.key_labels[first + j] == label ? kScoreBins : bin;
       bins[j] = first + j == self ? kScoreBins : bin;
     }
-    for (int64_t j = 0; j < n; ++j) {
+    for (int32_t j = 0; j < n; ++j) {
       if (bins[j] < kScoreBins) ++counts[bins[j]];
     }
   }
