@@ -6,6 +6,7 @@ from pixcontrast_ext.head import ProjectionHead
 from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss, PixelContrastLoss
 from pixcontrast_ext.ops.gather import GatherEmbeddings, gather_embeddings
 from pixcontrast_ext.ops.infonce import BlockwiseInfoNCE, infonce
+from pixcontrast_ext.ops.mining import DrawnKeys, Mining, Thresholds, draw_keys, score_thresholds
 from pixcontrast_ext.ops.sampling import AnchorSample, hard_anchor_sampling
 
 __version__ = "0.1.0"
@@ -13,14 +14,19 @@ __version__ = "0.1.0"
 __all__ = [
     "AnchorSample",
     "BlockwiseInfoNCE",
+    "DrawnKeys",
     "GatherEmbeddings",
     "MemoryBank",
+    "Mining",
     "PixelContrastCrossEntropyLoss",
     "PixelContrastLoss",
     "ProjectionHead",
+    "Thresholds",
     "available_backends",
+    "draw_keys",
     "gather_embeddings",
     "hard_anchor_sampling",
     "infonce",
+    "score_thresholds",
     "use_backend",
 ]

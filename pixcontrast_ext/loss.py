@@ -14,7 +14,8 @@ from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.maps import check_map, cross_entropy, resize_nearest
 from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.gather import gather
-from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, mean_of
+from pixcontrast_ext.ops.infonce import check_temperature, contrast_mined, contrast_rows, mean_of
+from pixcontrast_ext.ops.mining import Mining, check_mining, drawn_of, thresholds_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
 from pixcontrast_ext.ops.sampling import SamplingRule, sample
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
@@ -77,6 +78,8 @@ class PixelContrastLoss(nn.Module):
         ignore_index: label of pixels that do not count.
         bank: of the same class count; a submodule, so it is saved with the loss.
         normalize: compare unit vectors.
+        mining: which keys an anchor is contrasted with; None means all. Drawn anew in every call, and ranked by cosine,
+            which takes `normalize`.
         generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
             device of the labels. It is not part of the state dict. None means torch's own.
         backend: see `available_backends`.
@@ -102,6 +105,7 @@ class PixelContrastLoss(nn.Module):
         ignore_index: int = 255,
         bank: MemoryBank | None = None,
         normalize: bool = True,
+        mining: Mining | None = None,
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> None:
@@ -126,12 +130,16 @@ class PixelContrastLoss(nn.Module):
                 raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
             if bank.normalize != normalize:
                 raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
+        if mining is not None:
+            check_mining(mining)
+            if mining.ranks and not normalize:
+                raise ValueError(f"mining={mining.strategy!r} ranks by cosine, got normalize={normalize}")
         self.num_classes, self.warmup_steps = num_classes, warmup_steps
         self.weight = weight
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.min_pixels = max_samples, max_views, min_pixels
         self.ignore_index, self.normalize, self.backend = ignore_index, normalize, backend
-        self.bank = bank
+        self.bank, self.mining = bank, mining
         self._stream = None if generator is None else PriorityStream(generator)
         self._watch = ClassWatch(
             num_classes, ignore_index, max_views + 1 if min_pixels is None else min_pixels
@@ -374,15 +382,30 @@ class PixelContrastLoss(nn.Module):
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
         dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
         anchors = gather(embeddings, chosen.indices, self.normalize, dtype, backend)
-        others = None if self.bank is None else self.bank.flat()
-        # Backends differ in the widths and dtypes of rows that they contrast.
-        width = operator.index(anchors.shape[1])
-        backend = backends.resolve(self.backend, "infonce", anchors.device, dtype, width)
-        temperature = float(self.temperature)
-        loss = mean_of(*contrast_rows(anchors, anchor_labels, others, temperature, others is None, backend))
+        loss = mean_of(*self._loss_of(anchors, anchor_labels))
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss, anchor_labels
+
+    def _loss_of(self, anchors: Tensor, anchor_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [A] and |P| [A] of anchors against the bank, or each other."""
+        others = None if self.bank is None else self.bank.flat()
+        exclude_self, temperature = others is None, float(self.temperature)
+        # Backends differ in the widths and dtypes of rows that they contrast.
+        width, op = operator.index(anchors.shape[1]), "infonce" if self.mining is None else "mining"
+        backend = backends.resolve(self.backend, op, anchors.device, anchors.dtype, width)
+        if self.mining is None:
+            return contrast_rows(anchors, anchor_labels, others, temperature, exclude_self, backend)
+        keys, key_labels = others or (anchors, anchor_labels)
+        of_class = None if self.bank is None else self.bank.region_slots + self.bank.pixel_slots
+        drawn = drawn_of(keys, key_labels, self.mining, self._priority, of_class)
+        positives = keys, drawn.positive_labels
+        negatives = drawn.negatives or positives
+        kept = thresholds_of(anchors, anchor_labels, positives, negatives, self.mining, exclude_self, backend)
+        every = None if others is None and drawn.negatives is None else positives
+        return contrast_mined(
+            anchors, anchor_labels, every, drawn.negatives, kept, temperature, exclude_self, backend
+        )
 
 
 class PixelContrastCrossEntropyLoss(nn.Module):
@@ -419,6 +442,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         ignore_index: int = 255,
         bank: MemoryBank | None = None,
         normalize: bool = True,
+        mining: Mining | None = None,
         generator: torch.Generator | None = None,
         backend: str | None = None,
     ) -> None:
@@ -435,6 +459,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             ignore_index=ignore_index,
             bank=bank,
             normalize=normalize,
+            mining=mining,
             generator=generator,
             backend=backend,
         )

@@ -237,6 +237,15 @@ def _threshold(name: str, value: Tensor | None, infinite: float, anchors: Tensor
     return value.detach()
 
 
+def _distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, but a view for each that came before: torch.compile takes none twice."""
+    found: list[Tensor | None] = []
+    for i, tensor in enumerate(tensors):
+        again = tensor is not None and any(tensor is other for other in tensors[:i])
+        found.append(tensor.view_as(tensor) if tensor is not None and again else tensor)
+    return found
+
+
 def contrast_mined(
     anchors: Tensor,  # [A, D]
     anchor_labels: Tensor,  # [A] int32
@@ -251,10 +260,7 @@ def contrast_mined(
     if others is None and negatives is not None:
         others = anchors, anchor_labels
     outputs: tuple[Tensor, Tensor] = MinedInfoNCE.apply(  # type: ignore[no-untyped-call]
-        anchors,
-        anchor_labels,
-        *(others or (None, None)),
-        *(negatives or (None, None)),
+        *_distinct(anchors, anchor_labels, *(others or (None, None)), *(negatives or (None, None))),
         *kept,
         temperature,
         exclude_self,

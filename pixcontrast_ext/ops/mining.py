@@ -72,7 +72,7 @@ class Mining:
 class DrawnKeys(NamedTuple):
     """The keys that anchors are ranked against and contrasted with."""
 
-    negatives: tuple[Tensor, Tensor] | None  # rows [M, D] and their labels [M] int32; None: the keys
+    negatives: tuple[Tensor, Tensor] | None  # rows [M, D] and their labels [M] int32; None: nothing was drawn
     positive_labels: Tensor  # [K] int32, -1 for a key that was not drawn
 
 
@@ -109,7 +109,7 @@ def draw_keys(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device.
     """
-    _check_mining(mining)
+    check_mining(mining)
     if not isinstance(keys, Tensor) or not keys.dtype.is_floating_point or keys.dim() != 2:
         got = f"{keys.dtype} {tuple(keys.shape)}" if isinstance(keys, Tensor) else type(keys).__name__
         raise TypeError(f"keys must be a floating-point tensor [K, D], got {got}")
@@ -124,7 +124,8 @@ def draw_keys(
     return drawn_of(keys, key_labels, mining, draw)
 
 
-def _check_mining(mining: Mining) -> None:
+def check_mining(mining: Mining) -> None:
+    """Raise TypeError unless it is one."""
     if not isinstance(mining, Mining):
         raise TypeError(f"mining must be a Mining, got {mining!r}")
 
@@ -144,7 +145,7 @@ def drawn_of(
     if not draws_negatives and not draws_positives:
         return DrawnKeys(None, key_labels)
     priority = draw(key_labels)
-    drawn = None
+    drawn = keys, key_labels
     if draws_negatives:
         index = _smallest(key_labels, priority, operator.index(negatives))  # type: ignore[arg-type]
         found = index < size
@@ -204,7 +205,7 @@ def score_thresholds(
     Raises:
         TypeError, ValueError: as `infonce`.
     """
-    _check_mining(mining)
+    check_mining(mining)
     check_contrast(anchors, anchor_labels, keys, key_labels, negatives)
     width = operator.index(anchors.shape[1])
     name = backends.resolve(backend, "mining", anchors.device, anchors.dtype, width)
