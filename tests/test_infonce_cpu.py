@@ -123,8 +123,8 @@ def test_own_loops_do_not_depend_on_threads():
         output = torch.randn(64, 9)
         native.launch(
             "infonce_negatives", scores=weights, num_rows=64, num_keys=301, anchor_labels=torch.arange(64).int() % 4,
-            key_labels=torch.arange(301).int() % 4, scale=3.0, shift=shift, sum=total, output=output, channels=9,
-            threads=threads,
+            key_labels=torch.arange(301).int() % 4, neg_min=None, scale=3.0, shift=shift, sum=total, output=output,
+            channels=9, threads=threads,
         )  # fmt: skip
         results.append((weights, shift, total, output))
     assert all(torch.equal(a, b) for found in results for a, b in zip(found, results[0], strict=True))

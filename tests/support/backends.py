@@ -25,12 +25,16 @@ def parameters(item: pytest.Item) -> dict[str, object]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
+def backends_of(item: pytest.Item) -> list[object]:
+    """Those that a test is given."""
+    return [value for name, value in parameters(item).items() if name.endswith("backend")]
+
+
 def outside_of_the_share(items: list[pytest.Item], share: int) -> Iterator[pytest.Item]:
     """All but one in `share` of the combinations of each test and backend, drawn by a fixed hash of their names."""
     groups: dict[tuple[object, ...], list[pytest.Item]] = {}
     for item in items:
-        backends = [value for name, value in parameters(item).items() if name.endswith("backend")]
-        groups.setdefault((item.nodeid.partition("[")[0], *backends), []).append(item)
+        groups.setdefault((item.nodeid.partition("[")[0], *backends_of(item)), []).append(item)
     for group in groups.values():
         drawn = sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))
         yield from drawn[-(-len(group) // share) :]

@@ -61,6 +61,14 @@ SIZES = {
         "grad_scale": "A",
     },
 }
+_NEGATIVES = {"negatives": "MD", "negative_labels": "M"}
+_KEPT = {"neg_min": "A", "pos_max": "A"}
+SIZES |= {
+    "mining_counts": SIZES["infonce_forward"] | _NEGATIVES,
+    "mining_forward": SIZES["infonce_forward"] | _NEGATIVES | _KEPT,
+    "mining_backward_keys": SIZES["infonce_backward_keys"] | _KEPT,
+    "mining_backward_symmetric": SIZES["infonce_backward_symmetric"] | _KEPT,
+}
 
 
 def _bank_state() -> list[torch.Tensor]:
@@ -74,7 +82,14 @@ def cases(backend: str) -> dict[str, tuple[Any, ...]]:
         MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend
     )
     contrast = (ROWS, ROW_LABELS, KEYS, KEY_LABELS)
-    return {
+    negatives, kept = (KEYS[:9].clone(), KEY_LABELS[:9].clone()), (COLUMN - 1, 1 - COLUMN)
+    mining = {
+        "mining_counts": (*contrast, *negatives, True, backend),
+        "mining_forward": (*contrast, *negatives, *kept, 0.1, False, True, backend),
+        "mining_backward_keys": (*contrast, COLUMN, COLUMN, COLUMN, *kept, 0.1, False, backend),
+        "mining_backward_symmetric": (ROWS, ROW_LABELS, COLUMN, COLUMN, COLUMN, *kept, 0.1, True, backend),
+    }
+    return (mining if backend in ("cpu", "reference") else {}) | {
         "hard_anchor_sampling": (LABELS, LABELS.flip(0), PRIORITY, 3, 20, 4, 1, 255, backend),
         "gather": (MAP, INDICES, True, torch.float32, backend),
         "gather_backward": (_normal(4, 4), MAP, INDICES, COLUMN[:4].clone(), True, backend),
