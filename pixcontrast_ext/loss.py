@@ -16,7 +16,7 @@ from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, mean_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
-from pixcontrast_ext.ops.sampling import SamplingRule, sample
+from pixcontrast_ext.ops.sampling import SamplingRule, sample, share_of
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
@@ -363,7 +363,9 @@ class PixelContrastLoss(nn.Module):
         """The loss before its weight, and the labels of the anchors."""
         embeddings, labels, predictions = batch
         min_pixels = self.max_views + 1 if self.min_pixels is None else self.min_pixels
-        rule = SamplingRule(self.num_classes, self.max_samples, self.max_views, min_pixels, self.ignore_index)
+        rule = SamplingRule(
+            self.num_classes, self.max_samples, self.max_views, min_pixels, self.ignore_index, share_of(0.5)
+        )
         chosen = sample(labels, predictions, self._priority(labels), rule, backend)
         anchor_labels = chosen.labels
         if trains:

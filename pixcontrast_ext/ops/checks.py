@@ -76,6 +76,14 @@ def check_embeddings(embeddings: Tensor) -> None:
         )
 
 
+def check_share(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
 def check_at_least(minimum: int, **values: int | None) -> None:
     """Raise TypeError or ValueError for the first value that is not an integer of at least `minimum`."""
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,22 @@ class SamplingRule(NamedTuple):
     max_views: int
     min_pixels: int
     ignore_index: int
+    hard_share: int  # see `share_of`
+
+
+SHARE_UNITS = 2**24
+
+
+def share_of(fraction: float) -> int:
+    """A fraction in [0, 1] as the integer that the op takes, so that all backends round alike.
+
+    Rounded up, so that a fraction which is a little less than what was meant, like 0.3, gives 3 of 10.
+
+    Raises:
+        TypeError, ValueError: it is no number, or out of range.
+    """
+    checks.check_share("hard_fraction", fraction)
+    return math.ceil(fraction * SHARE_UNITS)
 
 
 def _allocate(labels: Tensor, max_samples: int, **_: Any) -> dict[str, Tensor]:
@@ -42,7 +59,7 @@ def _allocate(labels: Tensor, max_samples: int, **_: Any) -> dict[str, Tensor]:
 
 library.define(
     "hard_anchor_sampling(Tensor labels, Tensor predictions, Tensor priority, int num_classes, int max_samples, "
-    "int max_views, int min_pixels, int ignore_index, str backend) -> (Tensor, Tensor, Tensor)",
+    "int max_views, int min_pixels, int ignore_index, int hard_share, str backend) -> (Tensor, Tensor, Tensor)",
     dict(labels="[B, H, W] int64", predictions="[B, H, W] int64", priority="[B, H, W] int32"),
     {
         "num_classes": (1, INT32_MAX),
@@ -51,6 +68,7 @@ library.define(
         "max_samples": (1, INT32_MAX),
         "max_views": (1, None),
         "min_pixels": (0, None),
+        "hard_share": (0, SHARE_UNITS),
     },
     Sampling,
     _allocate,
@@ -67,15 +85,17 @@ def hard_anchor_sampling(
     max_views: int = 100,
     min_pixels: int | None = None,
     ignore_index: int = 255,
+    hard_fraction: float = 0.5,
     priority: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str | None = None,
 ) -> AnchorSample:
-    """Choose up to `max_samples` pixels to be anchors, half of them hard (mispredicted) if there are enough.
+    """Choose up to `max_samples` pixels to be anchors, a share of them hard (mispredicted) if there are enough.
 
     Every (image, class) of at least `min_pixels` pixels gives the same number of anchors, at most
     `max_views`. The shape is fixed and nothing waits for the device. `backends/reference.py` states the rules
-    in full. Source: arXiv 2101.11939, section 3.3 (hard example sampling).
+    in full. Source: arXiv 2101.11939, section 3.3, "segmentation-aware hard anchor sampling"; what is there called
+    hard example sampling chooses among the keys.
 
     Args:
         labels: ground truth, any integer dtype.
@@ -85,6 +105,8 @@ def hard_anchor_sampling(
         max_views: the most anchors of one class in one image.
         min_pixels: the fewest pixels of a class in an image for it to take part; None means max_views + 1.
         ignore_index: label of pixels that do not count.
+        hard_fraction: share of the anchors of a class in an image that are hard, rounded down; if one kind runs short,
+            the other makes up the difference.
         priority: [B, H, W] int32; pixels of small priority are chosen first. Drawn by `torch.randint` if
             None. The same priority gives the same anchors on every backend.
         generator: for that draw.
@@ -115,7 +137,7 @@ def hard_anchor_sampling(
         labels.long(),
         predictions.long(),
         priority,
-        SamplingRule(num_classes, max_samples, max_views, min_pixels, ignore_index),
+        SamplingRule(num_classes, max_samples, max_views, min_pixels, ignore_index, share_of(hard_fraction)),
         backends.resolve(backend, "hard_anchor_sampling", labels.device, None),
     )
 

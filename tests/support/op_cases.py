@@ -75,7 +75,7 @@ def cases(backend: str) -> dict[str, tuple[Any, ...]]:
     )
     contrast = (ROWS, ROW_LABELS, KEYS, KEY_LABELS)
     return {
-        "hard_anchor_sampling": (LABELS, LABELS.flip(0), PRIORITY, 3, 20, 4, 1, 255, backend),
+        "hard_anchor_sampling": (LABELS, LABELS.flip(0), PRIORITY, 3, 20, 4, 1, 255, 2**23, backend),
         "gather": (MAP, INDICES, True, torch.float32, backend),
         "gather_backward": (_normal(4, 4), MAP, INDICES, COLUMN[:4].clone(), True, backend),
         "enqueue_collect": (MAP, LABELS, PRIORITY, 3, 2, 255, True, torch.float32, backend),
