@@ -31,12 +31,14 @@ def to_int32(name: str, labels: Tensor) -> Tensor:
     return torch.where(too_large, -1, labels.clamp(min=-1)).int()
 
 
-def check_labels(name: str, labels: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `labels` are integers of this shape on this device."""
+def check_labels(
+    name: str, labels: Tensor | None, shape: tuple[int, ...] | None, device: torch.device
+) -> None:
+    """Raise TypeError or ValueError unless `labels` are integers of this shape (None: of any) on this device."""
     if not isinstance(labels, Tensor) or not is_integer(labels):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
-    if tuple(labels.shape) != tuple(shape):
+    if shape is not None and tuple(labels.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.device != device:
         raise ValueError(f"{name} must be on {device}, got {labels.device}")

@@ -121,3 +121,21 @@ class Rings:
             return 0, 0, {}
         stored = {i % slots: rows[i] for i in range(len(rows))}
         return len(rows) % slots, min(len(rows), slots), stored
+
+
+def purity(labels: Tensor, size: tuple[int, int], picked: Tensor) -> list[list[list[Fraction]]]:
+    """Of labels [B, H, W], the share under each cell of a grid of this size that has its label, picked [B, h, w]."""
+    (batch, height, width), (rows, columns) = labels.shape, size
+    shares = []
+    for b in range(batch):
+        image = []
+        for i in range(rows):
+            below = range(i * height // rows, math.ceil(Fraction((i + 1) * height, rows)))
+            row = []
+            for j in range(columns):
+                right = range(j * width // columns, math.ceil(Fraction((j + 1) * width, columns)))
+                found = [int(labels[b, y, x]) for y in below for x in right]
+                row.append(Fraction(found.count(int(picked[b, i, j])), len(found)))
+            image.append(row)
+        shares.append(image)
+    return shares
