@@ -97,7 +97,7 @@ def hard_anchor_sampling(
 
     Every (image, class) of at least `min_pixels` pixels gives the same number of anchors, at most
     `max_views`. The shape is fixed and nothing waits for the device. `backends/reference.py` states the rules
-    in full. Source: arXiv 2101.11939, section 3.3, "segmentation-aware hard anchor sampling"; what is there called
+    in full. Source: arXiv 2101.11939, "segmentation-aware hard anchor sampling"; what is there called
     hard example sampling chooses among the keys.
 
     Args:
