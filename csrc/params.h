@@ -58,11 +58,12 @@ struct Sampling {
   const int32_t* priority;     // [B, pixels]
   int64_t batch, pixels, num_classes;
   int64_t max_samples, max_views, min_pixels, ignore_index;
+  int64_t hard_share;      // of what a pair gives, in units of 2^-24; at most 2^24
   int64_t* indices;        // [max_samples] out, flat over B * pixels, 0 in padding rows
   int32_t* anchor_labels;  // [max_samples] out, -1 in padding rows
   int32_t* count;          // [] out, rows that are not padding
   PXC_FIELDS((), labels, predictions, priority, batch, pixels, num_classes, max_samples, max_views,
-             min_pixels, ignore_index, indices, anchor_labels, count)
+             min_pixels, ignore_index, hard_share, indices, anchor_labels, count)
 };
 
 struct Gather : EmbeddingMap {

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import backends
-from pixcontrast_ext.ops import checks, enqueue
+from pixcontrast_ext.maps import check_map, pick_labels, resize_nearest
+from pixcontrast_ext.ops import checks, enqueue, steering
 from pixcontrast_ext.ops.exchange import Exchange
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
 
@@ -201,6 +202,8 @@ class MemoryBank(nn.Module):
         embeddings: Tensor,  # [B, D, H, W]
         labels: Tensor,  # [B, H, W]
         *,
+        confidence: Tensor | None = None,
+        min_purity: float = 0.0,
         priority: Tensor | None = None,
         generator: torch.Generator | None = None,
         backend: str | None = None,
@@ -213,26 +216,44 @@ class MemoryBank(nn.Module):
 
         Args:
             embeddings: any strides, need not be normalised; on the device of the bank.
-            labels: ground truth at the size of the embeddings, any integer dtype.
+            labels: ground truth at the size of the embeddings, any integer dtype; with `min_purity` of any size, picked
+                at the nearest pixel if it differs.
+            confidence: of the shape of the labels, floating point, in [0, inf). Pixels are drawn with chance
+                proportional to it, see `hard_anchor_sampling`. One of confidence 0 counts neither as a pixel nor in a
+                region; all others count alike in a region's mean.
+            min_purity: a pixel of the embeddings counts only if its label is at least this share, in [0, 1], of the
+                labels under it.
             priority: [B, H, W] int32, drawn by `torch.randint` if None.
             generator: for that draw.
             backend: see `available_backends`.
 
         Raises:
-            TypeError: embeddings that are not floating point, labels that are not integers, priority that is
-                not int32.
-            ValueError: shapes or devices that do not fit; a bank that requires grad; on the CPU also a label
-                that is neither a class nor `ignore_index`; in a distributed job ranks whose banks differ.
+            TypeError: embeddings or confidence that are not floating point, labels that are not integers, priority that
+                is not int32.
+            ValueError: shapes or devices that do not fit; a bank that requires grad; a number out of range; on the CPU
+                also a label that is neither a class nor `ignore_index`, and a confidence that is negative or not
+                finite; in a distributed job ranks whose banks differ.
             RuntimeError: in a distributed job, a rank that does not come.
         """
         checks.check_embeddings(embeddings)
         self.check(embeddings)
         batch, _, height, width = embeddings.shape
-        checks.check_labels("labels", labels, (batch, height, width), embeddings.device)
+        checks.check_share("min_purity", min_purity)
+        size = (height, width)
+        checks.check_labels("labels", labels, None if min_purity > 0 else (batch, *size), embeddings.device)
+        if min_purity > 0:
+            check_map("labels", labels, 3, embeddings)
+        if confidence is not None:
+            checks.check_weights("confidence", confidence, tuple(labels.shape), embeddings.device)
+            confidence = resize_nearest(confidence, size)
+        labels = pick_labels(labels, size, min_purity, self.ignore_index)
         if priority is None:
             priority = draw_priority(labels, generator)
         check_priority(priority, labels)
-        self.append(embeddings, labels.long(), priority, self._resolve(backend, embeddings))
+        if confidence is not None:
+            labels = steering.only_drawn(labels, confidence, self.ignore_index)
+            priority = steering.weigh_priority(priority, confidence)
+        self.append(embeddings, labels, priority, self._resolve(backend, embeddings))
 
     @torch.no_grad()
     def append(

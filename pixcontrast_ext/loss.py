@@ -7,17 +7,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixcontrast_ext import backends
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.maps import check_map, cross_entropy, resize_nearest
-from pixcontrast_ext.ops import checks
+from pixcontrast_ext.maps import check_map, cross_entropy, pick_labels, resize_nearest
+from pixcontrast_ext.ops import checks, steering
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast_mined, contrast_rows, mean_of
 from pixcontrast_ext.ops.mining import Mining, check_mining, drawn_of, thresholds_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
-from pixcontrast_ext.ops.sampling import SamplingRule, sample
+from pixcontrast_ext.ops.sampling import SamplingRule, sample, share_of
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 
 
@@ -29,12 +30,22 @@ def _zero_of(embeddings: Tensor) -> Tensor:
     return embeddings[:0].sum(dtype=torch.float32)
 
 
+class Keys(NamedTuple):
+    """What a step enqueues."""
+
+    embeddings: Tensor  # [B, D, h, w]
+    labels: Tensor  # [B, h, w] int64
+    confidence: Tensor | None  # [B, h, w]
+
+
 class Batch(NamedTuple):
     """The checked inputs of a step of the loss."""
 
     embeddings: Tensor  # [B, D, h, w]
     labels: Tensor  # [B, h, w] int64
     predictions: Tensor  # [B, h, w] int64
+    confidence: Tensor | None = None  # [B, h, w]
+    keys: Keys | None = None  # if it is not the batch that is enqueued
 
 
 class Outcome(NamedTuple):
@@ -75,6 +86,11 @@ class PixelContrastLoss(nn.Module):
         base_temperature: scales the loss by temperature / base_temperature; None does not scale it.
         max_samples, max_views, min_pixels: see `hard_anchor_sampling`. A class that occurs again and again and never
             has `min_pixels` pixels is named in a warning, once, after 50 batches.
+        hard_fraction, anchors: see `hard_anchor_sampling`. The fraction may be changed at any time.
+        min_purity: in [0, 1]; a pixel of the embeddings' grid counts, as an anchor and for the bank, only if its label
+            is at least this share of the full-size labels under it.
+        max_samples_over: "rank": each rank takes `max_samples` anchors; "ranks": all ranks of the default process group
+            together, of which each takes an equal part, and the first ones what is left over.
         ignore_index: label of pixels that do not count.
         bank: of the same class count; a submodule, so it is saved with the loss.
         normalize: compare unit vectors.
@@ -102,6 +118,10 @@ class PixelContrastLoss(nn.Module):
         max_samples: int = 1024,
         max_views: int = 100,
         min_pixels: int | None = None,
+        hard_fraction: float = 0.5,
+        anchors: str = "hard",
+        min_purity: float = 0.0,
+        max_samples_over: str = "rank",
         ignore_index: int = 255,
         bank: MemoryBank | None = None,
         normalize: bool = True,
@@ -114,6 +134,10 @@ class PixelContrastLoss(nn.Module):
         checks.check_at_least(0, warmup_steps=warmup_steps)
         if min_pixels is not None:
             checks.check_at_least(0, min_pixels=min_pixels)
+        steering.check_anchors(anchors)
+        checks.check_share("min_purity", min_purity)
+        if max_samples_over not in ("rank", "ranks"):
+            raise ValueError(f"max_samples_over must be 'rank' or 'ranks', got {max_samples_over!r}")
         check_temperature("temperature", temperature)
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
@@ -138,6 +162,8 @@ class PixelContrastLoss(nn.Module):
         self.weight = weight
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.min_pixels = max_samples, max_views, min_pixels
+        self.hard_fraction, self.anchors, self.min_purity = hard_fraction, anchors, min_purity
+        self.max_samples_over = max_samples_over
         self.ignore_index, self.normalize, self.backend = ignore_index, normalize, backend
         self.bank, self.mining = bank, mining
         self._stream = None if generator is None else PriorityStream(generator)
@@ -159,6 +185,15 @@ class PixelContrastLoss(nn.Module):
         if not 0 <= value < float("inf"):
             raise ValueError(f"weight must be finite and not negative, got {value!r}")
         self._weight = value
+
+    @property
+    def hard_fraction(self) -> float:
+        """The share of the anchors that are hard."""
+        return self._hard_fraction
+
+    @hard_fraction.setter
+    def hard_fraction(self, value: float) -> None:
+        self._hard_fraction, self._hard_share = value, share_of(value)
 
     def extra_repr(self) -> str:
         """The settings shown by `print`."""
@@ -216,23 +251,40 @@ class PixelContrastLoss(nn.Module):
             self._born_on_meta = False
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, predictions: Tensor, *, return_parts: bool = False
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        predictions: Tensor | None,
+        *,
+        hard: Tensor | None = None,
+        confidence: Tensor | None = None,
+        keys_from: tuple[Tensor, ...] | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar; a differentiable zero if nothing can be contrasted.
 
         Args:
             embeddings: [B, D, h, w], any strides; normalised here if `normalize`.
             labels: [B, H, W], any integer dtype; picked at the nearest pixel if the size differs.
-            predictions: predicted classes [B, H', W'], or logits [B, C, H', W']; likewise.
+            predictions: predicted classes [B, H', W'], or logits [B, C, H', W']; likewise. With `hard` or
+                anchors="random" they are not looked at and may be None.
+            hard: [B, H', W'] bool, the pixels that are hard, in place of the mispredicted ones; resized likewise.
+            confidence: [B, H', W'] floating point, in [0, inf), resized likewise. It steers the drawing of anchors and
+                of the bank's pixels, see `hard_anchor_sampling`, and weights the mean: the loss is sum w_i loss_i /
+                sum w_i over the anchors that have a positive, w_i the confidence there. No gradient reaches it.
+            keys_from: (embeddings, labels) or (embeddings, labels, confidence) of what the bank gets in place of this
+                batch, as from a teacher: of any batch and size, without a gradient. `confidence` above is that of this
+                batch and never applies to them; `min_purity` does.
             return_parts: return (loss, parts) for a log: a dict of detached scalars that stay on the device, "contrast"
                 (before `weight`), "anchors" (how many) and, with a bank, "bank_fill" (share of its slots in use).
 
         Raises:
             TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label that is
-                neither a class nor `ignore_index`.
+                neither a class nor `ignore_index`, and a confidence that is negative or not finite.
             RuntimeError: activation checkpointing of what it does not fit, see above.
         """
-        outcome = self.take_step(self.prepare(embeddings, labels, predictions))
+        batch = self.prepare(embeddings, labels, predictions, hard, confidence, keys_from)
+        outcome = self.take_step(batch)
         return (outcome.loss, self.parts(outcome)) if return_parts else outcome.loss
 
     def warm_up(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> None:
@@ -266,11 +318,19 @@ class PixelContrastLoss(nn.Module):
                 for name, buffer in self.named_buffers():
                     buffer.copy_(before[name])
 
-    def prepare(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> Batch:
+    def prepare(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        predictions: Tensor | None,
+        hard: Tensor | None = None,
+        confidence: Tensor | None = None,
+        keys_from: tuple[Tensor, ...] | None = None,
+    ) -> Batch:
         """All that a step checks, and its inputs at one size: for losses made of this one.
 
         Args:
-            embeddings, labels, predictions: see `forward`.
+            embeddings, labels, predictions, hard, confidence, keys_from: see `forward`.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `forward`, which calls this first.
@@ -296,8 +356,23 @@ class PixelContrastLoss(nn.Module):
             )
         check_map("labels", labels, 3, embeddings)
         size = (embeddings.shape[2], embeddings.shape[3])
-        labels = resize_nearest(labels, size).long()
-        batch = Batch(embeddings, labels, self._predictions_at(embeddings, predictions, size))
+        if self.min_purity > 0:
+            labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
+        else:
+            labels = resize_nearest(labels, size).long()
+        if confidence is not None:
+            confidence = self._confidence_at("confidence", confidence, embeddings)
+            labels = steering.only_drawn(labels, confidence, self.ignore_index)
+        if hard is not None:
+            steering.check_hard(hard, None, embeddings.device)
+            check_map("hard", hard, 3, embeddings)
+            hard = resize_nearest(hard, size)
+        if hard is not None or self.anchors == "random":
+            predictions = steering.predictions_for(labels, None, hard, self.anchors)
+        else:
+            predictions = self._predictions_at(embeddings, predictions, size)
+        keys = None if keys_from is None else self._keys(keys_from)
+        batch = Batch(embeddings, labels, predictions, confidence, keys)
         if self.bank is not None and (self._weight > 0 or self._trains()):
             self.bank.check(embeddings)
         return batch
@@ -307,7 +382,7 @@ class PixelContrastLoss(nn.Module):
 
     def take_step(self, batch: Batch) -> Outcome:
         """A whole call on what `prepare` has checked: contrast, and in training the bank and the warm-up go on."""
-        embeddings, labels, _ = batch
+        embeddings, labels = batch.embeddings, batch.labels
         trains = self._trains()
         changed = self._changed() if trains else ""
         if changed and not torch.compiler.is_compiling():
@@ -322,7 +397,11 @@ class PixelContrastLoss(nn.Module):
             anchor_labels = labels.new_empty(0)
         if trains:
             if self.bank is not None:
-                self.bank.append(embeddings, labels, self._priority(labels), backend)
+                keys: Batch | Keys = batch
+                if batch.keys is not None:
+                    keys, backend = batch.keys, self._backend_of_maps(batch.keys.embeddings)
+                priority = self._priority(keys.labels, keys.confidence)
+                self.bank.append(keys.embeddings, keys.labels, priority, backend)
             if self.warmup_steps > 0:
                 self.step.add_(self.step < self.warmup_steps)
         return Outcome(loss, unweighted, anchor_labels)
@@ -349,10 +428,54 @@ class PixelContrastLoss(nn.Module):
             return "its warm-up has counted this call"
         return "its generator draws anew" if self._stream is not None else ""
 
-    def _priority(self, labels: Tensor) -> Tensor:
+    def _draw(self, labels: Tensor) -> Tensor:
         return draw_priority(labels) if self._stream is None else self._stream.draw(labels)
 
-    def _predictions_at(self, embeddings: Tensor, predictions: Tensor, size: tuple[int, int]) -> Tensor:
+    def _priority(self, labels: Tensor, confidence: Tensor | None) -> Tensor:
+        priority = self._draw(labels)
+        return priority if confidence is None else steering.weigh_priority(priority, confidence)
+
+    @staticmethod
+    def _confidence_at(name: str, confidence: Tensor, embeddings: Tensor) -> Tensor:
+        checks.check_weights(name, confidence, None, embeddings.device)
+        check_map(name, confidence, 3, embeddings)
+        return resize_nearest(confidence.detach(), (embeddings.shape[2], embeddings.shape[3]))
+
+    def _keys(self, keys_from: tuple[Tensor, ...]) -> Keys:
+        """What the bank gets in place of the batch."""
+        if self.bank is None:
+            raise ValueError("keys_from fills a bank, and the loss has none")
+        if not isinstance(keys_from, (tuple, list)) or len(keys_from) not in (2, 3):
+            got = len(keys_from) if isinstance(keys_from, (tuple, list)) else type(keys_from).__name__
+            raise TypeError(
+                f"keys_from must be (embeddings, labels) or (embeddings, labels, confidence), got {got}"
+            )
+        embeddings, labels, *confidences = keys_from
+        checks.check_embeddings(embeddings)
+        self.bank.check(embeddings)
+        checks.check_labels("labels of keys_from", labels, None, embeddings.device)
+        check_map("labels of keys_from", labels, 3, embeddings)
+        size = (embeddings.shape[2], embeddings.shape[3])
+        labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
+        if not confidences:
+            return Keys(embeddings, labels, None)
+        confidence = self._confidence_at("confidence of keys_from", confidences[0], embeddings)
+        return Keys(embeddings, steering.only_drawn(labels, confidence, self.ignore_index), confidence)
+
+    def _part_of_samples(self) -> int:
+        """This rank's part of `max_samples`."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.max_samples
+        ranks = dist.get_world_size()
+        if self.max_samples < ranks:
+            raise ValueError(
+                f"max_samples={self.max_samples} over {ranks} ranks leaves some of them none: at least 1 each"
+            )
+        return self.max_samples // ranks + (dist.get_rank() < self.max_samples % ranks)
+
+    def _predictions_at(
+        self, embeddings: Tensor, predictions: Tensor | None, size: tuple[int, int]
+    ) -> Tensor:
         if not isinstance(predictions, Tensor):
             raise TypeError(f"predictions must be a tensor, got {type(predictions).__name__}")
         if predictions.dtype.is_floating_point:
@@ -369,10 +492,13 @@ class PixelContrastLoss(nn.Module):
 
     def _contrast(self, batch: Batch, trains: bool, changed: str, backend: str) -> tuple[Tensor, Tensor]:
         """The loss before its weight, and the labels of the anchors."""
-        embeddings, labels, predictions = batch
+        embeddings, labels, predictions, confidence, _ = batch
         min_pixels = self.max_views + 1 if self.min_pixels is None else self.min_pixels
-        rule = SamplingRule(self.num_classes, self.max_samples, self.max_views, min_pixels, self.ignore_index)
-        chosen = sample(labels, predictions, self._priority(labels), rule, backend)
+        max_samples = self.max_samples if self.max_samples_over == "rank" else self._part_of_samples()
+        rule = SamplingRule(
+            self.num_classes, max_samples, self.max_views, min_pixels, self.ignore_index, self._hard_share
+        )
+        chosen = sample(labels, predictions, self._priority(labels, confidence), rule, backend)
         anchor_labels = chosen.labels
         if trains:
             anchor_labels = watch_classes(labels, anchor_labels, self._watch, changed)
@@ -382,7 +508,10 @@ class PixelContrastLoss(nn.Module):
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
         dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
         anchors = gather(embeddings, chosen.indices, self.normalize, dtype, backend)
-        loss = mean_of(*self._loss_of(anchors, anchor_labels))
+        weights = None
+        if confidence is not None and confidence.numel() > 0:
+            weights = confidence.flatten()[chosen.indices]
+        loss = mean_of(*self._loss_of(anchors, anchor_labels), weights)
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss, anchor_labels
@@ -398,7 +527,7 @@ class PixelContrastLoss(nn.Module):
             return contrast_rows(anchors, anchor_labels, others, temperature, exclude_self, backend)
         keys, key_labels = others or (anchors, anchor_labels)
         of_class = None if self.bank is None else self.bank.region_slots + self.bank.pixel_slots
-        drawn = drawn_of(keys, key_labels, self.mining, self._priority, of_class)
+        drawn = drawn_of(keys, key_labels, self.mining, self._draw, of_class)
         positives = keys, drawn.positive_labels
         negatives = drawn.negatives or positives
         kept = thresholds_of(anchors, anchor_labels, positives, negatives, self.mining, exclude_self, backend)
@@ -439,6 +568,10 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         max_samples: int = 1024,
         max_views: int = 100,
         min_pixels: int | None = None,
+        hard_fraction: float = 0.5,
+        anchors: str = "hard",
+        min_purity: float = 0.0,
+        max_samples_over: str = "rank",
         ignore_index: int = 255,
         bank: MemoryBank | None = None,
         normalize: bool = True,
@@ -456,6 +589,10 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             max_samples=max_samples,
             max_views=max_views,
             min_pixels=min_pixels,
+            hard_fraction=hard_fraction,
+            anchors=anchors,
+            min_purity=min_purity,
+            max_samples_over=max_samples_over,
             ignore_index=ignore_index,
             bank=bank,
             normalize=normalize,
@@ -540,7 +677,15 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         return self
 
     def forward(
-        self, logits: Tensor, embeddings: Tensor, labels: Tensor, *, return_parts: bool = False
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        hard: Tensor | None = None,
+        confidence: Tensor | None = None,
+        keys_from: tuple[Tensor, ...] | None = None,
+        return_parts: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar.
 
@@ -548,6 +693,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             logits: [B, C, h, w]; upsampled bilinearly to the labels for the cross-entropy.
             embeddings: [B, D, h', w'].
             labels: [B, H, W], any integer dtype.
+            hard, confidence, keys_from: for the contrast, see `PixelContrastLoss.forward`; not for the cross-entropy.
             return_parts: return (loss, parts) for a log: those of `PixelContrastLoss` and "cross_entropy"; the loss is
                 cross_entropy + weight x contrast.
 
@@ -564,7 +710,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             raise ValueError(
                 f"logits must have shape [B, {contrast.num_classes}, h, w], got {tuple(logits.shape)}"
             )
-        batch = contrast.prepare(embeddings, labels, logits)
+        batch = contrast.prepare(embeddings, labels, logits, hard, confidence, keys_from)
         entropy = cross_entropy(
             logits,
             labels,

@@ -42,6 +42,53 @@ def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps
 
 
+# Far less than one pixel in a cell's share, far more than the rounding of fp32.
+_ROUNDING = 1e-6
+
+
+def pick_labels(
+    labels: Tensor,  # [B, H, W], any integer dtype
+    size: tuple[int, int],
+    min_purity: float,
+    ignore_index: int,
+) -> Tensor:
+    """The labels of the cells of a [B, h, w] grid, int64: the nearest ones, ignored where a cell is not pure enough.
+
+    The purity of cell (i, j) is the share of its label among the labels under it, those of the rows floor(i * H / h) to
+    ceil((i + 1) * H / h), the last excluded, and likewise of the columns.
+    """
+    picked = resize_nearest(labels, size)
+    if min_purity > 0 and labels.shape != picked.shape and 0 not in picked.shape:
+        if labels.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch does not compare
+            labels, picked = labels.long(), picked.long()
+        pure = _purity(labels, picked) >= min_purity - _ROUNDING
+        return torch.where(pure, picked.long(), ignore_index)
+    return picked.long()
+
+
+def _purity(labels: Tensor, picked: Tensor) -> Tensor:
+    """Share of the label of each cell, [B, h, w], among the labels under it; fp32."""
+    batch, height, width = labels.shape
+    rows, columns = picked.shape[1:]
+    if height % rows == 0 and width % columns == 0:
+        cells = labels.view(batch, rows, height // rows, columns, width // columns)
+        return (cells == picked[:, :, None, :, None]).mean((2, 4), dtype=torch.float32)
+    below, inside_rows = _under(height, rows, labels.device)
+    right, inside_columns = _under(width, columns, labels.device)
+    cells = labels[:, below][..., right]  # [B, h, S, w, T]
+    inside = inside_rows[:, :, None, None] & inside_columns
+    same = (cells == picked[:, :, None, :, None]) & inside
+    return same.sum((2, 4), dtype=torch.float32) / inside.sum((1, 3), dtype=torch.float32)
+
+
+def _under(size: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The positions, of `size`, under each of `target` cells, [target, S], and which of these are; others fill up."""
+    cell = torch.arange(target, device=device)[:, None]
+    first, end = cell * size // target, ((cell + 1) * size + target - 1) // target
+    positions = first + torch.arange((size + target - 1) // target + 1, device=device)
+    return positions.clamp(max=size - 1), positions < end
+
+
 def cross_entropy(
     logits: Tensor,  # [B, C, h, w]
     labels: Tensor,  # [B, H, W], any integer dtype

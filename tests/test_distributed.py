@@ -156,6 +156,16 @@ def test_banks_that_differ_are_named_on_every_rank(runs, ranks):
 
 
 @both
+def test_anchors_may_be_divided_by_the_ranks(runs, ranks):
+    """Each has more pairs of image and class than it takes anchors, so all parts are full."""
+    found = results(runs[ranks], "anchors_of_all_ranks", ranks)
+    parts = {2: [4, 3], 3: [3, 2, 2]}[ranks]
+    assert [anchors for anchors, _ in found] == [[part, part] for part in parts]
+    for _, message in found:
+        assert f"max_samples=1 over {ranks} ranks leaves some of them none" in message
+
+
+@both
 def test_a_rank_may_validate_alone_without_gradients(runs, ranks):
     """Such a call is neither enqueued nor counted, so it waits for no other rank."""
     for before, after in results(runs[ranks], "validating_alone", ranks):

@@ -281,6 +281,7 @@ LEAST = {
     "max_samples": 1,
     "max_views": 1,
     "min_pixels": 0,
+    "hard_share": 0,
     "pixels_per_image": 0,
     "region_slots": 0,
     "ignore_index": -(2**63),

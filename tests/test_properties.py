@@ -22,7 +22,7 @@ BY_NO_CLOCK = settings(
 @settings(BY_NO_CLOCK)
 @given(
     st.integers(1, 3), st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.integers(1, 9),
-    st.integers(0, 9), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
+    st.integers(0, 9), st.integers(0, 100), st.floats(0, 1), st.floats(0, 1), st.integers(1, 50), st.integers(0, 10**6),
 )  # fmt: skip
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_input_is_sampled_by_the_rules(
@@ -34,6 +34,7 @@ def test_any_input_is_sampled_by_the_rules(
     max_samples,
     max_views,
     min_pixels,
+    hard_percent,
     ignored,
     wrong,
     priorities,
@@ -53,6 +54,7 @@ def test_any_input_is_sampled_by_the_rules(
         max_samples=max_samples,
         max_views=max_views,
         min_pixels=min_pixels,
+        hard_fraction=hard_percent / 100,
     )
 
 

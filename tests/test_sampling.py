@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from pixcontrast_ext import hard_anchor_sampling
+from pixcontrast_ext.ops.sampling import share_of
 from tests.support.backends import BACKENDS
 from tests.support.checks import check_sampling
 from tests.support.inputs import draw_maps
@@ -65,6 +68,40 @@ def test_half_are_hard_where_both_kinds_suffice(backend):
     hard = predictions.flatten()[sample.indices] != sample.labels
     assert hard.sum() == 25
     assert hard[:25].all()
+
+
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.99, 1])
+def test_any_share_of_the_anchors_may_be_hard(backend, poison, fraction):
+    maps = draw(3, 17, 23, 5)
+    settings = dict(num_classes=5, max_samples=150, max_views=10, min_pixels=1, hard_fraction=fraction)
+    assert check_sampling(*maps, backend, **settings) > 0
+
+
+def test_share_of_the_hard_is_to_the_pixel(backend):
+    """Of 10 there are 3 at 0.3, which in fp64 is a little less."""
+    labels = torch.zeros(1, 20, 20, dtype=torch.int64)
+    predictions = torch.zeros_like(labels)
+    predictions[:, :10] = 1
+    for take in (7, 10, 100):
+        for fraction, hard in ((0, 0), (0.1, take // 10), (0.3, 3 * take // 10), (0.5, take // 2), (1, take)):
+            sample = hard_anchor_sampling(
+                labels,
+                predictions,
+                num_classes=1,
+                max_samples=take,
+                max_views=take,
+                hard_fraction=fraction,
+                backend=backend,
+            )
+            assert (predictions.flatten()[sample.indices] != sample.labels).sum() == hard, (take, fraction)
+
+
+def test_half_is_what_it_was():
+    """The integer that stands for 0.5 gives take // 2, and the largest take does not overflow."""
+    for take in (0, 1, 2, 3, 99, 100, 2**31 - 1):
+        assert take * share_of(0.5) >> 24 == take // 2
+    assert (2**31 - 1) * share_of(1.0) < 2**63
+    assert [share_of(value) for value in (0, 1, 1e-9)] == [0, 2**24, 1]
 
 
 def test_authors_rule_needs_more_pixels_than_views(backend):
@@ -168,6 +205,9 @@ def test_threads_do_not_matter(threads):
         (dict(max_views=-3), ValueError, "max_views must be at least 1, got -3"),
         (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
         (dict(max_samples=2.5), TypeError, "max_samples must be an int, got 2.5"),
+        (dict(hard_fraction=1.5), ValueError, r"hard_fraction must be in \[0, 1\], got 1.5"),
+        (dict(hard_fraction=math.nan), ValueError, r"hard_fraction must be in \[0, 1\], got nan"),
+        (dict(hard_fraction="half"), TypeError, "hard_fraction must be a number, got 'half'"),
         (dict(backend="gpu"), ValueError, "names the backend 'gpu', expected one of"),
     ],
 )

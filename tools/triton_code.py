@@ -313,7 +313,7 @@ def launch_maps(
     indices, anchor_labels = torch.zeros(samples, dtype=torch.int64), torch.zeros(samples, dtype=torch.int32)
     outputs = indices, anchor_labels, anchor_labels[0]
     backend.hard_anchor_sampling(
-        Sampling(labels, labels, priority, classes, samples, 100, 101, 255, *outputs)
+        Sampling(labels, labels, priority, classes, samples, 100, 101, 255, 2**23, *outputs)
     )
     rows, inv_norm = torch.empty(samples, channels, dtype=dtype), torch.empty(samples)
     candidates = torch.empty(batch, classes, 1 + per_image, channels, dtype=dtype)

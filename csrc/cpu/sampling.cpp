@@ -57,7 +57,7 @@ int64_t plan(const SamplingParams& p, std::vector<Pair>& pairs) {
   for (int64_t i : eligible) {
     Pool *hard = &pairs[i].pools[kHard], *easy = &pairs[i].pools[kEasy];
     const int64_t take = std::min(views, pairs[i].size());
-    hard->keep = std::min(hard->size, std::max(take / 2, take - easy->size));
+    hard->keep = std::min(hard->size, std::max(take * p.hard_share >> 24, take - easy->size));
     easy->keep = take - hard->keep;
   }
   int64_t rows = 0;

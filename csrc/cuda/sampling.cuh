@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1) sampling_plan_kernel(Sampling
     int64_t take = 0, keep_hard = 0;
     if (pair < pairs && eligible(pair) && (total <= p.max_samples || p.pair_keys[pair] <= threshold)) {
       take = min(views, size(pair, kHard) + size(pair, kEasy));
-      keep_hard = min(size(pair, kHard), max(take / 2, take - size(pair, kEasy)));
+      keep_hard = min(size(pair, kHard), max(take * p.hard_share >> 24, take - size(pair, kEasy)));
     }
     int in_tile;
     const int64_t row = rows + block_scan(int(take), memory.sums, in_tile) - take;

@@ -37,6 +37,7 @@ class Sampling(_Record):
     max_views: int
     min_pixels: int
     ignore_index: int
+    hard_share: int  # of what a pair gives, in units of 2^-24
     indices: Tensor  # [max_samples] int64 out
     anchor_labels: Tensor  # [max_samples] int32 out
     count: Tensor  # [] int32 out

@@ -252,7 +252,7 @@ def hard_anchor_sampling(call: Sampling) -> None:
     2. The pair (b, c) is eligible if it has at least `min_pixels` pixels.
     3. Of T eligible pairs each gives up to n_view = max(1, min(max_samples // T, max_views)) pixels. If T is
        more than `max_samples`, those stay whose first pixel in raster order has the smallest priority.
-    4. Half of them are hard; if one kind runs short, the other makes up the difference.
+    4. A share `hard_share` of them, rounded down, is hard; if one kind runs short, the other makes up the difference.
     5. Of each kind those with the smallest (priority, pixel).
     6. Rows are ordered by class, image, hard before easy, pixel.
     """
@@ -286,7 +286,7 @@ def hard_anchor_sampling(call: Sampling) -> None:
         0, torch.sort(lowest, stable=True).indices, torch.arange(num_pairs, device=device)
     )
     take = torch.where(eligible & (rank < call.max_samples), torch.minimum(n_view, n), 0)
-    keep_hard = torch.minimum(n_hard, torch.maximum(take // 2, take - n_easy))
+    keep_hard = torch.minimum(n_hard, torch.maximum(take * call.hard_share >> 24, take - n_easy))
     keep_easy = take - keep_hard
 
     by_class = torch.stack([keep_hard, keep_easy], 1).view(batch, num_classes, 2).transpose(0, 1)

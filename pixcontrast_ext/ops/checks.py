@@ -31,26 +31,28 @@ def to_int32(name: str, labels: Tensor) -> Tensor:
     return torch.where(too_large, -1, labels.clamp(min=-1)).int()
 
 
-def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `labels` are integers of this shape on this device."""
+def check_labels(
+    name: str, labels: Tensor | None, shape: tuple[int, ...] | None, device: torch.device
+) -> None:
+    """Raise TypeError or ValueError unless `labels` are integers of this shape (None: of any) on this device."""
     if not isinstance(labels, Tensor) or not is_integer(labels):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
-    if tuple(labels.shape) != tuple(shape):
+    if shape is not None and tuple(labels.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.device != device:
         raise ValueError(f"{name} must be on {device}, got {labels.device}")
 
 
-def check_weights(name: str, weights: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise TypeError or ValueError unless `weights` are floating point, of this shape, on this device.
+def check_weights(name: str, weights: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `weights` are floating point, of this shape (None: of any), on this device.
 
     On the CPU they are also looked at: none may be negative, infinite or NaN.
     """
     if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if tuple(weights.shape) != tuple(shape):
+    if shape is not None and tuple(weights.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(weights.shape)}")
     if weights.device != device:
         raise ValueError(f"{name} must be on {device}, got {weights.device}")
@@ -74,6 +76,14 @@ def check_embeddings(embeddings: Tensor) -> None:
         raise ValueError(
             f"embeddings may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}"
         )
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

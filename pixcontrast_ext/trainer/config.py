@@ -99,6 +99,15 @@ class LossConfig:
     """Anchors per class and image, at most."""
     min_pixels: int | None = 5
     """A class with fewer pixels in an image gives no anchors there; None for max_views + 1."""
+    anchors: Literal["hard", "random"] = "hard"
+    """hard: a share of the anchors are mispredicted pixels. random: whatever was predicted."""
+    hard_fraction: float = 0.5
+    """That share, from 0 to 1."""
+    min_purity: float = 0.0
+    """A pixel of the embeddings counts only if its label covers at least this share, from 0 to 1, of the labels under
+    it."""
+    max_samples_over: Literal["rank", "ranks"] = "rank"
+    """rank: every rank takes max_samples anchors. ranks: all of them together."""
     region_slots: int = 500
     """Region embeddings the bank keeps per class."""
     pixel_slots: int = 500
@@ -216,6 +225,8 @@ class TrainConfig:
             _require(value >= 1, name, value, "at least 1")
         for name, number in not_negative.items():
             _require(math.isfinite(number) and number >= 0, name, number, "finite and not negative")
+        for name, share in (("hard-fraction", loss.hard_fraction), ("min-purity", loss.min_purity)):
+            _require(0 <= share <= 1, name, share, "from 0 to 1")
         for name, rate in (("lr", optim.lr), ("head-lr", optim.head_lr)):
             _require(math.isfinite(rate) and rate > 0, name, rate, "finite and above 0")
         _require(math.isfinite(data.scale) and data.scale > 0, "scale", data.scale, "finite and above 0")

@@ -31,6 +31,7 @@ def check_sampling(labels, predictions, priority, backend, **settings):
         settings["max_views"],
         settings["max_views"] + 1 if min_pixels is None else min_pixels,
         settings.get("ignore_index", 255),
+        settings.get("hard_fraction", 0.5),
     )
     padding = settings["max_samples"] - len(indices)
     assert sample.indices.tolist() == indices + [0] * padding

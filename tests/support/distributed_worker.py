@@ -143,6 +143,20 @@ def compiled(rank):
     return states
 
 
+def anchors_of_all_ranks(rank):
+    """The anchors of a rank that takes its part of 7, eager and compiled; more ranks than anchors are an error."""
+    embeddings, labels, _ = batch(rank, 0, 2)
+    settings = dict(min_pixels=1, max_views=9, bank=make_bank(), max_samples_over="ranks")
+    loss = PixelContrastLoss(CLASSES, max_samples=7, **settings)
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = [call(embeddings, labels, labels, return_parts=True)[1]["anchors"].item() for call in (loss, run)]
+    try:
+        PixelContrastLoss(CLASSES, max_samples=1, **settings)(embeddings, labels, labels)
+    except ValueError as error:
+        return found, str(error)
+    raise AssertionError("a rank went without anchors")
+
+
 def restored_by_broadcast(rank):
     """Only the first rank loads a checkpoint, and DDP sends the buffers on. Returns the state, then a step's loss."""
     torch.manual_seed(0)
@@ -332,6 +346,7 @@ def main(rank, out, checkpoint=None):
         "other_banks": lambda: other_banks(rank),
         "validating_alone": lambda: validating_alone(rank),
         "compiled": lambda: compiled(rank),
+        "anchors_of_all_ranks": lambda: anchors_of_all_ranks(rank),
         "restored_by_broadcast": lambda: restored_by_broadcast(rank),
         "fully_sharded": lambda: fully_sharded(rank),
         "readme": lambda: readme(rank),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from torch import Tensor
 
@@ -49,6 +50,7 @@ def sampling(
     max_views: int,
     min_pixels: int,
     ignore_index: int,
+    hard_fraction: float = 0.5,
 ) -> tuple[list[int], list[int]]:
     """Flat indices and labels of the anchors, without padding."""
     batch, pixels = labels.shape[0], labels[0].numel()
@@ -68,7 +70,8 @@ def sampling(
         hard = [i for i in pairs[b, c] if p[b][i] != c]
         easy = [i for i in pairs[b, c] if p[b][i] == c]
         take = min(n_view, len(pairs[b, c]))
-        keep_hard = min(len(hard), max(take // 2, take - len(easy)))
+        wanted = math.floor(Fraction(repr(hard_fraction)) * take)  # of the number as it is written
+        keep_hard = min(len(hard), max(wanted, take - len(easy)))
         for kind, pool, keep in ((0, hard, keep_hard), (1, easy, take - keep_hard)):
             chosen += [(c, b, kind, i) for i in sorted(pool, key=lambda i: (r[b][i], i))[:keep]]
     chosen.sort()
@@ -118,3 +121,21 @@ class Rings:
             return 0, 0, {}
         stored = {i % slots: rows[i] for i in range(len(rows))}
         return len(rows) % slots, min(len(rows), slots), stored
+
+
+def purity(labels: Tensor, size: tuple[int, int], picked: Tensor) -> list[list[list[Fraction]]]:
+    """Of labels [B, H, W], the share under each cell of a grid of this size that has its label, picked [B, h, w]."""
+    (batch, height, width), (rows, columns) = labels.shape, size
+    shares = []
+    for b in range(batch):
+        image = []
+        for i in range(rows):
+            below = range(i * height // rows, math.ceil(Fraction((i + 1) * height, rows)))
+            row = []
+            for j in range(columns):
+                right = range(j * width // columns, math.ceil(Fraction((j + 1) * width, columns)))
+                found = [int(labels[b, y, x]) for y in below for x in right]
+                row.append(Fraction(found.count(int(picked[b, i, j])), len(found)))
+            image.append(row)
+        shares.append(image)
+    return shares

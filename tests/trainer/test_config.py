@@ -109,6 +109,9 @@ def test_a_value_of_the_wrong_kind_is_refused(tmp_path, capsys):
         (["--zoom", "2", "1"], r"--zoom is \(2.0, 1.0\), must be 0 < low <= high"),
         (["--crop", "0", "5"], r"--crop is \(0, 5\), must be at least 1 by 1"),
         (["--size", "50", "50", "--scale", "0.5"], "--scale is 0.5, must be left out where --size is given"),
+        (["--hard-fraction", "1.5"], "--hard-fraction is 1.5, must be from 0 to 1"),
+        (["--min-purity", "-0.1"], "--min-purity is -0.1, must be from 0 to 1"),
+        (["--min-purity", "nan"], "--min-purity is nan, must be from 0 to 1"),
         (["--synthetic-images", "5", "0"], r"--synthetic-images is \(5, 0\)"),
     ],
 )

@@ -83,6 +83,24 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     assert criterion.contrast.base_temperature == 0.07
 
 
+def test_flags_that_steer_the_sampling_reach_the_loss():
+    flags = [
+        "--anchors",
+        "random",
+        "--hard-fraction",
+        "0.8",
+        "--min-purity",
+        "0.9",
+        "--max-samples-over",
+        "ranks",
+    ]
+    for given, expected in (([], ("hard", 0.5, 0.0, "rank")), (flags, ("random", 0.8, 0.9, "ranks"))):
+        config = parse_flags(TrainConfig, given)
+        config.validate()
+        loss = build_criterion(config.loss, 3, 8).contrast
+        assert (loss.anchors, loss.hard_fraction, loss.min_purity, loss.max_samples_over) == expected
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_say_where_they_are_from_and_how_they_depart(name):
     options = json.loads((RECIPES / f"{name}.json").read_text())

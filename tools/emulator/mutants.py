@@ -280,6 +280,12 @@ MUTANTS = [
         "for (int64_t row = rows + thread;",
         "for (int64_t row = rows + 1 + thread;",
     ),
+    Mutant(
+        "half of the anchors hard, whatever was asked",
+        "sampling.cuh",
+        "take * p.hard_share >> 24",
+        "take / 2",
+    ),
     # gather
     Mutant("index used unchecked", "gather.cuh", "if (!is_pixel(p, index)) {", "if (false) {"),
     Mutant(

@@ -89,14 +89,14 @@ def _layouts(embeddings: Tensor) -> list[Tensor]:
 
 
 def _sampling() -> None:
-    problems = [  # shape and classes; samples, views, min_pixels
-        ((2, 17, 23, 5), (64, 10, None)),
-        ((3, 8, 9, 6), (5, 3, 1)),
-        ((1, 33, 41, 3), (100, 100, 1)),
-        ((1, 1, 1, 1), (1, 1, 0)),
-        ((0, 3, 3, 2), (7, 2, None)),
+    problems = [  # shape and classes; samples, views, min_pixels, hard_fraction
+        ((2, 17, 23, 5), (64, 10, None, 0.5)),
+        ((3, 8, 9, 6), (5, 3, 1, 0.5)),
+        ((1, 33, 41, 3), (100, 100, 1, 0.8)),
+        ((1, 1, 1, 1), (1, 1, 0, 0.5)),
+        ((0, 3, 3, 2), (7, 2, None, 0.5)),
     ]
-    for (batch, height, width, classes), (max_samples, max_views, min_pixels) in problems:
+    for (batch, height, width, classes), (max_samples, max_views, min_pixels, hard_fraction) in problems:
         labels, predictions, priority = _maps(batch, height, width, classes)
         hard_anchor_sampling(
             labels,
@@ -105,6 +105,7 @@ def _sampling() -> None:
             max_samples=max_samples,
             max_views=max_views,
             min_pixels=min_pixels,
+            hard_fraction=hard_fraction,
             priority=priority,
             backend="cuda",
         )

@@ -43,6 +43,7 @@ def sampling_plan_kernel(
     max_samples,
     max_views,
     min_pixels,
+    hard_share,
     pair_keys,  # [num_classes * B] int64 scratch
     pool_keep,  # [num_classes * B, 2] int32 out: rows that the hard and the easy pool give
     pool_rows,  # [num_classes * B, 2] int32 out: the first of them
@@ -90,7 +91,8 @@ def sampling_plan_kernel(
         if total > max_samples:
             stays = stays & (tl.load(pair_keys + pair, mask=inside, other=NO_PAIR) <= threshold)
         take = tl.where(stays, tl.minimum(views, hard + easy), 0).to(tl.int32)
-        keep_hard = tl.minimum(hard, tl.maximum(take // 2, take - easy))
+        wanted = (take.to(tl.int64) * hard_share >> 24).to(tl.int32)
+        keep_hard = tl.minimum(hard, tl.maximum(wanted, take - easy))
         row = rows + tl.cumsum(take, 0) - take
         tl.store(pool_keep + 2 * pair, keep_hard, mask=inside)
         tl.store(pool_keep + 2 * pair + 1, take - keep_hard, mask=inside)
@@ -163,6 +165,7 @@ def hard_anchor_sampling(call: Sampling) -> None:
         call.max_samples,
         min(call.max_views, call.max_samples),
         call.min_pixels,
+        call.hard_share,
         labels.new_empty(pairs),
         pool_keep,
         pool_rows,
