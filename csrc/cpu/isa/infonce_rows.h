@@ -113,14 +113,13 @@ inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
 }
 
 // Bins have exact edges, so that a dot product is in bin b or above exactly if it is at least the lower edge
-// of b. NaN is in the first.
+// of b. NaN is in the first. Neighbours are counted apart: two in the same bin would wait for each other.
 inline void count_row(const CountScoresParams& p, int64_t i, const float* scores) {
-  constexpr int kHalf = kScoreBins / 2;
+  constexpr int kHalf = kScoreBins / 2, kApart = 4, kNowhere = kScoreBins;
   constexpr int32_t kChunk = 256;
-  const int32_t num_keys = int32_t(p.num_keys);
+  const int32_t num_keys = int32_t(p.num_keys), label = p.anchor_labels[i];
   const int32_t self = int32_t(find_self(p.anchor_index, i, p.key_index, p.num_keys));
-  const int32_t label = p.anchor_labels[i];
-  int32_t* counts = p.counts + i * kScoreBins;
+  int32_t found[kApart][kScoreBins + 16] = {};
   int32_t bins[kChunk];
   for (int32_t first = 0; first < num_keys; first += kChunk) {
     const int32_t n = num_keys - first < kChunk ? num_keys - first : kChunk;
@@ -129,14 +128,24 @@ inline void count_row(const CountScoresParams& p, int64_t i, const float* scores
       float place = scores[first + j] * kHalf;
       place = place >= -kHalf ? place : -kHalf;
       place = place < kHalf ? place : kHalf - 1;
-      int32_t bin = int32_t(place + kHalf);  // towards 0
-      bin -= float(bin - kHalf) > place;     // where the sum was rounded up
-      if (p.key_labels) bin = p.key_labels[first + j] == label ? kScoreBins : bin;
-      bins[j] = first + j == self ? kScoreBins : bin;
+      int32_t bin = int32_t(place + kHalf);
+      bin -= float(bin - kHalf) > place;  // where the sum was rounded up
+      bins[j] = first + j == self ? kNowhere : bin;
     }
-    for (int32_t j = 0; j < n; ++j) {
-      if (bins[j] < kScoreBins) ++counts[bins[j]];
+    if (p.key_labels) {
+#pragma omp simd
+      for (int32_t j = 0; j < n; ++j) bins[j] = p.key_labels[first + j] == label ? kNowhere : bins[j];
     }
+    int32_t j = 0;
+    for (; j + kApart <= n; j += kApart) {
+      for (int k = 0; k < kApart; ++k) ++found[k][bins[j + k]];
+    }
+    for (; j < n; ++j) ++found[0][bins[j]];
+  }
+  int32_t* counts = p.counts + i * kScoreBins;
+#pragma omp simd
+  for (int bin = 0; bin < kScoreBins; ++bin) {
+    counts[bin] += found[0][bin] + found[1][bin] + found[2][bin] + found[3][bin];
   }
 }
 
