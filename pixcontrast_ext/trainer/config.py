@@ -108,6 +108,14 @@ class LossConfig:
     it."""
     max_samples_over: Literal["rank", "ranks"] = "rank"
     """rank: every rank takes max_samples anchors. ranks: all of them together."""
+    mining: Literal["off", "random", "semi-hard", "hardest"] = "off"
+    """Which keys an anchor is contrasted with. off: all. random: some. semi-hard: some of the hardest. hardest: those."""
+    mining_negatives: int = 2048
+    """Negatives of an anchor, about."""
+    mining_positives: int = 1024
+    """Positives of an anchor, about, at most."""
+    mining_fraction: float = 0.1
+    """Share of the keys that semi-hard takes for hard, from above 0 to 1."""
     region_slots: int = 500
     """Region embeddings the bank keeps per class."""
     pixel_slots: int = 500
@@ -214,6 +222,7 @@ class TrainConfig:
             "eval-every": self.eval_every, "checkpoint-every": self.checkpoint_every,
             "keep-checkpoints": self.keep_checkpoints, "embed-dim": self.net.embed_dim,
         }  # fmt: skip
+        at_least_one |= {"mining-negatives": loss.mining_negatives, "mining-positives": loss.mining_positives}
         not_negative = {
             "seed": self.seed, "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
             "jitter": data.jitter, "weight": loss.weight, "aux-weight": loss.aux_weight,
@@ -227,6 +236,9 @@ class TrainConfig:
             _require(math.isfinite(number) and number >= 0, name, number, "finite and not negative")
         for name, share in (("hard-fraction", loss.hard_fraction), ("min-purity", loss.min_purity)):
             _require(0 <= share <= 1, name, share, "from 0 to 1")
+        _require(
+            0 < loss.mining_fraction <= 1, "mining-fraction", loss.mining_fraction, "above 0 and at most 1"
+        )
         for name, rate in (("lr", optim.lr), ("head-lr", optim.head_lr)):
             _require(math.isfinite(rate) and rate > 0, name, rate, "finite and above 0")
         _require(math.isfinite(data.scale) and data.scale > 0, "scale", data.scale, "finite and above 0")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
 from pixcontrast_ext.maps import cross_entropy
+from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
@@ -88,6 +89,10 @@ def build_criterion(
             pixels_per_image=config.pixels_per_image,
             ignore_index=IGNORE,
         )
+    mining = None
+    if config.mining != "off":
+        counts = config.mining_negatives, config.mining_positives
+        mining = Mining(config.mining, *counts, fraction=config.mining_fraction)
     return PixelContrastCrossEntropyLoss(
         num_classes,
         weight=config.weight,
@@ -103,6 +108,7 @@ def build_criterion(
         max_samples_over=config.max_samples_over,
         ignore_index=IGNORE,
         bank=bank,
+        mining=mining,
         generator=generator,
         backend=config.backend,
     )

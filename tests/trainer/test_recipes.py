@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pixcontrast_ext import Mining
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.config import RECIPES, TrainConfig, flags_of_file, load_config, parse_flags
 from pixcontrast_ext.trainer.data import dataset_spec
@@ -99,6 +100,24 @@ def test_flags_that_steer_the_sampling_reach_the_loss():
         config.validate()
         loss = build_criterion(config.loss, 3, 8).contrast
         assert (loss.anchors, loss.hard_fraction, loss.min_purity, loss.max_samples_over) == expected
+
+
+@pytest.mark.parametrize("contrast", ["batch", "bank"])
+def test_mining_reaches_the_loss(contrast):
+    flags = [
+        "--mining",
+        "hardest",
+        "--mining-negatives",
+        "9",
+        "--mining-positives",
+        "7",
+        "--mining-fraction",
+        "0.5",
+    ]
+    for given, expected in (([], None), (flags, Mining("hardest", 9, 7, 0.5))):
+        config = parse_flags(TrainConfig, [*given, "--contrast", contrast])
+        config.validate()
+        assert build_criterion(config.loss, 3, 8).contrast.mining == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
