@@ -3,7 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
-OPS = ("infonce", "sampling", "gather", "enqueue", "training_step", "network_step")
+OPS = ("infonce", "mining", "sampling", "gather", "enqueue", "training_step", "network_step")
 
 
 def load(op: str) -> ModuleType:

@@ -18,6 +18,7 @@ BEGIN, END = "<!-- figures: python -m benchmarks.pages -->", "<!-- end of figure
 
 OPS = {
     "infonce": "The loss and its gradient",
+    "mining": "The loss of mined pairs",
     "training_step": "The criterion in a training step",
     "network_step": "A network's training step",
     "sampling": "Sampling",

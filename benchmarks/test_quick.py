@@ -19,6 +19,7 @@ SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
         "A256-D64-C5": ("bf16",),
         "A32-K380-D64-C19": ("fp32",),
     },
+    "mining": {"A256-K1900-D64-C19": ("fp32",), "A256-D64-C5": ("bf16",)},
     "sampling": {"B4-D64-H64-W128-C19-A1024": ("fp32",)},
     "gather": {"B4-D64-H64-W128-C19-A1024": ("fp32", "bf16")},
     "enqueue": {"B4-D64-H64-W128-C19-A1024": ("fp32", "bf16")},
