@@ -17,6 +17,8 @@ from pixcontrast_ext import (
     infonce,
     score_thresholds,
 )
+from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends.calls import SCORE_BINS
 from pixcontrast_ext.ops.mining import STRATEGIES
 from tests.support.checks import error
 from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
@@ -197,6 +199,10 @@ def test_bins_have_exact_edges(careful_backend, instruction_set):
     )
     assert {i: int(n) for i, n in enumerate(counts[0]) if n} == {0: 4, 255: 1, 256: 2, 511: 4}
     assert not nothing.any()
+
+
+def test_both_sides_count_in_the_same_bins():
+    assert native._C.SCORE_BINS == SCORE_BINS == 2 / BIN
 
 
 # The loss

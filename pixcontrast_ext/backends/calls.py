@@ -172,16 +172,6 @@ class MinedForward(InfonceForward):
     neg_min: Tensor  # [A] fp32
     pos_max: Tensor  # [A] fp32
 
-    @property
-    def in_batch(self) -> bool:
-        """Whether the anchors are the keys, and the negatives."""
-        return (
-            super(MinedForward, self).in_batch
-            and self.negatives.data_ptr() == self.anchors.data_ptr()
-            and self.negative_labels.data_ptr() == self.anchor_labels.data_ptr()
-            and self.negatives.shape == self.anchors.shape
-        )
-
 
 @dataclass(slots=True)
 class ScoreCounts(_Record):

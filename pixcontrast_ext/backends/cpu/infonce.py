@@ -284,6 +284,8 @@ class _TorchWalk:
     def __init__(self, keys: _Rows, negatives: _Rows):
         self.keys = _Keys(*keys)
         self.negatives = self.keys if keys[1] is negatives[1] else _Keys(*negatives)
+        most = max(keys[1].shape[0], negatives[1].shape[0])
+        self._buffer = torch.empty(BLOCK_A * min(BLOCK_K, most), dtype=torch.float32)
 
     def sum_up(
         self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums, kept: _Thresholds | None
@@ -365,9 +367,6 @@ class _TorchWalk:
 
     def _scores(self, block: _AnchorBlock, start: int, stop: int, tile: Tensor) -> Tensor:
         """Of some anchors and a tile, in a buffer that the next call takes again."""
-        if not hasattr(self, "_buffer"):
-            most = max(len(self.keys.key_labels), len(self.negatives.key_labels))
-            self._buffer = torch.empty(BLOCK_A * min(BLOCK_K, most), dtype=torch.float32)
         count = tile.shape[0]
         out = self._buffer[: (stop - start) * count].view(-1, count)
         return torch.mm(block.rows[start:stop], tile.T, out=out)
