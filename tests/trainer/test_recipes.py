@@ -38,6 +38,8 @@ LOSSES = {
     "camvid_hrnet_w48": ("batch", 0.1, 0.07, 100, 5000),
     "camvid_hrnet_w48_bank": ("bank", 0.1, 0.07, 100, 3000),
     "camvid_hrnet_w48_ocr": ("batch", 0.1, 0.07, 100, 5000),
+    "camvid_hrnet_w48_paper": ("bank", 1.0, 0.1, 100, 3000),
+    "cityscapes_hrnet_w48_paper": ("bank", 1.0, 0.1, 100, 5000),
 }
 
 
@@ -50,9 +52,9 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     config = load_config(Path(name))
     config.validate()
     dataset, loss, optim = config.data.dataset, config.loss, config.optim
-    assert name.removeprefix(f"{dataset}_").removesuffix("_bank") == config.net.model
+    assert name.removeprefix(f"{dataset}_").removesuffix("_bank").removesuffix("_paper") == config.net.model
     assert config.net.model in MODELS
-    bank = loss.contrast == "bank"
+    bank, of_paper = loss.contrast == "bank", name.endswith("_paper")
     schedule = SCHEDULES.get(f"{dataset}_bank" if bank else "", SCHEDULES[dataset])
     crop, steps, batch, rate, decay, images = schedule
     assert (config.data.crop, config.steps, config.batch_size) == (crop, steps, batch)
@@ -66,22 +68,20 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     # The authors' scripts for these pass --nbb_mult 10.
     assert optim.head_lr == (10.0 if resized and config.net.model.startswith("hrnet") else 1.0)
     assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
-    assert (loss.base_temperature, loss.max_samples, loss.min_pixels, loss.aux_weight) == (
-        0.07,
-        1024,
-        None,
-        0.4,
-    )
+    base_temperature = None if of_paper else 0.07
+    assert (loss.base_temperature, loss.max_samples, loss.min_pixels) == (base_temperature, 1024, None)
+    assert loss.aux_weight == 0.4
     assert config.net.pretrained
     assert config.net.embed_dim == 256
     assert config.data.augment
     if bank:
         assert loss.region_slots == min(5000, images)
-        assert loss.pixel_slots == min(5000, 10 * images)
+        assert loss.pixel_slots == (10 * images if of_paper else min(5000, 10 * images))
         assert loss.pixels_per_image == 10
     criterion = build_criterion(loss, len(dataset_spec(dataset).classes), 8)
     assert criterion.contrast.temperature == loss.temperature
-    assert criterion.contrast.base_temperature == 0.07
+    assert criterion.contrast.base_temperature == base_temperature
+    assert criterion.contrast.mining == (Mining("semi-hard", 2048, 1024, 0.1) if of_paper else None)
 
 
 def test_flags_that_steer_the_sampling_reach_the_loss():
@@ -123,7 +123,9 @@ def test_mining_reaches_the_loss(contrast):
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_say_where_they_are_from_and_how_they_depart(name):
     options = json.loads((RECIPES / f"{name}.json").read_text())
-    assert options["_source"].startswith("github.com/tfzhou/ContrastiveSeg at 287e5d3: configs/")
+    of_paper = name.endswith("_paper")
+    source = "arXiv 2101.11939: " if of_paper else "github.com/tfzhou/ContrastiveSeg at 287e5d3: configs/"
+    assert options["_source"].startswith(source)
     assert len(options["_departs"]) > 40
 
 
