@@ -14,7 +14,7 @@ def negatives(scores, *, shift=0.0, labels=None):
     weights, total = scores.clone()[None], torch.zeros(1)
     native.launch(
         "infonce_negatives", scores=weights, num_rows=1, num_keys=scores.shape[0],
-        anchor_labels=torch.zeros(1, dtype=torch.int32), key_labels=labels, scale=1.0,
+        anchor_labels=torch.zeros(1, dtype=torch.int32), key_labels=labels, neg_min=None, scale=1.0,
         shift=torch.tensor([shift]), sum=total, output=None, channels=1, threads=1,
     )  # fmt: skip
     return weights[0], total[0]
@@ -27,7 +27,7 @@ def positives(scores, neg_lse):
     loss, weight, count = torch.zeros(n).double(), torch.zeros(n).double(), torch.zeros(n, dtype=torch.int64)
     native.launch(
         "infonce_positives", scores=sigma, num_rows=n, num_keys=1, neg_lse_log2=neg_lse, anchor_index=None,
-        key_index=None, scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
+        key_index=None, pos_max=None, scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
     )  # fmt: skip
     assert (count == 1).all()
     assert torch.equal(weight.nan_to_num(), sigma[:, 0].double().nan_to_num())
