@@ -20,6 +20,7 @@ from pixcontrast_ext import (
 from pixcontrast_ext.backends import native
 from pixcontrast_ext.backends.calls import SCORE_BINS
 from pixcontrast_ext.ops.mining import STRATEGIES
+from tests.support.backends import BACKENDS
 from tests.support.checks import error
 from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
 
@@ -407,11 +408,12 @@ def test_the_criterion_passes_it_on():
     assert PixelContrastCrossEntropyLoss(4, mining=mining).contrast.mining is mining
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="PIXCONTRAST_TEST_BACKENDS leaves cpu out")
 @pytest.mark.parametrize("with_bank", [False, True])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_one_graph(careful_backend, strategy, with_bank):
+@pytest.mark.parametrize("strategy", ["random", "semi-hard"])
+def test_one_graph(strategy, with_bank):
     torch._dynamo.reset()
-    eager, traced = (make_loss(strategy, with_bank, careful_backend) for _ in range(2))
+    eager, traced = (make_loss(strategy, with_bank, "cpu") for _ in range(2))
     compiled = torch.compile(traced, fullgraph=True, backend="aot_eager")
     for step in range(2):
         values = []
