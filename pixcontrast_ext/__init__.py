@@ -2,8 +2,9 @@
 
 from pixcontrast_ext.backends import available_backends, use_backend
 from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.criterion import PixelContrastCrossEntropyLoss
 from pixcontrast_ext.head import ProjectionHead
-from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss, PixelContrastLoss
+from pixcontrast_ext.loss import PixelContrastLoss
 from pixcontrast_ext.ops.gather import GatherEmbeddings, gather_embeddings
 from pixcontrast_ext.ops.infonce import BlockwiseInfoNCE, infonce
 from pixcontrast_ext.ops.mining import DrawnKeys, Mining, Thresholds, draw_keys, score_thresholds

@@ -405,7 +405,9 @@ def layer(path: str) -> str:
     head = path.split(".")[0] if path else ""
     if head in ("", "info"):
         return "public"
-    return {"bank": "model", "maps": "model", "loss": "model", "head": "model"}.get(head, head)
+    return {"bank": "model", "maps": "model", "loss": "model", "criterion": "model", "head": "model"}.get(
+        head, head
+    )
 
 
 def imports_of(file: Path) -> set[str]:

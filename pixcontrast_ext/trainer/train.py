@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.loss import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.criterion import PixelContrastCrossEntropyLoss
 from pixcontrast_ext.maps import cross_entropy
 from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.trainer.augment import Augment
