@@ -302,7 +302,7 @@ def test_anchors_are_divided_by_the_ranks(monkeypatch, ranks, parts):
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_graph_holds_it_all_at_any_size(dynamic):
     """Maps of the labels' size, at integer factors and ragged ones; torch may compile anew when sizes first change."""
-    sizes = [(2, 24, 27), (3, 24, 27), (2, 36, 18), (2, 25, 31), (5, 26, 30), (4, 31, 23)]
+    sizes = [(2, 24, 27), (3, 36, 18), (2, 25, 31), (4, 31, 23)]
 
     def criterion():
         return PixelContrastCrossEntropyLoss(
