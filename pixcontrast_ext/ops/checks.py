@@ -31,6 +31,14 @@ def to_int32(name: str, labels: Tensor) -> Tensor:
     return torch.where(too_large, -1, labels.clamp(min=-1)).int()
 
 
+def check_place(name: str, tensor: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
+    """Raise ValueError unless a tensor has this shape (None: any) and is on this device."""
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
 def check_labels(
     name: str, labels: Tensor | None, shape: tuple[int, ...] | None, device: torch.device
 ) -> None:
@@ -38,10 +46,7 @@ def check_labels(
     if not isinstance(labels, Tensor) or not is_integer(labels):
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name} must be an integer tensor, got {got}")
-    if shape is not None and tuple(labels.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
-    if labels.device != device:
-        raise ValueError(f"{name} must be on {device}, got {labels.device}")
+    check_place(name, labels, shape, device)
 
 
 def check_weights(name: str, weights: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
@@ -52,10 +57,7 @@ def check_weights(name: str, weights: Tensor, shape: tuple[int, ...] | None, dev
     if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if shape is not None and tuple(weights.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(weights.shape)}")
-    if weights.device != device:
-        raise ValueError(f"{name} must be on {device}, got {weights.device}")
+    check_place(name, weights, shape, device)
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ~((weights >= 0) & (weights < torch.inf))
         if wrong.any():

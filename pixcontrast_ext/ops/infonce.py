@@ -203,13 +203,8 @@ def infonce(
     name = backends.resolve(backend, op, anchors.device, anchors.dtype, width)
     if mined:
         kept = Thresholds(
-            *(
-                _threshold(bound, value, infinite, anchors)
-                for bound, value, infinite in (
-                    ("neg_min", neg_min, -math.inf),
-                    ("pos_max", pos_max, math.inf),
-                )
-            )
+            _threshold("neg_min", neg_min, -math.inf, anchors),
+            _threshold("pos_max", pos_max, math.inf, anchors),
         )
         if negatives is not None:
             negatives = negatives[0], checks.to_int32("negatives[1]", negatives[1])
@@ -230,10 +225,7 @@ def _threshold(name: str, value: Tensor | None, infinite: float, anchors: Tensor
     if not isinstance(value, Tensor) or value.dtype != torch.float32:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a float32 tensor, got {got}")
-    if tuple(value.shape) != (anchors.shape[0],):
-        raise ValueError(f"{name} must have shape ({anchors.shape[0]},), got {tuple(value.shape)}")
-    if value.device != anchors.device:
-        raise ValueError(f"{name} must be on {anchors.device}, got {value.device}")
+    checks.check_place(name, value, (anchors.shape[0],), anchors.device)
     return value.detach()
 
 

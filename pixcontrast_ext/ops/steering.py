@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pixcontrast_ext.ops import checks
+
 ANCHORS = ("hard", "random")
 
 _LEAST_EXPONENT = -256  # of a time that is still told from 0; those of fp32 weights have -160 to 155
@@ -24,10 +26,7 @@ def check_hard(hard: Tensor, shape: tuple[int, ...] | None, device: torch.device
     if not isinstance(hard, Tensor) or hard.dtype != torch.bool:
         got = hard.dtype if isinstance(hard, Tensor) else type(hard).__name__
         raise TypeError(f"hard must be a bool tensor, got {got}")
-    if shape is not None and tuple(hard.shape) != tuple(shape):
-        raise ValueError(f"hard must have shape {tuple(shape)}, got {tuple(hard.shape)}")
-    if hard.device != device:
-        raise ValueError(f"hard must be on {device}, got {hard.device}")
+    checks.check_place("hard", hard, shape, device)
 
 
 def predictions_for(labels: Tensor, predictions: Tensor | None, hard: Tensor | None, anchors: str) -> Tensor:
