@@ -196,3 +196,28 @@ def test_autocast_does_not_reach_the_logits(backend):
         found = run(inputs, backend)
     assert found[0].dtype == torch.float32
     assert error(found[0], exact(inputs)[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [64, 200])
+def test_scores_beyond_all_room_for_a_shift(gpu_backend, dtype, channels):
+    """fp32 scores of this size are 128 apart, so the weight of one may vanish entirely beside another's."""
+    rows = torch.nn.functional.normalize(torch.randn(60, channels), dim=1).mul(1e4).to(dtype)
+    labels = torch.arange(60) % 4
+    found, expected = [], []
+    for backend, into, kind in ((gpu_backend, found, dtype), ("reference", expected, torch.float64)):
+        a = rows[:20].to(kind, copy=True).requires_grad_()
+        loss = infonce(a, labels[:20], rows.to(kind, copy=True), labels, temperature=0.1, backend=backend)
+        into += [loss.detach(), torch.autograd.grad(loss, a)[0]]
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours.double() - exact).norm() <= 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e15])
+def test_tiny_and_huge_rows(gpu_backend, size):
+    rows, labels = torch.nn.functional.normalize(torch.randn(20, 8), dim=1), torch.arange(20) % 3
+    loss, expected = (
+        infonce(rows.to(dtype) * size, labels, rows.to(dtype) * size, labels, temperature=0.1, backend=name)
+        for name, dtype in ((gpu_backend, torch.float32), ("reference", torch.float64))
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)

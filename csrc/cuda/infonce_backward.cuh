@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
           each_row<Tile>([&](int f, int half) {
             float& score = scores[f][n][2 * half + e];
             const Factors mirror = own_factors[engine.local_row(f, half)];  // registers are short here
-            const float scaled = score * scale;
+            const float scaled = rounded_product(score, scale);
             if (!mixed || label != mirror.label()) {
               score =
                   negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);

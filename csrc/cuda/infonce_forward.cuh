@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
           float sum_of_tile = 0.f;
           each_score<Tile>([&](int n, int e) {
             float& score = scores[f][n][2 * half + e];
-            score = exp2_approx(fmaf(score, scale, -base));
+            score = exp2_approx(rounded_product(score, scale) - base);
             sum_of_tile += score;
           });
           sum[f][half] += sum_of_tile;
@@ -238,7 +238,7 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
             const int column = engine.local_column(n) + e;
             const bool positive = key_labels[stage * Tile::kBlockK + column] == own.label &&
                                   first_column + unsigned(column) != unsigned(own.excluded);
-            const float margin = own.neg_lse_log2 - score * own.scale;
+            const float margin = own.neg_lse_log2 - rounded_product(score, own.scale);
             const float odds = positive ? exp2_approx(-fabsf(margin)) : 0.f;
             const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
             margins += positive ? fmaxf(margin, 0.f) : 0.f;

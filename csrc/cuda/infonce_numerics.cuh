@@ -10,6 +10,9 @@ namespace pxc::cuda {
 constexpr float kLog2E = 1.442695040888963407f;
 constexpr float kLn2 = 0.693147180559945309f;
 
+// Of scores: -inf times 0 would be NaN.
+constexpr float kSmallestScale = 1e-37f;
+
 // The shift of pass 1 may lag behind the maximum by this much, so that few tiles have to rescale the output.
 constexpr float kSlack = 8.f;
 

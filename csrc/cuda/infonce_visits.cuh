@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params 
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     const float scale = kLog2E / p.temperature;
-    *p.score_scale = p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p);
+    *p.score_scale =
+        fmaxf(p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p), kSmallestScale);
   }
   SharedMemory memory;
   const auto rank_of_label = [&p](int64_t anchor) {
