@@ -108,6 +108,9 @@ struct Write {                // which moves bytes: its rows are of one type, an
              keys, key_labels, region_ptr, region_fill, pixel_ptr, pixel_fill)
 };
 
+// Dot products are counted in equal bins over [-1, 1]; those outside belong to the first and the last.
+constexpr int kScoreBins = 512;
+
 // --- CPU ---
 
 namespace cpu {
@@ -208,9 +211,6 @@ struct PositivesParams {
   PXC_FIELDS((), scores, num_rows, num_keys, neg_lse_log2, anchor_index, key_index, pos_max, scale, loss_sum,
              pos_weight_sum, pos_counts, threads)
 };
-
-// Dot products are counted in equal bins over [-1, 1]; those outside belong to the first and the last.
-constexpr int kScoreBins = 512;
 
 struct CountScoresParams {
   const float* scores;  // [rows, keys] dot products
@@ -447,6 +447,52 @@ struct InfonceBackwardParams : Launch, InfonceRows {
   int64_t grad_channels;    // D
   PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_labels, num_keys, neg_lse, pos_weight, grad_scale,
              peak, factors, label_ranges, grad_parts, grad, grad_channels)
+};
+
+// --- example mining ---
+
+// The products that take part: of negatives from neg_min on, of positives below pos_max. NaN always does.
+struct MinedRange {
+  const float* neg_min;  // [A]
+  const float* pos_max;  // [A]
+  PXC_FIELDS((), neg_min, pos_max)
+};
+
+// The negatives, if they are other rows than the keys: they take the keys' place in pass 1, and what
+// InfonceRows has of keys they have of their own.
+struct NegativeRows {
+  ConstRows negatives;             // as the keys [M, channels]; null: the keys
+  Float16* negative_planes;        // as the keys'
+  const int32_t* negative_labels;  // [M]
+  int64_t num_negatives;
+  int32_t* negative_ranges;  // [pieces of negatives, 2] scratch
+  float* negative_scale;     // [] scratch
+  float* negative_unscale;   // [2] scratch
+  PXC_FIELDS((), negatives, negative_planes, negative_labels, num_negatives, negative_ranges, negative_scale,
+             negative_unscale)
+};
+
+struct MinedForwardParams : InfonceForwardParams, NegativeRows, MinedRange {
+  PXC_FIELDS((InfonceForwardParams, NegativeRows, MinedRange))
+};
+
+struct MinedBackwardParams : InfonceBackwardParams, MinedRange {
+  float* bounds;  // [A, 2] scratch: both, in the order of visits and in units of scores
+  PXC_FIELDS((InfonceBackwardParams, MinedRange), bounds)
+};
+
+struct ScoreCountsParams : Launch, InfonceRows, NegativeRows {
+  ConstRows keys;             // as the anchors, or null: the anchors are the keys
+  Float16* key_planes;        // as the anchors'
+  const int32_t* key_labels;  // [K], or null
+  int64_t num_keys;
+  int32_t* label_ranges;    // [pieces of keys, 2] scratch
+  int64_t positive_splits;  // of the walk over the keys; `splits` are those of the walk over the negatives
+  int64_t grad_channels;    // D
+  int32_t* neg_counts;      // [A, kScoreBins] in (0) and out
+  int32_t* pos_counts;      // [A, kScoreBins] in (0) and out
+  PXC_FIELDS((Launch, InfonceRows, NegativeRows), keys, key_planes, key_labels, num_keys, label_ranges,
+             positive_splits, grad_channels, neg_counts, pos_counts)
 };
 
 }  // namespace cuda

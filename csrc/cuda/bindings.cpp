@@ -17,6 +17,9 @@ void def_kernels(pybind11::module_& m) {
   def<WriteParams>(m, "write", write);
   def<InfonceForwardParams>(m, "infonce_forward", infonce_forward);
   def<InfonceBackwardParams>(m, "infonce_backward", infonce_backward);
+  def<MinedForwardParams>(m, "mined_forward", mined_forward);
+  def<MinedBackwardParams>(m, "mined_backward", mined_backward);
+  def<ScoreCountsParams>(m, "score_counts", score_counts);
   pybind11::class_<InfonceTile>(m, "InfonceTile", pybind11::module_local())
       .def_readonly("rows", &InfonceTile::rows)
       .def_readonly("columns", &InfonceTile::columns)
@@ -26,6 +29,10 @@ void def_kernels(pybind11::module_& m) {
   m.def("infonce_negatives_tile", infonce_negatives_tile);
   m.def("infonce_positives_tile", infonce_positives_tile);
   m.def("infonce_backward_tile", infonce_backward_tile);
+  m.def("mined_negatives_tile", mined_negatives_tile);
+  m.def("mined_positives_tile", mined_positives_tile);
+  m.def("mined_backward_tile", mined_backward_tile);
+  m.def("score_counts_tile", score_counts_tile);
   m.def("runtime_problem", runtime_problem);
 }
 

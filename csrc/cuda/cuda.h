@@ -18,6 +18,9 @@ void write(const WriteParams&);
 
 void infonce_forward(const InfonceForwardParams&);
 void infonce_backward(const InfonceBackwardParams&);
+void mined_forward(const MinedForwardParams&);
+void mined_backward(const MinedBackwardParams&);
+void score_counts(const ScoreCountsParams&);
 
 // How a pass is cut into tiles on a device, which may depend on the number of anchors and keys. Rows are
 // anchors and columns are keys in the forward's two passes; in the backward it is the other way round. The
@@ -32,5 +35,9 @@ InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32,
 InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
                                    int64_t num_anchors, int64_t num_keys);
 InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
+InfonceTile mined_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
+InfonceTile mined_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
+InfonceTile mined_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
+InfonceTile score_counts_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
 
 }  // namespace pxc::cuda

@@ -19,10 +19,10 @@ size_t shared_bytes_of(const CollectParams& p, const RegionTile& tile) {
          (tile.sums_in_shared ? shared_bytes<float>(size_t(p.num_classes) * p.channels) : 0);
 }
 
-// Strips as long as there is room for: the longer a piece of a channel, the fewer pages of memory are open.
+// How chunks are staged within so many bytes of shared memory, in strips as long as there is room for: the
+// longer a piece of a channel, the fewer pages of memory are open.
 template <class In, bool kChannelsLast>
-RegionTile region_tile_of(const CollectParams& p) {
-  const size_t most = shared_of_block(p.device);
+RegionTile region_tile_within(const CollectParams& p, size_t most) {
   RegionTile tile{
       .strip = 128,
       .slice = int(std::min<int64_t>(p.channels, kMaxSlice)),
@@ -31,10 +31,21 @@ RegionTile region_tile_of(const CollectParams& p) {
   };
   const auto fits = [&] { return shared_bytes_of<In, kChannelsLast>(p, tile) <= most; };
   while (tile.strip > 32 && !fits()) tile.strip /= 2;
-  while (!fits()) tile.slice -= 8;
+  while (tile.slice > 8 && !fits()) tile.slice -= 8;
   tile.sums_in_shared = true;
   tile.sums_in_shared = fits();
+  return tile;
+}
 
+// Two blocks share a multiprocessor if that costs them no more than shorter strips: one loads while the other
+// adds up.
+template <class In, bool kChannelsLast>
+RegionTile region_tile_of(const CollectParams& p) {
+  constexpr size_t kReserved = 1024;  // by the device, of every block
+  const size_t alone = shared_of_block(p.device), beside = shared_of_multiprocessor(p.device) / 2 - kReserved;
+  RegionTile tile = region_tile_within<In, kChannelsLast>(p, alone);
+  const RegionTile smaller = region_tile_within<In, kChannelsLast>(p, std::min(alone, beside));
+  if (smaller.slice == tile.slice && smaller.sums_in_shared == tile.sums_in_shared) tile = smaller;
   const auto aligned = [&](int unit) {
     const auto is_multiple = [&](int64_t numbers) { return numbers * int64_t(sizeof(In)) % unit == 0; };
     const bool lines = kChannelsLast ? is_multiple(p.channels) && is_multiple(p.stride_row) &&

@@ -28,23 +28,65 @@ template <class Tile>
 using BackwardEngine = Engine<Tile, kWeightParts<Tile>>;
 
 // The shared memory of a block of the backward.
-template <class Tile>
+template <class Tile, bool kMined>
 size_t backward_bytes(int64_t row_stride) {
-  return BackwardEngine<Tile>::bytes(row_stride) + shared_bytes<Factors>(2 * Tile::kBlockK) +
-         shared_bytes<Factors>(Tile::kBlockA);
+  const size_t factors = shared_bytes<Factors>(2 * Tile::kBlockK) + shared_bytes<Factors>(Tile::kBlockA);
+  const size_t bounds = shared_bytes<Bounds>(2 * Tile::kBlockK) + shared_bytes<Bounds>(Tile::kBlockA);
+  return BackwardEngine<Tile>::bytes(row_stride) + factors + (kMined ? bounds : 0);
 }
+
+// The bounds of the anchors that a block of the backward meets, as its factors; nothing unless mined.
+template <class Tile, class Params>
+struct BoundsOfTile {
+  static constexpr bool kBounded = kMined<Params>;
+  [[maybe_unused]] const Bounds* all = nullptr;
+  [[maybe_unused]] Bounds *columns = nullptr, *rows = nullptr;
+
+  __device__ __forceinline__ BoundsOfTile(SharedMemory& memory, const Params& p) {
+    if constexpr (kBounded) {
+      all = reinterpret_cast<const Bounds*>(p.bounds);
+      columns = memory.template take<Bounds>(2 * Tile::kBlockK);
+      rows = memory.template take<Bounds>(Tile::kBlockA);
+    }
+  }
+  __device__ __forceinline__ void load_row(int row, int64_t place) const {
+    if constexpr (kBounded) rows[row] = all[place];
+  }
+  __device__ __forceinline__ void load_column(int stage, int column, int64_t place, bool inside) const {
+    if constexpr (kBounded) {
+      Bounds* to = columns + stage * Tile::kBlockK + column;
+      const Bounds* from = inside ? all + place : all;
+      cp_async_4(&to->neg_min, &from->neg_min, inside ? 4 : 0);
+      cp_async_4(&to->pos_max, &from->pos_max, inside ? 4 : 0);
+    }
+  }
+  // Whether a score takes part as a negative, or a positive, of the anchor in a column, or in a row.
+  __device__ __forceinline__ bool column_takes(int stage, int column, float score, bool positive) const {
+    if constexpr (kBounded) return takes(columns[stage * Tile::kBlockK + column], score, positive);
+    return true;
+  }
+  __device__ __forceinline__ bool row_takes(int row, float score, bool positive) const {
+    if constexpr (kBounded) return takes(rows[row], score, positive);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ static bool takes(Bounds bounds, float score, bool positive) {
+    return positive ? !(score >= bounds.pos_max) : !(score < bounds.neg_min);
+  }
+};
 
 // Rows are keys and columns anchors: the gradient of the keys. Of anchors that are the keys, both halves at
 // once.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    infonce_bwd_keys_kernel(InfonceBackwardParams p) {
+template <class Tile, class Params>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_bwd_keys_kernel(Params p) {
   using Engine = BackwardEngine<Tile>;
   SharedMemory memory;
   const Side keys = keys_of<Tile>(p), anchors = anchors_of<Tile>(p);
   const Engine engine(memory, keys, anchors, int(blockIdx.x) * Tile::kBlockA);
   Factors* factors = memory.take<Factors>(2 * Tile::kBlockK);
   Factors* own_factors = memory.take<Factors>(Tile::kBlockA);  // their labels at least
+  const BoundsOfTile<Tile, Params> bounds(memory, p);
   const Factors* all_factors = reinterpret_cast<const Factors*>(p.factors);
   const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
   const bool symmetric = p.keys.data == nullptr;
@@ -57,6 +99,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                                              .push = 0.f,
                                              .pull = 0.f,
                                              .label_bits = bits_float(uint32_t(label_at(keys, row)))};
+    if (symmetric && row < keys.count) bounds.load_row(int(threadIdx.x), row);
   }
   sync_block();  // they are there, also for a block that visits nothing
   typename Engine::Output output = {};
@@ -71,6 +114,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         const bool inside = first + threadIdx.x < anchors.count;  // zeros past the last: push and pull are 0
         cp_async_16(factors + stage * Tile::kBlockK + threadIdx.x,
                     inside ? all_factors + first + threadIdx.x : all_factors, inside ? 16 : 0);
+        bounds.load_column(stage, int(threadIdx.x), first + threadIdx.x, inside);
       },
       [&](int stage, bool mixed, unsigned first_column) {
         typename Engine::Scores scores;
@@ -83,13 +127,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
           each_row<Tile>([&](int f, int half) {
             float& score = scores[f][n][2 * half + e];
             const Factors mirror = own_factors[engine.local_row(f, half)];  // registers are short here
-            const float scaled = rounded_product(score, scale);
-            if (!mixed || label != mirror.label()) {
-              score =
-                  negative_gradient(anchor, scaled) + (symmetric ? negative_gradient(mirror, scaled) : 0.f);
+            const float product = score, scaled = rounded_product(score, scale);
+            const bool positive = mixed && label == mirror.label();
+            const bool takes = bounds.column_takes(stage, column, product, positive);
+            const bool mirrored = symmetric && bounds.row_takes(engine.local_row(f, half), product, positive);
+            if (!positive) {
+              score = (takes ? negative_gradient(anchor, scaled) : 0.f) +
+                      (mirrored ? negative_gradient(mirror, scaled) : 0.f);
             } else {
-              score =
-                  positive_gradient(anchor, scaled) + (symmetric ? positive_gradient(mirror, scaled) : 0.f);
+              score = (takes ? positive_gradient(anchor, scaled) : 0.f) +
+                      (mirrored ? positive_gradient(mirror, scaled) : 0.f);
               const int64_t row = int64_t(engine.first_row) + engine.local_row(f, half);
               if (p.exclude_self && label >= 0 && row == (symmetric ? place : p.order[place])) score = 0.f;
             }
@@ -118,7 +165,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 constexpr int kBackwardFinishThreads = 64;
 
 // The second stage of the backward, a thread for each element: adds the splits in order.
-__global__ void __launch_bounds__(kBackwardFinishThreads) infonce_bwd_finish_kernel(InfonceBackwardParams p) {
+template <class Params>
+__global__ void __launch_bounds__(kBackwardFinishThreads) infonce_bwd_finish_kernel(Params p) {
   const int64_t count = (p.keys.data == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
   const int64_t element = int64_t(blockIdx.x) * kBackwardFinishThreads + threadIdx.x;
   if (element >= count) return;

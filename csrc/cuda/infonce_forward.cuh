@@ -5,31 +5,21 @@
 
 namespace pxc::cuda {
 
-// Starts copying the labels of a tile's columns to `labels`; columns past the last get -1.
-template <int kCount>
-__device__ __forceinline__ void load_labels(int* labels, const Side& side, int64_t first) {
-  if (int(threadIdx.x) >= kCount) return;
-  if (first + threadIdx.x < side.count) {
-    cp_async_4(labels + threadIdx.x, side.labels + first + threadIdx.x, 4);
-  } else {
-    labels[threadIdx.x] = -1;
-  }
-}
-
 template <class Tile>
 using NegativesEngine = Engine<Tile, kNegativeParts<Tile>>;
 
 // The shared memory of a block of pass 1. It has the largest tiles, and keeps nothing but the labels of the
-// columns beside them: 128 x 128 tiles of 512 bytes a row take all that an H100 has, to the byte.
-template <class Tile>
+// columns beside them: 128 x 128 tiles of 512 bytes a row take all that an H100 has, to the byte. Mining,
+// whose tiles are smaller, adds a bound of each row.
+template <class Tile, bool kMined>
 size_t negatives_bytes(int64_t row_stride) {
-  return NegativesEngine<Tile>::bytes(row_stride) + shared_bytes<int>(2 * Tile::kBlockK);
+  return NegativesEngine<Tile>::bytes(row_stride) + shared_bytes<int>(2 * Tile::kBlockK) +
+         (kMined ? shared_bytes<float>(Tile::kBlockA) : 0);
 }
 
 // Pass 1 over the negatives: eq. (1), and O, both as partial results of one split.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    infonce_fwd_negatives_kernel(InfonceForwardParams p) {
+template <class Tile, class Params>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_fwd_negatives_kernel(Params p) {
   using Engine = NegativesEngine<Tile>;
   SharedMemory memory;
   const Side anchors = anchors_of<Tile>(p), keys = keys_of<Tile>(p);
@@ -37,6 +27,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   const float scale = *p.score_scale;
   const bool with_grad = p.negative_parts != nullptr;
+  [[maybe_unused]] float* lowest = nullptr;  // the score of each row from which on a negative takes part
+  if constexpr (kMined<Params>) {
+    lowest = memory.take<float>(Tile::kBlockA);
+    if (int(threadIdx.x) < min(anchors.count - engine.first_row, Tile::kBlockA)) {
+      lowest[threadIdx.x] = as_score(p, p.neg_min[anchors.order[engine.first_row + threadIdx.x]]);
+    }  // the engine's first barrier shows them to all
+  }
 
   typename Engine::PerRow shift, sum = {};
   each_row<Tile>([&](int f, int half) { shift[f][half] = -INFINITY; });
@@ -61,6 +58,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
             each_score<Tile>([&](int n, int e) {
               const int label = key_labels[stage * Tile::kBlockK + engine.local_column(n) + e];
               if (label < 0 || label == row_label) scores[f][n][2 * half + e] = -INFINITY;
+            });
+          });
+        }
+        if constexpr (kMined<Params>) {
+          each_row<Tile>([&](int f, int half) {
+            const float bound = lowest[engine.local_row(f, half)];
+            each_score<Tile>([&](int n, int e) {
+              float& score = scores[f][n][2 * half + e];
+              if (score < bound) score = -INFINITY;
             });
           });
         }
@@ -168,13 +174,13 @@ struct PositivesItem {
 template <class Tile>
 using PositivesEngine = Engine<Tile, kWeightParts<Tile>>;
 
-// The shared memory of a block of pass 2.
+// The shared memory of a block of pass 2, mined or not.
 template <class Tile>
 size_t positives_bytes(int64_t row_stride) {
   // The backward keeps more beside the engine, and pass 2 asks for as much.
   constexpr size_t kBytes = shared_bytes<float4>(2 * Tile::kBlockK + Tile::kBlockA);
   static_assert(shared_bytes<int>(kClassTileScratch) + shared_bytes<int>(2 * Tile::kBlockK) +
-                    shared_bytes<RowOfPositives>(Tile::kBlockA) <=
+                    shared_bytes<RowOfPositives>(Tile::kBlockA) + shared_bytes<float>(Tile::kBlockA) <=
                 kBytes);
   return PositivesEngine<Tile>::bytes(row_stride) + kBytes;
 }
@@ -197,8 +203,8 @@ __device__ __forceinline__ RowOfPositives row_of_positives(const InfonceForwardP
 
 // Pass 2 over anchors of one class or several and the keys of those classes, given eq. (1): eq. (2) to (4),
 // and G.
-template <class Tile>
-__device__ __forceinline__ void add_positives(const InfonceForwardParams& p, const ClassTile& tile,
+template <class Tile, class Params>
+__device__ __forceinline__ void add_positives(const Params& p, const ClassTile& tile,
                                               const PositivesItem& item, SharedMemory& memory) {
   Side anchors = anchors_of<Tile>(p);
   anchors.count = tile.first + tile.count;
@@ -209,6 +215,13 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
   const bool with_grad = p.positive_parts != nullptr;
   if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
     own_rows[threadIdx.x] = row_of_positives<Tile>(p, anchors, engine.first_row + threadIdx.x);
+  }
+  [[maybe_unused]] float* highest = nullptr;  // the score of each row below which a positive takes part
+  if constexpr (kMined<Params>) {
+    highest = memory.take<float>(Tile::kBlockA);
+    if (int(threadIdx.x) < min(anchors.count - engine.first_row, Tile::kBlockA)) {
+      highest[threadIdx.x] = as_score(p, p.pos_max[anchors.order[engine.first_row + threadIdx.x]]);
+    }
   }
 
   typename PositivesEngine<Tile>::PerRow loss = {}, pos_weight = {};
@@ -233,11 +246,14 @@ __device__ __forceinline__ void add_positives(const InfonceForwardParams& p, con
           static_assert(2 * Tile::kScoreCols <= 64, "a sum of odds doubles with each");
           float margins = 0.f, all_odds = 0.f, weight_of_tile = 0.f;
           const RowOfPositives own = own_rows[engine.local_row(f, half)];  // registers are short here
+          [[maybe_unused]] float bound;
+          if constexpr (kMined<Params>) bound = highest[engine.local_row(f, half)];
           each_score<Tile>([&](int n, int e) {
             float& score = scores[f][n][2 * half + e];
             const int column = engine.local_column(n) + e;
-            const bool positive = key_labels[stage * Tile::kBlockK + column] == own.label &&
-                                  first_column + unsigned(column) != unsigned(own.excluded);
+            bool positive = key_labels[stage * Tile::kBlockK + column] == own.label &&
+                            first_column + unsigned(column) != unsigned(own.excluded);
+            if constexpr (kMined<Params>) positive = positive && !(score >= bound);
             const float margin = own.neg_lse_log2 - rounded_product(score, own.scale);
             const float odds = positive ? exp2_approx(-fabsf(margin)) : 0.f;
             const float sigma = (margin >= 0.f ? 1.f : odds) * reciprocal_approx(1.f + odds);
@@ -286,9 +302,8 @@ __device__ __forceinline__ int splits_of_positives(const InfonceForwardParams& p
   return best;
 }
 
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    infonce_fwd_positives_kernel(InfonceForwardParams p) {
+template <class Tile, class Params>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_fwd_positives_kernel(Params p) {
   PositivesItem item{.number = int(blockIdx.x), .split = 0, .splits = 0};
   while (true) {
     SharedMemory memory;
@@ -333,8 +348,9 @@ __device__ __forceinline__ float4 sum_of_parts(const float* parts, int64_t strid
 }
 
 // Combines the splits of an anchor, one block per anchor, and writes the results in the caller's order.
+template <class Params>
 __global__ void __launch_bounds__(kFinishThreads)
-    infonce_fwd_finish_kernel(InfonceForwardParams p, float weight_bias, float sigma_bias) {
+    infonce_fwd_finish_kernel(Params p, float weight_bias, float sigma_bias) {
   SharedMemory memory;
   float4* shares = memory.take<float4>(blockDim.x);  // of the teams, of four channels each
   float* negative_factors =
@@ -381,9 +397,10 @@ __global__ void __launch_bounds__(kFinishThreads)
     positive_factors[split] = split < positive_splits && p.pos_count_parts[part] > 0 ? 1.f : -1.f;
   }
   sync_block();  // the factors are there
-  const float per_weight = contrasts && negatives.sum != 0.f ? pos_weight / negatives.sum : 0.f,
-              per_sigma = exp2f(-sigma_bias);
-  const float scale = contrasts ? unscale_of_keys(p) / (p.temperature * float(pos_count)) : 0.f;
+  const float per_weight =
+      contrasts && negatives.sum != 0.f ? unscale_of_negatives(p) * (pos_weight / negatives.sum) : 0.f;
+  const float per_sigma = unscale_of_keys(p) * exp2f(-sigma_bias);
+  const float scale = contrasts ? 1.f / (p.temperature * float(pos_count)) : 0.f;
   const int64_t stride = p.num_anchors * p.part_channels;
   const int team = int(threadIdx.x) / kFinishTeam, member = int(threadIdx.x) % kFinishTeam,
             teams = int(blockDim.x) / kFinishTeam;

@@ -2,6 +2,8 @@
 // fp32 rows.
 #pragma once
 
+#include <type_traits>
+
 #include "engine.cuh"
 #include "infonce_numerics.cuh"
 
@@ -17,6 +19,10 @@ __device__ __forceinline__ Side anchors_of(const InfonceRows& p) {
       .row_bytes = int(p.channels) * 2 * Tile::kPlanes,
   };
 }
+
+// Whether only the pairs that example mining keeps take part.
+template <class Params>
+constexpr bool kMined = std::is_base_of_v<MinedRange, Params>;
 
 // The keys; `p.keys` is null where the anchors are the keys.
 template <class Tile, class Params>
@@ -51,6 +57,21 @@ __device__ __forceinline__ int plane_exponent(float peak) {
 template <class Params>
 __device__ __forceinline__ float unscale_of_keys(const Params& p) {
   return p.unscale == nullptr ? 1.f : p.unscale[p.keys.data == nullptr ? 0 : 1];
+}
+
+// Likewise of the negatives', which are the keys unless mining has drawn them.
+__device__ __forceinline__ float unscale_of_negatives(const InfonceForwardParams& p) {
+  return unscale_of_keys(p);
+}
+__device__ __forceinline__ float unscale_of_negatives(const MinedForwardParams& p) {
+  if (p.negatives.data == nullptr) return unscale_of_keys(p);
+  return p.negative_unscale == nullptr ? 1.f : p.negative_unscale[1];
+}
+
+// A cosine in the units of scores, which sums of planes are. It is exact: these are powers of two apart.
+template <class Params>
+__device__ __forceinline__ float as_score(const Params& p, float cosine) {
+  return p.unscale == nullptr ? cosine : cosine / p.unscale[0] / unscale_of_keys(p);
 }
 
 // A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes

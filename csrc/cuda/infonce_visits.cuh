@@ -91,6 +91,17 @@ class Walk {
   unsigned visit_ = 0, mixed_ = 0, unlabelled_ = 0;
 };
 
+// Starts copying the labels of a tile's columns to `labels`; columns past the last get -1.
+template <int kCount>
+__device__ __forceinline__ void load_labels(int* labels, const Side& side, int64_t first) {
+  if (int(threadIdx.x) >= kCount) return;
+  if (first + threadIdx.x < side.count) {
+    cp_async_4(labels + threadIdx.x, side.labels + first + threadIdx.x, 4);
+  } else {
+    labels[threadIdx.x] = -1;
+  }
+}
+
 // --- the order of visits ---
 
 constexpr int kOrderThreads = kSortThreads;
@@ -126,13 +137,18 @@ struct alignas(16) Factors {
   __device__ __forceinline__ int label() const { return int(float_bits(label_bits)); }
 };
 
+// An anchor's range, if mined: negatives take part from neg_min on, positives below pos_max.
+struct alignas(8) Bounds {
+  float neg_min, pos_max;
+};
+
 // Records that an anchor is the `place`-th to be visited, and for the backward its factors.
 template <class Params>
 __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
   const int label = max(p.anchor_labels[anchor], -1);
   p.order[place] = int32_t(anchor);
   p.sorted_labels[place] = label;
-  if constexpr (std::is_same_v<Params, InfonceBackwardParams>) {
+  if constexpr (std::is_base_of_v<InfonceBackwardParams, Params>) {
     // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
     const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
     const float pull = alone ? 0.f : p.grad_scale[anchor];
@@ -142,7 +158,28 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
         .pull = pull,
         .label_bits = bits_float(uint32_t(label)),
     };
+    if constexpr (kMined<Params>) {
+      reinterpret_cast<Bounds*>(p.bounds)[place] = {
+          .neg_min = as_score(p, p.neg_min[anchor]),
+          .pos_max = as_score(p, p.pos_max[anchor]),
+      };
+    }
   }
+}
+
+// Times which scores are in units of log2.
+template <class Params>
+__device__ __forceinline__ void find_scale(const Params& p) {
+  const float scale = kLog2E / p.temperature;
+  *p.score_scale =
+      fmaxf(p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p), kSmallestScale);
+}
+
+// What the sort of the anchors finds of the keys as well, for keys that only one pass meets.
+template <class Params, int kPiece>
+__global__ void __launch_bounds__(kOrderThreads) infonce_keys_kernel(Params p) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) find_scale(p);
+  find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x);
 }
 
 // Sorts the anchors by (label, index), those without a label last: all of them if they make one tile, else by
@@ -154,11 +191,7 @@ __global__ void __launch_bounds__(kOrderThreads, 1) infonce_order_kernel(Params 
   if (blockIdx.x >= tiles) {
     return find_ranges<kPiece>(p.key_labels, p.num_keys, p.label_ranges, blockIdx.x - tiles);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    const float scale = kLog2E / p.temperature;
-    *p.score_scale =
-        fmaxf(p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p), kSmallestScale);
-  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) find_scale(p);
   SharedMemory memory;
   const auto rank_of_label = [&p](int64_t anchor) {
     const int label = p.anchor_labels[anchor];

@@ -6,7 +6,8 @@ csrc/params.h, where there is one; `sizes` are its other fields, those that the 
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+import functools
+from dataclasses import InitVar, dataclass, fields
 from typing import Protocol
 
 import torch
@@ -15,13 +16,26 @@ from torch import Tensor
 SCORE_BINS = 512  # over [-1, 1]
 
 
+def same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether rows and labels lie in the same memory."""
+    return one[0].shape == other[0].shape and all(
+        a.data_ptr() == b.data_ptr() for a, b in zip(one, other, strict=True)
+    )
+
+
 class _Record:
     __slots__: tuple[str, ...] = ()
+
+    @classmethod
+    @functools.cache
+    def names(cls) -> tuple[str, ...]:
+        """Those of its fields."""
+        return tuple(field.name for field in fields(cls))  # type: ignore[arg-type]  # all are dataclasses
 
     @property
     def device(self) -> torch.device:
         """Where its tensors lie."""
-        values = (getattr(self, name) for name in self.__slots__)
+        values = (getattr(self, name) for name in self.names())
         return next(value.device for value in values if isinstance(value, Tensor))
 
 
@@ -149,11 +163,7 @@ class InfonceForward(_Record):
     @property
     def in_batch(self) -> bool:
         """Whether the anchors are the keys."""
-        return (
-            self.keys.data_ptr() == self.anchors.data_ptr()
-            and self.key_labels.data_ptr() == self.anchor_labels.data_ptr()
-            and self.keys.shape == self.anchors.shape
-        )
+        return same((self.keys, self.key_labels), (self.anchors, self.anchor_labels))
 
     def sizes(self) -> dict[str, int]:
         return {"num_anchors": self.anchors.shape[0], "num_keys": self.keys.shape[0]}

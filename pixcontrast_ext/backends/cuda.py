@@ -22,8 +22,12 @@ from pixcontrast_ext.backends.calls import (
     GatherBackward,
     InfonceBackward,
     InfonceForward,
+    MinedBackward,
+    MinedForward,
     Sampling,
+    ScoreCounts,
     Write,
+    same,
 )
 
 MAX_PIXELS = 2**31 - 1  # of an image
@@ -69,7 +73,11 @@ def unsupported(
         return native.unavailable
     if devices.gpu.kernels is None:
         return "this build has no CUDA kernels: nvcc was not found when it was made, or PIXCONTRAST_CUDA=0"
-    if op.startswith("infonce") and channels is not None and channels > devices.gpu.kernels.MAX_CHANNELS:
+    if (
+        op.startswith(("infonce", "mining"))
+        and channels is not None
+        and channels > devices.gpu.kernels.MAX_CHANNELS
+    ):
         return f"its InfoNCE kernels take up to {devices.gpu.kernels.MAX_CHANNELS} channels, got {channels}"
     reason, number = devices.gpu.unavailable(), devices.gpu.to_judge(device)
     return reason if reason or number is None else _unsupported_device(number)
@@ -167,10 +175,9 @@ def _cut(
 ) -> tuple[Any, int]:
     """The tile of an InfoNCE pass on a device, and how many blocks run at a time.
 
-    The passes are the "negatives" and the "positives", where both depend on `counts`, the numbers of anchors and keys,
-    and the "backward".
+    "infonce_negatives" and "infonce_positives" depend on `counts`, the numbers of anchors and keys.
     """
-    tile_of = getattr(devices.gpu.kernels, f"infonce_{of}_tile")
+    tile_of = getattr(devices.gpu.kernels, f"{of}_tile")
     number, _ = devices.gpu.number_and_stream(device)
     with devices.gpu.current(device):  # the module's runtime makes it the current one
         tile = tile_of(number, dtype, full_float32, channels, *counts)
@@ -224,56 +231,137 @@ def _rows(anchors: Tensor, keys: Tensor | None, full_float32: bool) -> dict[str,
     )
 
 
-def infonce_forward(call: InfonceForward) -> None:
-    anchors, keys, with_grad = call.anchors, call.keys, call.anchor_grad is not None
-    (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
-    full_float32 = precision.full_float32(anchors.dtype)
-    # A null pointer says "in batch"; no keys at all have a pointer as well.
-    rows = _rows(anchors, None if call.in_batch else keys if num_keys else anchors[:1], full_float32)
-    how = (native.DTYPE_CODES[anchors.dtype], full_float32, rows["channels"], num_anchors, num_keys)
-    tile, slots = _cut(anchors.device, "negatives", *how)
-    row_tiles, key_tiles = -(-num_anchors // tile.rows), -(-num_keys // tile.columns)
-    shares = splits.choose(row_tiles, key_tiles, slots, tile.columns)
-    positives_tile, positive_blocks = _cut(anchors.device, "positives", *how)
+def _negatives(call: MinedForward | ScoreCounts, rows: dict[str, Any], full_float32: bool) -> dict[str, Any]:
+    """The fields of negatives that are other rows than the keys; of the keys themselves all are null."""
+    names = ("negatives", "negative_planes", "negative_labels", "negative_scale", "negative_unscale")
+    if same((call.negatives, call.negative_labels), (call.keys, call.key_labels)):
+        return dict.fromkeys(names) | dict(num_negatives=0)
+    count = call.negatives.shape[0]
+    own = _rows(rows["anchors"], call.negatives if count else rows["anchors"][:1], full_float32)
+    found = own["keys"], own["key_planes"], call.negative_labels, own["score_scale"], own["unscale"]
+    return dict(zip(names, found, strict=True)) | dict(num_negatives=count)
+
+
+class _Contrast:
+    """The fields that the forwards and the histograms share: rows, the order of the anchors, ranges of labels."""
+
+    def __init__(self, call: InfonceForward | ScoreCounts, in_batch: bool) -> None:
+        anchors, keys = call.anchors, call.keys
+        self.device = anchors.device
+        (self.num_anchors, self.channels), self.num_keys = anchors.shape, keys.shape[0]
+        self.full_float32 = precision.full_float32(anchors.dtype)
+        # A null pointer says "in batch"; no keys at all have a pointer as well.
+        self.rows = _rows(
+            anchors, None if in_batch else keys if self.num_keys else anchors[:1], self.full_float32
+        )
+        self.how = native.DTYPE_CODES[anchors.dtype], self.full_float32, self.rows["channels"]
+        self.fields = self.rows | dict(
+            order=anchors.new_empty(self.num_anchors, dtype=torch.int32),
+            sorted_labels=anchors.new_empty(self.num_anchors, dtype=torch.int32),
+            sort_keys=_sort_keys(self.num_anchors, anchors.device),
+            key_labels=None if in_batch else call.key_labels,
+            grad_channels=self.channels,
+        )
+
+    def shares(self, tile: Any, slots: int, num_columns: int) -> int:
+        """How many blocks share a walk over so many keys."""
+        row_tiles, column_tiles = -(-self.num_anchors // tile.rows), -(-num_columns // tile.columns)
+        return splits.choose(row_tiles, column_tiles, slots, tile.columns)
+
+    def ranges(self, tile: Any, num_columns: int) -> Tensor:
+        """Scratch for the smallest and the largest label of every piece of the columns."""
+        return torch.empty(-(-num_columns // tile.piece), 2, dtype=torch.int32, device=self.device)
+
+
+def _forward(call: InfonceForward, of: _Contrast, passes: tuple[Any, Any], shares: int) -> dict[str, Any]:
+    """The fields of a forward, mined or not, whose walks `shares` blocks share at most."""
+    (tile, _), (positives_tile, positive_blocks) = passes
     assert positives_tile.piece == tile.piece, "both passes know labels by the same pieces"
-    part_channels = -(-rows["channels"] // PLANE_CHANNELS) * PLANE_CHANNELS
+    with_grad = call.anchor_grad is not None
+    part_channels = -(-of.rows["channels"] // PLANE_CHANNELS) * PLANE_CHANNELS
+    key_tiles = -(-of.num_keys // tile.columns)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return anchors.new_empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=of.device)
 
-    launch(
-        "infonce_forward",
-        call,
-        **rows,
+    return of.fields | dict(
         splits=shares,
-        order=scratch(num_anchors, dtype=torch.int32),
-        sorted_labels=scratch(num_anchors, dtype=torch.int32),
-        sort_keys=_sort_keys(num_anchors, anchors.device),
-        key_labels=None if call.in_batch else call.key_labels,
-        label_ranges=scratch(-(-num_keys // tile.piece), 2, dtype=torch.int32),
-        shift_parts=scratch(shares, num_anchors),
-        sum_parts=scratch(shares, num_anchors),
-        negative_parts=scratch(shares, num_anchors, part_channels) if with_grad else None,
+        label_ranges=of.ranges(tile, of.num_keys),
+        shift_parts=scratch(shares, of.num_anchors),
+        sum_parts=scratch(shares, of.num_anchors),
+        negative_parts=scratch(shares, of.num_anchors, part_channels) if with_grad else None,
         fewest_splits=splits.fewest(key_tiles, tile.columns),
-        positive_blocks=min(positive_blocks, num_anchors * shares),
+        positive_blocks=min(positive_blocks, of.num_anchors * shares),
         positive_splits=scratch(dtype=torch.int32),
-        loss_parts=scratch(shares, num_anchors),
-        pos_weight_parts=scratch(shares, num_anchors),
-        pos_count_parts=scratch(shares, num_anchors, dtype=torch.int32),
-        positive_parts=scratch(shares, num_anchors, part_channels) if with_grad else None,
+        loss_parts=scratch(shares, of.num_anchors),
+        pos_weight_parts=scratch(shares, of.num_anchors),
+        pos_count_parts=scratch(shares, of.num_anchors, dtype=torch.int32),
+        positive_parts=scratch(shares, of.num_anchors, part_channels) if with_grad else None,
         part_channels=part_channels,
-        grad_channels=channels,
+    )
+
+
+def infonce_forward(call: InfonceForward) -> None:
+    of = _Contrast(call, call.in_batch)
+    sizes = *of.how, of.num_anchors, of.num_keys
+    negatives, positives = (_cut(of.device, f"infonce_{name}", *sizes) for name in ("negatives", "positives"))
+    shares = of.shares(*negatives, of.num_keys)
+    launch("infonce_forward", call, **_forward(call, of, (negatives, positives), shares))
+
+
+def mined_forward(call: MinedForward) -> None:
+    of = _Contrast(call, call.in_batch)
+    negatives, positives = (_cut(of.device, f"mined_{name}", *of.how) for name in ("negatives", "positives"))
+    drawn = call.negatives.shape[0]
+    # Either pass may have the longer walk, and scratch serves both.
+    shares = max(of.shares(*negatives, drawn), of.shares(*negatives, of.num_keys))
+    launch(
+        "mined_forward",
+        call,
+        **_forward(call, of, (negatives, positives), shares),
+        **_negatives(call, of.rows, of.full_float32),
+        negative_ranges=of.ranges(negatives[0], drawn),
+    )
+
+
+def score_counts(call: ScoreCounts) -> None:
+    in_batch = same((call.keys, call.key_labels), (call.anchors, call.anchor_labels))
+    of = _Contrast(call, in_batch)
+    tile, slots = _cut(of.device, "score_counts", *of.how)
+    call.neg_counts.zero_()
+    call.pos_counts.zero_()
+    drawn = call.negatives.shape[0]
+    launch(
+        "score_counts",
+        call,
+        **of.fields,
+        **_negatives(call, of.rows, of.full_float32),
+        temperature=1.0,  # of no account
+        label_ranges=of.ranges(tile, of.num_keys),
+        negative_ranges=of.ranges(tile, drawn),
+        splits=of.shares(tile, slots, drawn),
+        positive_splits=of.shares(tile, slots, of.num_keys),
     )
 
 
 def infonce_backward(call: InfonceBackward) -> None:
+    launch("infonce_backward", call, **_backward(call, "infonce_backward"))
+
+
+def mined_backward(call: MinedBackward) -> None:
+    bounds = call.anchors.new_empty(call.anchors.shape[0], 2, dtype=torch.float32)
+    launch("mined_backward", call, **_backward(call, "mined_backward"), bounds=bounds)
+
+
+def _backward(call: InfonceBackward, kernel: str) -> dict[str, Any]:
+    """The fields of a backward, mined or not."""
     anchors, grad = call.anchors, call.grad
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     full_float32 = precision.full_float32(anchors.dtype)
     keys = anchors[:1] if call.keys is not None and num_rows == 0 else call.keys
     rows = _rows(anchors, keys, full_float32)
     how = (native.DTYPE_CODES[anchors.dtype], full_float32, rows["channels"])
-    tile, slots = _cut(anchors.device, "backward", *how)
+    tile, slots = _cut(anchors.device, kernel, *how)
     anchor_tiles = -(-num_anchors // tile.columns)
     shares = splits.choose(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
     peak = None
@@ -281,10 +369,7 @@ def infonce_backward(call: InfonceBackward) -> None:
         # Of the weights of anchors that have a part in it; from below, for a log-sum-exp that is of other keys.
         weights = call.grad_scale.abs() * call.pos_weight.clamp(min=2**-10)
         peak = torch.where(call.pos_weight > 0, weights, 0).amax()
-    launch(
-        "infonce_backward",
-        call,
-        **rows,
+    return rows | dict(
         splits=shares,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),

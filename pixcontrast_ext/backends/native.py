@@ -74,7 +74,7 @@ def arguments(kernel: str, device: torch.device, call: Call | None, fields: dict
     """
     crossing: dict[str, Any] = {}
     if call is not None:
-        for name in call.__slots__:
+        for name in call.names():
             crossing[name] = getattr(call, name)
         crossing.update(call.sizes())
     crossing.update(fields)

@@ -37,7 +37,7 @@ class Recorder(Emulated):
 
     def launch(self, device: torch.device, start: Any, arguments: Any) -> None:
         (kernel,), (record, fields) = start.args, arguments
-        fields = {name: getattr(record, name) for name in record.__slots__} | record.sizes() | fields
+        fields = {name: getattr(record, name) for name in record.names()} | record.sizes() | fields
         storages: dict[int, tuple[int, torch.UntypedStorage]] = {}
         call: dict[str, Any] = {"kernel": kernel, "scalars": {}, "pointers": {}}
         call["shared"] = os.environ.get("PXC_EMULATOR_SHARED", "")
