@@ -11,10 +11,13 @@ import torch
 
 from pixcontrast_ext import (
     MemoryBank,
+    Mining,
     PixelContrastLoss,
+    draw_keys,
     gather_embeddings,
     hard_anchor_sampling,
     infonce,
+    score_thresholds,
 )
 from pixcontrast_ext.backends import cuda, reference, splits
 from pixcontrast_ext.backends import device as devices
@@ -104,6 +107,40 @@ def test_symmetric_infonce_against_double_precision(device_backend, dtype, shape
     expected.sum().backward()
     assert error(loss, expected.detach()) <= 1e-6
     assert error(grad, exact.grad) <= GRADIENT_BAR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", ["random", "semi-hard", "hardest"])
+@pytest.mark.parametrize("order", [BANK, RANDOM])
+def test_mining_against_double_precision(device_backend, dtype, strategy, order):
+    """All but the few anchors of which a cosine lies on a bin's edge, where both may be right."""
+    anchors, labels, keys, key_labels = draw(700, 19000, 256, 19, dtype=dtype, order=order)
+    mining = Mining(strategy, negatives=300, positives=30)
+    drawn = draw_keys(keys, key_labels, mining)
+    rows = anchors, labels, keys, drawn.positive_labels
+    kept = score_thresholds(*rows, mining, negatives=drawn.negatives, backend=device_backend)
+    every = drawn.negatives or (keys, key_labels)
+    forward = torch.ops.pixcontrast.mining_forward(*rows, *every, *kept, 0.07, False, True, device_backend)
+    loss, lse, weight, count, grad = forward
+    scale = 1.0 / count.clamp(min=1)
+    key_grad = torch.ops.pixcontrast.mining_backward_keys(
+        *rows, lse, weight, scale, *kept, 0.07, False, device_backend
+    )
+    exact = [x.double() if x.is_floating_point() else x for x in (*rows, *every)]
+    truth = torch.ops.pixcontrast.mining_forward(*exact, *kept, 0.07, False, True, "reference")
+    true_key_grad = torch.ops.pixcontrast.mining_backward_keys(
+        *exact[:4], truth[1], truth[2], 1.0 / truth[3].clamp(min=1), *kept, 0.07, False, "reference"
+    )
+    off = (loss - truth[0]).abs() / truth[0].clamp(min=1e-3)
+    assert off.quantile(0.98) <= 2e-6
+    off = (grad - truth[4]).norm(dim=1) / truth[4].norm(dim=1).mean()
+    assert off.quantile(0.98) <= 2 * GRADIENT_BAR[dtype]
+    off = (key_grad - true_key_grad).norm(dim=1) / true_key_grad.norm(dim=1).mean()
+    assert off.quantile(0.98) <= 2 * GRADIENT_BAR[dtype]
+    if strategy == "hardest":  # the pairs of the histograms are those of the loss, to the last one
+        counts = torch.ops.pixcontrast.mining_counts(*rows, *every, False, device_backend)[1].cumsum(1)
+        edge = ((kept.pos_max + 1) * 256).clamp(max=512).nan_to_num(posinf=512).long() - 1
+        assert torch.equal(counts.gather(1, edge[:, None])[:, 0], count.long())
 
 
 def test_tf32_is_rounded_to_nearest(device_backend):
@@ -202,13 +239,15 @@ def test_a_graph_captures_the_whole_step(device_backend):
 
 
 @pytest.mark.parametrize("with_bank", [True, False])
-def test_a_step_never_waits_for_the_device(device_backend, with_bank):
+@pytest.mark.parametrize("strategy", [None, "random", "semi-hard", "hardest"])
+def test_a_step_never_waits_for_the_device(device_backend, with_bank, strategy):
     embeddings, labels, _ = draw_maps()
     logits = torch.randn(4, 7, *labels.shape[1:], device=DEVICE)
     bank = MemoryBank(7, 64, region_slots=20, pixel_slots=100, process_group=None) if with_bank else None
-    loss_function = PixelContrastLoss(7, max_samples=200, max_views=10, bank=bank, backend=device_backend).to(
-        DEVICE
-    )
+    mining = None if strategy is None else Mining(strategy, negatives=20, positives=10)
+    loss_function = PixelContrastLoss(
+        7, max_samples=200, max_views=10, bank=bank, mining=mining, backend=device_backend
+    ).to(DEVICE)
     embeddings.requires_grad_()
     loss_function(embeddings, labels, logits).backward()
     torch.cuda.synchronize()

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
+from pixcontrast_ext import (
+    MemoryBank,
+    Mining,
+    draw_keys,
+    gather_embeddings,
+    hard_anchor_sampling,
+    infonce,
+    score_thresholds,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = ((70, 150, 65), (33, 90, 300), (1, 1, 8))
@@ -50,6 +58,15 @@ def contrast(
     loss = partial(infonce, temperature=1.0, exclude_self=True, backend=backend)
     loss(anchors, labels, keys, key_labels).backward()
     loss(anchors, labels, anchors, labels).backward()
+    mining = Mining("semi-hard", negatives=9, positives=2, fraction=0.2)
+    for others in ((keys, key_labels), (anchors, labels)):
+        drawn = draw_keys(*others, mining)
+        both = anchors, labels, others[0], drawn.positive_labels
+        kept = score_thresholds(
+            *both, mining, negatives=drawn.negatives, exclude_self=True, backend=backend
+        )._asdict()
+        loss(*both, negatives=drawn.negatives, **kept).backward()
+    loss(anchors, labels, anchors, labels, neg_min=labels - 0.1, pos_max=labels + 0.1).backward()
 
 
 def loss_alone(a: int, k: int, d: int, dtype: torch.dtype, backend: str, device: str) -> None:
