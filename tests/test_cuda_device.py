@@ -129,7 +129,7 @@ def test_mining_against_double_precision(device_backend, dtype, strategy, order)
     exact = [x.double() if x.is_floating_point() else x for x in (*rows, *every)]
     truth = torch.ops.pixcontrast.mining_forward(*exact, *kept, 0.07, False, True, "reference")
     true_key_grad = torch.ops.pixcontrast.mining_backward_keys(
-        *exact[:4], truth[1], truth[2], 1.0 / truth[3].clamp(min=1), *kept, 0.07, False, "reference"
+        *exact[:4], truth[1], truth[2], 1.0 / truth[3].clamp(min=1).double(), *kept, 0.07, False, "reference"
     )
     off = (loss - truth[0]).abs() / truth[0].clamp(min=1e-3)
     assert off.quantile(0.98) <= 2e-6

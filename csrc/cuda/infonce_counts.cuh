@@ -9,8 +9,18 @@ namespace pxc::cuda {
 template <class Tile>
 using CountsEngine = Engine<Tile, 0>;  // of which only the scores are wanted
 
-// The counts of a block's rows, in shared memory if they fit. A word there holds two neighbouring bins, so a
-// block passes them on before either has met 2^16 columns.
+// A tile for rows of 256 channels of 16 bits, with twice the warps of the usual one: counts take so much
+// shared memory that a multiprocessor has room for a single block.
+template <class Math>
+struct CountsTile : Tile<Math, 256, true, 2> {
+  static constexpr int kColWarps = 4, kResident = 1;
+  static constexpr int kThreads = CountsTile::kRowWarps * kColWarps * kWarp;
+  static constexpr int kScoreCols = CountsTile::kBlockK / kColWarps / 8;
+  static constexpr int kOutputCols = 256 / kColWarps / 8;
+};
+
+// The counts of a block's rows in shared memory. A word has two neighbouring bins, so a block passes them on
+// before either has met 2^16 columns.
 constexpr int kWordsOfRow = kScoreBins / 2, kMostOfBin = (1 << 16) - 1;
 
 template <class Tile>
@@ -25,35 +35,37 @@ __device__ __forceinline__ int bin_of(float place) {
   return int(floorf(fminf(fmaxf(place, -kHalf), kHalf - 1.f))) + int(kHalf);  // a maximum ignores NaN
 }
 
-// Of the keys, which are the positives' or the negatives', by kPass.
-template <class Tile, Pass kPass>
+// Rows are anchors and columns are keys, whose counts are those of positives or of negatives, by kPass. Where
+// a block's do not fit into shared memory (kInShared), the second-level cache adds up the scores one by one.
+template <class Tile, Pass kPass, bool kInShared>
 __global__ void __launch_bounds__(Tile::kThreads)
-    infonce_counts_kernel(ScoreCountsParams p, int32_t* counts, bool in_shared) {
+    infonce_counts_kernel(ScoreCountsParams p, int32_t* counts) {
   using Engine = CountsEngine<Tile>;
+  constexpr int kWords = Tile::kBlockA * kWordsOfRow;
   SharedMemory memory;
   const Side anchors = anchors_of<Tile>(p), keys = keys_of<Tile>(p);
   const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
-  int* words = in_shared ? memory.take<int>(Tile::kBlockA * kWordsOfRow) : nullptr;
+  int* words = memory.take<int>(kInShared ? kWords : 0);
   const float per_score =
       (p.unscale == nullptr ? 1.f : p.unscale[0] * unscale_of_keys(p)) * float(kScoreBins / 2);
   const auto counts_of = [&](int row) {
     return counts + int64_t(anchors.order[engine.first_row + row]) * kScoreBins;
   };
+  // Each thread has words of its own here.
   const auto clear = [&] {
-    for (int i = int(threadIdx.x); i < Tile::kBlockA * kWordsOfRow; i += Tile::kThreads) words[i] = 0;
+    for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) words[i] = 0;
   };
   const auto pass_on = [&] {
-    for (int i = int(threadIdx.x); i < Tile::kBlockA * kWordsOfRow; i += Tile::kThreads) {
+    for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) {
       const unsigned both = unsigned(words[i]);
       if (both == 0) continue;
       int* to = counts_of(i / kWordsOfRow) + i % kWordsOfRow * 2;
-      if ((both & 0xffff) != 0) atomic_add(to, int(both & 0xffff));
+      if ((both & kMostOfBin) != 0) atomic_add(to, int(both & kMostOfBin));
       if (both >> 16 != 0) atomic_add(to + 1, int(both >> 16));
     }
   };
-  if (in_shared) clear();
-  sync_block();  // nobody counts before all are 0
+  if (kInShared) clear();  // the engine's first barrier comes before the first count
 
   int row_labels[Tile::kFragments][2];
   each_row<Tile>([&](int f, int half) {
@@ -72,35 +84,35 @@ __global__ void __launch_bounds__(Tile::kThreads)
         engine.template multiply_rows<1>(scores, stage);
         each_row<Tile>([&](int f, int half) {
           const int row = engine.local_row(f, half), row_label = row_labels[f][half];
-          if (row_label < 0) return;
           unsigned excluded = unsigned(keys.count);
-          if (kPass == Pass::kPositives && p.exclude_self) {
+          if (kPass == Pass::kPositives && p.exclude_self && row_label >= 0) {
             const int place = engine.first_row + row;
             excluded = unsigned(p.keys.data == nullptr ? place : anchors.order[place]);
           }
           each_score<Tile>([&](int n, int e) {
             const int column = engine.local_column(n) + e;
             const int label = key_labels[stage * Tile::kBlockK + column];
-            const bool counted = kPass == Pass::kNegatives
-                                     ? label >= 0 && label != row_label
-                                     : label == row_label && first_column + unsigned(column) != excluded;
-            if (!counted) return;
+            // Of labels that differ and are both labels, exclusive or is positive.
+            const bool counted = kPass == Pass::kNegatives ? (label ^ row_label) > 0
+                                                           : label == row_label && label >= 0 &&
+                                                                 first_column + unsigned(column) != excluded;
             const int bin = bin_of(scores[f][n][2 * half + e] * per_score);
-            if (in_shared) {
-              atomic_add(words + row * kWordsOfRow + bin / 2, 1 << bin % 2 * 16);
+            if constexpr (kInShared) {
+              int* word = words + row * kWordsOfRow + bin / 2;
+              if (counted) atomic_add(word, int(1u << bin % 2 * 16));
             } else {
-              atomic_add(counts_of(row) + bin, 1);
+              if (counted) atomic_add(counts_of(row) + bin, 1);
             }
           });
         });
-        if (in_shared && ++tiles == kMostOfBin / Tile::kBlockK) {
+        if (kInShared && ++tiles == kMostOfBin / Tile::kBlockK) {
           tiles = 0;
           sync_block();  // all have counted
           pass_on();
-          clear();  // each its own: nobody counts before the next tile is there
+          clear();  // before the barrier of the next tile
         }
       });
-  if (in_shared) pass_on();
+  if (kInShared) pass_on();
 }
 
 }  // namespace pxc::cuda

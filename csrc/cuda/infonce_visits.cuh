@@ -12,8 +12,9 @@ namespace pxc::cuda {
 
 enum class Pass { kNegatives, kPositives, kBackward };
 
+// The smallest and the largest label, of those that are one; high < 0: there is none.
 struct LabelRange {
-  int low, high;  // high < 0: no label at all; low < 0: some have none
+  int low, high;
 
   __device__ __forceinline__ bool apart(LabelRange other) const {
     return high < other.low || other.high < low;
@@ -36,6 +37,12 @@ __device__ __forceinline__ LabelRange range_of_labelled(const Side& side, int64_
   return range;
 }
 
+// Of a piece of the columns, memory holds the smallest and the largest label: (low, high), or (~low, high) if
+// some of the piece have none.
+__device__ __forceinline__ int lowest_label(int2 of_piece) {
+  return of_piece.x < 0 ? ~of_piece.x : of_piece.x;
+}
+
 // The column tiles of one split that a block has to visit. A split has every `splits`-th tile, so that the
 // tiles of one class spread over all splits. A warp looks at 32 tiles at a time; all warps find the same.
 template <Pass kPass, class Tile>
@@ -54,16 +61,18 @@ class Walk {
   __device__ __forceinline__ Visit next() {
     while (visit_ == 0) {
       if (own_.high < 0 || base_ * Tile::kPieces >= num_ranges_) return {-1, false, false};
-      const int tile = base_ + lane_ * splits_;
-      LabelRange range = range_of(tile * Tile::kPieces);
+      const int first = (base_ + lane_ * splits_) * Tile::kPieces;
+      LabelRange range{INT32_MAX, -1};
+      bool unlabelled = false;
 #pragma unroll
-      for (int piece = 1; piece < Tile::kPieces; ++piece) {
-        const LabelRange other = range_of(tile * Tile::kPieces + piece);
-        range = {min(range.low, other.low), max(range.high, other.high)};
+      for (int piece = first; piece < first + Tile::kPieces; ++piece) {
+        const int2 of_piece = piece < num_ranges_ ? ranges_[piece] : make_int2(~INT32_MAX, -1);
+        range = {min(range.low, lowest_label(of_piece)), max(range.high, of_piece.y)};
+        unlabelled |= of_piece.x < 0;
       }
       visit_ = ballot(concerns(range));
-      mixed_ = ballot(range.low < 0 || !range.apart(own_));
-      unlabelled_ = ballot(range.low < 0);
+      mixed_ = ballot(unlabelled || !range.apart(own_));
+      unlabelled_ = ballot(unlabelled);
       base_ += kWarp * splits_;
     }
     const int bit = lowest_bit(visit_);
@@ -72,14 +81,9 @@ class Walk {
   }
 
  private:
-  __device__ __forceinline__ LabelRange range_of(int piece) const {
-    if (piece >= num_ranges_) return {-1, -1};
-    return {ranges_[piece].x, ranges_[piece].y};
-  }
-
   __device__ __forceinline__ bool concerns(LabelRange range) const {
     if (range.high < 0) return false;
-    if (kPass == Pass::kPositives) return !LabelRange{max(range.low, 0), range.high}.apart(own_);
+    if (kPass == Pass::kPositives) return !range.apart(own_);
     if (kPass == Pass::kBackward) return true;
     return !(range.one_class() && own_.one_class() && range.low == own_.low);  // all of it positive
   }
@@ -106,20 +110,22 @@ __device__ __forceinline__ void load_labels(int* labels, const Side& side, int64
 
 constexpr int kOrderThreads = kSortThreads;
 
-// The smallest and largest label of every piece of the columns; places past the last count as unlabelled. A
-// block looks at kOrderThreads labels, and a warp at 32, which are one piece or several.
+// The labels of every piece of the columns; places past the last count as unlabelled. A block looks at
+// kOrderThreads labels, and a warp at 32, which are one piece or several.
 template <int kPiece>
 __device__ __forceinline__ void find_ranges(const int32_t* labels, int64_t count, int32_t* ranges,
                                             int64_t block) {
   static_assert(kPiece <= kWarp, "a piece is read by one warp");
   const int64_t place = block * kOrderThreads + threadIdx.x;
-  int low = place < count ? max(labels[place], -1) : -1, high = low;
+  const int label = place < count ? max(labels[place], -1) : -1;
+  int low = label < 0 ? INT32_MAX : label, high = label, least = label;
   for (int lanes = kPiece / 2; lanes > 0; lanes /= 2) {
     low = min(low, shuffle_xor(low, lanes));
     high = max(high, shuffle_xor(high, lanes));
+    least = min(least, shuffle_xor(least, lanes));
   }
   if (place % kPiece == 0 && place < count) {
-    reinterpret_cast<int2*>(ranges)[place / kPiece] = make_int2(low, high);
+    reinterpret_cast<int2*>(ranges)[place / kPiece] = make_int2(least < 0 ? ~low : low, high);
   }
 }
 
@@ -223,7 +229,7 @@ __device__ __forceinline__ bool are_grouped(const int32_t* ranges, int pieces, i
   int apart = 0;
   if (pieces > 0) {
     const int2 range = reinterpret_cast<const int2*>(ranges)[int64_t(threadIdx.x) * pieces / kThreads];
-    apart = range.y < 0 ? 0 : min(range.y - max(range.x, 0), kFar);
+    apart = range.y < 0 ? 0 : min(range.y - lowest_label(range), kFar);
   }
   apart = warp_sum(apart);
   if (threadIdx.x % kWarp == 0) scratch[kSpansOfWarps + threadIdx.x / kWarp] = apart;

@@ -1,25 +1,47 @@
 // Launchers of example mining: the histograms that it ranks by, and InfoNCE of the pairs that it keeps.
+#include <type_traits>
+
 #include "infonce_counts.cuh"
 #include "infonce_launch.h"
 
 namespace pxc::cuda {
 namespace {
 
-// Calls visit with the tile of every pass over anchors and keys. It is the same in all, so that each finds
-// the same score for a pair, to the bit.
+// Whether as many blocks as the tile is made for fit into a multiprocessor.
+template <class Tile>
+bool fits(int device, size_t block) {
+  constexpr size_t kReserved = 1024;  // by the device, of every block
+  return Tile::kResident * (block + kReserved) <= shared_of_multiprocessor(device) &&
+         block <= shared_of_block(device);
+}
+
+// Calls visit with the tile of a pass, or of the counts. Rows of 256 channels have larger ones where there is
+// room. Whatever the tile, a score is the same to the bit: the histograms and the passes agree about it.
 template <class Math, class Visit>
-auto with_mined_tile(int64_t channels, Visit visit) {
+auto with_usual_tile(int64_t channels, Visit visit) {
   if (channels == 256) return visit(Use<Tile<Math, 256, true>>{});
   return with_channels<Math>(channels, visit);
 }
-
-// Describes the tile that serves rows of so many channels, by describe(Use<Tile>, bytes of a row).
-template <class Describe>
-InfonceTile mined_tile(int32_t dtype, bool full_float32, int64_t channels, Describe describe) {
-  return with_math(DType(dtype), full_float32, [&](auto math) {
-    return with_mined_tile<typename decltype(math)::type>(channels, [&](auto use) {
-      return describe(use, row_stride_of<typename decltype(use)::type>(channels));
-    });
+template <class Math, class Visit>
+auto with_negatives_tile(int device, int64_t channels, Visit visit) {
+  using Larger =
+      std::conditional_t<Math::kPlanes == 2, Tile<Math, 256, true, 4, true>, Tile<Math, 256, true, 2>>;
+  const bool larger = fits<Larger>(device, negatives_bytes<Larger, true>(Larger::kMaxRowBytes));
+  if (channels == 256 && larger) return visit(Use<Larger>{});
+  return with_usual_tile<Math>(channels, visit);
+}
+// Calls visit with the tile and whether the counts are in shared memory.
+template <class Math, class Visit>
+auto with_counts_tile(int device, int64_t channels, Visit visit) {
+  if constexpr (Math::kPlanes == 1) {
+    using Larger = CountsTile<Math>;
+    const bool larger = fits<Larger>(device, counts_bytes<Larger>(Larger::kMaxRowBytes, true));
+    if (channels == 256 && larger) return visit(Use<Larger>{}, std::true_type{});
+  }
+  return with_usual_tile<Math>(channels, [&](auto use) {
+    using Tile = typename decltype(use)::type;
+    const bool in_shared = counts_bytes<Tile>(row_stride_of<Tile>(channels), true) <= shared_of_block(device);
+    return in_shared ? visit(use, std::true_type{}) : visit(use, std::false_type{});
   });
 }
 
@@ -42,49 +64,49 @@ template <class Params>
 struct Passes {
   Params negatives, positives;
 };
-template <class Math, class Tile, class Params>
+template <class Math, int kPiece, class Params>
 Passes<Params> prepare(const Params& given) {
   const bool apart = given.negatives.data != nullptr;
   const Params positives = with_planes<Math>(given);
   const Params negatives = apart ? with_planes<Math>(with_negatives(given)) : positives;
-  order_anchors<Tile::S::kColumns>(positives, positives.keys.data != nullptr);
+  order_anchors<kPiece>(positives, positives.keys.data != nullptr);
   if (apart) {
     const int64_t blocks = std::max<int64_t>(blocks_of(negatives.num_keys, kOrderThreads), 1);
-    launch(given, "infonce_keys_kernel", infonce_keys_kernel<Params, Tile::S::kColumns>,
-           dim3(unsigned(blocks)), kOrderThreads, 0, negatives);
+    launch(given, "infonce_keys_kernel", infonce_keys_kernel<Params, kPiece>, dim3(unsigned(blocks)),
+           kOrderThreads, 0, negatives);
   }
   return {negatives, positives};
-}
-
-// Counts fit into shared memory beside the largest tile on an A100 and an H100.
-template <class Tile>
-bool counts_in_shared(int device, int64_t row_stride) {
-  return counts_bytes<Tile>(row_stride, true) <= shared_of_block(device);
 }
 
 }  // namespace
 
 InfonceTile mined_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
-  return mined_tile(dtype, full_float32, channels, [&](auto use, int64_t row_stride) {
-    using Tile = typename decltype(use)::type;
-    return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile, MinedForwardParams>,
-                          negatives_bytes<Tile, true>(row_stride));
+  return with_math(DType(dtype), full_float32, [&](auto math) {
+    return with_negatives_tile<typename decltype(math)::type>(device, channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile, MinedForwardParams>,
+                            negatives_bytes<Tile, true>(row_stride_of<Tile>(channels)));
+    });
   });
 }
 
 InfonceTile mined_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
-  return mined_tile(dtype, full_float32, channels, [&](auto use, int64_t row_stride) {
-    using Tile = typename decltype(use)::type;
-    return describe<Tile>(device, infonce_fwd_positives_kernel<Tile, MinedForwardParams>,
-                          positives_bytes<Tile>(row_stride));
+  return with_math(DType(dtype), full_float32, [&](auto math) {
+    return with_usual_tile<typename decltype(math)::type>(channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      return describe<Tile>(device, infonce_fwd_positives_kernel<Tile, MinedForwardParams>,
+                            positives_bytes<Tile>(row_stride_of<Tile>(channels)));
+    });
   });
 }
 
 InfonceTile score_counts_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
-  return mined_tile(dtype, full_float32, channels, [&](auto use, int64_t row_stride) {
-    using Tile = typename decltype(use)::type;
-    return describe<Tile>(device, infonce_counts_kernel<Tile, Pass::kNegatives>,
-                          counts_bytes<Tile>(row_stride, counts_in_shared<Tile>(device, row_stride)));
+  return with_math(DType(dtype), full_float32, [&](auto math) {
+    return with_counts_tile<typename decltype(math)::type>(device, channels, [&](auto use, auto in_shared) {
+      using Tile = typename decltype(use)::type;
+      return describe<Tile>(device, infonce_counts_kernel<Tile, Pass::kNegatives, in_shared>,
+                            counts_bytes<Tile>(row_stride_of<Tile>(channels), in_shared));
+    });
   });
 }
 
@@ -102,17 +124,20 @@ void mined_forward(const MinedForwardParams& given) {
   if (given.num_anchors == 0) return;
   with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    with_mined_tile<Math>(given.channels, [&](auto use) {
+    with_usual_tile<Math>(given.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      const int64_t row_stride = row_stride_of<Tile>(given.channels);
-      const auto [negatives, positives] = prepare<Math, Tile>(given);
-      launch(given, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile, MinedForwardParams>,
-             dim3(unsigned(blocks_of(given.num_anchors, Tile::kBlockA)), unsigned(given.splits)),
-             Tile::kThreads, negatives_bytes<Tile, true>(row_stride), negatives);
+      const auto sides = prepare<Math, Tile::S::kColumns>(given);
+      with_negatives_tile<Math>(given.device, given.channels, [&](auto use) {
+        using Tile = typename decltype(use)::type;
+        launch(given, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile, MinedForwardParams>,
+               dim3(unsigned(blocks_of(given.num_anchors, Tile::kBlockA)), unsigned(given.splits)),
+               Tile::kThreads, negatives_bytes<Tile, true>(row_stride_of<Tile>(given.channels)),
+               sides.negatives);
+      });
       launch(given, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile, MinedForwardParams>,
-             dim3(unsigned(given.positive_blocks)), Tile::kThreads, positives_bytes<Tile>(row_stride),
-             positives);
-      finish_forward<Math>(positives);
+             dim3(unsigned(given.positive_blocks)), Tile::kThreads,
+             positives_bytes<Tile>(row_stride_of<Tile>(given.channels)), sides.positives);
+      finish_forward<Math>(sides.positives);
     });
   });
 }
@@ -137,18 +162,17 @@ void score_counts(const ScoreCountsParams& given) {
   if (given.num_anchors == 0) return;
   with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
     using Math = typename decltype(math)::type;
-    with_mined_tile<Math>(given.channels, [&](auto use) {
+    with_counts_tile<Math>(given.device, given.channels, [&](auto use, auto in_shared) {
       using Tile = typename decltype(use)::type;
-      const int64_t row_stride = row_stride_of<Tile>(given.channels);
-      const bool in_shared = counts_in_shared<Tile>(given.device, row_stride);
-      const auto [negatives, positives] = prepare<Math, Tile>(given);
+      const auto sides = prepare<Math, Tile::S::kColumns>(given);
       const auto count = [&](auto kernel, const ScoreCountsParams& p, int64_t splits, int32_t* counts) {
         launch(p, "infonce_counts_kernel", kernel,
                dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(splits)), Tile::kThreads,
-               counts_bytes<Tile>(row_stride, in_shared), p, counts, in_shared);
+               counts_bytes<Tile>(row_stride_of<Tile>(p.channels), in_shared), p, counts);
       };
-      count(infonce_counts_kernel<Tile, Pass::kNegatives>, negatives, given.splits, given.neg_counts);
-      count(infonce_counts_kernel<Tile, Pass::kPositives>, positives, given.positive_splits,
+      count(infonce_counts_kernel<Tile, Pass::kNegatives, in_shared>, sides.negatives, given.splits,
+            given.neg_counts);
+      count(infonce_counts_kernel<Tile, Pass::kPositives, in_shared>, sides.positives, given.positive_splits,
             given.pos_counts);
     });
   });

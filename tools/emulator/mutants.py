@@ -184,8 +184,8 @@ MUTANTS = [
     Mutant(
         "one tile too many",
         "infonce_visits.cuh",
-        "if (piece >= num_ranges_) return",
-        "if (piece > num_ranges_) return",
+        "piece < num_ranges_ ?",
+        "piece <= num_ranges_ ?",
     ),
     Mutant(
         "one split too many",
