@@ -82,6 +82,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
       [&](int stage, bool, unsigned first_column) {
         typename Engine::Scores scores;
         engine.template multiply_rows<1>(scores, stage);
+        // All places first: they do not wait for each other, as atomics do. A score that does not count adds
+        // 0, which takes no branch.
+        unsigned places[Tile::kFragments][Tile::kScoreCols][4], ones[Tile::kFragments][Tile::kScoreCols][4];
         each_row<Tile>([&](int f, int half) {
           const int row = engine.local_row(f, half), row_label = row_labels[f][half];
           unsigned excluded = unsigned(keys.count);
@@ -96,12 +99,18 @@ __global__ void __launch_bounds__(Tile::kThreads)
             const bool counted = kPass == Pass::kNegatives ? (label ^ row_label) > 0
                                                            : label == row_label && label >= 0 &&
                                                                  first_column + unsigned(column) != excluded;
-            const int bin = bin_of(scores[f][n][2 * half + e] * per_score);
+            const int i = 2 * half + e;
+            places[f][n][i] = unsigned(row * kScoreBins + bin_of(scores[f][n][i] * per_score));
+            ones[f][n][i] = counted ? 1u : 0u;
+          });
+        });
+        each_row<Tile>([&](int f, int half) {
+          each_score<Tile>([&](int n, int e) {
+            const unsigned place = places[f][n][2 * half + e], one = ones[f][n][2 * half + e];
             if constexpr (kInShared) {
-              int* word = words + row * kWordsOfRow + bin / 2;
-              if (counted) atomic_add(word, int(1u << bin % 2 * 16));
-            } else {
-              if (counted) atomic_add(counts_of(row) + bin, 1);
+              atomic_add(words + place / 2, int(one << place % 2 * 16));
+            } else if (one != 0) {
+              atomic_add(counts_of(int(place / kScoreBins)) + place % kScoreBins, 1);
             }
           });
         });
