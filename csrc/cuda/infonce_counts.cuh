@@ -19,8 +19,8 @@ struct CountsTile : Tile<Math, 256, true, 2> {
   static constexpr int kOutputCols = 256 / kColWarps / 8;
 };
 
-// The counts of a block's rows in shared memory. A word has two neighbouring bins, so a block passes them on
-// before either has met 2^16 columns.
+// The counts of a block's rows in shared memory: a word has two neighbouring bins, so no block may have more
+// columns than half a word can count.
 constexpr int kWordsOfRow = kScoreBins / 2, kMostOfBin = (1 << 16) - 1;
 
 template <class Tile>
@@ -52,20 +52,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const auto counts_of = [&](int row) {
     return counts + int64_t(anchors.order[engine.first_row + row]) * kScoreBins;
   };
-  // Each thread has words of its own here.
-  const auto clear = [&] {
+  if (kInShared) {  // the engine's first barrier comes before the first count
     for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) words[i] = 0;
-  };
-  const auto pass_on = [&] {
-    for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) {
-      const unsigned both = unsigned(words[i]);
-      if (both == 0) continue;
-      int* to = counts_of(i / kWordsOfRow) + i % kWordsOfRow * 2;
-      if ((both & kMostOfBin) != 0) atomic_add(to, int(both & kMostOfBin));
-      if (both >> 16 != 0) atomic_add(to + 1, int(both >> 16));
-    }
-  };
-  if (kInShared) clear();  // the engine's first barrier comes before the first count
+  }
 
   int row_labels[Tile::kFragments][2];
   each_row<Tile>([&](int f, int half) {
@@ -73,7 +62,6 @@ __global__ void __launch_bounds__(Tile::kThreads)
   });
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
   Walk<kPass, Tile> walk(p.label_ranges, keys.count, own, int(blockIdx.y), int(gridDim.y), engine.lane);
-  int tiles = 0;
   engine.run(
       walk,
       [&](int stage, int64_t first) {
@@ -114,14 +102,15 @@ __global__ void __launch_bounds__(Tile::kThreads)
             }
           });
         });
-        if (kInShared && ++tiles == kMostOfBin / Tile::kBlockK) {
-          tiles = 0;
-          sync_block();  // all have counted
-          pass_on();
-          clear();  // before the barrier of the next tile
-        }
       });
-  if (kInShared) pass_on();
+  if (!kInShared) return;
+  for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) {
+    const unsigned both = unsigned(words[i]), first = both & kMostOfBin, second = both >> 16;
+    if (both == 0) continue;
+    int* to = counts_of(i / kWordsOfRow) + i % kWordsOfRow * 2;
+    if (first != 0) atomic_add(to, int(first));
+    if (second != 0) atomic_add(to + 1, int(second));
+  }
 }
 
 }  // namespace pxc::cuda

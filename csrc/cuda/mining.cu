@@ -166,6 +166,11 @@ void score_counts(const ScoreCountsParams& given) {
       using Tile = typename decltype(use)::type;
       const auto sides = prepare<Math, Tile::S::kColumns>(given);
       const auto count = [&](auto kernel, const ScoreCountsParams& p, int64_t splits, int32_t* counts) {
+        const int64_t most = blocks_of(blocks_of(p.num_keys, Tile::kBlockK), splits) * Tile::kBlockK;
+        if (most > kMostOfBin) {
+          throw std::invalid_argument("score_counts: a block would count " + std::to_string(most) +
+                                      " columns of at most " + std::to_string(kMostOfBin));
+        }
         launch(p, "infonce_counts_kernel", kernel,
                dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(splits)), Tile::kThreads,
                counts_bytes<Tile>(row_stride_of<Tile>(p.channels), in_shared), p, counts);

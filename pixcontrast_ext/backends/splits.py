@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 
 # Columns that a block adds up at most. A tensor core cuts its sum off, so that a gradient falls short by as much as
-# 1.3e-9 of itself for each column of the walk; the sum over the blocks is rounded to nearest.
-LONGEST_WALK = 65_536
+# 1.3e-9 of itself for each column of the walk; the sum over the blocks is rounded to nearest. And a histogram's bin
+# counts them in 16 bits.
+LONGEST_WALK = 2**16 - 1
 MOST_SPLITS = 1024
 
 

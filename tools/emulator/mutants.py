@@ -168,6 +168,97 @@ MUTANTS = [
         "range.low = min(range.low, shuffle_xor(range.low, lanes));",
         "if (range.high >= 0) range.low = min(range.low, shuffle_xor(range.low, lanes));",
     ),
+    # mining
+    Mutant(
+        "negatives below the threshold take part",
+        "infonce_forward.cuh",
+        "if (score < bound) score = -INFINITY;",
+        "",
+    ),
+    Mutant(
+        "negatives at the threshold take no part",
+        "infonce_forward.cuh",
+        "if (score < bound) score = -INFINITY;",
+        "if (score <= bound) score = -INFINITY;",
+    ),
+    Mutant(
+        "threshold of the sorted place",
+        "infonce_forward.cuh",
+        "p.neg_min[anchors.order[engine.first_row + threadIdx.x]]",
+        "p.neg_min[engine.first_row + threadIdx.x]",
+    ),
+    Mutant(
+        "positives at the threshold take part",
+        "infonce_forward.cuh",
+        "positive = positive && !(score >= bound);",
+        "positive = positive && !(score > bound);",
+    ),
+    Mutant(
+        "threshold in cosines where scores are sums of planes",
+        "infonce_rows.cuh",
+        "cosine / p.unscale[0] / unscale_of_keys(p);",
+        "cosine;",
+    ),
+    Mutant(
+        "negatives' sum in the units of the keys",
+        "infonce_rows.cuh",
+        "if (p.negatives.data == nullptr) return unscale_of_keys(p);",
+        "return unscale_of_keys(p);",
+    ),
+    Mutant(
+        "negatives with the keys' scale",
+        "mining.cu",
+        "  p.score_scale = p.negative_scale;\n",
+        "",
+    ),
+    Mutant(
+        "negatives with the ranges of the keys' labels",
+        "mining.cu",
+        "  p.label_ranges = p.negative_ranges;\n",
+        "",
+    ),
+    Mutant(
+        "bounds of an anchor for its mirror",
+        "infonce_backward.cuh",
+        "if constexpr (kBounded) return takes(rows[row], score, positive);",
+        "if constexpr (kBounded) return takes(columns[row], score, positive);",
+    ),
+    Mutant(
+        "bounds read before they are copied",
+        "infonce_backward.cuh",
+        "cp_async_4(&to->pos_max, &from->pos_max, inside ? 4 : 0);",
+        "",
+    ),
+    Mutant(
+        "counts of a word's first bin run into the second",
+        "infonce_counts.cuh",
+        "int(one << place % 2 * 16)",
+        "int(one << place % 2 * 8)",
+    ),
+    Mutant(
+        "rows without a label are counted",
+        "infonce_counts.cuh",
+        "(label ^ row_label) > 0",
+        "label >= 0 && label != row_label",
+    ),
+    Mutant(
+        "counts of another anchor",
+        "infonce_counts.cuh",
+        "int64_t(anchors.order[engine.first_row + row]) * kScoreBins",
+        "int64_t(engine.first_row + row) * kScoreBins",
+    ),
+    Mutant(
+        "a bin rounded to the nearest edge",
+        "infonce_counts.cuh",
+        "int(floorf(fminf(",
+        "int(rintf(fminf(",
+    ),
+    Mutant(
+        "the last lane's label stands for its piece",
+        "infonce_visits.cuh",
+        "least < 0 ? ~low : low",
+        "label < 0 ? ~low : low",
+    ),
     # infonce: bounds, masks and places
     Mutant(
         "label read behind the last",

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixcontrast_ext import MemoryBank, gather_embeddings, hard_anchor_sampling, infonce
+from pixcontrast_ext import (
+    MemoryBank,
+    Mining,
+    gather_embeddings,
+    hard_anchor_sampling,
+    infonce,
+    score_thresholds,
+)
 from pixcontrast_ext.backends import cuda, native, splits
 from pixcontrast_ext.backends import device as devices
 from tools.emulated import Emulated
@@ -242,6 +249,45 @@ def _infonce_of_usual_widths() -> None:
         infonce(anchor_rows, anchor_labels, key_rows, key_labels, temperature=0.1, backend="cuda")
 
 
+def _mining(precision: str) -> None:
+    """Histograms, and the loss of the pairs that they leave: of drawn keys, of all, in the batch, with every gradient.
+
+    The widths have tiles of their own; on the small device there is no room for the histograms beside the largest.
+    """
+    problems = [(37, 150, 33, "100"), (5, 40, 300, "100"), (9, 70, 256, "100"), (70, 90, 256, "228")]
+    problems += [(6, 0, 8, "100"), (0, 6, 8, "100")]
+    for dtype, (anchors, keys, channels, shared) in itertools.product(DTYPES, problems):
+        if precision != "highest" and dtype != torch.float32:
+            continue
+        os.environ["PXC_EMULATOR_SHARED"] = shared
+        anchor_rows, anchor_labels = _rows(anchors, channels, 3, dtype)
+        key_rows, key_labels = _rows(keys, channels, 3, dtype)
+        if dtype == torch.float32:
+            key_rows *= 1e3  # of which planes take another power of two than those of the negatives
+        anchor_rows.requires_grad_(), key_rows.requires_grad_()
+        negatives = key_rows.detach()[: keys // 2] / 1e3, key_labels[: keys // 2]
+        mining = Mining("semi-hard", fraction=0.3)
+        for rows, labels, others, exclude_self in (
+            (key_rows, key_labels, negatives, False),
+            (key_rows, key_labels, None, True),
+            (anchor_rows, anchor_labels, None, True),
+        ):
+            sides = anchor_rows, anchor_labels, rows, labels
+            kept = score_thresholds(
+                *sides, mining, negatives=others, exclude_self=exclude_self, backend="cuda"
+            )
+            loss = infonce(
+                *sides,
+                temperature=0.1,
+                exclude_self=exclude_self,
+                reduction="none",
+                negatives=others,
+                **kept._asdict(),
+                backend="cuda",
+            )
+            loss.backward(torch.randn_like(loss))
+
+
 def record(path: Path, kernels: Any) -> int:
     """Solves the problems with emulated kernels of the CUDA backend; returns the number of calls."""
     torch.manual_seed(20210118)
@@ -259,6 +305,8 @@ def record(path: Path, kernels: Any) -> int:
             for precision in ("highest", "high"):
                 torch.set_float32_matmul_precision(precision)
                 _infonce(precision)
+                _mining(precision)
+                os.environ["PXC_EMULATOR_SHARED"] = "100"
             _infonce_of_more_anchors_than_one_block_sorts()
             with pytest.MonkeyPatch.context() as of_splits:
                 of_splits.setattr(splits, "choose", lambda rows, columns, *_: columns)
