@@ -22,7 +22,7 @@ from .infonce import OURS, TEMPERATURE, Inputs, loss_method
 from .shapes import ROWS, Rows
 
 SHAPE = Rows
-BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 DTYPES = {"cpu": ("fp32", "bf16", "fp16"), "cuda": ("fp32", "tf32", "bf16", "fp16")}
 COUNTED = "2·A·K·D operations of one product of all pairs in fwd, and of two in fwd+bwd"
 SHAPES = ("quick", "cityscapes", "in-batch")

@@ -143,6 +143,21 @@ def test_mining_against_double_precision(device_backend, dtype, strategy, order)
         assert torch.equal(counts.gather(1, edge[:, None])[:, 0], count.long())
 
 
+def test_a_bin_counts_as_many_keys_as_there_are(device_backend):
+    """More than 16 bits hold, in one bin, of which the kernels keep two in a word."""
+    anchors, labels = torch.eye(4, 64, device=DEVICE), torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    keys = anchors[:1].repeat(300_001, 1)
+    key_labels = (torch.arange(len(keys), device=DEVICE) % 4 == 0).int()
+    counts = torch.ops.pixcontrast.mining_counts(
+        anchors, labels, keys, key_labels, keys, key_labels, False, device_backend
+    )
+    for found, each in zip(counts, (75_001, 225_000), strict=True):
+        expected = torch.zeros_like(found)
+        expected[0, 511] = each
+        expected[1:, 256] = each
+        assert torch.equal(found, expected)
+
+
 def test_tf32_is_rounded_to_nearest(device_backend):
     inputs = draw(1024, 19000, 256, 19)
     before = torch.get_float32_matmul_precision()

@@ -41,7 +41,9 @@ SUITE = (
     "infonce_accuracy",
     "infonce_tiles",
     "infonce",
+    "mining",
     "triton_infonce",
+    "triton_mining",
     "triton",
     "enqueue",
     "gather",
@@ -57,6 +59,7 @@ BACKENDS = ("cuda", "triton")
 ONLY = {
     "infonce_tiles": "cuda",
     "triton_infonce": "triton",
+    "triton_mining": "triton",
     "triton": "triton",
 }  # files that test one backend only
 TIMINGS = (  # op, shape, dtypes, minimum of seconds it takes; the most important first
@@ -67,6 +70,7 @@ TIMINGS = (  # op, shape, dtypes, minimum of seconds it takes; the most importan
     ("sampling", "cityscapes", (), 20),
     ("gather", "cityscapes", ("fp32",), 20),
     ("training_step", "cityscapes", (), 30),
+    ("mining", "cityscapes", ("bf16", "fp32"), 60),
     ("infonce", "in-batch", ("bf16",), 30),
     ("infonce", "quick", ("bf16", "fp32"), 40),
 )

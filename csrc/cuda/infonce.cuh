@@ -11,6 +11,7 @@
 //   positives   anchors   their own class   sigma, eq. (4)             G, the loss and S, eq. (2) to (4)
 //   backward    keys      anchors           ds, eq. (5)                gradient of the keys, eq. (6)
 //   symmetric   anchors   anchors           ds plus its mirror         both halves of eq. (6)
+//   counts      anchors   keys              none                       histograms of the scores
 //
 // A warp computes S for its rows and a share of the columns, and the output for the same rows and a share of
 // the channels. In between, the weights pass through shared memory to the warps of the same rows, and only
@@ -25,6 +26,9 @@
 // Rows of fp32 are split into fp16 numbers and the remainders that those leave, stored one after the other
 // like a row of twice the length. Three products of such planes keep fp32's accuracy; one has that of TF32.
 //
+// Example mining draws negatives of their own, which take the keys' place in pass 1, and gives each anchor a
+// range of scores that take part. It is cut from the histograms, whose scores are the passes' to the bit.
+//
 // Scores are in units of log2: scale = log2(e) / temperature, applied to the fp32 sum.
 //
 //   tile.cuh              how rows are multiplied, cut into tiles and laid out in shared memory
@@ -34,7 +38,10 @@
 //   infonce_visits.cuh    the order of the anchors, and which tiles of columns a block visits
 //   infonce_forward.cuh   passes 1 and 2, and the stage that combines them
 //   infonce_backward.cuh  the backward, symmetric or not
+//   infonce_counts.cuh    the histograms
+//   infonce_launch.h      what the launchers share
 //   infonce.cu            which tile serves which rows, and the order of the launches
+//   mining.cu             the same of mined pairs
 #pragma once
 
 #include "infonce_backward.cuh"
