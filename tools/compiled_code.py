@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+PASSES = ("negatives", "positives", "backward")  # the values of the kernels' enum
 TABLE = Path(__file__).parent / "expected" / "registers.txt"
 
 
@@ -55,7 +56,10 @@ def _names(text: str) -> str:
 
 
 def kernel_name(demangled: str) -> str:
-    return re.sub(r"^void |\(.*$", "", demangled).replace("> >", ">>").strip()
+    """Without its parameters; of tiles without the plain InfoNCE's struct, where that of mining stays."""
+    named = re.sub(r"\(Pass\)(\d)", lambda found: PASSES[int(found[1])], demangled)
+    name = re.sub(r"^void |\(.*$", "", named).replace("> >", ">>").strip()
+    return re.sub(r"(?<=>), Infonce(Forward|Backward)Params>$", ">", name)
 
 
 def resources(module: Path) -> dict[str, dict[str, Resources]]:

@@ -102,7 +102,7 @@ class Tile:
     @classmethod
     def of(cls, name: str) -> Tile | None:
         found = re.search(
-            r"_(negatives|positives|keys)_kernel<Tile<Math<(\w+), (\d)>, (\d+), (true|false), (\d), (true|false)>",
+            r"_(negatives|positives|keys)_kernel<Tile<Math<(\w+), (\d)>, (\d+), (true|false), (\d), (true|false)>>$",
             name,
         )
         if found is None:

@@ -88,7 +88,7 @@ struct Engine {
   }
 
   // The shared memory that the constructor takes, if a row has `row_stride` bytes there.
-  static size_t bytes(int64_t row_stride) {
+  static constexpr size_t bytes(int64_t row_stride) {
     return shared_bytes<unsigned char>((Tile::kBlockA + 2 * Tile::kBlockK) * row_stride) +
            shared_bytes<unsigned char>(kParts * kWeightBytes) +
            shared_bytes<float>(Tile::kColWarps * Tile::kBlockA);

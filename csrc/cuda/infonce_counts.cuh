@@ -24,7 +24,7 @@ struct CountsTile : Tile<Math, 256, true, 2> {
 constexpr int kWordsOfRow = kScoreBins / 2, kMostOfBin = (1 << 16) - 1;
 
 template <class Tile>
-size_t counts_bytes(int64_t row_stride, bool in_shared) {
+constexpr size_t counts_bytes(int64_t row_stride, bool in_shared) {
   return CountsEngine<Tile>::bytes(row_stride) + shared_bytes<int>(2 * Tile::kBlockK) +
          (in_shared ? shared_bytes<int>(Tile::kBlockA * kWordsOfRow) : 0);
 }

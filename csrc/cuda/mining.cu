@@ -30,6 +30,8 @@ auto with_negatives_tile(int device, int64_t channels, Visit visit) {
   if (channels == 256 && larger) return visit(Use<Larger>{});
   return with_usual_tile<Math>(channels, visit);
 }
+constexpr size_t kLeastShared = 101376;  // bytes that a block may have on any device, least on sm_86
+
 // Calls visit with the tile and whether the counts are in shared memory.
 template <class Math, class Visit>
 auto with_counts_tile(int device, int64_t channels, Visit visit) {
@@ -40,8 +42,11 @@ auto with_counts_tile(int device, int64_t channels, Visit visit) {
   }
   return with_usual_tile<Math>(channels, [&](auto use) {
     using Tile = typename decltype(use)::type;
-    const bool in_shared = counts_bytes<Tile>(row_stride_of<Tile>(channels), true) <= shared_of_block(device);
-    return in_shared ? visit(use, std::true_type{}) : visit(use, std::false_type{});
+    if constexpr (counts_bytes<Tile>(Tile::kMaxRowBytes, true) > kLeastShared) {
+      const size_t bytes = counts_bytes<Tile>(row_stride_of<Tile>(channels), true);
+      if (bytes > shared_of_block(device)) return visit(use, std::false_type{});
+    }
+    return visit(use, std::true_type{});
   });
 }
 
