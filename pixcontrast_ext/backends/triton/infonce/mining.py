@@ -16,7 +16,7 @@ from pixcontrast_ext.backends.triton.infonce.forward import differ, itself, tile
 from pixcontrast_ext.backends.triton.infonce.operands import load_rows, multiply_rows
 from pixcontrast_ext.backends.triton.infonce.plan import plan_contrast
 from pixcontrast_ext.backends.triton.infonce.prepare import prepare_contrast
-from pixcontrast_ext.backends.triton.infonce.tiles import passes
+from pixcontrast_ext.backends.triton.infonce.tiles import Pass, passes
 
 BINS: tl.constexpr = tl.constexpr(SCORE_BINS)
 
@@ -37,10 +37,11 @@ def count_scores(counts, index, scores, counted, wide):
     """Adds rows of scores to the counts of anchors."""
     place = scores * wide
     place = tl.where(place == place, tl.floor(place), -BINS / 2.0)  # NaN
-    place = tl.minimum(tl.maximum(place, -BINS / 2.0), BINS / 2.0 - 1.0) + BINS / 2.0
-    # A warp adds to one row, where bins share sectors: its threads pass the bins on, in 16 bits and with the mask.
-    bins = tl.where(counted, place, -1.0).to(tl.int16).to(tl.int32)
-    tl.atomic_add(counts + index.to(tl.int64)[:, None] * BINS + bins, 1, mask=bins >= 0, sem="relaxed")
+    place = tl.minimum(tl.maximum(place, -BINS / 2.0), BINS / 2.0 - 1.0)
+    bins = counts + index.to(tl.int64)[:, None] * BINS + (place.to(tl.int32) + BINS // 2)
+    # The compiler hands each row to one warp first. Most of its threads then meet in a few sectors of 8 bins, of which
+    # a multiprocessor sends one or so per cycle; where products leave them, threads of a warp are in 8 rows.
+    tl.atomic_add(bins, 1, mask=counted, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_anchors", "num_keys"])
@@ -117,7 +118,13 @@ def infonce_counts_positives_kernel(
             count_scores(counts, index, scores, positive & inside[:, None], wide)
 
 
+def _options(of: Pass) -> dict[str, int]:
+    """With a buffer less than for products alone: rows on their way to a warp take its room."""
+    return of.options | dict(num_stages=max(1, of.options["num_stages"] - 1))
+
+
 def score_counts(call: ScoreCounts) -> None:
+    """Adds to what is zero at first."""
     call.neg_counts.zero_()
     call.pos_counts.zero_()
     num_anchors = call.anchors.shape[0]
@@ -134,7 +141,7 @@ def score_counts(call: ScoreCounts) -> None:
         *(negatives.sides, plan, call.neg_counts, num_anchors, negatives.num_keys),
         GUARDED=negatives.guarded,
         WALK=of.walk,
-        **of.options,
+        **_options(of),
     )
     launch.start(
         infonce_counts_positives_kernel,
@@ -145,5 +152,5 @@ def score_counts(call: ScoreCounts) -> None:
         PIECES=of.columns // of_positives.columns,
         GUARDED=keys.guarded,
         WALK=of_positives.walk,
-        **of_positives.options,
+        **_options(of_positives),
     )
