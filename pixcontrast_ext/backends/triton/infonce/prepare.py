@@ -182,6 +182,11 @@ def _room(rows: Tensor, of: Pass) -> tuple[Tensor, int]:
     return rows.new_empty(padded, width, dtype=dtype), blocks
 
 
+def _no_factors(anything: Tensor) -> Factors:
+    """For kernels that read none."""
+    return Factors(anything, anything, anything, Kept(anything, anything), anything)
+
+
 def _launch(
     of: Pass,
     anchors: Source,
@@ -195,14 +200,13 @@ def _launch(
     temperature: float = 1.0,
 ) -> None:
     num_tiles = 0 if ranges is None else ranges.shape[1]
-    nothing = Kept(unscale, unscale)
+    factors = factors or _no_factors(unscale)
     for again in (False, True) if of.walk.in_planes.value else (False,):
         range_blocks = 0 if again else triton.cdiv(num_tiles, RANGES.value)
         launch.start(
             infonce_prepare_kernel,
             (sum(blocks) + range_blocks,),
-            *(anchors, keys, terms or Terms(unscale, unscale, unscale), kept or nothing),
-            factors or Factors(unscale, unscale, unscale, nothing, unscale),
+            *(anchors, keys, terms or Terms(unscale, unscale, unscale), kept or factors.kept, factors),
             *(unscale, keys.order if ranges is None else ranges),
             *(anchors.labels.shape[0], blocks[0], keys.labels.shape[0], blocks[1], num_tiles),
             1.0 / temperature,
@@ -238,7 +242,7 @@ def prepare(
         prepared_keys, key_blocks = _room(keys, of) if in_planes else (keys, 0)
     peaks = anchors.new_empty(2, MOST_BLOCKS.value, dtype=torch.float32)
     unscale = anchors.new_empty(2, 4, dtype=torch.float32)
-    factors = Factors(unscale, unscale, unscale, Kept(unscale, unscale), unscale)
+    factors = _no_factors(unscale)
     if terms is not None:
         neg_lse_log2, push, pull = (torch.empty_like(term) for term in terms)
         in_order = factors.kept if kept is None else Kept(*map(torch.empty_like, kept))
