@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixcontrast_ext import Mining, score_thresholds
 from pixcontrast_ext.backends import device as devices
 from tests.support.backends import BACKENDS
 from tests.support.checks import error
@@ -173,3 +174,9 @@ def test_nothing_of_a_kind(poison, arithmetic, empty):
     compare("mining_forward", (*sides, *kept, 1.0, True, True), BARS[arithmetic])
     ones = (torch.ones(sizes["anchors"]),) * 3
     compare_backward(tuple(sides[:4]), ones, kept, BARS[arithmetic], 1.0, True)
+
+
+def test_rows_that_are_too_wide():
+    rows, labels = torch.zeros(4, 513), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="InfoNCE kernels take up to 512 channels, got 513"):
+        score_thresholds(rows, labels, rows, labels, Mining(), backend="triton")

@@ -2,7 +2,8 @@
 
 A shift that is known before the walk over the negatives needs neither a maximum nor a rescaling at every tile. It is
 the largest score of a few tiles, and whether it served shows in the sum that comes of it. Where it did not, the largest
-score of all tiles is found, and the walk is repeated.
+score of all tiles is found, and the walk is repeated. Mining keeps the largest scores of an anchor's negatives, so that
+no shift has to look at its range.
 """
 
 from __future__ import annotations
