@@ -48,13 +48,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         and "cpu" not in backends_of(item)
         and parameters(item).get("instruction_set") in sets[1:]
     }
-    # The triton backend has no kernels of example mining; test_mining.py sees that they say so.
-    left_out |= {
-        item
-        for item in items
-        if parameters(item).get("backend") == "triton"
-        and str(parameters(item).get("op")).startswith("mining")
-    }
     left_out |= set(outside_of_the_share([item for item in items if item not in left_out], SHARE))
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]

@@ -190,17 +190,14 @@ def test_thresholds_are_those_of_a_sort(backend, instruction_set, poison, shape,
 def test_bins_have_exact_edges(backend, instruction_set):
     """A cosine just below an edge, which fp32 would round onto it once 1 is added, belongs to the bin below."""
     anchors, labels = torch.eye(2)[:1], torch.zeros(1, dtype=torch.int32)
-    cosines = torch.tensor(
-        [-2.0, -1.0, -1e-9, 0.0, 1e-9, 1 - 2**-24, 1.0, 1.5, math.nan, -math.inf, math.inf]
-    )
+    # As planes of fp16, a row that is not finite makes NaN.
+    far = 50.0 if backend in GPU_BACKENDS else math.inf
+    cosines = torch.tensor([-2.0, -1.0, -1e-9, 0.0, 1e-9, 1 - 2**-24, 1.0, 1.5, math.nan, -far, far])
     keys = torch.stack([cosines, torch.zeros(11)], dim=1)
     counts, nothing = torch.ops.pixcontrast.mining_counts(
         anchors, labels, keys[:0], labels[:0], keys, torch.ones(11).int(), False, backend
     )
-    # Of planes, one of which is 0, an infinity makes a product of NaN.
-    infinite = 0 if backend in GPU_BACKENDS else 1
-    expected = {0: 5 - infinite, 255: 1, 256: 2, 511: 3 + infinite}
-    assert {i: int(n) for i, n in enumerate(counts[0]) if n} == expected
+    assert {i: int(n) for i, n in enumerate(counts[0]) if n} == {0: 4, 255: 1, 256: 2, 511: 4}
     assert not nothing.any()
 
 
@@ -387,10 +384,10 @@ def make_loss(strategy, with_bank, backend=None, seed=5):
 
 @pytest.mark.parametrize("with_bank", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_loss_mines(backend, strategy, with_bank):
+def test_the_loss_mines(quick_backend, strategy, with_bank):
     """It trains, differs from all pairs, repeats with its generator, and backends agree."""
     losses = {}
-    for kind, name in ((strategy, backend), (strategy, "reference"), (None, backend)):
+    for kind, name in ((strategy, quick_backend), (strategy, "reference"), (None, quick_backend)):
         loss = make_loss(kind, with_bank, name)
         for step in range(4):
             embeddings, labels, predictions = maps(step)
@@ -399,8 +396,8 @@ def test_the_loss_mines(backend, strategy, with_bank):
         assert value > 0
         assert embeddings.grad.isfinite().all()
         losses[kind, name] = value.detach()
-    assert abs(losses[strategy, backend] - losses[strategy, "reference"]) <= 1e-4
-    assert losses[strategy, backend] != losses[None, backend]
+    assert abs(losses[strategy, quick_backend] - losses[strategy, "reference"]) <= 1e-4
+    assert losses[strategy, quick_backend] != losses[None, quick_backend]
 
 
 def test_the_criterion_passes_it_on():

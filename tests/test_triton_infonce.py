@@ -237,7 +237,7 @@ def test_sums_tell_whether_a_shift_served(monkeypatch):
     changed = []
 
     def watched(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-        if kernel.fn.__name__ != "infonce_fwd_negatives_kernel" or not arguments[6]:
+        if kernel.fn.__name__ != "infonce_fwd_negatives_kernel" or not arguments[7]:
             return before(kernel, grid, *arguments, **options)
         parts = next(argument for argument in arguments if hasattr(argument, "away"))
         again, totals = int(parts.again.sum()), parts.sum.clone()

@@ -36,12 +36,16 @@ from triton.compiler import ASTSource
 from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import triton as backend
 from pixcontrast_ext.backends.calls import (
+    SCORE_BINS,
     Collect,
     Gather,
     GatherBackward,
     InfonceBackward,
     InfonceForward,
+    MinedBackward,
+    MinedForward,
     Sampling,
+    ScoreCounts,
     Write,
 )
 from pixcontrast_ext.backends.triton.infonce.operands import Sides
@@ -279,20 +283,34 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
         yield jobs
 
 
-def launch_infonce(dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, begin: int = 0) -> None:
-    """Launches all passes over rows that begin `begin` elements after an aligned address."""
-    anchors, keys = (torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k))
-    anchor_labels, key_labels = torch.zeros(a, dtype=torch.int32), torch.zeros(k, dtype=torch.int32)
+def launch_infonce(
+    dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, m: int = 20_480, begin: int = 0
+) -> None:
+    """Launches all passes over rows that begin `begin` elements after an aligned address, mined and not."""
+    anchors, keys, drawn = (
+        torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k, m)
+    )
+    anchor_labels, key_labels, drawn_labels = (torch.zeros(n, dtype=torch.int32) for n in (a, k, m))
     loss, neg_lse, weight = torch.ones(3, a)
     count, grad = torch.empty(a, dtype=torch.int32), torch.empty(a, channels)
     rows = anchors, anchor_labels, keys, key_labels
+    negatives = drawn, drawn_labels
+    counts = torch.empty(2, a, SCORE_BINS, dtype=torch.int32)
+    backend.score_counts(ScoreCounts(*rows, *negatives, False, *counts))
     for with_grad in (False, True):
         outputs = loss, neg_lse, weight, count, grad
-        backend.infonce_forward(InfonceForward(*rows, 0.1, with_grad, with_grad, *outputs))
+        settings = 0.1, with_grad, with_grad
+        backend.infonce_forward(InfonceForward(*rows, *settings, *outputs))
+        backend.mined_forward(MinedForward(*rows, *settings, *outputs, *negatives, loss, loss))
     of_keys = InfonceBackward(*rows, neg_lse, weight, loss, 0.1, False, torch.empty(k, channels))
-    backend.infonce_backward(of_keys)
-    in_batch = dataclasses.replace(of_keys, keys=None, key_labels=None, exclude_self=True, grad=grad)
-    backend.infonce_backward(in_batch)
+    kept_of_keys = MinedBackward(
+        *rows, neg_lse, weight, loss, 0.1, False, torch.empty(k, channels), loss, loss
+    )
+    in_batch: Any = dict(keys=None, key_labels=None, exclude_self=True, grad=grad)
+    for each in (of_keys, dataclasses.replace(of_keys, **in_batch)):
+        backend.infonce_backward(each)
+    for mined in (kept_of_keys, dataclasses.replace(kept_of_keys, **in_batch)):
+        backend.mined_backward(mined)
 
 
 def launch_maps(
@@ -336,7 +354,7 @@ def launch_maps(
 def smallest_jobs(arch: int) -> list[Job]:
     """Nearly everything once at the smallest sizes, since Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
-        launch_infonce(torch.float32, 1, a=1, k=1)
+        launch_infonce(torch.float32, 1, a=1, k=1, m=1)
         launch_maps(
             torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pixcontrast_ext.backends import cpu, cuda, reference, triton
 
     _: tuple[Backend, ...] = (cuda, triton, cpu, reference)
-    _mining: tuple[MiningBackend, ...] = (cpu, reference)
+    _mining: tuple[MiningBackend, ...] = (triton, cpu, reference)
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"

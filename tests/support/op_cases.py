@@ -89,7 +89,7 @@ def cases(backend: str) -> dict[str, tuple[Any, ...]]:
         "mining_backward_keys": (*contrast, COLUMN, COLUMN, COLUMN, *kept, 0.1, False, backend),
         "mining_backward_symmetric": (ROWS, ROW_LABELS, COLUMN, COLUMN, COLUMN, *kept, 0.1, True, backend),
     }
-    return ({} if backend == "triton" else mining) | {
+    return mining | {
         "hard_anchor_sampling": (LABELS, LABELS.flip(0), PRIORITY, 3, 20, 4, 1, 255, 2**23, backend),
         "gather": (MAP, INDICES, True, torch.float32, backend),
         "gather_backward": (_normal(4, 4), MAP, INDICES, COLUMN[:4].clone(), True, backend),

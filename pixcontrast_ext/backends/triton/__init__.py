@@ -70,7 +70,7 @@ def unsupported(
         return reason
     if dtype is not None and dtype not in DTYPES:
         return f"{dtype} is not one of float32, float16, bfloat16"
-    if op.startswith("infonce") and channels is not None and channels > MAX_CHANNELS:
+    if op.startswith(("infonce", "mining")) and channels is not None and channels > MAX_CHANNELS:
         return f"its InfoNCE kernels take up to {MAX_CHANNELS} channels, got {channels}"
     return None
 
@@ -79,7 +79,13 @@ if _unavailable() is None:
     # The functions, not the modules of the same names.
     from pixcontrast_ext.backends.triton.enqueue import enqueue_collect, enqueue_write
     from pixcontrast_ext.backends.triton.gather import gather, gather_backward
-    from pixcontrast_ext.backends.triton.infonce import infonce_backward, infonce_forward
+    from pixcontrast_ext.backends.triton.infonce import (
+        infonce_backward,
+        infonce_forward,
+        mined_backward,
+        mined_forward,
+        score_counts,
+    )
     from pixcontrast_ext.backends.triton.sampling import hard_anchor_sampling
 
     __all__ = [
@@ -90,5 +96,8 @@ if _unavailable() is None:
         "hard_anchor_sampling",
         "infonce_backward",
         "infonce_forward",
+        "mined_backward",
+        "mined_forward",
+        "score_counts",
         "unsupported",
     ]

@@ -11,14 +11,17 @@ import triton
 import triton.language as tl
 
 from pixcontrast_ext.backends import splits
-from pixcontrast_ext.backends.calls import InfonceBackward
+from pixcontrast_ext.backends.calls import InfonceBackward, MinedBackward
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     MOST_BLOCKS,
     NO_LABEL,
     Factors,
+    Kept,
     Terms,
     add_weighted,
+    half_scales,
+    in_operands,
     load_rows,
     multiply_rows,
     store_rows,
@@ -38,21 +41,33 @@ _FINISH = dict(BLOCK=1024, num_warps=4)
 
 
 @triton.jit
-def load_factors(factors, place, inside):
+def load_factors(factors, place, inside, halves, MINED: tl.constexpr, WALK: tl.constexpr):
     """Those of the anchors at places; others have no part in anything."""
     neg_lse_log2 = tl.load(factors.neg_lse_log2 + place, mask=inside, other=float("inf"))
     push = tl.load(factors.push + place, mask=inside, other=0.0)
     pull = tl.load(factors.pull + place, mask=inside, other=0.0)
-    return Factors(neg_lse_log2, push, pull, factors.peaks)
+    kept = factors.kept
+    if MINED:
+        neg_min = tl.load(factors.kept.neg_min + place, mask=inside, other=float("inf"))
+        pos_max = tl.load(factors.kept.pos_max + place, mask=inside, other=float("-inf"))
+        kept = Kept(in_operands(neg_min, halves, WALK), in_operands(pos_max, halves, WALK))
+    return Factors(neg_lse_log2, push, pull, kept, factors.peaks)
 
 
 @triton.jit
-def score_gradient(scores, neg_lse_log2, push, pull, positive, MASKED: tl.constexpr):
-    """The gradient ds of eq. (5), of a positive and of a negative."""
-    odds = tl.exp2(scores - neg_lse_log2)
-    gradient = push * odds
+def score_gradient(
+    cosines, scores, of, positive, AXIS: tl.constexpr, MASKED: tl.constexpr, MINED: tl.constexpr
+):
+    """The gradient ds of eq. (5), of a positive and of a negative, from the factors `of` anchors, spread along AXIS."""
+    odds = tl.exp2(scores - tl.expand_dims(of.neg_lse_log2, AXIS))
+    gradient = tl.expand_dims(of.push, AXIS) * odds
+    if MINED:
+        gradient = tl.where(cosines < tl.expand_dims(of.kept.neg_min, AXIS), 0.0, gradient)
     if MASKED:
-        gradient = tl.where(positive, -pull * reciprocal(1.0 + odds), gradient)
+        towards = -tl.expand_dims(of.pull, AXIS) * reciprocal(1.0 + odds)
+        if MINED:
+            towards = tl.where(cosines >= tl.expand_dims(of.kept.pos_max, AXIS), 0.0, towards)
+        gradient = tl.where(positive, towards, gradient)
     return gradient
 
 
@@ -68,27 +83,23 @@ class Rows(NamedTuple):
 
 @triton.jit
 def fold_gradient(
-    outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, MASKED: tl.constexpr,
-    SYMMETRIC: tl.constexpr, WALK: tl.constexpr,
+    outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, halves, MASKED: tl.constexpr,
+    SYMMETRIC: tl.constexpr, MINED: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of anchors to the output."""
     place = tile * WALK.columns + tl.arange(0, WALK.columns)
     inside = place < num_anchors
     anchor = load_rows(sides.anchors, place, inside, rows.first, WALK, False)
-    others = load_factors(factors, place, inside)
-    scores = product(multiply_rows(rows.row, anchor, WALK), scale)
+    others = load_factors(factors, place, inside, halves, MINED, WALK)
+    cosines = multiply_rows(rows.row, anchor, WALK)  # in units of operands
+    scores = product(cosines, scale)
     positive = inside[None, :]
     if MASKED:
         label = tl.load(sides.anchor_labels + place, mask=inside, other=-1)
         positive = label[None, :] == rows.label[:, None]
-    weights = score_gradient(
-        scores, others.neg_lse_log2[None, :], others.push[None, :], others.pull[None, :], positive, MASKED
-    )
+    weights = score_gradient(cosines, scores, others, positive, 0, MASKED, MINED)
     if SYMMETRIC:
-        own = rows.factors
-        weights += score_gradient(
-            scores, own.neg_lse_log2[:, None], own.push[:, None], own.pull[:, None], positive, MASKED
-        )
+        weights += score_gradient(cosines, scores, rows.factors, positive, 1, MASKED, MINED)
     if MASKED:
         index = place
         if not SYMMETRIC:
@@ -109,6 +120,7 @@ def infonce_bwd_keys_kernel(
     exclude_self,
     scale,
     SYMMETRIC: tl.constexpr,
+    MINED: tl.constexpr,
     GUARDED: tl.constexpr,
     WALK: tl.constexpr,
 ):
@@ -118,10 +130,11 @@ def infonce_bwd_keys_kernel(
     first = tl.program_id(2) * WALK.out
     split, splits = tl.program_id(1), tl.num_programs(1)
     own_factors = factors
+    halves = half_scales(sides, WALK)
     index = place
     if SYMMETRIC:
         index = tl.load(sides.order + place, mask=inside, other=0)
-        own_factors = load_factors(factors, place, inside)
+        own_factors = load_factors(factors, place, inside, halves, MINED, WALK)
     factor = 1.0
     if WALK.in_planes:
         factor = tl.load(sides.unscale)
@@ -155,13 +168,13 @@ def infonce_bwd_keys_kernel(
     for i in tl.range(split, pure, splits, disable_licm=not WALK.hoist):
         tile = tl.where(i < begin, i, i + own)
         outputs = fold_gradient(
-            outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, False, SYMMETRIC, WALK
-        )
+            outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, halves, False, SYMMETRIC, MINED, WALK
+        )  # fmt: skip
     for i in tl.range(split, mixed, splits, disable_licm=not WALK.hoist):
         tile = tl.where(i < own, begin + i, whole)
         outputs = fold_gradient(
-            outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, True, SYMMETRIC, WALK
-        )
+            outputs, rows, sides, factors, tile, num_anchors, scale, weight_scale, halves, True, SYMMETRIC, MINED, WALK
+        )  # fmt: skip
     # A row without a label takes no part, whatever the anchors hold.
     shown = ()
     for j in tl.static_range(WALK.out):
@@ -182,6 +195,7 @@ def infonce_bwd_finish_kernel(grad_parts, splits, size, grad, BLOCK: tl.constexp
 
 
 def infonce_backward(call: InfonceBackward) -> None:
+    """Of all pairs, or of those that mining keeps."""
     anchors, grad = call.anchors, call.grad
     num_anchors, num_rows = anchors.shape[0], grad.shape[0]
     if num_rows == 0:
@@ -193,8 +207,12 @@ def infonce_backward(call: InfonceBackward) -> None:
     row_tiles, column_tiles = triton.cdiv(num_rows, of.rows), triton.cdiv(num_anchors, of.columns)
     shares = splits.choose(row_tiles, column_tiles, of.slots, of.columns)
     terms = Terms(call.neg_lse, call.pos_weight, call.grad_scale)
+    kept = Kept(call.neg_min, call.pos_max) if isinstance(call, MinedBackward) else None
     sides, factors, guarded = prepare(
-        anchors, call.anchor_labels, call.others, of, terms=terms, temperature=call.temperature
+        *(anchors, call.anchor_labels, call.others, of),
+        terms=terms,
+        kept=kept,
+        temperature=call.temperature,
     )
     grad_parts = grad if shares == 1 else grad.new_empty(shares, *grad.shape)
     launch.start(
@@ -203,6 +221,7 @@ def infonce_backward(call: InfonceBackward) -> None:
         *(sides, factors, grad_parts),
         *(num_anchors, num_rows, int(call.exclude_self), scale_of(call.temperature)),
         SYMMETRIC=call.others is None,
+        MINED=kept is not None,
         GUARDED=guarded,
         WALK=of.walk,
         **of.options,

@@ -2,7 +2,8 @@
 
 A shift that is known before the walk over the negatives needs neither a maximum nor a rescaling at every tile. It is
 the largest score of a few tiles, and whether it served shows in the sum that comes of it. Where it did not, the largest
-score of all tiles is found, and the walk is repeated.
+score of all tiles is found, and the walk is repeated. Mining keeps the largest scores of an anchor's negatives, so that
+no shift has to look at its range.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from pixcontrast_ext.backends import splits
-from pixcontrast_ext.backends.calls import InfonceForward
+from pixcontrast_ext.backends.calls import InfonceForward, MinedForward
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     NO_LABEL,
+    Kept,
     add_weighted,
     beside_scores,
+    half_scales,
+    in_operands,
     load_rows,
     multiply_rows,
     store_rows,
     zeros,
 )
-from pixcontrast_ext.backends.triton.infonce.plan import plan_of
-from pixcontrast_ext.backends.triton.infonce.prepare import prepare
+from pixcontrast_ext.backends.triton.infonce.plan import plan_contrast
+from pixcontrast_ext.backends.triton.infonce.prepare import prepare_contrast
 from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
 from pixcontrast_ext.backends.triton.numerics import HALF_EXPONENT, LN2, log1p, product, reciprocal
 
@@ -169,11 +173,13 @@ def infonce_fwd_negatives_kernel(
     sides,  # Sides
     plan,  # Plan
     parts,  # Parts; the shift and sums out
+    kept,  # Kept; only MINED
     num_anchors,
     num_keys,
     num_tiles,
     again,  # only rows whose shift did not serve
     scale,
+    MINED: tl.constexpr,
     GUARDED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WALK: tl.constexpr,
@@ -201,6 +207,11 @@ def infonce_fwd_negatives_kernel(
         room = tl.where(again != 0, TOP_EXPONENT, SAMPLE_EXPONENT)
         shift -= tl.where(tl.abs(shift) < 2.0**20, room, 0.0)
     shift = beside_scores(shift, WALK)
+    neg_min = shift
+    if MINED:
+        index = tl.load(sides.order + place, mask=inside, other=0)
+        neg_min = in_operands(tl.load(kept.neg_min + index), half_scales(sides, WALK), WALK)
+        neg_min = beside_scores(neg_min, WALK)
     sum = tl.zeros([WALK.rows], tl.float32)
     largest = tl.zeros([WALK.rows], tl.float32)
     outputs = zeros(WALK)
@@ -226,6 +237,8 @@ def infonce_fwd_negatives_kernel(
         if (low <= own_high) & (high >= own_low):
             here_label = tl.load(sides.key_labels + here, mask=here < num_keys, other=-1)
             scores = tl.where(differ(here_label, own), scores, float("-inf"))
+        if MINED:
+            scores = tl.where(scores < neg_min[:, None], float("-inf"), scores)
         weights = tl.exp2(product(scores, scale) - shift[:, None])
         sum += tl.sum(weights, 1)
         if WITH_GRAD:
@@ -254,11 +267,22 @@ def tiles_of_class(ranges, num_tiles, label, BLOCK: tl.constexpr):
     return begin, end
 
 
+@triton.jit
+def itself(sides, place, inside, num_anchors, exclude_self, IN_ORDER: tl.constexpr):
+    """The key that is no positive of an anchor, or -1."""
+    excluded = tl.where(exclude_self != 0, place, -1)
+    if not IN_ORDER:
+        end = tl.where(exclude_self != 0, num_anchors, 0)
+        excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
+    return excluded
+
+
 @triton.jit(do_not_specialize=["num_anchors", "num_keys", "num_tiles", "splits", "exclude_self"])
 def infonce_fwd_positives_kernel(
     sides,  # Sides
     plan,  # Plan
     parts,  # Parts; out, but those of the negatives
+    kept,  # Kept; only MINED
     num_anchors,
     num_keys,
     num_tiles,
@@ -267,6 +291,7 @@ def infonce_fwd_positives_kernel(
     scale,
     IN_ORDER: tl.constexpr,  # keys are the anchors, in their order
     PIECES: tl.constexpr,  # tiles of these columns in one of the plan's
+    MINED: tl.constexpr,
     GUARDED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WALK: tl.constexpr,
@@ -282,10 +307,7 @@ def infonce_fwd_positives_kernel(
         own = tl.load(sides.anchor_labels + begin)
         place = begin + tl.arange(0, WALK.rows)
         inside = tl.load(sides.anchor_labels + place, mask=place < num_anchors, other=-1) == own
-        excluded = tl.where(exclude_self != 0, place, -1)
-        if not IN_ORDER:
-            end = tl.where(exclude_self != 0, num_anchors, 0)
-            excluded = tl.load(sides.order + place, mask=inside & (place < end), other=-1)
+        excluded = itself(sides, place, inside, num_anchors, exclude_self, IN_ORDER)
         sum = sum_of(parts, 0, splits, num_anchors, place, inside, 64)
         neg_lse_log2 = tl.load(parts.shift + place, mask=inside, other=0.0) + tl.log2(sum)
         neg_lse_log2 = beside_scores(neg_lse_log2, WALK)
@@ -294,9 +316,15 @@ def infonce_fwd_positives_kernel(
         loss = tl.zeros([WALK.rows], tl.float32)
         pos_weight = tl.zeros([WALK.rows], tl.float32)
         of_class = tl.zeros([WALK.columns], tl.int32)
+        pos_max = neg_lse_log2
+        if MINED:
+            index = tl.load(sides.order + place, mask=inside, other=0)
+            pos_max = in_operands(tl.load(kept.pos_max + index), half_scales(sides, WALK), WALK)
+            pos_max = beside_scores(pos_max, WALK)
+        pos_count = tl.zeros([WALK.rows], tl.int32)
         outputs = zeros(WALK)
         low, high = tiles_of_class(plan.ranges, num_tiles, own, 4096)
-        # All rows have as many positives, but for those that meet themselves.
+        # Not MINED, all rows have as many positives, but for those that meet themselves.
         since = excluded // WALK.columns - low * PIECES
         met = (excluded >= 0) & (excluded < num_keys) & (since % sharing == split)
         met = met & (since >= 0) & (since < (high - low) * PIECES)
@@ -310,6 +338,9 @@ def infonce_fwd_positives_kernel(
             label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
             scores = multiply_rows(row, key, WALK)
             positive = (here_label == own)[None, :] & (here[None, :] != excluded[:, None])
+            if MINED:
+                positive &= (scores >= pos_max[:, None]) == 0
+                pos_count += tl.sum(positive.to(tl.int32), 1)
             margin = neg_lse_log2[:, None] - product(scores, scale)
             odds = tl.exp2(-tl.abs(margin))
             sigma = tl.where(margin >= 0, 1.0, odds) * reciprocal(1.0 + odds)
@@ -321,7 +352,8 @@ def infonce_fwd_positives_kernel(
             if WITH_GRAD:
                 weights = sigma * sigma_scale(WALK)
                 outputs = add_weighted(outputs, weights, key, sides.anchors.dtype.element_ty, WALK)
-        pos_count = tl.sum(of_class, 0) - met.to(tl.int32)
+        if not MINED:
+            pos_count = tl.sum(of_class, 0) - met.to(tl.int32)
         part = split.to(tl.int64) * num_anchors + place
         written = inside & (place < tl.where(first == 0, num_anchors, 0))
         tl.store(parts.loss + part, loss, mask=written)
@@ -334,12 +366,14 @@ def infonce_fwd_positives_kernel(
 @triton.jit(do_not_specialize=["num_anchors", "splits"])
 def infonce_fwd_finish_kernel(
     sides,  # Sides
+    negatives,  # Sides, with the keys that the negatives are of
     plan,  # Plan
     parts,  # Parts
     outs,  # Outputs, out
     num_anchors,
     splits,
     inv_temperature,
+    MINED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WALK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -373,7 +407,7 @@ def infonce_fwd_finish_kernel(
     tl.store(outs.pos_count + index, tl.where(contrasts, pos_count, 0), mask=inside)
     if WITH_GRAD:
         factor = inv_temperature / count
-        if WALK.in_planes:
+        if WALK.in_planes and not MINED:
             factor *= tl.load(sides.unscale + 1)
         for start in tl.range(0, WALK.channels, BLOCK):
             d = start + tl.arange(0, BLOCK)
@@ -396,6 +430,9 @@ def infonce_fwd_finish_kernel(
                 present = tl.load(parts.pos_count + part, mask=present, other=0) > 0
                 lines = parts.towards + part[:, :, None] * WALK.channels + d[None, None, :]
                 towards += tl.sum(tl.load(lines, mask=present[:, :, None] & row, other=0.0), 1)
+            if WALK.in_planes and MINED:
+                away *= tl.load(negatives.unscale + 1)
+                towards *= tl.load(sides.unscale + 1)
             grad = (per_weight[:, None] * away - towards / sigma_scale(WALK)) * factor[:, None]
             lines = outs.anchor_grad + index.to(tl.int64)[:, None] * WALK.channels + d[None, :]
             written = inside[:, None] & (d < WALK.channels)[None, :]
@@ -423,63 +460,65 @@ def _room_for_parts(
 
 
 def infonce_forward(call: InfonceForward) -> None:
-    anchors, keys, loss = call.anchors, call.keys, call.loss
-    (num_anchors, channels), num_keys = anchors.shape, keys.shape[0]
+    """Of all pairs, or of those that mining keeps."""
+    anchors, loss = call.anchors, call.loss
+    num_anchors, channels = anchors.shape
     if num_anchors == 0:
         return
-    negatives, positives, _ = passes(anchors)
-    row_tiles, num_tiles = triton.cdiv(num_anchors, negatives.rows), triton.cdiv(num_keys, negatives.columns)
-    shares = splits.choose(row_tiles, num_tiles, negatives.slots, negatives.columns)
-    fewest = splits.fewest(num_tiles, negatives.columns)
-    pieces = negatives.columns // positives.columns
-    most = max(fewest, min(positives.slots // triton.cdiv(num_anchors, positives.rows), num_tiles * pieces))
-
-    ranges = call.anchor_labels.new_empty(3, num_tiles)
-    others = None if call.in_batch else (keys, call.key_labels)
-    sides, _, guarded = prepare(anchors, call.anchor_labels, others, negatives, ranges)
-    plan = plan_of(sides.anchor_labels, ranges, positives.rows, positives.slots, fewest, most)
+    of, of_positives, _ = passes(anchors)
+    mined = isinstance(call, MinedForward)
+    keys, negatives = prepare_contrast(call, of)
+    row_tiles = triton.cdiv(num_anchors, of.rows)
+    shares = splits.choose(row_tiles, negatives.num_tiles, of.slots, of.columns)
+    plan, most = plan_contrast(keys, negatives, of, of_positives)
     with_grad = call.anchor_grad is not None
-    beside = negatives.beside if with_grad else 1
+    beside = of.beside if with_grad else 1
     parts = _room_for_parts(loss, row_tiles, shares, most, beside, channels if with_grad else None)
     grad = loss if call.anchor_grad is None else call.anchor_grad
     outs = Outputs(loss, call.neg_lse, call.pos_weight, call.pos_count, grad)
-    counts, scale = (num_anchors, num_keys), scale_of(call.temperature)
+    kept = Kept(call.neg_min, call.pos_max) if isinstance(call, MinedForward) else Kept(loss, loss)
+    scale = scale_of(call.temperature)
     for again in (False, True):
         launch.start(
             infonce_fwd_shift_kernel,
             (row_tiles, shares),
-            *(sides, plan, parts, *counts, int(with_grad)),
+            *(negatives.sides, plan, parts, num_anchors, negatives.num_keys, int(with_grad)),
             AGAIN=again,
-            GUARDED=guarded,
-            WALK=negatives.walk,
-            **negatives.options,
+            GUARDED=negatives.guarded,
+            WALK=of.walk,
+            **of.options,
         )
         launch.start(
             infonce_fwd_negatives_kernel,
             (row_tiles, shares, beside),
-            *(sides, plan, parts, *counts, num_tiles, int(again), scale),
-            GUARDED=guarded,
+            *(negatives.sides, plan, parts, kept, num_anchors, negatives.num_keys, negatives.num_tiles),
+            *(int(again), scale),
+            MINED=mined,
+            GUARDED=negatives.guarded,
             WITH_GRAD=with_grad,
-            WALK=negatives.walk,
-            **negatives.options,
+            WALK=of.walk,
+            **of.options,
         )
     launch.start(
         infonce_fwd_positives_kernel,
-        (min(positives.slots, num_anchors * most), positives.beside if with_grad else 1),
-        *(sides, plan, parts, *counts, num_tiles, shares, int(call.exclude_self), scale),
-        IN_ORDER=call.in_batch,
-        PIECES=pieces,
-        GUARDED=guarded,
+        (min(of_positives.slots, num_anchors * most), of_positives.beside if with_grad else 1),
+        *(keys.sides, plan, parts, kept, num_anchors, keys.num_keys, keys.num_tiles),
+        *(shares, int(call.exclude_self), scale),
+        IN_ORDER=keys.in_order,
+        PIECES=of.columns // of_positives.columns,
+        MINED=mined,
+        GUARDED=keys.guarded,
         WITH_GRAD=with_grad,
-        WALK=positives.walk,
-        **positives.options,
+        WALK=of_positives.walk,
+        **of_positives.options,
     )
     launch.start(
         infonce_fwd_finish_kernel,
         (triton.cdiv(num_anchors, FINISH["ROWS"]),),
-        *(sides, plan, parts, outs, num_anchors, shares, 1.0 / call.temperature),
+        *(keys.sides, negatives.sides, plan, parts, outs, num_anchors, shares, 1.0 / call.temperature),
+        MINED=mined,
         WITH_GRAD=with_grad,
-        WALK=negatives.walk,
-        BLOCK=negatives.walk.chunk.value,
+        WALK=of.walk,
+        BLOCK=of.walk.chunk.value,
         **FINISH,
     )

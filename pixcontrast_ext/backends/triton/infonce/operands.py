@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from pixcontrast_ext.backends.triton.numerics import INTERPRETED, rounded_to
+from pixcontrast_ext.backends.triton.numerics import INTERPRETED, power_of_two, rounded_to
 
 NO_LABEL: tl.constexpr = tl.constexpr(2**31 - 1)  # none is above it
 MOST_BLOCKS: tl.constexpr = tl.constexpr(1024)  # that prepare one side
@@ -24,6 +24,13 @@ class Sides(NamedTuple):
     unscale: Any  # [2], what numbers of either side's planes are to be multiplied by
 
 
+class Kept(NamedTuple):
+    """Which pairs of an anchor mining keeps: negatives from a cosine on, positives below one. NaN is kept."""
+
+    neg_min: Any  # [A]
+    pos_max: Any  # [A]
+
+
 class Terms(NamedTuple):
     """What the backward is told of anchors, in the caller's order."""
 
@@ -38,6 +45,7 @@ class Factors(NamedTuple):
     neg_lse_log2: Any  # [A] in log2 units, and inf for one without negatives
     push: Any  # [A] of the negatives of eq. (5)
     pull: Any  # [A] of the positives
+    kept: Any  # Kept; only MINED
     peaks: Any  # [MOST_BLOCKS] the largest weights, 0 where there is none
 
 
@@ -94,6 +102,31 @@ def multiply_rows(left, right, WALK: tl.constexpr):
         else:
             scores = tl.dot(left.whole[j], tl.trans(right.whole[j]), scores)
     return scores
+
+
+@triton.jit
+def half_scales(sides, WALK: tl.constexpr):
+    """Two powers of two that take a cosine to a product of operands, exactly unless that is beyond fp32.
+
+    Their product may be beyond it where either half is not.
+    """
+    below = 0
+    above = 0
+    if WALK.in_planes:
+        left = tl.load(sides.unscale).to(tl.int32, bitcast=True) >> 23
+        right = tl.load(sides.unscale + 1).to(tl.int32, bitcast=True) >> 23
+        exponent = 2 * 127 - left - right
+        below = exponent >> 1
+        above = exponent - below
+    return power_of_two(below), power_of_two(above)
+
+
+@triton.jit
+def in_operands(cosines, halves, WALK: tl.constexpr):
+    """Cosines in units of products of operands, so that these need no scale to be compared with them."""
+    if WALK.in_planes:
+        cosines = cosines * halves[0] * halves[1]
+    return cosines
 
 
 @triton.jit

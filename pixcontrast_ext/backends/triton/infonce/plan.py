@@ -11,15 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixcontrast_ext.backends import splits
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import NO_LABEL
+from pixcontrast_ext.backends.triton.infonce.prepare import Columns
+from pixcontrast_ext.backends.triton.infonce.tiles import Pass
 from pixcontrast_ext.backends.triton.sort import first_not_below
 
 _PLAN = dict(BLOCK=1024, num_warps=8)
 
 
 class Plan(NamedTuple):
-    # [3, tiles] int32: smallest and largest label of each tile of columns, and whether some have none
+    # [3, tiles] int32: smallest and largest label of each tile of columns, and whether some have none; for the
+    # positives those of the keys, wherever the negatives are from
     ranges: Any
     # [A] int32: the first place of each tile of anchors of one class
     class_tiles: Any
@@ -91,3 +95,14 @@ def plan_of(sorted_labels: Tensor, ranges: Tensor, rows: int, blocks: int, fewes
     sizes = sorted_labels.shape[0], ranges.shape[1], blocks, fewest, most
     launch.start(infonce_plan_kernel, (2,), sorted_labels, plan, *sizes, ROWS=rows, **_PLAN)
     return plan
+
+
+def plan_contrast(keys: Columns, negatives: Columns, of: Pass, of_positives: Pass) -> tuple[Plan, int]:
+    """What the passes over the negatives and the positives visit, and how many programs may share one of the latter."""
+    fewest = splits.fewest(keys.num_tiles, of.columns)
+    tiles_of_rows = triton.cdiv(keys.sides.order.shape[0], of_positives.rows)
+    tiles_of_keys = keys.num_tiles * (of.columns // of_positives.columns)
+    most = max(fewest, min(of_positives.slots // tiles_of_rows, tiles_of_keys))
+    sizes = of_positives.rows, of_positives.slots, fewest, most
+    plan = plan_of(keys.sides.anchor_labels, negatives.ranges, *sizes)
+    return plan._replace(ranges=keys.ranges), most

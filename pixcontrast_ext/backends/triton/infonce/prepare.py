@@ -14,8 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixcontrast_ext.backends.calls import InfonceForward, MinedForward, ScoreCounts
 from pixcontrast_ext.backends.triton import launch
-from pixcontrast_ext.backends.triton.infonce.operands import MOST_BLOCKS, NO_LABEL, Factors, Sides, Terms
+from pixcontrast_ext.backends.triton.infonce.operands import (
+    MOST_BLOCKS,
+    NO_LABEL,
+    Factors,
+    Kept,
+    Sides,
+    Terms,
+)
 from pixcontrast_ext.backends.triton.infonce.tiles import PADDING, Pass
 from pixcontrast_ext.backends.triton.numerics import HALF_EXPONENT, LOG2E, power_of_two
 from pixcontrast_ext.backends.triton.sort import sort
@@ -91,7 +99,7 @@ def prepare_rows(
 
 
 @triton.jit
-def prepare_factors(source, terms, factors, count, block, blocks, inv_temperature):
+def prepare_factors(source, terms, kept, factors, count, block, blocks, inv_temperature, MINED: tl.constexpr):
     """Those of eq. (5), of anchors in order."""
     peak = 0.0
     for start in range(block * LINES, count, blocks * LINES):
@@ -109,6 +117,9 @@ def prepare_factors(source, terms, factors, count, block, blocks, inv_temperatur
         )
         tl.store(factors.push + place, push, mask=place < count)
         tl.store(factors.pull + place, pull, mask=place < count)
+        if MINED:
+            tl.store(factors.kept.neg_min + place, tl.load(kept.neg_min + index), mask=place < count)
+            tl.store(factors.kept.pos_max + place, tl.load(kept.pos_max + index), mask=place < count)
     tl.store(factors.peaks + block, peak)
 
 
@@ -117,8 +128,9 @@ def infonce_prepare_kernel(
     anchors,  # Source
     keys,  # Source
     terms,  # Terms; only WITH_TERMS
+    kept,  # Kept; only MINED
     factors,  # Factors, out; likewise
-    unscale,  # [2] out
+    unscale,  # [2, 4] out: of anchors and keys, and once more of anchors, for other keys beside them
     ranges,  # [3, tiles] int32 out: smallest and largest label, whether some have none; largest -1 without any
     num_anchors,
     anchor_blocks,
@@ -127,6 +139,7 @@ def infonce_prepare_kernel(
     num_tiles,
     inv_temperature,
     WITH_TERMS: tl.constexpr,
+    MINED: tl.constexpr,
     AGAIN: tl.constexpr,
     PADDED: tl.constexpr,  # rows are a multiple of it
     WALK: tl.constexpr,
@@ -138,9 +151,12 @@ def infonce_prepare_kernel(
         exponent = prepare_rows(anchors, padded, num_anchors, block, anchor_blocks, True, AGAIN, WALK)
         if AGAIN:
             tl.store(unscale, power_of_two(-exponent), mask=block == 0)
+            tl.store(unscale + 4, power_of_two(-exponent), mask=block == 0)
             tl.store(unscale + 1, power_of_two(-exponent), mask=(block == 0) & (key_blocks == 0))
         if WITH_TERMS:
-            prepare_factors(anchors, terms, factors, num_anchors, block, anchor_blocks, inv_temperature)
+            prepare_factors(
+                anchors, terms, kept, factors, num_anchors, block, anchor_blocks, inv_temperature, MINED
+            )
     elif block < anchor_blocks + key_blocks:
         block -= anchor_blocks
         padded = tl.cdiv(num_keys, PADDED) * PADDED
@@ -156,6 +172,53 @@ def infonce_prepare_kernel(
         tl.store(ranges + 2 * num_tiles + tile, (tl.min(label, 1) < 0).to(tl.int32), mask=tile < num_tiles)
 
 
+def _room(rows: Tensor, of: Pass) -> tuple[Tensor, int]:
+    """Where rows go that are prepared, and how many blocks do it."""
+    walk = of.walk
+    padded = triton.cdiv(rows.shape[0], PADDING) * PADDING
+    width = walk.planes.value * walk.chunks.value * walk.chunk.value
+    dtype = torch.float16 if walk.in_planes.value else rows.dtype
+    blocks = min(MOST_BLOCKS.value, triton.cdiv(padded, LINES.value))
+    return rows.new_empty(padded, width, dtype=dtype), blocks
+
+
+def _no_factors(anything: Tensor) -> Factors:
+    """For kernels that read none."""
+    return Factors(anything, anything, anything, Kept(anything, anything), anything)
+
+
+def _launch(
+    of: Pass,
+    anchors: Source,
+    keys: Source,
+    blocks: tuple[int, int],  # of the anchors and of the keys
+    unscale: Tensor,
+    ranges: Tensor | None,
+    terms: Terms | None = None,
+    kept: Kept | None = None,
+    factors: Factors | None = None,
+    temperature: float = 1.0,
+) -> None:
+    num_tiles = 0 if ranges is None else ranges.shape[1]
+    factors = factors or _no_factors(unscale)
+    for again in (False, True) if of.walk.in_planes.value else (False,):
+        range_blocks = 0 if again else triton.cdiv(num_tiles, RANGES.value)
+        launch.start(
+            infonce_prepare_kernel,
+            (sum(blocks) + range_blocks,),
+            *(anchors, keys, terms or Terms(unscale, unscale, unscale), kept or factors.kept, factors),
+            *(unscale, keys.order if ranges is None else ranges),
+            *(anchors.labels.shape[0], blocks[0], keys.labels.shape[0], blocks[1], num_tiles),
+            1.0 / temperature,
+            WITH_TERMS=terms is not None and not again,
+            MINED=kept is not None and not again,
+            AGAIN=again,
+            PADDED=PADDING,
+            WALK=of.walk,
+            num_warps=4,
+        )
+
+
 def prepare(
     anchors: Tensor,
     anchor_labels: Tensor,
@@ -163,49 +226,90 @@ def prepare(
     of: Pass,
     ranges: Tensor | None = None,
     terms: Terms | None = None,
+    kept: Kept | None = None,
     temperature: float = 1.0,
 ) -> tuple[Sides, Factors, bool]:
     """Both sides as operands of a pass, the factors made of `terms`, and whether keys are GUARDED.
 
     Fills `ranges` with the ranges of the keys' labels, by tiles of the pass's columns.
     """
-    walk, in_planes = of.walk, of.walk.in_planes.value
-    dtype = torch.float16 if in_planes else anchors.dtype
-    width = walk.planes.value * walk.chunks.value * walk.chunk.value
-
-    def room(rows: Tensor) -> tuple[Tensor, int]:
-        padded = triton.cdiv(rows.shape[0], PADDING) * PADDING
-        blocks = min(MOST_BLOCKS.value, triton.cdiv(padded, LINES.value))
-        return rows.new_empty(padded, width, dtype=dtype), blocks
-
     order, sorted_labels = sort(anchor_labels)
-    sorted_anchors, anchor_blocks = room(anchors)
+    sorted_anchors, anchor_blocks = _room(anchors, of)
     keys, key_labels = others or (anchors, sorted_labels)
     prepared_keys, key_blocks = sorted_anchors, 0
+    in_planes = of.walk.in_planes.value
     if others is not None:
-        prepared_keys, key_blocks = room(keys) if in_planes else (keys, 0)
+        prepared_keys, key_blocks = _room(keys, of) if in_planes else (keys, 0)
     peaks = anchors.new_empty(2, MOST_BLOCKS.value, dtype=torch.float32)
-    unscale = anchors.new_empty(2, dtype=torch.float32)
-    factors = Factors(unscale, unscale, unscale, unscale)
+    unscale = anchors.new_empty(2, 4, dtype=torch.float32)
+    factors = _no_factors(unscale)
     if terms is not None:
         neg_lse_log2, push, pull = (torch.empty_like(term) for term in terms)
-        factors = Factors(neg_lse_log2, push, pull, unscale.new_zeros(MOST_BLOCKS.value))
-    num_tiles = 0 if ranges is None else ranges.shape[1]
-    for again in (False, True) if in_planes else (False,):
-        range_blocks = 0 if again else triton.cdiv(num_tiles, RANGES.value)
-        launch.start(
-            infonce_prepare_kernel,
-            (anchor_blocks + key_blocks + range_blocks,),
-            Source(anchors, order, sorted_labels, sorted_anchors, peaks[0]),
-            Source(keys, order, key_labels, prepared_keys, peaks[1]),
-            *(terms or Terms(unscale, unscale, unscale), factors),
-            *(unscale, order if ranges is None else ranges),
-            *(anchors.shape[0], anchor_blocks, key_labels.shape[0], key_blocks, num_tiles, 1.0 / temperature),
-            WITH_TERMS=terms is not None and not again,
-            AGAIN=again,
-            PADDED=PADDING,
-            WALK=walk,
-            num_warps=4,
-        )
+        in_order = factors.kept if kept is None else Kept(*map(torch.empty_like, kept))
+        factors = Factors(neg_lse_log2, push, pull, in_order, unscale.new_zeros(MOST_BLOCKS.value))
+    _launch(
+        of,
+        Source(anchors, order, sorted_labels, sorted_anchors, peaks[0]),
+        Source(keys, order, key_labels, prepared_keys, peaks[1]),
+        (anchor_blocks, key_blocks),
+        *(unscale, ranges, terms, kept, factors, temperature),
+    )
     sides = Sides(sorted_anchors, order, sorted_labels, prepared_keys, key_labels, unscale)
     return sides, factors, others is not None and not in_planes
+
+
+class Columns(NamedTuple):
+    """What a pass of the forward walks over, beside the anchors."""
+
+    sides: Sides
+    ranges: Tensor  # [3, tiles] int32, of labels, by tiles of the negatives' columns
+    guarded: bool
+    in_order: bool  # they are the anchors, in their order
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.sides.key_labels)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.ranges.shape[1]
+
+
+def prepare_contrast(call: InfonceForward | ScoreCounts, of: Pass) -> tuple[Columns, Columns]:
+    """What the positives are found among, and the negatives; often the same, which is then prepared once."""
+
+    def room_for_ranges(labels: Tensor) -> Tensor:
+        return labels.new_empty(3, triton.cdiv(labels.shape[0], of.columns))
+
+    anchors, keys = (call.anchors, call.anchor_labels), (call.keys, call.key_labels)
+    ranges, in_order = room_for_ranges(call.key_labels), _same(keys, anchors)
+    sides, _, guarded = prepare(*anchors, None if in_order else keys, of, ranges)
+    columns = Columns(sides, ranges, guarded, in_order)
+    if not isinstance(call, (MinedForward, ScoreCounts)):
+        return columns, columns
+    negatives = call.negatives, call.negative_labels
+    if _same(negatives, keys):
+        return columns, columns
+    ranges = room_for_ranges(call.negative_labels)
+    sides = _prepare_others(sides, negatives, of, ranges)
+    return columns, Columns(sides, ranges, not of.walk.in_planes.value, False)
+
+
+def _same(some: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> bool:
+    """Whether rows and labels are the same memory."""
+    return all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in zip(some, others, strict=True))
+
+
+def _prepare_others(sides: Sides, others: tuple[Tensor, Tensor], of: Pass, ranges: Tensor) -> Sides:
+    """The anchors of `prepare` with other keys, GUARDED unless in planes. Fills the ranges of these."""
+    keys, key_labels = others
+    unscale = sides.unscale[1:]
+    target, blocks = keys, 0
+    peaks = unscale
+    if of.walk.in_planes.value:
+        target, blocks = _room(keys, of)
+        blocks = max(blocks, 1)  # somebody has to write how they are scaled
+        peaks = unscale.new_empty(MOST_BLOCKS.value)
+    anchors = Source(sides.anchors, sides.order, sides.anchor_labels, sides.anchors, peaks)
+    _launch(of, anchors, Source(keys, sides.order, key_labels, target, peaks), (0, blocks), unscale, ranges)
+    return sides._replace(keys=target, key_labels=key_labels, unscale=unscale)
