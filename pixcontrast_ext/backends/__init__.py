@@ -70,8 +70,6 @@ def _reason_off(
     module = _module(name)
     if module is None:
         return "this version has no kernels for it"
-    if op.startswith("mining") and not hasattr(module, "mined_forward"):
-        return "it has no kernels for example mining"
     return module.unsupported(op, dtype, channels, device)
 
 

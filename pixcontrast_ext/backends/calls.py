@@ -267,10 +267,6 @@ class Backend(Protocol):
 
     def infonce_backward(self, call: InfonceBackward) -> None: ...
 
-
-class MiningBackend(Backend, Protocol):
-    """One that has the kernels of example mining as well."""
-
     def score_counts(self, call: ScoreCounts) -> None: ...
 
     def mined_forward(self, call: MinedForward) -> None: ...
