@@ -21,13 +21,12 @@ import torch
 
 from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import native
-from pixcontrast_ext.backends.calls import Backend, MiningBackend
+from pixcontrast_ext.backends.calls import Backend
 
 if TYPE_CHECKING:
     from pixcontrast_ext.backends import cpu, cuda, reference, triton
 
     _: tuple[Backend, ...] = (cuda, triton, cpu, reference)
-    _mining: tuple[MiningBackend, ...] = (triton, cpu, reference)
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"

@@ -251,7 +251,7 @@ def thresholds_of(
 
 def _bins_to_pass(counts: Tensor, mining: Mining, count: int) -> Tensor:
     """The first bin at which an anchor has what it keeps, [A]; the last or one after it if it never has."""
-    reached = counts.cumsum(1)
+    reached = counts.cumsum(1, dtype=torch.int32)
     if mining.strategy == "semi-hard":
         wanted = torch.ceil(reached[:, -1:].double() * (mining.fraction * (1 - 2**-40))).clamp(min=1)
         return (reached < wanted).sum(1)

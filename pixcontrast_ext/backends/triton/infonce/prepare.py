@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixcontrast_ext.backends.calls import InfonceForward, MinedForward, ScoreCounts
+from pixcontrast_ext.backends.calls import InfonceForward, MinedForward, ScoreCounts, same
 from pixcontrast_ext.backends.triton import launch
 from pixcontrast_ext.backends.triton.infonce.operands import (
     MOST_BLOCKS,
@@ -282,22 +282,17 @@ def prepare_contrast(call: InfonceForward | ScoreCounts, of: Pass) -> tuple[Colu
         return labels.new_empty(3, triton.cdiv(labels.shape[0], of.columns))
 
     anchors, keys = (call.anchors, call.anchor_labels), (call.keys, call.key_labels)
-    ranges, in_order = room_for_ranges(call.key_labels), _same(keys, anchors)
+    ranges, in_order = room_for_ranges(call.key_labels), same(keys, anchors)
     sides, _, guarded = prepare(*anchors, None if in_order else keys, of, ranges)
     columns = Columns(sides, ranges, guarded, in_order)
     if not isinstance(call, (MinedForward, ScoreCounts)):
         return columns, columns
     negatives = call.negatives, call.negative_labels
-    if _same(negatives, keys):
+    if same(negatives, keys):
         return columns, columns
     ranges = room_for_ranges(call.negative_labels)
     sides = _prepare_others(sides, negatives, of, ranges)
     return columns, Columns(sides, ranges, not of.walk.in_planes.value, False)
-
-
-def _same(some: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> bool:
-    """Whether rows and labels are the same memory."""
-    return all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in zip(some, others, strict=True))
 
 
 def _prepare_others(sides: Sides, others: tuple[Tensor, Tensor], of: Pass, ranges: Tensor) -> Sides:
