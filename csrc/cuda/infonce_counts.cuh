@@ -9,12 +9,13 @@ namespace pxc::cuda {
 template <class Tile>
 using CountsEngine = Engine<Tile, 0>;  // of which only the scores are wanted
 
-// A tile for rows of 256 channels of 16 bits, with twice the warps of the usual one: counts take so much
-// shared memory that a multiprocessor has room for a single block.
+// A tile for rows of 256 channels, with twice the warps of the usual one: counts take so much shared memory
+// that a multiprocessor has room for a single block. Warps of two pieces of columns have the fast product.
 template <class Math>
 struct CountsTile : Tile<Math, 256, true, 2> {
-  static constexpr int kColWarps = 4, kResident = 1;
-  static constexpr int kThreads = CountsTile::kRowWarps * kColWarps * kWarp;
+  static constexpr int kRowWarps = Math::kPlanes == 2 ? 4 : 2, kColWarps = 8 / kRowWarps, kResident = 1;
+  static constexpr int kBlockA = kRowWarps * CountsTile::kFragments * 16;
+  static constexpr int kThreads = kRowWarps * kColWarps * kWarp;
   static constexpr int kScoreCols = CountsTile::kBlockK / kColWarps / 8;
   static constexpr int kOutputCols = 256 / kColWarps / 8;
 };

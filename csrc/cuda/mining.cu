@@ -35,11 +35,9 @@ constexpr size_t kLeastShared = 101376;  // bytes that a block may have on any d
 // Calls visit with the tile and whether the counts are in shared memory.
 template <class Math, class Visit>
 auto with_counts_tile(int device, int64_t channels, Visit visit) {
-  if constexpr (Math::kPlanes == 1) {
-    using Larger = CountsTile<Math>;
-    const bool larger = fits<Larger>(device, counts_bytes<Larger>(Larger::kMaxRowBytes, true));
-    if (channels == 256 && larger) return visit(Use<Larger>{}, std::true_type{});
-  }
+  using Larger = CountsTile<Math>;
+  const bool larger = fits<Larger>(device, counts_bytes<Larger>(Larger::kMaxRowBytes, true));
+  if (channels == 256 && larger) return visit(Use<Larger>{}, std::true_type{});
   return with_usual_tile<Math>(channels, [&](auto use) {
     using Tile = typename decltype(use)::type;
     if constexpr (counts_bytes<Tile>(Tile::kMaxRowBytes, true) > kLeastShared) {
