@@ -262,10 +262,16 @@ def _mining(precision: str) -> None:
         os.environ["PXC_EMULATOR_SHARED"] = shared
         anchor_rows, anchor_labels = _rows(anchors, channels, 3, dtype)
         key_rows, key_labels = _rows(keys, channels, 3, dtype)
-        if dtype == torch.float32:
-            key_rows *= 1e3  # of which planes take another power of two than those of the negatives
+        # Products are multiples of 2^-8, so that many lie on the edge of a bin.
+        anchor_rows, key_rows = ((rows * 16).round() / 16 for rows in (anchor_rows, key_rows))
+        negatives = key_rows[: keys // 2].clone(), key_labels[: keys // 2].clone()
+        if dtype == torch.float32:  # planes of each side take a power of two of their own
+            anchor_rows, key_rows = anchor_rows * 2**10, key_rows * 2**-10
+            negatives[0].mul_(2**-10)
+            negatives[0][:1] *= 2**12
+            negatives[1][:1] = 1
+        negatives = negatives[0].nan_to_num(), negatives[1]
         anchor_rows.requires_grad_(), key_rows.requires_grad_()
-        negatives = key_rows.detach()[: keys // 2] / 1e3, key_labels[: keys // 2]
         mining = Mining("semi-hard", fraction=0.3)
         for rows, labels, others, exclude_self in (
             (key_rows, key_labels, negatives, False),
