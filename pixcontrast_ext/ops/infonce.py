@@ -13,17 +13,23 @@ from torch import Tensor
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
 from pixcontrast_ext.ops import checks, library
-from pixcontrast_ext.ops.mined_infonce import MinedInfoNCE, allocate_backward, allocate_forward
+from pixcontrast_ext.ops.mined_infonce import MinedInfoNCE
 from pixcontrast_ext.ops.mining import Thresholds, check_contrast
-from pixcontrast_ext.ops.signature import INT32_MAX, Limits
-
-_LIMITS: dict[str, Limits] = {"D": (1, None), "A": (0, INT32_MAX)}
+from pixcontrast_ext.ops.schema import (
+    ANCHORS,
+    KEYS,
+    LIMITS,
+    LIMITS_WITH_KEYS,
+    TERMS,
+    allocate_backward,
+    allocate_forward,
+)
 
 library.define(
     "infonce_forward(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, float temperature, "
     "bool exclude_self, bool with_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    dict(anchors="[A, D] T", anchor_labels="[A] int32", keys="[K, D] T", key_labels="[K] int32"),
-    _LIMITS | {"K": (0, INT32_MAX)},
+    ANCHORS | KEYS,
+    LIMITS_WITH_KEYS,
     InfonceForward,
     allocate_forward,
     "infonce_forward",
@@ -31,16 +37,8 @@ library.define(
 library.define(
     "infonce_backward_keys(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor neg_lse, "
     "Tensor pos_weight, Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
-    dict(
-        anchors="[A, D] T",
-        anchor_labels="[A] int32",
-        keys="[K, D] T",
-        key_labels="[K] int32",
-        neg_lse="[A] sum(T)",
-        pos_weight="[A] sum(T)",
-        grad_scale="[A] sum(T)",
-    ),
-    _LIMITS | {"K": (0, INT32_MAX)},
+    ANCHORS | KEYS | TERMS,
+    LIMITS_WITH_KEYS,
     InfonceBackward,
     allocate_backward,
     "infonce_backward",
@@ -48,14 +46,8 @@ library.define(
 library.define(
     "infonce_backward_symmetric(Tensor anchors, Tensor anchor_labels, Tensor neg_lse, Tensor pos_weight, "
     "Tensor grad_scale, float temperature, bool exclude_self, str backend) -> Tensor",
-    dict(
-        anchors="[A, D] T",
-        anchor_labels="[A] int32",
-        neg_lse="[A] sum(T)",
-        pos_weight="[A] sum(T)",
-        grad_scale="[A] sum(T)",
-    ),
-    _LIMITS,
+    ANCHORS | TERMS,
+    LIMITS,
     functools.partial(InfonceBackward, keys=None, key_labels=None),
     allocate_backward,
     "infonce_backward",

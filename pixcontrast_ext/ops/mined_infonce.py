@@ -10,40 +10,20 @@ from torch import Tensor
 
 from pixcontrast_ext.backends.calls import SCORE_BINS, MinedBackward, MinedForward, ScoreCounts
 from pixcontrast_ext.ops import library
-from pixcontrast_ext.ops.signature import INT32_MAX, Limits
+from pixcontrast_ext.ops.schema import (
+    ANCHORS,
+    KEYS,
+    LIMITS,
+    LIMITS_WITH_KEYS,
+    TERMS,
+    allocate_backward,
+    allocate_forward,
+)
+from pixcontrast_ext.ops.signature import INT32_MAX
 
-_ANCHORS = dict(anchors="[A, D] T", anchor_labels="[A] int32")
-_KEYS = dict(keys="[K, D] T", key_labels="[K] int32")
 _NEGATIVES = dict(negatives="[M, D] T", negative_labels="[M] int32")
 _KEPT = dict(neg_min="[A] float32", pos_max="[A] float32")
-_TERMS = dict(neg_lse="[A] sum(T)", pos_weight="[A] sum(T)", grad_scale="[A] sum(T)")
-_LIMITS: dict[str, Limits] = {"D": (1, None), "A": (0, INT32_MAX)}
-_K: dict[str, Limits] = {"K": (0, INT32_MAX)}
-_M: dict[str, Limits] = {"M": (0, INT32_MAX)}
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of rows of this one are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def allocate_forward(anchors: Tensor, with_grad: bool, **_: Any) -> dict[str, Tensor]:
-    """Outputs of a forward, mined or not."""
-    size, channels = anchors.shape
-    dtype = accumulator(anchors.dtype)
-    return {
-        "loss": anchors.new_empty(size, dtype=dtype),
-        "neg_lse": anchors.new_empty(size, dtype=dtype),
-        "pos_weight": anchors.new_empty(size, dtype=dtype),
-        "pos_count": anchors.new_empty(size, dtype=torch.int32),
-        "anchor_grad": anchors.new_empty(size if with_grad else 0, channels, dtype=dtype),
-    }
-
-
-def allocate_backward(anchors: Tensor, keys: Tensor | None = None, **_: Any) -> dict[str, Tensor]:
-    """The output of a backward: the gradient of the keys, or of anchors that are the keys."""
-    rows = anchors if keys is None else keys
-    return {"grad": rows.new_empty(rows.shape, dtype=accumulator(rows.dtype))}
+_LIMITS = LIMITS_WITH_KEYS | {"M": (0, INT32_MAX)}
 
 
 def _allocate_counts(anchors: Tensor, **_: Any) -> dict[str, Tensor]:
@@ -54,8 +34,8 @@ def _allocate_counts(anchors: Tensor, **_: Any) -> dict[str, Tensor]:
 library.define(
     "mining_counts(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor negatives, "
     "Tensor negative_labels, bool exclude_self, str backend) -> (Tensor, Tensor)",
-    _ANCHORS | _KEYS | _NEGATIVES,
-    _LIMITS | _K | _M,
+    ANCHORS | KEYS | _NEGATIVES,
+    _LIMITS,
     ScoreCounts,
     _allocate_counts,
     "score_counts",
@@ -64,8 +44,8 @@ library.define(
     "mining_forward(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor negatives, "
     "Tensor negative_labels, Tensor neg_min, Tensor pos_max, float temperature, bool exclude_self, bool with_grad, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _ANCHORS | _KEYS | _NEGATIVES | _KEPT,
-    _LIMITS | _K | _M,
+    ANCHORS | KEYS | _NEGATIVES | _KEPT,
+    _LIMITS,
     MinedForward,
     allocate_forward,
     "mined_forward",
@@ -74,8 +54,8 @@ library.define(
     "mining_backward_keys(Tensor anchors, Tensor anchor_labels, Tensor keys, Tensor key_labels, Tensor neg_lse, "
     "Tensor pos_weight, Tensor grad_scale, Tensor neg_min, Tensor pos_max, float temperature, bool exclude_self, "
     "str backend) -> Tensor",
-    _ANCHORS | _KEYS | _TERMS | _KEPT,
-    _LIMITS | _K,
+    ANCHORS | KEYS | TERMS | _KEPT,
+    LIMITS_WITH_KEYS,
     MinedBackward,
     allocate_backward,
     "mined_backward",
@@ -83,8 +63,8 @@ library.define(
 library.define(
     "mining_backward_symmetric(Tensor anchors, Tensor anchor_labels, Tensor neg_lse, Tensor pos_weight, "
     "Tensor grad_scale, Tensor neg_min, Tensor pos_max, float temperature, bool exclude_self, str backend) -> Tensor",
-    _ANCHORS | _TERMS | _KEPT,
-    _LIMITS,
+    ANCHORS | TERMS | _KEPT,
+    LIMITS,
     functools.partial(MinedBackward, keys=None, key_labels=None),
     allocate_backward,
     "mined_backward",
