@@ -63,7 +63,7 @@ def test_tile_kernels_use_tensor_cores_and_asynchronous_copies(arch):
     # Of 256 channels alone, and a larger tile of the negatives.
     assert len(mined) == 3 * 3 * 2 + 2 * 3 + 3
     # Of negatives and positives; in shared memory, and in no more than that where it may not have room.
-    assert len(counts) == 2 * (3 * 3 + 3 + 5)
+    assert len(counts) == 2 * (3 * 2 + 3 + 3)
     for name, count in tiles.items():
         assert count["HMMA"] >= (32 if name not in counts else 4), name
         assert count["LDGSTS"] > 0, name

@@ -38,7 +38,7 @@ auto with_counts_tile(int device, int64_t channels, Visit visit) {
   using Larger = CountsTile<Math>;
   const bool larger = fits<Larger>(device, counts_bytes<Larger>(Larger::kMaxRowBytes, true));
   if (channels == 256 && larger) return visit(Use<Larger>{}, std::true_type{});
-  return with_usual_tile<Math>(channels, [&](auto use) {
+  return with_channels<Math>(channels, [&](auto use) {
     using Tile = typename decltype(use)::type;
     if constexpr (counts_bytes<Tile>(Tile::kMaxRowBytes, true) > kLeastShared) {
       const size_t bytes = counts_bytes<Tile>(row_stride_of<Tile>(channels), true);
