@@ -124,13 +124,13 @@ class MemoryBank(nn.Module):
         self._check_usable()
         return self.keys.view(-1, self.embed_dim), self.key_labels.view(-1)
 
-    def check(self, embeddings: Tensor) -> None:
+    def check(self, embeddings: Tensor, name: str = "embeddings") -> None:
         """Raise ValueError unless the bank takes this [B, D, H, W] map as it is now."""
         if embeddings.shape[1] != self.embed_dim:
-            raise ValueError(f"embeddings must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
+            raise ValueError(f"{name} must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
         if embeddings.device != self.keys.device:
             raise ValueError(
-                f"embeddings must be on the bank's device {self.keys.device}, got {embeddings.device}"
+                f"{name} must be on the bank's device {self.keys.device}, got {embeddings.device}"
             )
         self._check_usable()
 

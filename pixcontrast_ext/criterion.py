@@ -201,9 +201,9 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             return loss
         return loss, {"cross_entropy": entropy.detach(), **contrast.parts(outcome)}
 
-    def warm_up(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> None:
-        """As `PixelContrastLoss.warm_up`."""
-        self.contrast.warm_up(embeddings, labels, logits)
+    def warm_up(self, logits: Tensor, embeddings: Tensor, labels: Tensor, **steering: Any) -> None:
+        """As `PixelContrastLoss.warm_up`, whose `hard`, `confidence` and `keys_from` it takes too."""
+        self.contrast.warm_up(embeddings, labels, logits, **steering)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}step" in state_dict:  # where the count was when the contrast had no warm-up of its own

@@ -156,7 +156,7 @@ class PixelContrastLoss(nn.Module):
                 raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
         if mining is not None:
             check_mining(mining)
-            if mining.ranks and not normalize:
+            if mining.by_cosine and not normalize:
                 raise ValueError(f"mining={mining.strategy!r} ranks by cosine, got normalize={normalize}")
         self.num_classes, self.warmup_steps = num_classes, warmup_steps
         self.weight = weight
@@ -200,6 +200,7 @@ class PixelContrastLoss(nn.Module):
         return (
             f"{self.num_classes}, weight={self.weight}, warmup_steps={self.warmup_steps}, "
             f"temperature={self.temperature}, max_samples={self.max_samples}"
+            + (f", mining={self.mining}" if self.mining else "")
         )
 
     def reset_parameters(self) -> None:
@@ -272,9 +273,9 @@ class PixelContrastLoss(nn.Module):
             confidence: [B, H', W'] floating point, in [0, inf), resized likewise. It steers the drawing of anchors and
                 of the bank's pixels, see `hard_anchor_sampling`, and weights the mean: the loss is sum w_i loss_i /
                 sum w_i over the anchors that have a positive, w_i the confidence there. No gradient reaches it.
-            keys_from: (embeddings, labels) or (embeddings, labels, confidence) of what the bank gets in place of this
-                batch, as from a teacher: of any batch and size, without a gradient. `confidence` above is that of this
-                batch and never applies to them; `min_purity` does.
+            keys_from: (embeddings [B', D, h', w'], labels [B', H', W']), or a confidence [B', H', W'] as a third, of
+                what the bank gets in place of this batch, as from a teacher: of any batch and size, without a gradient.
+                `confidence` above is that of this batch and never applies to them; `min_purity` does.
             return_parts: return (loss, parts) for a log: a dict of detached scalars that stay on the device, "contrast"
                 (before `weight`), "anchors" (how many) and, with a bank, "bank_fill" (share of its slots in use).
 
@@ -287,14 +288,23 @@ class PixelContrastLoss(nn.Module):
         outcome = self.take_step(batch)
         return (outcome.loss, self.parts(outcome)) if return_parts else outcome.loss
 
-    def warm_up(self, embeddings: Tensor, labels: Tensor, predictions: Tensor) -> None:
+    def warm_up(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        predictions: Tensor | None = None,
+        *,
+        hard: Tensor | None = None,
+        confidence: Tensor | None = None,
+        keys_from: tuple[Tensor, ...] | None = None,
+    ) -> None:
         """Compile and load all kernels that a training step on such tensors takes, InfoNCE and its gradient included.
 
         For those who cannot wait later, as within the capture of a CUDA graph. A step is taken on a copy of the
         embeddings; bank, warm-up and random numbers are as before. In a distributed job every rank has to call it.
 
         Args:
-            embeddings, labels, predictions: see `forward`.
+            embeddings, labels, predictions, hard, confidence, keys_from: see `forward`; those that a step gets.
 
         Raises:
             TypeError, ValueError: as `forward`.
@@ -307,7 +317,9 @@ class PixelContrastLoss(nn.Module):
         try:
             with torch.random.fork_rng(devices), torch.enable_grad():
                 self.train()
-                self(embeddings.detach().clone().requires_grad_(), labels, predictions).backward()
+                copy = embeddings.detach().clone().requires_grad_()
+                loss = self(copy, labels, predictions, hard=hard, confidence=confidence, keys_from=keys_from)
+                loss.backward()
         finally:
             self._watch = watch
             for module, training in modes:
@@ -451,8 +463,8 @@ class PixelContrastLoss(nn.Module):
                 f"keys_from must be (embeddings, labels) or (embeddings, labels, confidence), got {got}"
             )
         embeddings, labels, *confidences = keys_from
-        checks.check_embeddings(embeddings)
-        self.bank.check(embeddings)
+        checks.check_embeddings(embeddings, "embeddings of keys_from")
+        self.bank.check(embeddings, "embeddings of keys_from")
         checks.check_labels("labels of keys_from", labels, None, embeddings.device)
         check_map("labels of keys_from", labels, 3, embeddings)
         size = (embeddings.shape[2], embeddings.shape[3])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from pixcontrast_ext import backends, infonce
 from pixcontrast_ext.backends import reference
+from pixcontrast_ext.ops.infonce import mean_of
 from tests.support import oracle
 from tests.support.checks import error
 from tests.support.contrast import run
@@ -344,6 +345,29 @@ def test_weighted_mean(backend):
         anchors, labels[0], keys, labels[1], temperature=0.1, anchor_weights=weights * 0, backend=backend
     )
     assert nothing == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-60, 1e-30, 1.0, 1e37, 1e60])
+def test_the_scale_of_weights_does_not_matter(dtype, scale):
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=dtype) * scale
+    if not weights.isfinite().all() or weights.amax() == 0:
+        pytest.skip("it is beyond the dtype")
+    each, positives = torch.tensor([1.0, 2.0, math.nan, 4.0], dtype=dtype), torch.tensor([1, 3, 2, 0])
+    assert mean_of(each, positives, weights).item() == pytest.approx(2 / 1.5, rel=1e-6)
+
+
+def test_weights_that_nobody_has_looked_at():
+    """On a GPU and in a graph: what is no weight counts as none, and an infinite one alone."""
+    each, positives = torch.tensor([1.0, 2.0, 4.0]), torch.ones(3).int()
+    for weights, expected in (
+        ([math.nan, 1.0, 1.0], 3.0),
+        ([-4.0, 1.0, 1.0], 3.0),
+        ([1.0, math.inf, 1.0], 2.0),
+        ([-1.0, 0.0, math.nan], 0.0),
+    ):
+        assert mean_of(each, positives, torch.tensor(weights)).item() == expected
+    assert mean_of(each[:0], positives[:0], each[:0]).item() == 0
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ def test_warming_up_leaves_no_trace(quick_backend, training):
     states = generator.get_state(), torch.get_rng_state(), criterion._watch.batches
     with torch.no_grad():
         criterion.warm_up(embeddings, labels, labels)
+        steering = dict(
+            hard=labels > 0, confidence=torch.rand(labels.shape), keys_from=(embeddings.detach(), labels)
+        )
+        criterion.warm_up(embeddings, labels, **steering)
     assert embeddings.grad is None
     assert (criterion.training, bank.training) == (training, training)
     assert torch.equal(generator.get_state(), states[0])
@@ -39,7 +43,7 @@ def test_warming_up_leaves_no_trace(quick_backend, training):
     for name, buffer in criterion.state_dict().items():
         assert torch.equal(buffer, before[name]), name
     summed = PixelContrastCrossEntropyLoss(3, bank=bank, backend=quick_backend)
-    summed.warm_up(torch.randn(2, 3, 4, 5), embeddings, labels)
+    summed.warm_up(torch.randn(2, 3, 4, 5), embeddings, labels, **steering)
     with pytest.raises(ValueError, match="do not fit"):
         criterion.warm_up(embeddings, labels[:1], labels)
     for name, buffer in criterion.state_dict().items():

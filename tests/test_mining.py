@@ -201,6 +201,44 @@ def test_bins_have_exact_edges(backend, instruction_set):
     assert not nothing.any()
 
 
+def test_a_cosine_below_an_edge_is_counted_below_it_in_double_precision():
+    anchors, labels = torch.eye(2, dtype=torch.float64)[:1], torch.zeros(1, dtype=torch.int32)
+    below = 0.5 - 1e-9
+    keys = torch.tensor([[below, (1 - below**2) ** 0.5], [0, 1]], dtype=torch.float64)
+    kept = score_thresholds(
+        anchors, labels, keys, torch.ones(2).int(), Mining("hardest", negatives=1), backend="reference"
+    )
+    assert kept.neg_min.item() == 0.5 - BIN
+
+
+def test_negatives_that_share_the_labels_of_the_keys(backend, instruction_set):
+    """One tensor of labels says nothing of the rows: the negatives may be a teacher's of the same pixels."""
+    anchors, anchor_labels, keys, key_labels = unit_rows(20, 60, 8, 3)
+    others = F.normalize(torch.randn(60, 8), dim=1)
+    mining = Mining("hardest", negatives=3, positives=3)
+    found, expected = (
+        score_thresholds(
+            anchors, anchor_labels, keys, key_labels, mining, negatives=(others, labels), backend=name
+        )
+        for name, labels in ((backend, key_labels), ("reference", key_labels.clone()))
+    )
+    assert all((a - b).abs().nan_to_num().max() <= BIN for a, b in zip(found, expected, strict=True))
+    forward = torch.ops.pixcontrast.mining_forward
+    losses = [
+        forward(anchors, anchor_labels, keys, key_labels, others, labels, *expected, 0.1, False, False, name)[
+            0
+        ]
+        for name, labels in ((backend, key_labels), ("reference", key_labels.clone()))
+    ]
+    assert error(losses[0], losses[1].double()) <= 1e-5
+
+
+def test_more_negatives_than_there_are_ever():
+    rows, labels = F.normalize(torch.randn(30, 8), dim=1), torch.arange(30) % 3
+    kept = score_thresholds(rows, labels, rows, labels, Mining("hardest", negatives=2**31 - 1))
+    assert (kept.neg_min == -torch.inf).all()
+
+
 def test_both_sides_count_in_the_same_bins():
     assert native._C.SCORE_BINS == SCORE_BINS == 2 / BIN
 
@@ -436,6 +474,7 @@ def test_one_graph(strategy, with_bank):
         (dict(fraction="a"), TypeError, "fraction must be a number, got 'a'"),
         (dict(negatives=0), ValueError, "negatives must be at least 1, got 0"),
         (dict(positives=2.5), TypeError, "positives must be an int, got 2.5"),
+        (dict(positives=2**31), ValueError, "positives must be at most 2147483647, got 2147483648"),
     ],
 )
 def test_what_is_no_mining(arguments, kind, message):

@@ -175,7 +175,7 @@ def score_counts(call: ScoreCounts) -> None:
         exclude_self = call.exclude_self and which == 1
         pairs = _pairs(call.anchor_labels, key_labels, exclude_self)[which]
         half = SCORE_BINS // 2
-        place = (_cosines(call, _labelled(keys, key_labels)).float() * half).floor() + half
+        place = (_cosines(call, _labelled(keys, key_labels)) * half).floor() + half
         bins = place.nan_to_num(nan=0).clamp(0, SCORE_BINS - 1).long()
         counts.zero_().scatter_add_(1, bins, pairs.int())
 

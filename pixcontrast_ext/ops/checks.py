@@ -65,19 +65,15 @@ def check_weights(name: str, weights: Tensor, shape: tuple[int, ...] | None, dev
             raise ValueError(f"{name}{place} is {float(weights[tuple(place)])}, expected 0 <= weight < inf")
 
 
-def check_embeddings(embeddings: Tensor) -> None:
+def check_embeddings(embeddings: Tensor, name: str = "embeddings") -> None:
     """Raise TypeError or ValueError unless this is a [B, D, H, W] floating-point map with D >= 1."""
     if not isinstance(embeddings, Tensor) or not embeddings.dtype.is_floating_point:
         got = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
-        raise TypeError(f"embeddings must be a floating-point tensor, got {got}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if embeddings.dim() != 4 or embeddings.shape[1] < 1:
-        raise ValueError(
-            f"embeddings must have shape [B, D, H, W] with D >= 1, got {tuple(embeddings.shape)}"
-        )
+        raise ValueError(f"{name} must have shape [B, D, H, W] with D >= 1, got {tuple(embeddings.shape)}")
     if embeddings.shape[2] * embeddings.shape[3] >= 2**32:
-        raise ValueError(
-            f"embeddings may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}"
-        )
+        raise ValueError(f"{name} may have fewer than 2**32 pixels an image, got {tuple(embeddings.shape)}")
 
 
 def check_share(name: str, value: float) -> None:

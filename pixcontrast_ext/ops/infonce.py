@@ -164,7 +164,8 @@ def infonce(
             not below `neg_min`, for a negative, or below `pos_max`, for a positive: `score_thresholds`. |P| counts
             the positives that remain. A NaN always takes part.
         anchor_weights: floating point, in [0, inf). The mean is then sum w_i loss_i / sum w_i over the anchors that
-            have a positive, 0 if their weights are all 0. No gradient reaches them.
+            have a positive, 0 if their weights are all 0; their scale does not matter. No gradient reaches them. On a
+            GPU, where nothing looks at them, a negative weight and NaN count as 0, and an infinite one alone.
         backend: see `available_backends`.
 
     Returns:
@@ -275,11 +276,16 @@ def mean_of(loss: Tensor, pos_count: Tensor, anchor_weights: Tensor | None = Non
     """Over the anchors that have a positive, of equal weight unless told; 0 if none has."""
     if anchor_weights is None:
         return loss.sum() / (pos_count > 0).sum().clamp(min=1)
-    weights = torch.where(pos_count > 0, anchor_weights.detach().to(loss.dtype), 0)
-    total = weights.sum()
-    # An anchor of weight 0 has no part in the mean, even if its loss is NaN.
-    weighted = torch.where(weights > 0, loss * weights, 0).sum()
-    return weighted / torch.where(total > 0, total, 1)
+    weights = anchor_weights.detach()
+    weights = torch.where((pos_count > 0) & (weights > 0), weights, 0)  # NaN is not above 0
+    # Of any scale: the largest becomes 1. Where nothing has looked at them, an infinite one counts alone.
+    largest = torch.nn.functional.pad(weights, (0, 1)).amax()  # 0 without an anchor
+    weights = torch.where(
+        largest < torch.inf, weights / torch.where(largest > 0, largest, 1), weights.isinf()
+    )
+    weights = weights.to(loss.dtype)
+    # An anchor of weight 0 has no part in the value, even if its loss is NaN.
+    return torch.where(weights > 0, loss * weights, 0).sum() / weights.sum().clamp(min=1)
 
 
 def check_temperature(name: str, value: float) -> None:

@@ -19,6 +19,7 @@ from pixcontrast_ext import backends
 from pixcontrast_ext.backends.calls import SCORE_BINS
 from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
+from pixcontrast_ext.ops.signature import INT32_MAX
 
 STRATEGIES = ("random", "semi-hard", "hardest")
 
@@ -33,11 +34,12 @@ class Mining:
     """How many of an anchor's keys take part in its loss, and which.
 
     Args:
-        strategy: "random" takes any; "semi-hard" any among the hardest `fraction`; "hardest" those alone. A negative is
-            hard if it is near, a positive if it is far.
-        negatives: about how many an anchor meets; it meets fewer by the keys of its own class among those drawn.
+        strategy: "random" takes any; "semi-hard" any among the hardest `fraction`; "hardest" the `negatives` and
+            `positives` hardest of all keys. A negative is hard if it is near, a positive if it is far.
+        negatives: about how many an anchor meets; it meets fewer by the keys of its own class among those drawn. Of
+            fewer than negatives / fraction keys "semi-hard" keeps no more than the `fraction`.
         positives: at most how many, about: bins of cosines are taken whole.
-        fraction: the share that "semi-hard" ranks as hard, in (0, 1].
+        fraction: the share that "semi-hard" ranks as hard, in (0, 1]; the others do not use it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, with its value.
@@ -52,13 +54,16 @@ class Mining:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
         checks.check_at_least(1, negatives=self.negatives, positives=self.positives)
+        for name, count in (("negatives", self.negatives), ("positives", self.positives)):
+            if count > INT32_MAX:
+                raise ValueError(f"{name} must be at most {INT32_MAX}, got {count}")
         if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)):
             raise TypeError(f"fraction must be a number, got {self.fraction!r}")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction!r}")
 
     @property
-    def ranks(self) -> bool:
+    def by_cosine(self) -> bool:
         """Whether it looks at cosines."""
         return self.strategy != "random"
 
@@ -101,7 +106,7 @@ def draw_keys(
         key_labels: any integer dtype; keys of a label < 0 are not drawn.
         mining: says how many.
         priority: [K] int32; drawn by `torch.randint` if None.
-        generator: for that draw.
+        generator: for that draw. A graph of torch.compile takes a `priority` instead.
 
     Returns:
         `DrawnKeys`, for `score_thresholds` and `infonce`.
@@ -227,9 +232,9 @@ def thresholds_of(
     backend: str,
 ) -> Thresholds:
     """`score_thresholds` of what has been checked, by a backend that serves it."""
-    if not mining.ranks:
-        everything = anchors.new_full((anchors.shape[0],), torch.inf, dtype=torch.float32)
-        return Thresholds(-everything, everything)
+    if not mining.by_cosine:
+        nowhere = anchors.new_full((anchors.shape[0],), torch.inf, dtype=torch.float32)
+        return Thresholds(-nowhere, nowhere)
     with torch.no_grad():
         nearest, farthest = torch.ops.pixcontrast.mining_counts(
             anchors.detach(),
@@ -255,7 +260,7 @@ def _bins_to_pass(counts: Tensor, mining: Mining, count: int) -> Tensor:
     if mining.strategy == "semi-hard":
         wanted = torch.ceil(reached[:, -1:].double() * (mining.fraction * (1 - 2**-40))).clamp(min=1)
         return (reached < wanted).sum(1)
-    return (reached < count).sum(1)
+    return (reached < min(count, INT32_MAX)).sum(1)
 
 
 def check_contrast(

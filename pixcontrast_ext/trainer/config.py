@@ -109,7 +109,7 @@ class LossConfig:
     max_samples_over: Literal["rank", "ranks"] = "rank"
     """rank: every rank takes max_samples anchors. ranks: all of them together."""
     mining: Literal["off", "random", "semi-hard", "hardest"] = "off"
-    """Keys to contrast an anchor with. off: all. random: some. semi-hard: some of the hardest. hardest: those alone."""
+    """Keys to contrast an anchor with. off: all. random: some. semi-hard: some of the hardest. hardest: the hardest."""
     mining_negatives: int = 2048
     """Negatives of an anchor, about."""
     mining_positives: int = 1024

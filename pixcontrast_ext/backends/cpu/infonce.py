@@ -22,6 +22,7 @@ from pixcontrast_ext.backends.calls import (
     MinedBackward,
     MinedForward,
     ScoreCounts,
+    same,
 )
 from pixcontrast_ext.backends.precision import full_float32_products
 
@@ -231,8 +232,8 @@ class _FusedWalk:
     def __init__(self, keys: _Rows, negatives: _Rows, dtype: torch.dtype):
         self.keys, self.negatives, self.dtype = keys, negatives, dtype
         self.tiles = _plan_tiles(keys[1], native.FUSED_BLOCK_K)
-        same = keys[1] is negatives[1]
-        self.negative_tiles = self.tiles if same else _plan_tiles(negatives[1], native.FUSED_BLOCK_K)
+        shared = same(keys, negatives)
+        self.negative_tiles = self.tiles if shared else _plan_tiles(negatives[1], native.FUSED_BLOCK_K)
         # a tile packed for either product, and the next tile
         channels = -(-keys[0].shape[1] // native._C.PANEL) * native._C.PANEL
         self.panels = torch.empty(2 * 2 * native.FUSED_BLOCK_K * channels, dtype=dtype)
@@ -283,7 +284,7 @@ class _TorchWalk:
 
     def __init__(self, keys: _Rows, negatives: _Rows):
         self.keys = _Keys(*keys)
-        self.negatives = self.keys if keys[1] is negatives[1] else _Keys(*negatives)
+        self.negatives = self.keys if same(keys, negatives) else _Keys(*negatives)
         most = max(keys[1].shape[0], negatives[1].shape[0])
         self._buffer = torch.empty(BLOCK_A * min(BLOCK_K, most), dtype=torch.float32)
 
