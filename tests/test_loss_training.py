@@ -31,9 +31,8 @@ def test_warming_up_leaves_no_trace(quick_backend, training):
     states = generator.get_state(), torch.get_rng_state(), criterion._watch.batches
     with torch.no_grad():
         criterion.warm_up(embeddings, labels, labels)
-        steering = dict(
-            hard=labels > 0, confidence=torch.rand(labels.shape), keys_from=(embeddings.detach(), labels)
-        )
+        confidence = torch.full(labels.shape, 0.5)
+        steering = dict(hard=labels > 0, confidence=confidence, keys_from=(embeddings.detach(), labels))
         criterion.warm_up(embeddings, labels, **steering)
     assert embeddings.grad is None
     assert (criterion.training, bank.training) == (training, training)

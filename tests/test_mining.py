@@ -102,6 +102,8 @@ def test_a_draw_of_everything_copies_nothing():
     drawn = draw_keys(keys, labels, Mining("random", negatives=50, positives=49))
     assert drawn.negatives[0] is keys  # the positives alone are drawn from, and theirs are other labels
     assert torch.equal(drawn.positive_labels, labels.int())
+    drawn = draw_keys(keys, labels, Mining("hardest"))
+    assert drawn.positive_labels is labels  # by which `infonce` sees that keys are anchors
 
 
 def test_draws_of_numbers_that_a_float_cannot_hold():

@@ -78,7 +78,7 @@ class DrawnKeys(NamedTuple):
     """The keys that anchors are ranked against and contrasted with."""
 
     negatives: tuple[Tensor, Tensor] | None  # rows [M, D] and their labels [M] int32; None: nothing was drawn
-    positive_labels: Tensor  # [K] int32, -1 for a key that was not drawn
+    positive_labels: Tensor  # [K] int32, -1 for a key that was not drawn; the given labels if all were
 
 
 class Thresholds(NamedTuple):
@@ -119,14 +119,16 @@ def draw_keys(
         got = f"{keys.dtype} {tuple(keys.shape)}" if isinstance(keys, Tensor) else type(keys).__name__
         raise TypeError(f"keys must be a floating-point tensor [K, D], got {got}")
     checks.check_labels("key_labels", key_labels, (keys.shape[0],), keys.device)
-    key_labels = checks.to_int32("key_labels", key_labels)
+    labels = checks.to_int32("key_labels", key_labels)
     if priority is not None:
-        check_priority(priority, key_labels)
+        check_priority(priority, labels)
 
     def draw(labels: Tensor) -> Tensor:
         return draw_priority(labels, generator) if priority is None else priority
 
-    return drawn_of(keys, key_labels, mining, draw)
+    drawn = drawn_of(keys, labels, mining, draw)
+    # In the batch `infonce` looks whether labels of keys and anchors are one tensor.
+    return drawn if drawn.positive_labels is not labels else drawn._replace(positive_labels=key_labels)
 
 
 def check_mining(mining: Mining) -> None:
@@ -246,21 +248,24 @@ def thresholds_of(
             exclude_self,
             backend,
         )
-        neg_bin = SCORE_BINS - 1 - _bins_to_pass(nearest.flip(1), mining, mining.negatives)
-        pos_bin = _bins_to_pass(farthest, mining, mining.positives)
+        # The highest bin from which up there are as many as wanted; those below it may hold the rest.
+        up_to = nearest.cumsum(1, dtype=torch.int32)
+        rest = up_to[:, -1:] - _wanted(up_to, mining, mining.negatives)
+        neg_bin = (torch.searchsorted(up_to, rest, right=True) + (rest >= 0) - 1)[:, 0]
+        up_to = farthest.cumsum(1, dtype=torch.int32)
+        pos_bin = torch.searchsorted(up_to, _wanted(up_to, mining, mining.positives))[:, 0]
         half = SCORE_BINS / 2
         neg_min = torch.where(neg_bin > 0, neg_bin / half - 1, -torch.inf)
         pos_max = torch.where(pos_bin < SCORE_BINS - 1, (pos_bin + 1) / half - 1, torch.inf)
         return Thresholds(neg_min.float(), pos_max.float())
 
 
-def _bins_to_pass(counts: Tensor, mining: Mining, count: int) -> Tensor:
-    """The first bin at which an anchor has what it keeps, [A]; the last or one after it if it never has."""
-    reached = counts.cumsum(1, dtype=torch.int32)
-    if mining.strategy == "semi-hard":
-        wanted = torch.ceil(reached[:, -1:].double() * (mining.fraction * (1 - 2**-40))).clamp(min=1)
-        return (reached < wanted).sum(1)
-    return (reached < min(count, INT32_MAX)).sum(1)
+def _wanted(up_to: Tensor, mining: Mining, count: int) -> Tensor:
+    """How many pairs an anchor keeps, [A, 1] int32, of those that are there; of fewer than that all."""
+    there = up_to[:, -1:].contiguous()
+    if mining.strategy != "semi-hard":
+        return torch.full_like(there, count)
+    return torch.ceil(there.double() * (mining.fraction * (1 - 2**-40))).clamp(min=1).int()
 
 
 def check_contrast(

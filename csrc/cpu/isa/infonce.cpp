@@ -88,6 +88,13 @@ inline float score_gradient(float score_log2, bool positive, float neg_lse_log2,
   return positive ? -pull * (u > 0.f ? r : e * r) : push * e;
 }
 
+// ds of a pair that takes part, else 0. A chain of selections, which gcc makes vectors of, unlike of
+// conditions.
+inline float taking_part(float dot, bool positive, float neg_min, float pos_max, float ds) {
+  const float of_negative = dot < neg_min ? 0.f : ds, of_positive = dot >= pos_max ? 0.f : ds;
+  return positive ? of_positive : of_negative;
+}
+
 template <bool Symmetric, bool Mined>
 void score_gradients_row(const ScoreGradientParams& p, int64_t i) {
   float* scores = p.scores + i * p.num_anchors;
@@ -97,15 +104,19 @@ void score_gradients_row(const ScoreGradientParams& p, int64_t i) {
   const float row_pull = Symmetric ? p.row_pull[i] : 0.f;
   const float row_neg_min = Symmetric && Mined ? p.row_neg_min[i] : 0.f;
   const float row_pos_max = Symmetric && Mined ? p.row_pos_max[i] : 0.f;
+  // Both bounds are loaded whatever the pair is: a load under a condition would keep this from being a
+  // vector's.
+  const float* neg_min = Mined ? p.neg_min : p.push;
+  const float* pos_max = Mined ? p.pos_max : p.push;
 #pragma omp simd
   for (int64_t j = 0; j < p.num_anchors; ++j) {
-    const float dot = scores[j], score = dot * p.scale;
+    const float dot = scores[j], score = dot * p.scale, low = neg_min[j], high = pos_max[j];
     const bool positive = p.anchor_labels[j] == label;
     float ds = score_gradient(score, positive, p.neg_lse_log2[j], p.push[j], p.pull[j]);
-    if (Mined) ds = (positive ? dot >= p.pos_max[j] : dot < p.neg_min[j]) ? 0.f : ds;
+    if (Mined) ds = taking_part(dot, positive, low, high, ds);
     if (Symmetric) {
       float mirror = score_gradient(score, positive, row_neg_lse_log2, row_push, row_pull);
-      if (Mined) mirror = (positive ? dot >= row_pos_max : dot < row_neg_min) ? 0.f : mirror;
+      if (Mined) mirror = taking_part(dot, positive, row_neg_min, row_pos_max, mirror);
       ds += mirror;
     }
     scores[j] = ds;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "../../params.h"
 #include "vector_math.h"
@@ -119,7 +120,10 @@ inline void count_row(const CountScoresParams& p, int64_t i, const float* scores
   constexpr int32_t kChunk = 256;
   const int32_t num_keys = int32_t(p.num_keys), label = p.anchor_labels[i];
   const int32_t self = int32_t(find_self(p.anchor_index, i, p.key_index, p.num_keys));
-  int32_t found[kApart][kScoreBins + 16] = {};
+  const bool few = num_keys < kScoreBins;  // to clear and to add up four sets of bins would take longer
+  int32_t found[kApart][kScoreBins + 16];
+  if (!few) std::memset(found, 0, sizeof found);
+  int32_t* counts = p.counts + i * kScoreBins;
   int32_t bins[kChunk];
   for (int32_t first = 0; first < num_keys; first += kChunk) {
     const int32_t n = num_keys - first < kChunk ? num_keys - first : kChunk;
@@ -136,13 +140,19 @@ inline void count_row(const CountScoresParams& p, int64_t i, const float* scores
 #pragma omp simd
       for (int32_t j = 0; j < n; ++j) bins[j] = p.key_labels[first + j] == label ? kNowhere : bins[j];
     }
+    if (few) {
+      for (int32_t j = 0; j < n; ++j) {
+        if (bins[j] != kNowhere) ++counts[bins[j]];
+      }
+      continue;
+    }
     int32_t j = 0;
     for (; j + kApart <= n; j += kApart) {
       for (int k = 0; k < kApart; ++k) ++found[k][bins[j + k]];
     }
     for (; j < n; ++j) ++found[0][bins[j]];
   }
-  int32_t* counts = p.counts + i * kScoreBins;
+  if (few) return;
 #pragma omp simd
   for (int bin = 0; bin < kScoreBins; ++bin) {
     counts[bin] += found[0][bin] + found[1][bin] + found[2][bin] + found[3][bin];

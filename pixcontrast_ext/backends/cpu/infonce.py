@@ -223,7 +223,8 @@ def score_counts(call: ScoreCounts) -> None:
     for block in _anchor_blocks(call.anchors, call.anchor_labels, walk.dtype):
         neg_counts, pos_counts = torch.zeros(2, len(block), SCORE_BINS, dtype=torch.int32)
         walk.count(block, call.exclude_self, neg_counts, pos_counts)
-        call.neg_counts[block.index], call.pos_counts[block.index] = neg_counts, pos_counts
+        call.neg_counts.index_copy_(0, block.index, neg_counts)
+        call.pos_counts.index_copy_(0, block.index, pos_counts)
 
 
 class _FusedWalk:
