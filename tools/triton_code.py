@@ -284,9 +284,15 @@ def recording(arch: int) -> Iterator[dict[Job, None]]:
 
 
 def launch_infonce(
-    dtype: torch.dtype, channels: int, a: int = 1024, k: int = 95_008, m: int = 20_480, begin: int = 0
+    dtype: torch.dtype,
+    channels: int,
+    a: int = 1024,
+    k: int = 95_008,
+    m: int = 20_480,
+    begin: int = 0,
+    mined: bool = True,
 ) -> None:
-    """Launches all passes over rows that begin `begin` elements after an aligned address, mined and not."""
+    """Launches all passes over rows that begin `begin` elements after an aligned address, and those of mining."""
     anchors, keys, drawn = (
         torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k, m)
     )
@@ -296,12 +302,14 @@ def launch_infonce(
     rows = anchors, anchor_labels, keys, key_labels
     negatives = drawn, drawn_labels
     counts = torch.empty(2, a, SCORE_BINS, dtype=torch.int32)
-    backend.score_counts(ScoreCounts(*rows, *negatives, False, *counts))
+    if mined:
+        backend.score_counts(ScoreCounts(*rows, *negatives, False, *counts))
     for with_grad in (False, True):
         outputs = loss, neg_lse, weight, count, grad
         settings = 0.1, with_grad, with_grad
         backend.infonce_forward(InfonceForward(*rows, *settings, *outputs))
-        backend.mined_forward(MinedForward(*rows, *settings, *outputs, *negatives, loss, loss))
+        if mined:
+            backend.mined_forward(MinedForward(*rows, *settings, *outputs, *negatives, loss, loss))
     of_keys = InfonceBackward(*rows, neg_lse, weight, loss, 0.1, False, torch.empty(k, channels))
     kept_of_keys = MinedBackward(
         *rows, neg_lse, weight, loss, 0.1, False, torch.empty(k, channels), loss, loss
@@ -309,8 +317,8 @@ def launch_infonce(
     in_batch: Any = dict(keys=None, key_labels=None, exclude_self=True, grad=grad)
     for each in (of_keys, dataclasses.replace(of_keys, **in_batch)):
         backend.infonce_backward(each)
-    for mined in (kept_of_keys, dataclasses.replace(kept_of_keys, **in_batch)):
-        backend.mined_backward(mined)
+    for kept in (kept_of_keys, dataclasses.replace(kept_of_keys, **in_batch)) if mined else ():
+        backend.mined_backward(kept)
 
 
 def launch_maps(
@@ -365,7 +373,7 @@ def smallest_jobs(arch: int) -> list[Job]:
 
 
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
-    """Every configuration that ships for a device, for rows of these widths."""
+    """Every configuration that ships for a device, for rows of these widths: of one, without fp16 and mining in fp32."""
     with recording(arch) as jobs:
         if len(widths) > 1:
             launch_infonce(torch.bfloat16, 65)
@@ -378,7 +386,7 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
                 before = torch.backends.cuda.matmul.fp32_precision
                 torch.backends.cuda.matmul.fp32_precision = precision
                 try:
-                    launch_infonce(torch.float32, channels)
+                    launch_infonce(torch.float32, channels, mined=len(widths) > 1)
                 finally:
                     torch.backends.cuda.matmul.fp32_precision = before
             for layout in (torch.contiguous_format, torch.channels_last) if channels in MAP_WIDTHS else ():

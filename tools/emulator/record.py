@@ -254,11 +254,17 @@ def _mining(precision: str) -> None:
 
     The widths have tiles of their own; on the small device there is no room for the histograms beside the largest.
     """
-    problems = [(37, 150, 33, "100"), (5, 40, 300, "100"), (9, 70, 256, "100"), (70, 90, 256, "228")]
-    problems += [(6, 0, 8, "100"), (0, 6, 8, "100")]
-    for dtype, (anchors, keys, channels, shared) in itertools.product(DTYPES, problems):
-        if precision != "highest" and dtype != torch.float32:
-            continue
+    ragged, wide = [(37, 150, 33, "100")], [(9, 70, 256, "100"), (70, 90, 256, "228")]
+    problems = {
+        torch.float32: [*ragged, *wide, (6, 0, 8, "100"), (0, 6, 8, "100")]
+        if precision == "highest"
+        else ragged,
+        torch.float16: [*ragged, (5, 40, 300, "100")] if precision == "highest" else [],
+        torch.bfloat16: [*ragged, *wide] if precision == "highest" else [],
+    }
+    for dtype, (anchors, keys, channels, shared) in (
+        (dtype, problem) for dtype, some in problems.items() for problem in some
+    ):
         os.environ["PXC_EMULATOR_SHARED"] = shared
         anchor_rows, anchor_labels = _rows(anchors, channels, 3, dtype)
         key_rows, key_labels = _rows(keys, channels, 3, dtype)
