@@ -373,7 +373,7 @@ def smallest_jobs(arch: int) -> list[Job]:
 
 
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
-    """Every configuration that ships for a device, for rows of these widths: of one, without fp16 and mining in fp32."""
+    """Every configuration that ships for a device, for rows of these widths: of one without fp16 and fp32 mining."""
     with recording(arch) as jobs:
         if len(widths) > 1:
             launch_infonce(torch.bfloat16, 65)
