@@ -268,8 +268,10 @@ def _mining(precision: str) -> None:
         os.environ["PXC_EMULATOR_SHARED"] = shared
         anchor_rows, anchor_labels = _rows(anchors, channels, 3, dtype)
         key_rows, key_labels = _rows(keys, channels, 3, dtype)
-        # Products are multiples of 2^-8, so that many lie on the edge of a bin.
+        # Products are multiples of 2^-8, so that many lie on the edge of a bin; a quarter lies in the middle.
         anchor_rows, key_rows = ((rows * 16).round() / 16 for rows in (anchor_rows, key_rows))
+        for rows in (anchor_rows, key_rows):
+            rows[::2, -1], rows[1::2, -1] = 2**-4.5, 0
         negatives = key_rows[: keys // 2].clone(), key_labels[: keys // 2].clone()
         if dtype == torch.float32:  # planes of each side take a power of two of their own
             anchor_rows, key_rows = anchor_rows * 2**10, key_rows * 2**-10
