@@ -200,6 +200,11 @@ class ScoreCounts(_Record):
     neg_counts: Tensor  # [A, SCORE_BINS] int32 out; 0 for an anchor without a label
     pos_counts: Tensor  # [A, SCORE_BINS] int32 out
 
+    @property
+    def in_batch(self) -> bool:
+        """Whether the anchors are the keys."""
+        return same((self.keys, self.key_labels), (self.anchors, self.anchor_labels))
+
     def sizes(self) -> dict[str, int]:
         return {"num_anchors": self.anchors.shape[0], "num_keys": self.keys.shape[0]}
 

@@ -245,8 +245,8 @@ def _negatives(call: MinedForward | ScoreCounts, rows: dict[str, Any], full_floa
 class _Contrast:
     """The fields that the forwards and the histograms share: rows, the order of the anchors, ranges of labels."""
 
-    def __init__(self, call: InfonceForward | ScoreCounts, in_batch: bool) -> None:
-        anchors, keys = call.anchors, call.keys
+    def __init__(self, call: InfonceForward | ScoreCounts) -> None:
+        anchors, keys, in_batch = call.anchors, call.keys, call.in_batch
         self.device = anchors.device
         (self.num_anchors, self.channels), self.num_keys = anchors.shape, keys.shape[0]
         self.full_float32 = precision.full_float32(anchors.dtype)
@@ -302,7 +302,7 @@ def _forward(call: InfonceForward, of: _Contrast, passes: tuple[Any, Any], share
 
 
 def infonce_forward(call: InfonceForward) -> None:
-    of = _Contrast(call, call.in_batch)
+    of = _Contrast(call)
     sizes = *of.how, of.num_anchors, of.num_keys
     negatives, positives = (_cut(of.device, f"infonce_{name}", *sizes) for name in ("negatives", "positives"))
     shares = of.shares(*negatives, of.num_keys)
@@ -310,7 +310,7 @@ def infonce_forward(call: InfonceForward) -> None:
 
 
 def mined_forward(call: MinedForward) -> None:
-    of = _Contrast(call, call.in_batch)
+    of = _Contrast(call)
     negatives, positives = (_cut(of.device, f"mined_{name}", *of.how) for name in ("negatives", "positives"))
     drawn = call.negatives.shape[0]
     # Either pass may have the longer walk, and scratch serves both.
@@ -325,8 +325,7 @@ def mined_forward(call: MinedForward) -> None:
 
 
 def score_counts(call: ScoreCounts) -> None:
-    in_batch = same((call.keys, call.key_labels), (call.anchors, call.anchor_labels))
-    of = _Contrast(call, in_batch)
+    of = _Contrast(call)
     tile, slots = _cut(of.device, "score_counts", *of.how)
     call.neg_counts.zero_()
     call.pos_counts.zero_()

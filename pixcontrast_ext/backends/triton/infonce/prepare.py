@@ -282,7 +282,7 @@ def prepare_contrast(call: InfonceForward | ScoreCounts, of: Pass) -> tuple[Colu
         return labels.new_empty(3, triton.cdiv(labels.shape[0], of.columns))
 
     anchors, keys = (call.anchors, call.anchor_labels), (call.keys, call.key_labels)
-    ranges, in_order = room_for_ranges(call.key_labels), same(keys, anchors)
+    ranges, in_order = room_for_ranges(call.key_labels), call.in_batch
     sides, _, guarded = prepare(*anchors, None if in_order else keys, of, ranges)
     columns = Columns(sides, ranges, guarded, in_order)
     if not isinstance(call, (MinedForward, ScoreCounts)):
