@@ -54,6 +54,7 @@ class DeviceWatch:
 
 
 SLOW = 1.0  # seconds; a call that takes longer gets the fewest rounds
+SLOWEST = 10.0  # seconds; one that takes longer gets a single one
 
 
 def interleave(
@@ -67,7 +68,8 @@ def interleave(
 
     As many rounds as fit into `seconds`, within the two limits of `rounds`: in between other work comes and goes on a
     shared machine, and meets all calls alike. The first call of each is not counted: it may compile. Calls that are
-    slow after it sit out once they have been counted as often as the lower limit says.
+    slow after it sit out once they have been counted as often as the lower limit says, the slowest once they have been
+    counted at all.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     times: list[list[list[float]]] = [[] for _ in calls]
@@ -93,8 +95,9 @@ def interleave(
     gc.disable()
     try:
         for done in range(total):
-            for call, series, is_slow in zip(calls, times, slow, strict=True):
-                if not is_slow or len(series) < least:
+            for call, series, parts, is_slow in zip(calls, times, warm, slow, strict=True):
+                enough = 1 if sum(parts) > 1e3 * SLOWEST else least
+                if not is_slow or len(series) < enough:
                     series.append(run(call))
             after_round(done + 1, total)
     finally:

@@ -262,7 +262,8 @@ def _time(
             series["bwd"] = [laps[-1] for laps in rounds]
         for each, milliseconds in series.items():
             fastest[name, each] = min(milliseconds)
-            percentiles = statistics.quantiles(milliseconds, n=100, method="inclusive")
+            seen = milliseconds if len(milliseconds) > 1 else 2 * milliseconds
+            percentiles = statistics.quantiles(seen, n=100, method="inclusive")
             notes.add(name, each, "min ms", min(milliseconds))
             for at in (20, 50, 80):
                 notes.add(name, each, f"p{at} ms", percentiles[at - 1])

@@ -91,6 +91,14 @@ def test_rates_and_shares_follow_from_the_fastest_round() -> None:
     assert value(rows, "ours", "rounds") == 3
 
 
+def test_a_single_round_is_every_percentile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SLOW", 0.0)
+    monkeypatch.setattr(clock, "SLOWEST", 0.0)
+    rows = measure(case_of(floor=method()), FAST)
+    assert value(rows, "floor", "rounds") == 1
+    assert len({value(rows, "floor", metric) for metric in ("min ms", "p20 ms", "p50 ms", "p80 ms")}) == 1
+
+
 def test_both_passes_hold_the_forward_and_the_backward() -> None:
     leaf = torch.ones(4, requires_grad=True)
     rows = measure(case_of(floor=Candidate(lambda: Method(lambda: (leaf * 2).sum(), [leaf]))), FAST)
@@ -120,7 +128,8 @@ def test_rounds_are_interleaved_and_bounded() -> None:
 
 def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "SLOW", 0.01)
-    called = {"slow": 0, "compiled": 0, "fast": 0}
+    monkeypatch.setattr(clock, "SLOWEST", 0.1)
+    called = {"slowest": 0, "slow": 0, "compiled": 0, "fast": 0}
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -133,14 +142,15 @@ def test_slow_calls_count_from_the_first_and_sit_out(monkeypatch: pytest.MonkeyP
         return timed
 
     calls = [
+        call("slowest", lambda times: 0.2),
         call("slow", lambda times: 0.02),
         call("compiled", lambda times: 0.5 if times == 1 else 0.001),
         call("fast", lambda times: 0.001),
     ]
     times = interleave(calls, "cpu", seconds=1e9, rounds=(2, 5))
-    assert [len(series) for series in times] == [2, 5, 5]
-    assert called == {"slow": 3, "compiled": 7, "fast": 6}
-    assert max(parts[0] for parts in times[1]) < 2  # what it took to compile is not among its times
+    assert [len(series) for series in times] == [1, 2, 5, 5]
+    assert called == {"slowest": 2, "slow": 3, "compiled": 7, "fast": 6}
+    assert max(parts[0] for parts in times[2]) < 2  # what it took to compile is not among its times
 
 
 def test_launches_and_host_reads_are_counted() -> None:
