@@ -14,6 +14,7 @@ from pixcontrast_ext import backends
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.maps import check_map, pick_labels, resize_nearest
 from pixcontrast_ext.ops import checks, steering
+from pixcontrast_ext.ops.autocast import product_dtype
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast_mined, contrast_rows, mean_of
 from pixcontrast_ext.ops.mining import Mining, check_mining, drawn_of, thresholds_of
@@ -73,6 +74,10 @@ class PixelContrastLoss(nn.Module):
     embeddings hold, and so is their gradient, while the bank already fills. The count is the buffer `step`, on the
     device, and has no second home: however it is restored or broadcast, the next call goes by it. Calls are counted,
     not optimizer steps, of which a loss knows nothing: with gradient accumulation over n batches give n times as many.
+
+    **Autocast.** Under `torch.autocast` the contrast multiplies in its dtype, whatever that of embeddings and bank, see
+    `infonce`; the loss is in fp32. What is enqueued keeps the bank's dtype. A bank of another dtype is copied to that of
+    the products in every call: `MemoryBank(dtype=)` avoids it.
 
     **Activation checkpointing** around the loss recomputes it within the backward, when the bank holds the batch
     already, the warm-up has counted the call, and a `generator` of its own draws anew: each raises an error. With none
@@ -518,7 +523,7 @@ class PixelContrastLoss(nn.Module):
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
             # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
-        dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
+        dtype = product_dtype(embeddings if self.bank is None else self.bank.keys)
         anchors = gather(embeddings, chosen.indices, self.normalize, dtype, backend)
         weights = None
         if confidence is not None and confidence.numel() > 0:
@@ -530,7 +535,10 @@ class PixelContrastLoss(nn.Module):
 
     def _loss_of(self, anchors: Tensor, anchor_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [A] and |P| [A] of anchors against the bank, or each other."""
-        others = None if self.bank is None else self.bank.flat()
+        others = None
+        if self.bank is not None:
+            keys, key_labels = self.bank.flat()
+            others = keys.to(anchors.dtype), key_labels  # which is theirs, except under autocast
         exclude_self, temperature = others is None, float(self.temperature)
         # Backends differ in the widths and dtypes of rows that they contrast.
         width, op = operator.index(anchors.shape[1]), "infonce" if self.mining is None else "mining"
