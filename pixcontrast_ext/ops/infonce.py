@@ -153,8 +153,8 @@ def infonce(
     cheaper, symmetric path.
 
     Under `torch.autocast` the products are taken in its dtype, as `torch.matmul` takes them: all rows but fp64 ones are
-    cast to it first, whatever their dtype. What follows the products stays in fp32, and gradients have the dtypes of the
-    rows. A cast is a copy in every call: keys that are in that dtype already need none.
+    cast to it first, whatever their dtype. What follows the products stays in fp32, and gradients have the dtypes of
+    the rows. A cast is a copy in every call: keys that are in that dtype already need none.
 
     Args:
         anchors, keys: of one dtype, or of any under autocast, fp32, fp16 or bf16 (fp64 on the reference backend);
