@@ -430,11 +430,14 @@ class PixelContrastLoss(nn.Module):
         if changed and not torch.compiler.is_compiling():
             checks.refuse_recomputation(changed)
         source, candidates = Source(batch.embeddings), None
-        if self.head is not None:
-            source, candidates = self._project(self.head, batch, trains)
-        elif self._weight > 0:
-            anchors = self._anchors(batch)
-            source = Source(batch.embeddings, anchors, anchors.indices)
+        if self._weight > 0 or (trains and (self.bank is not None or self.head is not None)):
+            backend = self._backend_of_maps(batch.embeddings)
+            if self.head is None:
+                anchors = self._anchors(batch, backend) if self._weight > 0 else None
+                places = None if anchors is None else anchors.indices
+                source = Source(batch.embeddings, backend, anchors, places)
+            else:
+                source, candidates = self._project(self.head, batch, trains, backend)
         if self._weight > 0:
             unweighted, anchor_labels = self._contrast(batch, source, trains, changed)
             loss = self._weight * unweighted
@@ -442,10 +445,8 @@ class PixelContrastLoss(nn.Module):
             loss = unweighted = _zero_of(batch.embeddings) + _zero_of(source.embeddings)
             anchor_labels = batch.labels.new_empty(0)
         if trains:
-            if candidates is not None:
-                self._enqueue_rows(source.embeddings, candidates)
-            elif self.bank is not None:
-                self._enqueue_map(batch if batch.keys is None else batch.keys)
+            if self.bank is not None:
+                self._enqueue(self.bank, batch, source, candidates)
             if self.warmup_steps > 0:
                 self.step.add_(self.step < self.warmup_steps)
         return Outcome(loss, unweighted, anchor_labels)
@@ -500,7 +501,7 @@ class PixelContrastLoss(nn.Module):
         confidence = pick_confidence("confidence of keys_from", confidences[0], embeddings)
         return Keys(embeddings, steering.only_drawn(labels, confidence, self.ignore_index), confidence)
 
-    def _anchors(self, batch: Batch) -> AnchorSample:
+    def _anchors(self, batch: Batch, backend: str) -> AnchorSample:
         min_pixels = self.max_views + 1 if self.min_pixels is None else self.min_pixels
         max_samples = (
             self.max_samples if self.max_samples_over == "rank" else part_of_samples(self.max_samples)
@@ -509,19 +510,17 @@ class PixelContrastLoss(nn.Module):
             self.num_classes, max_samples, self.max_views, min_pixels, self.ignore_index, self._hard_share
         )
         priority = self._priority(batch.labels, batch.confidence)
-        return sample(
-            batch.labels, batch.predictions, priority, rule, self._backend_of_maps(batch.embeddings)
-        )
+        return sample(batch.labels, batch.predictions, priority, rule, backend)
 
-    def _project(self, head: Head, batch: Batch, trains: bool) -> tuple[Source, Candidates | None]:
+    def _project(
+        self, head: Head, batch: Batch, trains: bool, backend: str
+    ) -> tuple[Source, Candidates | None]:
         """Draw the pixels that this step uses, anchors and then candidates for the bank, and project these alone."""
         features, labels = batch.embeddings, batch.labels
         draws = trains and self.bank is not None and batch.keys is None
-        if self._weight == 0 and not trains:
-            return Source(features), None
         # In every call that trains something is projected: `DistributedDataParallel` demands a gradient of the head.
-        anchors = self._anchors(batch) if self._weight > 0 or not draws else None
-        backend, candidates = self._backend_of_maps(features), None
+        anchors = self._anchors(batch, backend) if self._weight > 0 or not draws else None
+        candidates = None
         if draws:
             rule = SamplingRule(
                 self.num_classes, self.bank_samples, self.region_views, 1, self.ignore_index, self._hard_share
@@ -534,23 +533,22 @@ class PixelContrastLoss(nn.Module):
         places = None
         if anchors is not None:
             places = torch.arange(anchors.indices.shape[0], device=features.device)
-        return Source(embeddings, anchors, places), candidates
+        return Source(embeddings, self._backend_of_maps(embeddings), anchors, places), candidates
 
-    def _enqueue_map(self, keys: Batch | Keys) -> None:
-        assert self.bank is not None
-        priority = self._priority(keys.labels, keys.confidence)
-        backend = self._backend_of_maps(keys.embeddings)
-        self.bank.append(keys.embeddings, keys.labels, priority, backend)
-
-    def _enqueue_rows(self, embeddings: Tensor, candidates: Candidates) -> None:
-        assert self.bank is not None
-        rows = embeddings[:, :, -candidates.groups.shape[0] :]
-        drawn = candidates.groups, candidates.priority, candidates.images
-        self.bank.append_drawn(rows, *drawn, self._backend_of_maps(rows))
+    def _enqueue(self, bank: MemoryBank, batch: Batch, source: Source, drawn: Candidates | None) -> None:
+        if drawn is not None:
+            rows = source.embeddings[:, :, -drawn.groups.shape[0] :]
+            bank.append_drawn(rows, drawn.groups, drawn.priority, drawn.images, source.backend)
+            return
+        keys: Batch | Keys = batch
+        backend = source.backend
+        if batch.keys is not None:
+            keys, backend = batch.keys, self._backend_of_maps(batch.keys.embeddings)
+        bank.append(keys.embeddings, keys.labels, self._priority(keys.labels, keys.confidence), backend)
 
     def _contrast(self, batch: Batch, source: Source, trains: bool, changed: str) -> tuple[Tensor, Tensor]:
         """The loss before its weight, and the labels of the anchors."""
-        embeddings, anchors, places = source
+        embeddings, backend, anchors, places = source
         assert anchors is not None
         assert places is not None
         anchor_labels = anchors.labels
@@ -561,7 +559,7 @@ class PixelContrastLoss(nn.Module):
             # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
         dtype = product_dtype(embeddings if self.bank is None else self.bank.keys)
-        rows = gather(embeddings, places, self.normalize, dtype, self._backend_of_maps(embeddings))
+        rows = gather(embeddings, places, self.normalize, dtype, backend)
         weights = None
         if batch.confidence is not None and batch.confidence.numel() > 0:
             weights = batch.confidence.flatten()[anchors.indices]

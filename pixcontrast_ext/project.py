@@ -29,9 +29,10 @@ class Candidates(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where a step reads its anchors."""
+    """Where a step reads its anchors, and in training what it enqueues."""
 
     embeddings: Tensor  # the batch's map [B, D, h, w], or rows that were projected, [1, D, N, 1]
+    backend: str = ""  # that serves them, if they are read at all
     anchors: AnchorSample | None = None
     places: Tensor | None = None  # [A] int64, of the anchors in the embeddings
 

@@ -319,7 +319,7 @@ def projecting(ranks, wrap=lambda model: model):
     found = []
     for step in range(2):
         images = torch.cat([batch(rank, step, 2)[0] for rank in ranks])
-        labels = torch.arange(images[:, 0].numel()).view_as(images[:, 0]) % CLASSES
+        labels = (torch.arange(PIXELS[0] * PIXELS[1]) % CLASSES).view(1, *PIXELS).expand(len(images), -1, -1)
         model.zero_grad()
         loss(replica(images), labels, labels).backward()
         found.append({name: weight.grad.clone() for name, weight in model.named_parameters()} | state(bank))
