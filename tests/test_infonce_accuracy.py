@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixcontrast_ext import infonce
+from pixcontrast_ext import Mining, draw_keys, infonce, score_thresholds
 from pixcontrast_ext.backends import reference
 from pixcontrast_ext.ops.infonce import BlockwiseInfoNCE
 from tests.support.backends import GPU_BACKENDS
@@ -209,6 +209,34 @@ def test_autocast_reaches_the_products_and_not_the_logits(quick_backend, dtype, 
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs.to(ours.dtype))
     assert error(found[0], exact(as_dtype(inputs, dtype))[0]) <= 1e-6
+
+
+def test_autocast_reaches_what_mining_ranks(quick_backend):
+    """The thresholds, and the negatives drawn, are those of rows in its dtype; so is the loss between them."""
+    rows = draw_rows(40, 300, 32, 5)
+    mining, results = Mining("semi-hard", 60, 30, fraction=0.3), []
+    for enabled, inputs in ((True, rows), (False, as_dtype(rows, torch.bfloat16))):
+        anchors, anchor_labels, keys, key_labels = inputs
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            drawn = draw_keys(keys, key_labels, mining, generator=torch.Generator().manual_seed(1))
+            given = anchors, anchor_labels, keys, drawn.positive_labels
+            kept = score_thresholds(*given, mining, negatives=drawn.negatives, backend=quick_backend)
+            loss = infonce(
+                *given, temperature=0.1, negatives=drawn.negatives, **kept._asdict(), backend=quick_backend
+            )
+        results.append((*kept, loss))
+    assert drawn.negatives is not None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_autocast_is_seen_by_a_compiled_call():
+    torch._dynamo.reset()
+    inputs = draw_rows(30, 90, 16, 5)
+    compiled = torch.compile(lambda *rows: infonce(*rows, temperature=0.1), fullgraph=True, backend="eager")
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = compiled(*inputs)
+        assert torch.equal(found, infonce(*as_dtype(inputs, dtype), temperature=0.1))
 
 
 def test_autocast_leaves_fp64_alone():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixcontrast_ext import (
     MemoryBank,
@@ -310,6 +311,31 @@ def test_warming_up_leaves_no_trace_of_the_head(quick_backend):
     for name, value in loss.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(weight.grad is None for weight in loss.parameters())
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses what a host would wait for a device with."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(cuda_backend):
+    """On the emulator, where the host may look at anything; `test_cuda_device.py` asks a device."""
+    features, labels, logits = batch((2, CHANNELS, 8, 9))
+    loss = PixelContrastLoss(4, min_pixels=1, bank=bank_of(), head=head_of("convmlp"), backend=cuda_backend)
+    for _ in range(2):
+        with Waiting():
+            value = loss(features, labels, logits)
+            value.backward()
+    assert value > 0
+    with pytest.raises(AssertionError), Waiting():
+        bool(value > 0)
 
 
 def test_two_calls_before_a_backward():
