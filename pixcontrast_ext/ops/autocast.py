@@ -9,9 +9,9 @@ from torch import Tensor
 def product_dtype(rows: Tensor) -> torch.dtype:
     """The dtype in which rows are multiplied, as `torch.matmul` has it: fp64 is left alone."""
     kind = rows.device.type
-    if rows.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if rows.dtype == torch.float64 or rows.is_meta or not torch.is_autocast_enabled(kind):
         return rows.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def to_product(rows: Tensor) -> Tensor:
