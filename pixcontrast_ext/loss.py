@@ -311,7 +311,8 @@ class PixelContrastLoss(nn.Module):
 
         Raises:
             TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label that is
-                neither a class nor `ignore_index`, and a confidence that is negative or not finite.
+                neither a class nor `ignore_index`, and a confidence that is negative or not finite; a head that gives
+                anything but embeddings of its rows, of the bank's width.
             RuntimeError: activation checkpointing of what it does not fit, see above.
         """
         batch = self.prepare(embeddings, labels, predictions, hard, confidence, keys_from)
@@ -331,7 +332,8 @@ class PixelContrastLoss(nn.Module):
         """Compile and load all kernels that a training step on such tensors takes, InfoNCE and its gradient included.
 
         For those who cannot wait later, as within the capture of a CUDA graph. A step is taken on a copy of the
-        embeddings; bank, warm-up and random numbers are as before. In a distributed job every rank has to call it.
+        embeddings; bank, warm-up, random numbers and a head that is a submodule are as before. Another head is called
+        in the mode that it is in. In a distributed job every rank has to call it.
 
         Args:
             embeddings, labels, predictions, hard, confidence, keys_from: see `forward`; those that a step gets.
@@ -442,7 +444,7 @@ class PixelContrastLoss(nn.Module):
             unweighted, anchor_labels = self._contrast(batch, source, trains, changed)
             loss = self._weight * unweighted
         else:
-            loss = unweighted = _zero_of(batch.embeddings) + _zero_of(source.embeddings)
+            loss = unweighted = _zero_of(batch.embeddings) + _zero_of(source.embeddings)  # the head's, too
             anchor_labels = batch.labels.new_empty(0)
         if trains:
             if self.bank is not None:
