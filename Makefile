@@ -13,7 +13,7 @@ OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accuracy infonce_cpu infonce_tiles bank \
-                 loss loss_criterion loss_training regressions backends
+                 loss loss_criterion loss_training project regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
 QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
 SHARE         ?= 16

@@ -128,10 +128,12 @@ class MemoryBank(nn.Module):
         """Raise ValueError unless the bank takes this [B, D, H, W] map as it is now."""
         if embeddings.shape[1] != self.embed_dim:
             raise ValueError(f"{name} must be {self.embed_dim} wide, got {tuple(embeddings.shape)}")
-        if embeddings.device != self.keys.device:
-            raise ValueError(
-                f"{name} must be on the bank's device {self.keys.device}, got {embeddings.device}"
-            )
+        self.check_device(embeddings.device, name)
+
+    def check_device(self, device: torch.device, name: str) -> None:
+        """Raise ValueError unless the bank takes something on this device as it is now."""
+        if device != self.keys.device:
+            raise ValueError(f"{name} must be on the bank's device {self.keys.device}, got {device}")
         self._check_usable()
 
     def _check_usable(self) -> None:
@@ -265,6 +267,34 @@ class MemoryBank(nn.Module):
     ) -> None:
         """`enqueue` of what has been checked, by a backend that serves it."""
         self._write(*self._collect(embeddings, labels, priority, self.pixels_per_image, backend), backend)
+
+    @torch.no_grad()
+    def append_drawn(
+        self,
+        embeddings: Tensor,  # [1, D, N, 1]
+        groups: Tensor,  # [N] int64
+        priority: Tensor,  # [N] int32
+        images: int,
+        backend: str,
+    ) -> None:
+        """`append` of pixels that have been drawn from some images; a region is the mean of those that were.
+
+        Of each, `groups` says where it is from: image x num_classes + class, or -1 for nothing.
+        """
+        rows, row_labels = enqueue.collect(
+            embeddings,
+            groups[None, :, None],
+            priority[None, :, None],
+            backend,
+            num_classes=images * self.num_classes,
+            pixels_per_image=self.pixels_per_image,
+            ignore_index=-1,
+            normalize=self.normalize,
+            dtype=self.keys.dtype,
+        )
+        row_labels = torch.where(row_labels >= 0, row_labels % self.num_classes, -1)
+        of_image = images, self.num_classes, 1 + self.pixels_per_image
+        self._write(rows.view(*of_image, self.embed_dim), row_labels.view(of_image), backend)
 
     @torch.no_grad()
     def enqueue_rows(

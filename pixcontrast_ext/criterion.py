@@ -12,6 +12,7 @@ from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.loss import PixelContrastLoss
 from pixcontrast_ext.maps import cross_entropy
 from pixcontrast_ext.ops.mining import Mining
+from pixcontrast_ext.project import Head
 
 
 class PixelContrastCrossEntropyLoss(nn.Module):
@@ -54,6 +55,9 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         normalize: bool = True,
         mining: Mining | None = None,
         generator: torch.Generator | None = None,
+        head: Head | None = None,
+        bank_samples: int = 4096,
+        region_views: int = 64,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -75,6 +79,9 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             normalize=normalize,
             mining=mining,
             generator=generator,
+            head=head,
+            bank_samples=bank_samples,
+            region_views=region_views,
             backend=backend,
         )
         if class_weights is not None and not isinstance(class_weights, Tensor):
@@ -168,7 +175,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
         Args:
             logits: [B, C, h, w]; upsampled bilinearly to the labels for the cross-entropy.
-            embeddings: [B, D, h', w'].
+            embeddings: [B, D, h', w']; with `head` features [B, C_in, h', w'].
             labels: [B, H, W], any integer dtype.
             hard, confidence, keys_from: for the contrast, see `PixelContrastLoss.forward`; not for the cross-entropy.
             return_parts: return (loss, parts) for a log: those of `PixelContrastLoss` and "cross_entropy"; the loss is

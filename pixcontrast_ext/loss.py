@@ -7,19 +7,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixcontrast_ext import backends
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.maps import check_map, pick_labels, resize_nearest
+from pixcontrast_ext.maps import check_map, pick_confidence, pick_labels, pick_predictions, resize_nearest
 from pixcontrast_ext.ops import checks, steering
+from pixcontrast_ext.ops.autocast import product_dtype
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast_mined, contrast_rows, mean_of
 from pixcontrast_ext.ops.mining import Mining, check_mining, drawn_of, thresholds_of
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
-from pixcontrast_ext.ops.sampling import SamplingRule, sample, share_of
+from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, part_of_samples, sample, share_of
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
+from pixcontrast_ext.project import Candidates, Head, Source, draw_candidates, project
 
 
 def _zero_of(embeddings: Tensor) -> Tensor:
@@ -74,6 +75,24 @@ class PixelContrastLoss(nn.Module):
     device, and has no second home: however it is restored or broadcast, the next call goes by it. Calls are counted,
     not optimizer steps, of which a loss knows nothing: with gradient accumulation over n batches give n times as many.
 
+    **Projecting only the pixels that are used.** With `head` the loss is given features in place of embeddings, and
+    projects the anchors and the pixels that it draws for the bank: some thousand rows in place of B x H x W pixels, all
+    together as one map. Gradient flows through the anchors alone. A class in an image gives the bank up to
+    min(`region_views`, `bank_samples` // such classes) pixels: its region is their mean, and its pixels are those
+    of them with the smallest priority. Batch norm sees these rows, with some repeated in place of padding. If no pixel
+    has a label it sees zeros, and its running statistics stay as they were, as in a call that does not train.
+
+    A head that is a module is a submodule of the loss: give its parameters to the optimizer. Where the model owns it,
+    as `DistributedDataParallel` needs it to reduce its gradients, give a function around it, like
+    `lambda features: model.head(features)`: nothing is registered, its mode is the model's, and its running statistics
+    are updated whenever it is called in training mode, from zeros too. DDP reduces gradients wherever the head is
+    called, but with `find_unused_parameters=True` it looks for the head in the model's own outputs, does not find it
+    there, and fails. With `SyncBatchNorm`, the zeros of a rank without labels count in all ranks' statistics.
+
+    **Autocast.** Under `torch.autocast` the contrast multiplies in its dtype, whatever that of embeddings and bank, see
+    `infonce`; the loss is in fp32. What is enqueued keeps the bank's dtype. A bank of another dtype is copied to that
+    of the products in every call: `MemoryBank(dtype=)` avoids it.
+
     **Activation checkpointing** around the loss recomputes it within the backward, when the bank holds the batch
     already, the warm-up has counted the call, and a `generator` of its own draws anew: each raises an error. With none
     of the three it is right.
@@ -98,6 +117,9 @@ class PixelContrastLoss(nn.Module):
             which takes `normalize`.
         generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
             device of the labels. It is not part of the state dict. None means torch's own.
+        head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1].
+        bank_samples, region_views: with a head, the most pixels that a call projects for the bank, of all classes in
+            all images together and of one class in one image.
         backend: see `available_backends`.
 
     Raises:
@@ -127,10 +149,16 @@ class PixelContrastLoss(nn.Module):
         normalize: bool = True,
         mining: Mining | None = None,
         generator: torch.Generator | None = None,
+        head: Head | None = None,
+        bank_samples: int = 4096,
+        region_views: int = 64,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         checks.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
+        checks.check_at_least(1, bank_samples=bank_samples, region_views=region_views)
+        if head is not None and not callable(head):
+            raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
         checks.check_at_least(0, warmup_steps=warmup_steps)
         if min_pixels is not None:
             checks.check_at_least(0, min_pixels=min_pixels)
@@ -166,6 +194,7 @@ class PixelContrastLoss(nn.Module):
         self.max_samples_over = max_samples_over
         self.ignore_index, self.normalize, self.backend = ignore_index, normalize, backend
         self.bank, self.mining = bank, mining
+        self.head, self.bank_samples, self.region_views = head, bank_samples, region_views
         self._stream = None if generator is None else PriorityStream(generator)
         self._watch = ClassWatch(
             num_classes, ignore_index, max_views + 1 if min_pixels is None else min_pixels
@@ -265,7 +294,8 @@ class PixelContrastLoss(nn.Module):
         """The loss, a scalar; a differentiable zero if nothing can be contrasted.
 
         Args:
-            embeddings: [B, D, h, w], any strides; normalised here if `normalize`.
+            embeddings: [B, D, h, w], any strides; normalised here if `normalize`. With `head`: features
+                [B, C_in, h, w].
             labels: [B, H, W], any integer dtype; picked at the nearest pixel if the size differs.
             predictions: predicted classes [B, H', W'], or logits [B, C, H', W']; likewise. With `hard` or
                 anchors="random" they are not looked at and may be None.
@@ -281,7 +311,8 @@ class PixelContrastLoss(nn.Module):
 
         Raises:
             TypeError, ValueError: shapes, dtypes or devices that do not fit; on the CPU also a label that is
-                neither a class nor `ignore_index`, and a confidence that is negative or not finite.
+                neither a class nor `ignore_index`, and a confidence that is negative or not finite; a head that gives
+                anything but embeddings of its rows, of the bank's width.
             RuntimeError: activation checkpointing of what it does not fit, see above.
         """
         batch = self.prepare(embeddings, labels, predictions, hard, confidence, keys_from)
@@ -301,7 +332,8 @@ class PixelContrastLoss(nn.Module):
         """Compile and load all kernels that a training step on such tensors takes, InfoNCE and its gradient included.
 
         For those who cannot wait later, as within the capture of a CUDA graph. A step is taken on a copy of the
-        embeddings; bank, warm-up and random numbers are as before. In a distributed job every rank has to call it.
+        embeddings; bank, warm-up, random numbers and a head that is a submodule are as before. Another head is called
+        in the mode that it is in. In a distributed job every rank has to call it.
 
         Args:
             embeddings, labels, predictions, hard, confidence, keys_from: see `forward`; those that a step gets.
@@ -319,7 +351,7 @@ class PixelContrastLoss(nn.Module):
                 self.train()
                 copy = embeddings.detach().clone().requires_grad_()
                 loss = self(copy, labels, predictions, hard=hard, confidence=confidence, keys_from=keys_from)
-                loss.backward()
+                torch.autograd.grad(loss, copy)  # of the embeddings alone: none is left at a head's weights
         finally:
             self._watch = watch
             for module, training in modes:
@@ -347,7 +379,8 @@ class PixelContrastLoss(nn.Module):
         Raises:
             TypeError, ValueError, RuntimeError: as `forward`, which calls this first.
         """
-        checks.check_embeddings(embeddings)
+        of = "embeddings" if self.head is None else "features"
+        checks.check_embeddings(embeddings, of)
         if self._born_on_meta:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
@@ -357,36 +390,36 @@ class PixelContrastLoss(nn.Module):
             self.inspect()
         if self.warmup_steps > 0 and self.step.device != embeddings.device:
             raise ValueError(
-                f"embeddings are on {embeddings.device}, the loss is on {self.step.device}: move it there with .to()"
+                f"{of} are on {embeddings.device}, the loss is on {self.step.device}: move it there with .to()"
             )
         if not isinstance(labels, Tensor) or not checks.is_integer(labels):
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be an integer tensor, got {got}")
-        if self.bank is not None and embeddings.shape[1] != self.bank.embed_dim:
+        if self.head is None and self.bank is not None and embeddings.shape[1] != self.bank.embed_dim:
             raise ValueError(
                 f"embeddings {tuple(embeddings.shape)} do not fit the bank, which is {self.bank.embed_dim} wide"
             )
-        check_map("labels", labels, 3, embeddings)
+        check_map("labels", labels, 3, embeddings, of)
         size = (embeddings.shape[2], embeddings.shape[3])
         if self.min_purity > 0:
             labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
         else:
             labels = resize_nearest(labels, size).long()
         if confidence is not None:
-            confidence = self._confidence_at("confidence", confidence, embeddings)
+            confidence = pick_confidence("confidence", confidence, embeddings, of)
             labels = steering.only_drawn(labels, confidence, self.ignore_index)
         if hard is not None:
             steering.check_hard(hard, None, embeddings.device)
-            check_map("hard", hard, 3, embeddings)
+            check_map("hard", hard, 3, embeddings, of)
             hard = resize_nearest(hard, size)
         if hard is not None or self.anchors == "random":
             predictions = steering.predictions_for(labels, None, hard, self.anchors)
         else:
-            predictions = self._predictions_at(embeddings, predictions, size)
+            predictions = pick_predictions(predictions, self.num_classes, embeddings, of)
         keys = None if keys_from is None else self._keys(keys_from)
         batch = Batch(embeddings, labels, predictions, confidence, keys)
         if self.bank is not None and (self._weight > 0 or self._trains()):
-            self.bank.check(embeddings)
+            self.bank.check_device(embeddings.device, of)
         return batch
 
     def _trains(self) -> bool:
@@ -394,26 +427,28 @@ class PixelContrastLoss(nn.Module):
 
     def take_step(self, batch: Batch) -> Outcome:
         """A whole call on what `prepare` has checked: contrast, and in training the bank and the warm-up go on."""
-        embeddings, labels = batch.embeddings, batch.labels
         trains = self._trains()
         changed = self._changed() if trains else ""
         if changed and not torch.compiler.is_compiling():
             checks.refuse_recomputation(changed)
-        enqueues = trains and self.bank is not None
-        backend = self._backend_of_maps(embeddings) if self._weight > 0 or enqueues else ""
+        source, candidates = Source(batch.embeddings), None
+        if self._weight > 0 or (trains and (self.bank is not None or self.head is not None)):
+            backend = self._backend_of_maps(batch.embeddings)
+            if self.head is None:
+                anchors = self._anchors(batch, backend) if self._weight > 0 else None
+                places = None if anchors is None else anchors.indices
+                source = Source(batch.embeddings, backend, anchors, places)
+            else:
+                source, candidates = self._project(self.head, batch, trains, backend)
         if self._weight > 0:
-            unweighted, anchor_labels = self._contrast(batch, trains, changed, backend)
+            unweighted, anchor_labels = self._contrast(batch, source, trains, changed)
             loss = self._weight * unweighted
         else:
-            loss = unweighted = _zero_of(embeddings)
-            anchor_labels = labels.new_empty(0)
+            loss = unweighted = _zero_of(batch.embeddings) + _zero_of(source.embeddings)  # the head's, too
+            anchor_labels = batch.labels.new_empty(0)
         if trains:
             if self.bank is not None:
-                keys: Batch | Keys = batch
-                if batch.keys is not None:
-                    keys, backend = batch.keys, self._backend_of_maps(batch.keys.embeddings)
-                priority = self._priority(keys.labels, keys.confidence)
-                self.bank.append(keys.embeddings, keys.labels, priority, backend)
+                self._enqueue(self.bank, batch, source, candidates)
             if self.warmup_steps > 0:
                 self.step.add_(self.step < self.warmup_steps)
         return Outcome(loss, unweighted, anchor_labels)
@@ -447,12 +482,6 @@ class PixelContrastLoss(nn.Module):
         priority = self._draw(labels)
         return priority if confidence is None else steering.weigh_priority(priority, confidence)
 
-    @staticmethod
-    def _confidence_at(name: str, confidence: Tensor, embeddings: Tensor) -> Tensor:
-        checks.check_weights(name, confidence, None, embeddings.device)
-        check_map(name, confidence, 3, embeddings)
-        return resize_nearest(confidence.detach(), (embeddings.shape[2], embeddings.shape[3]))
-
     def _keys(self, keys_from: tuple[Tensor, ...]) -> Keys:
         """What the bank gets in place of the batch."""
         if self.bank is None:
@@ -471,66 +500,82 @@ class PixelContrastLoss(nn.Module):
         labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
         if not confidences:
             return Keys(embeddings, labels, None)
-        confidence = self._confidence_at("confidence of keys_from", confidences[0], embeddings)
+        confidence = pick_confidence("confidence of keys_from", confidences[0], embeddings)
         return Keys(embeddings, steering.only_drawn(labels, confidence, self.ignore_index), confidence)
 
-    def _part_of_samples(self) -> int:
-        """This rank's part of `max_samples`."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.max_samples
-        ranks = dist.get_world_size()
-        if self.max_samples < ranks:
-            raise ValueError(
-                f"max_samples={self.max_samples} over {ranks} ranks leaves some of them none: at least 1 each"
-            )
-        return self.max_samples // ranks + (dist.get_rank() < self.max_samples % ranks)
-
-    def _predictions_at(
-        self, embeddings: Tensor, predictions: Tensor | None, size: tuple[int, int]
-    ) -> Tensor:
-        if not isinstance(predictions, Tensor):
-            raise TypeError(f"predictions must be a tensor, got {type(predictions).__name__}")
-        if predictions.dtype.is_floating_point:
-            check_map("logits", predictions, 4, embeddings)
-            if predictions.shape[1] != self.num_classes:
-                raise ValueError(
-                    f"logits must have num_classes={self.num_classes} channels, got {tuple(predictions.shape)}"
-                )
-            return resize_nearest(predictions.detach(), size).argmax(dim=1)
-        if not checks.is_integer(predictions):
-            raise TypeError(f"predictions must be integers or floating-point logits, got {predictions.dtype}")
-        check_map("predictions", predictions, 3, embeddings)
-        return resize_nearest(predictions, size).long()
-
-    def _contrast(self, batch: Batch, trains: bool, changed: str, backend: str) -> tuple[Tensor, Tensor]:
-        """The loss before its weight, and the labels of the anchors."""
-        embeddings, labels, predictions, confidence, _ = batch
+    def _anchors(self, batch: Batch, backend: str) -> AnchorSample:
         min_pixels = self.max_views + 1 if self.min_pixels is None else self.min_pixels
-        max_samples = self.max_samples if self.max_samples_over == "rank" else self._part_of_samples()
+        max_samples = (
+            self.max_samples if self.max_samples_over == "rank" else part_of_samples(self.max_samples)
+        )
         rule = SamplingRule(
             self.num_classes, max_samples, self.max_views, min_pixels, self.ignore_index, self._hard_share
         )
-        chosen = sample(labels, predictions, self._priority(labels, confidence), rule, backend)
-        anchor_labels = chosen.labels
+        priority = self._priority(batch.labels, batch.confidence)
+        return sample(batch.labels, batch.predictions, priority, rule, backend)
+
+    def _project(
+        self, head: Head, batch: Batch, trains: bool, backend: str
+    ) -> tuple[Source, Candidates | None]:
+        """Draw the pixels that this step uses, anchors and then candidates for the bank, and project these alone."""
+        features, labels = batch.embeddings, batch.labels
+        draws = trains and self.bank is not None and batch.keys is None
+        # In every call that trains something is projected: `DistributedDataParallel` demands a gradient of the head.
+        anchors = self._anchors(batch, backend) if self._weight > 0 or not draws else None
+        candidates = None
+        if draws:
+            rule = SamplingRule(
+                self.num_classes, self.bank_samples, self.region_views, 1, self.ignore_index, self._hard_share
+            )
+            candidates = draw_candidates(labels, self._priority(labels, batch.confidence), rule, backend)
+        drawn = None if candidates is None else candidates.pixels
+        embeddings = project(head, features, anchors, drawn, trains, backend)
+        if self.bank is not None:
+            self.bank.check(embeddings, "embeddings of the head")
+        places = None
+        if anchors is not None:
+            places = torch.arange(anchors.indices.shape[0], device=features.device)
+        return Source(embeddings, self._backend_of_maps(embeddings), anchors, places), candidates
+
+    def _enqueue(self, bank: MemoryBank, batch: Batch, source: Source, drawn: Candidates | None) -> None:
+        if drawn is not None:
+            rows = source.embeddings[:, :, -drawn.groups.shape[0] :]
+            bank.append_drawn(rows, drawn.groups, drawn.priority, drawn.images, source.backend)
+            return
+        keys: Batch | Keys = batch
+        backend = source.backend
+        if batch.keys is not None:
+            keys, backend = batch.keys, self._backend_of_maps(batch.keys.embeddings)
+        bank.append(keys.embeddings, keys.labels, self._priority(keys.labels, keys.confidence), backend)
+
+    def _contrast(self, batch: Batch, source: Source, trains: bool, changed: str) -> tuple[Tensor, Tensor]:
+        """The loss before its weight, and the labels of the anchors."""
+        embeddings, backend, anchors, places = source
+        assert anchors is not None
+        assert places is not None
+        anchor_labels = anchors.labels
         if trains:
-            anchor_labels = watch_classes(labels, anchor_labels, self._watch, changed)
+            anchor_labels = watch_classes(batch.labels, anchor_labels, self._watch, changed)
         if self.warmup_steps > 0:
             # Rows without a label take no part, whatever they hold. Decided on the device: nothing waits to know, a
             # graph is good for the warm-up and for what follows, and the embeddings get their gradient of zero.
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
-        dtype = embeddings.dtype if self.bank is None else self.bank.keys.dtype
-        anchors = gather(embeddings, chosen.indices, self.normalize, dtype, backend)
+        dtype = product_dtype(embeddings if self.bank is None else self.bank.keys)
+        rows = gather(embeddings, places, self.normalize, dtype, backend)
         weights = None
-        if confidence is not None and confidence.numel() > 0:
-            weights = confidence.flatten()[chosen.indices]
-        loss = mean_of(*self._loss_of(anchors, anchor_labels), weights)
+        if batch.confidence is not None and batch.confidence.numel() > 0:
+            weights = batch.confidence.flatten()[anchors.indices]
+        loss = mean_of(*self._loss_of(rows, anchor_labels), weights)
         if self.base_temperature is not None:
             loss = loss * (self.temperature / self.base_temperature)
         return loss, anchor_labels
 
     def _loss_of(self, anchors: Tensor, anchor_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [A] and |P| [A] of anchors against the bank, or each other."""
-        others = None if self.bank is None else self.bank.flat()
+        others = None
+        if self.bank is not None:
+            keys, key_labels = self.bank.flat()
+            others = keys.to(anchors.dtype), key_labels  # which is theirs, except under autocast
         exclude_self, temperature = others is None, float(self.temperature)
         # Backends differ in the widths and dtypes of rows that they contrast.
         width, op = operator.index(anchors.shape[1]), "infonce" if self.mining is None else "mining"

@@ -7,21 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext.backends.errors import bad_class
+from pixcontrast_ext.ops import checks
 
 
-def check_map(name: str, value: Tensor, dims: int, embeddings: Tensor) -> None:
-    """Raises ValueError unless a map [B, ..., H, W] of `dims` dimensions goes with embeddings [B, D, h, w]."""
+def check_map(name: str, value: Tensor, dims: int, embeddings: Tensor, of: str = "embeddings") -> None:
+    """Raises ValueError unless a map [B, ..., H, W] of `dims` dimensions goes with embeddings [B, D, h, w].
+
+    `of` is what the error calls these.
+    """
     if value.dim() != dims or value.shape[0] != embeddings.shape[0]:
         raise ValueError(
-            f"{name} {tuple(value.shape)} do not fit embeddings {tuple(embeddings.shape)}: "
+            f"{name} {tuple(value.shape)} do not fit {of} {tuple(embeddings.shape)}: "
             f"expected {dims} dimensions and the same batch"
         )
     if value.device != embeddings.device:
         raise ValueError(f"{name} must be on {embeddings.device}, got {value.device}")
     if 0 in value.shape[-2:] and 0 not in embeddings.shape:
-        raise ValueError(
-            f"{name} {tuple(value.shape)} have no pixels for embeddings {tuple(embeddings.shape)}"
-        )
+        raise ValueError(f"{name} {tuple(value.shape)} have no pixels for {of} {tuple(embeddings.shape)}")
 
 
 def _nearest(size: int, target: int, device: torch.device) -> Tensor:
@@ -40,6 +42,36 @@ def resize_nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if width != size[1]:
         maps = maps.index_select(-1, _nearest(width, size[1], maps.device))
     return maps
+
+
+def pick_predictions(
+    predictions: Tensor | None,  # [B, H, W], any integer dtype, or logits [B, C, H, W]
+    num_classes: int,
+    embeddings: Tensor,  # [B, D, h, w]
+    of: str,
+) -> Tensor:
+    """The predicted classes of the pixels of embeddings, int64. Errors as those of `check_map`, and TypeError."""
+    if not isinstance(predictions, Tensor):
+        raise TypeError(f"predictions must be a tensor, got {type(predictions).__name__}")
+    size = (embeddings.shape[2], embeddings.shape[3])
+    if predictions.dtype.is_floating_point:
+        check_map("logits", predictions, 4, embeddings, of)
+        if predictions.shape[1] != num_classes:
+            raise ValueError(
+                f"logits must have num_classes={num_classes} channels, got {tuple(predictions.shape)}"
+            )
+        return resize_nearest(predictions.detach(), size).argmax(dim=1)
+    if not checks.is_integer(predictions):
+        raise TypeError(f"predictions must be integers or floating-point logits, got {predictions.dtype}")
+    check_map("predictions", predictions, 3, embeddings, of)
+    return resize_nearest(predictions, size).long()
+
+
+def pick_confidence(name: str, confidence: Tensor, embeddings: Tensor, of: str = "embeddings") -> Tensor:
+    """The confidence of the pixels of embeddings. Errors as those of `check_map` and `check_weights`."""
+    checks.check_weights(name, confidence, None, embeddings.device)
+    check_map(name, confidence, 3, embeddings, of)
+    return resize_nearest(confidence.detach(), (embeddings.shape[2], embeddings.shape[3]))
 
 
 # Far less than one pixel in a cell's share, far more than the rounding of fp32.

@@ -405,9 +405,8 @@ def layer(path: str) -> str:
     head = path.split(".")[0] if path else ""
     if head in ("", "info"):
         return "public"
-    return {"bank": "model", "maps": "model", "loss": "model", "criterion": "model", "head": "model"}.get(
-        head, head
-    )
+    model = ("bank", "maps", "loss", "criterion", "head", "project")
+    return "model" if head in model else head
 
 
 def imports_of(file: Path) -> set[str]:

@@ -13,6 +13,7 @@ from pixcontrast_ext import (
     MemoryBank,
     Mining,
     PixelContrastLoss,
+    ProjectionHead,
     draw_keys,
     gather_embeddings,
     hard_anchor_sampling,
@@ -253,15 +254,17 @@ def test_a_graph_captures_the_whole_step(device_backend):
     assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
+@pytest.mark.parametrize("with_head", [True, False])
 @pytest.mark.parametrize("with_bank", [True, False])
 @pytest.mark.parametrize("strategy", [None, "random", "semi-hard", "hardest"])
-def test_a_step_never_waits_for_the_device(device_backend, with_bank, strategy):
+def test_a_step_never_waits_for_the_device(device_backend, with_bank, with_head, strategy):
     embeddings, labels, _ = draw_maps()
     logits = torch.randn(4, 7, *labels.shape[1:], device=DEVICE)
     bank = MemoryBank(7, 64, region_slots=20, pixel_slots=100, process_group=None) if with_bank else None
     mining = None if strategy is None else Mining(strategy, negatives=20, positives=10)
+    head = ProjectionHead(64, 64) if with_head else None
     loss_function = PixelContrastLoss(
-        7, max_samples=200, max_views=10, bank=bank, mining=mining, backend=device_backend
+        7, max_samples=200, max_views=10, bank=bank, mining=mining, head=head, backend=device_backend
     ).to(DEVICE)
     embeddings.requires_grad_()
     loss_function(embeddings, labels, logits).backward()

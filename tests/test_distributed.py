@@ -227,6 +227,17 @@ def test_readme_on_several_ranks(runs, ranks):
 
 
 @both
+def test_a_head_called_by_the_loss_is_trained_by_all_ranks(runs, ranks):
+    """Gradients and banks are those of one process with the batches of all ranks."""
+    expected = worker.projecting(range(ranks))
+    assert expected[1]["head.project.0.weight"].any()
+    for found in results(runs[ranks], "projecting", ranks):
+        for ours, theirs in zip(found, expected, strict=True):
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@both
 def test_groups_that_not_all_ranks_know_of(runs, ranks):
     for rank, found in enumerate(results(runs[ranks], "uneven_groups", ranks)):
         check(found[:2], one_bank([0, 1] if rank < 2 else [rank], range(2), [2, 2]))

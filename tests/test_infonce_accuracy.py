@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixcontrast_ext import infonce
+from pixcontrast_ext import Mining, draw_keys, infonce, score_thresholds
 from pixcontrast_ext.backends import reference
+from pixcontrast_ext.ops.infonce import BlockwiseInfoNCE
 from tests.support.backends import GPU_BACKENDS
 from tests.support.checks import error
 from tests.support.contrast import exact, run, weight_rounding
@@ -190,12 +191,78 @@ def test_every_way_to_allow_tf32_is_understood(gpu_backend, dtype):
     torch.testing.assert_close(found[0], exactly[0], rtol=1e-3, atol=1e-4)
 
 
-def test_autocast_does_not_reach_the_logits(backend):
-    inputs = draw_rows(100, 400, 64, 5)
+def as_dtype(inputs, dtype):
+    anchors, anchor_labels, keys, key_labels = inputs
+    return anchors.to(dtype), anchor_labels, keys.to(dtype), key_labels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_keys", [torch.float32, torch.bfloat16])
+def test_autocast_reaches_the_products_and_not_the_logits(quick_backend, dtype, of_keys):
+    """To the bit what rows of that dtype give: an fp32 loss. Gradients come back in the rows' own dtypes."""
+    anchors, anchor_labels, keys, key_labels = draw_rows(100, 400, 64, 5)
+    inputs = anchors, anchor_labels, keys.to(of_keys), key_labels
+    with torch.autocast("cpu", dtype=dtype):
+        found = run(inputs, quick_backend)
+    expected = run(as_dtype(inputs, dtype), quick_backend)
+    assert [each.dtype for each in found] == [torch.float32, torch.float32, of_keys]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+    assert error(found[0], exact(as_dtype(inputs, dtype))[0]) <= 1e-6
+
+
+def test_autocast_reaches_what_mining_ranks(quick_backend):
+    """The thresholds, and the negatives drawn, are those of rows in its dtype; so is the loss between them."""
+    rows = draw_rows(40, 300, 32, 5)
+    mining, results = Mining("semi-hard", 60, 30, fraction=0.3), []
+    for enabled, inputs in ((True, rows), (False, as_dtype(rows, torch.bfloat16))):
+        anchors, anchor_labels, keys, key_labels = inputs
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            drawn = draw_keys(keys, key_labels, mining, generator=torch.Generator().manual_seed(1))
+            given = anchors, anchor_labels, keys, drawn.positive_labels
+            kept = score_thresholds(*given, mining, negatives=drawn.negatives, backend=quick_backend)
+            loss = infonce(
+                *given, temperature=0.1, negatives=drawn.negatives, **kept._asdict(), backend=quick_backend
+            )
+        results.append((*kept, loss))
+    assert drawn.negatives is not None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_autocast_is_seen_by_a_compiled_call():
+    torch._dynamo.reset()
+    inputs = draw_rows(30, 90, 16, 5)
+    compiled = torch.compile(lambda *rows: infonce(*rows, temperature=0.1), fullgraph=True, backend="eager")
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = compiled(*inputs)
+        assert torch.equal(found, infonce(*as_dtype(inputs, dtype), temperature=0.1))
+
+
+def test_autocast_leaves_fp64_alone():
+    inputs = draw_rows(30, 90, 16, 5, dtype=torch.float64)
+    expected = run(inputs, "reference")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(inputs, backend)
-    assert found[0].dtype == torch.float32
-    assert error(found[0], exact(inputs)[0]) <= 1e-6
+        found = run(inputs, "reference")
+        with pytest.raises(TypeError, match=r"one dtype, got torch.float64 and torch.float32"):
+            run((*inputs[:2], inputs[2].float(), inputs[3]), "reference")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_autocast_keeps_the_symmetric_path(quick_backend, monkeypatch):
+    anchors, labels, _, _ = draw_rows(60, 1, 16, 5)
+    anchors.requires_grad_()
+    called, apply = [], BlockwiseInfoNCE.apply
+    monkeypatch.setattr(
+        BlockwiseInfoNCE,
+        "apply",
+        lambda rows, *rest: called.append((rows.dtype, rest[1])) or apply(rows, *rest),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        infonce(anchors, labels, anchors, labels, temperature=0.1, backend=quick_backend).backward()
+    assert called == [(torch.bfloat16, None)]  # no keys
+    assert anchors.grad.dtype == torch.float32
+    assert anchors.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

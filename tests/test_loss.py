@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pixcontrast_ext import (
     MemoryBank,
+    Mining,
     PixelContrastLoss,
     ProjectionHead,
     backends,
@@ -125,6 +126,46 @@ def test_any_dtype_of_map_and_bank(backend, dtype, bank_dtype):
     assert maps.grad.dtype == dtype
     assert maps.grad.abs().sum() > 0
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("mining", [None, Mining("semi-hard", 20, 10, fraction=0.5)])
+def test_autocast_takes_the_products_in_its_dtype(quick_backend, mining):
+    """To the bit what a bank of that dtype gives; what is enqueued keeps the bank's own."""
+    embeddings, labels, logits = batch()
+    losses, gradients, banks = [], [], []
+    for enabled, dtype in ((True, torch.float32), (False, torch.bfloat16), (False, torch.float32)):
+        bank = bank_of()
+        generator = torch.Generator().manual_seed(2)
+        bank.enqueue(embeddings.detach().flip(0), labels, generator=generator)
+        criterion = PixelContrastLoss(
+            4, min_pixels=1, bank=bank.to(dtype), mining=mining, generator=generator, backend=quick_backend
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(criterion(embeddings, labels, logits))
+        gradients += torch.autograd.grad(losses[-1], embeddings)
+        banks.append(bank.keys)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(banks[0], banks[2])
+    assert losses[0].dtype == gradients[0].dtype == banks[0].dtype == torch.float32
+    assert losses[0] != losses[2]
+    torch.testing.assert_close(losses[0], losses[2], rtol=2e-2, atol=0)
+
+
+def test_autocast_in_the_batch(quick_backend):
+    embeddings, labels, logits = batch()
+    criterion = PixelContrastLoss(4, min_pixels=1, backend=quick_backend)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = criterion(embeddings, labels, logits)
+    torch.manual_seed(3)
+    sample = hard_anchor_sampling(labels, logits.argmax(1), num_classes=4, min_pixels=1)
+    rows = gather_embeddings(embeddings, sample.indices, dtype=torch.bfloat16, backend=quick_backend)
+    expected = infonce(
+        rows, sample.labels, rows, sample.labels,
+        temperature=0.1, exclude_self=True, backend=quick_backend,
+    )  # fmt: skip
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

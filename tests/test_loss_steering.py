@@ -19,6 +19,7 @@ from pixcontrast_ext import (
     infonce,
 )
 from pixcontrast_ext.maps import pick_labels, resize_nearest
+from pixcontrast_ext.ops.sampling import part_of_samples
 from tests.support import oracle
 from tests.support.losses import bank_of, batch
 
@@ -286,7 +287,7 @@ def test_anchors_are_divided_by_the_ranks(monkeypatch, ranks, parts):
     shares = []
     for rank in range(ranks):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        shares.append(criterion._part_of_samples())
+        shares.append(part_of_samples(50))
     assert shares == parts
     assert sum(shares) == 50
     monkeypatch.setattr(dist, "get_world_size", lambda: 51)

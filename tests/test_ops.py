@@ -288,7 +288,7 @@ LEAST = {
 }
 
 
-@pytest.mark.parametrize(("op", "name"), arguments_of("int"))
+@pytest.mark.parametrize(("op", "name"), arguments_of("int") + arguments_of("SymInt"))
 def test_any_integer(backend, op, name):
     arguments = valid(op, backend)
     for value in EXTREMES:

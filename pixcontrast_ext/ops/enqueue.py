@@ -32,7 +32,7 @@ def _fill_collect(backend: Backend, call: Collect) -> None:
 
 
 library.define(
-    "enqueue_collect(Tensor embeddings, Tensor labels, Tensor priority, int num_classes, int pixels_per_image, "
+    "enqueue_collect(Tensor embeddings, Tensor labels, Tensor priority, SymInt num_classes, int pixels_per_image, "
     "int ignore_index, bool normalize, ScalarType dtype, str backend) -> (Tensor, Tensor)",
     dict(embeddings="[B, D, H, W] T strided", labels="[B, H, W] int64", priority="[B, H, W] int32"),
     {

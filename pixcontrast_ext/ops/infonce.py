@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
-from pixcontrast_ext.ops import checks, library
+from pixcontrast_ext.ops import autocast, checks, library
 from pixcontrast_ext.ops.mined_infonce import MinedInfoNCE
 from pixcontrast_ext.ops.mining import Thresholds, check_contrast
 from pixcontrast_ext.ops.schema import (
@@ -152,8 +152,13 @@ def infonce(
     Differentiable once, in anchors and keys; passing one tensor as both (with the same labels) takes a
     cheaper, symmetric path.
 
+    Under `torch.autocast` the products are taken in its dtype, as `torch.matmul` takes them: all rows but fp64 ones are
+    cast to it first, whatever their dtype. What follows the products stays in fp32, and gradients have the dtypes of
+    the rows. A cast is a copy in every call: keys that are in that dtype already need none.
+
     Args:
-        anchors, keys: of one dtype, fp32, fp16 or bf16 (fp64 on the reference backend); usually of unit norm.
+        anchors, keys: of one dtype, or of any under autocast, fp32, fp16 or bf16 (fp64 on the reference backend);
+            usually of unit norm.
         anchor_labels, key_labels: any integer dtype; values beyond int32 are an error on the CPU, no class elsewhere.
         temperature: divides the scores.
         reduction: "mean" over the anchors that have a positive (0 if none has), or "none".
@@ -188,8 +193,10 @@ def infonce(
         checks.check_weights("anchor_weights", anchor_weights, (anchors.shape[0],), anchors.device)
 
     in_batch = keys is anchors and key_labels is anchor_labels
-    anchor_labels = checks.to_int32("anchor_labels", anchor_labels)
-    others = None if in_batch else (keys, checks.to_int32("key_labels", key_labels))
+    anchors, anchor_labels = autocast.to_product(anchors), checks.to_int32("anchor_labels", anchor_labels)
+    others = None
+    if not in_batch:
+        others = autocast.to_product(keys), checks.to_int32("key_labels", key_labels)
     width = operator.index(anchors.shape[1])
     mined = not (negatives is None and neg_min is None and pos_max is None)
     op = "mining" if mined else "infonce"
@@ -200,7 +207,7 @@ def infonce(
             _threshold("pos_max", pos_max, math.inf, anchors),
         )
         if negatives is not None:
-            negatives = negatives[0], checks.to_int32("negatives[1]", negatives[1])
+            negatives = autocast.to_product(negatives[0]), checks.to_int32("negatives[1]", negatives[1])
         loss, pos_count = contrast_mined(
             anchors, anchor_labels, others, negatives, kept, float(temperature), exclude_self, name
         )

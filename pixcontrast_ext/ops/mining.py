@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixcontrast_ext import backends
 from pixcontrast_ext.backends.calls import SCORE_BINS
-from pixcontrast_ext.ops import checks
+from pixcontrast_ext.ops import autocast, checks
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
 from pixcontrast_ext.ops.signature import INT32_MAX
 
@@ -195,10 +195,12 @@ def score_thresholds(
     """Rank each anchor's keys by cosine, and find where mining cuts: in 512 equal bins over [-1, 1], without a sort.
 
     The smallest number of whole bins that holds what is asked for is kept, so somewhat more may be; if there are fewer
-    keys than that, all are. No gradient flows. "random" keeps all.
+    keys than that, all are. No gradient flows. "random" keeps all. Under `torch.autocast` the cosines are products in
+    its dtype, as those of `infonce` are.
 
     Args:
-        anchors, keys: rows of unit norm, of one dtype: fp32, fp16 or bf16 (fp64 on the reference backend).
+        anchors, keys: rows of unit norm, of one dtype: fp32, fp16 or bf16 (fp64 on the reference backend), or of any
+            under autocast.
         anchor_labels, key_labels: any integer dtype; rows of a label < 0 take no part. For `key_labels` pass
             `DrawnKeys.positive_labels`.
         mining: says what is kept of each anchor's keys.
@@ -214,12 +216,12 @@ def score_thresholds(
     """
     check_mining(mining)
     check_contrast(anchors, anchor_labels, keys, key_labels, negatives)
-    width = operator.index(anchors.shape[1])
+    anchors, width = autocast.to_product(anchors), operator.index(anchors.shape[1])
     name = backends.resolve(backend, "mining", anchors.device, anchors.dtype, width)
-    every = keys, checks.to_int32("key_labels", key_labels)
+    every = autocast.to_product(keys), checks.to_int32("key_labels", key_labels)
     others = every
     if negatives is not None:
-        others = negatives[0], checks.to_int32("negatives[1]", negatives[1])
+        others = autocast.to_product(negatives[0]), checks.to_int32("negatives[1]", negatives[1])
     anchor_labels = checks.to_int32("anchor_labels", anchor_labels)
     return thresholds_of(anchors, anchor_labels, every, others, mining, exclude_self, name)
 
@@ -283,7 +285,7 @@ def check_contrast(
             raise TypeError(f"{name} must be a floating-point tensor, got {got}")
         if rows.dim() != 2 or rows.shape[1] < 1:
             raise ValueError(f"{name} must have shape [rows, D] with D >= 1, got {tuple(rows.shape)}")
-        if rows.dtype != anchors.dtype:
+        if autocast.product_dtype(rows) != autocast.product_dtype(anchors):
             raise TypeError(f"anchors and {name} must have one dtype, got {anchors.dtype} and {rows.dtype}")
         if rows.shape[1] != anchors.shape[1]:
             shapes = f"{tuple(anchors.shape)} and {tuple(rows.shape)}"

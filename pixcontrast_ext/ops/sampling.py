@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pixcontrast_ext import backends
@@ -21,6 +22,18 @@ class AnchorSample(NamedTuple):
     indices: Tensor  # [A] int64, flat over B * H * W; 0 in padding rows
     labels: Tensor  # [A] int32; -1 in padding rows
     count: Tensor  # type: ignore[assignment]  # [] int32, the rows that are not padding; stays on the device
+
+
+def part_of_samples(max_samples: int) -> int:
+    """This rank's part of the anchors that all ranks of the default process group take together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return max_samples
+    ranks = dist.get_world_size()
+    if max_samples < ranks:
+        raise ValueError(
+            f"max_samples={max_samples} over {ranks} ranks leaves some of them none: at least 1 each"
+        )
+    return max_samples // ranks + (dist.get_rank() < max_samples % ranks)
 
 
 class SamplingRule(NamedTuple):

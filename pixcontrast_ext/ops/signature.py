@@ -74,7 +74,8 @@ class Signature:
             )
         self.contiguous = [tensor.name for tensor in self._tensors if not tensor.strided]
         self.writes = any(tensor.written for tensor in self._tensors)
-        self._integers, self._floats, self._dtypes = of_kind("int"), of_kind("float"), of_kind("ScalarType")
+        self._integers = of_kind("int") + of_kind("SymInt")
+        self._floats, self._dtypes = of_kind("float"), of_kind("ScalarType")
         self._limits = [(text, text.split(" * "), *bounds) for text, bounds in limits.items()]
 
     def check(self, args: Sequence[Any]) -> Demand:

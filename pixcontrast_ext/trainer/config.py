@@ -122,6 +122,12 @@ class LossConfig:
     """Pixel embeddings the bank keeps per class."""
     pixels_per_image: int = 10
     """Pixel embeddings the bank takes per class and image."""
+    project: Literal["all", "used"] = "all"
+    """all: the projection head reads every pixel. used: only the anchors, and pixels drawn for the bank."""
+    bank_samples: int = 4096
+    """With used: pixels drawn for the bank per step and rank, at most."""
+    region_views: int = 64
+    """With used: pixels drawn for the bank per class and image, at most."""
     backend: str | None = None
     """Backend of the loss; the best that is available unless given."""
 
@@ -222,7 +228,10 @@ class TrainConfig:
             "eval-every": self.eval_every, "checkpoint-every": self.checkpoint_every,
             "keep-checkpoints": self.keep_checkpoints, "embed-dim": self.net.embed_dim,
         }  # fmt: skip
-        at_least_one |= {"mining-negatives": loss.mining_negatives, "mining-positives": loss.mining_positives}
+        at_least_one |= {
+            "mining-negatives": loss.mining_negatives, "mining-positives": loss.mining_positives,
+            "bank-samples": loss.bank_samples, "region-views": loss.region_views,
+        }  # fmt: skip
         not_negative = {
             "seed": self.seed, "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
             "jitter": data.jitter, "weight": loss.weight, "aux-weight": loss.aux_weight,

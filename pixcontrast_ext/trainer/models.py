@@ -6,7 +6,7 @@
 
 A builder may return any module that keeps the contract of `SegmentationModel.forward` and has `backbone`, which maps
 images to one feature map, and `embed_head`. In training it may return "aux" as well, logits of an auxiliary head:
-the trainer adds their cross-entropy.
+the trainer adds their cross-entropy. `--project used` takes a `ProjectingModel`, or what has `defers_head` like one.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ def build_model(name: str, num_classes: int, embed_dim: int = 256, head: str = "
 def drop_embed_head(model: nn.Module) -> nn.Module:
     """Take the projection head off: inference, and training without contrast, pay nothing for it."""
     model.embed_head = None  # type: ignore[assignment]
+    return model
+
+
+def defer_embed_head(model: nn.Module) -> nn.Module:
+    """Have the model return, in training, what its projection head reads, for the loss to call the head.
+
+    Raises ValueError for a model that cannot.
+    """
+    if not hasattr(model, "defers_head"):
+        raise ValueError(f"--project is 'used', but {type(model).__name__} has no `defers_head`")
+    model.defers_head = True  # type: ignore[assignment]
     return model
 
 
@@ -100,4 +111,12 @@ for _name in ("hrnet_w18", "hrnet_w48"):
     register(_name)(partial(_hrnet, _name))
     register(f"{_name}_ocr")(partial(_hrnet_ocr, _name))
 
-__all__ = ["MODELS", "SegmentationModel", "build_model", "drop_embed_head", "load_weights", "register"]
+__all__ = [
+    "MODELS",
+    "SegmentationModel",
+    "build_model",
+    "defer_embed_head",
+    "drop_embed_head",
+    "load_weights",
+    "register",
+]

@@ -28,6 +28,7 @@ from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.criterion import PixelContrastCrossEntropyLoss
 from pixcontrast_ext.maps import cross_entropy
 from pixcontrast_ext.ops.mining import Mining
+from pixcontrast_ext.project import Head
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
@@ -43,7 +44,7 @@ from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
 from pixcontrast_ext.trainer.memory import PeakMemory
-from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
+from pixcontrast_ext.trainer.models import build_model, defer_embed_head, drop_embed_head, load_weights
 from pixcontrast_ext.trainer.networks.weights import fetch_backbone, load_backbone
 from pixcontrast_ext.trainer.pictures import draw_run
 
@@ -74,9 +75,16 @@ class CrossEntropy(nn.Module):
 
 
 def build_criterion(
-    config: LossConfig, num_classes: int, embed_dim: int, generator: torch.Generator | None = None
+    config: LossConfig,
+    num_classes: int,
+    embed_dim: int,
+    generator: torch.Generator | None = None,
+    head: Head | None = None,
 ) -> nn.Module:
-    """The criterion of `--contrast`, called with logits, embeddings and labels; the contrast draws from `generator`."""
+    """The criterion of `--contrast`, called with logits, embeddings and labels; the contrast draws from `generator`.
+
+    With `head`, which it calls, it is given features in place of embeddings.
+    """
     if config.contrast == "off":
         return CrossEntropy()
     bank = None
@@ -110,6 +118,9 @@ def build_criterion(
         bank=bank,
         mining=mining,
         generator=generator,
+        head=head,
+        bank_samples=config.bank_samples,
+        region_views=config.region_views,
         backend=config.backend,
     )
 
@@ -196,13 +207,17 @@ class _Run:
 
         seed_all(config.seed)
         model = build_model(config.net.model, num_classes, config.net.embed_dim, config.net.head)
+        head: Head | None = None
         if config.loss.contrast == "off":
             drop_embed_head(model)
+        elif config.loss.project == "used":
+            defer_embed_head(model)
+            head = self._embed
         model = share_norms(model, ranks)
         self.model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A stream of its own: with and without contrast, everything else in a step draws the same.
         self.generator = torch.Generator(ranks.device)
-        criterion = build_criterion(config.loss, num_classes, config.net.embed_dim, self.generator)
+        criterion = build_criterion(config.loss, num_classes, config.net.embed_dim, self.generator, head)
         self.criterion = criterion.to(ranks.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.augment = Augment(config.data) if config.data.augment else None
@@ -297,7 +312,7 @@ class _Run:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
-        logits, embeddings = outputs["seg"].float(), outputs.get("embed")
+        logits, embeddings = outputs["seg"].float(), outputs.get("embed", outputs.get("features"))
         # Else kernels are compiled within measured steps.
         if (
             step == self.start
@@ -305,7 +320,9 @@ class _Run:
             and isinstance(self.criterion, PixelContrastCrossEntropyLoss)
         ):
             begin = time.perf_counter()
+            self.model.embed_head.eval()  # its statistics are not to count these pixels twice
             self.criterion.warm_up(logits, embeddings, labels)
+            self.model.embed_head.train()
             torch.cuda.synchronize(images.device)
             log.info("the kernels of the loss are ready after %.1f s", time.perf_counter() - begin)
             self.memory.restart()
@@ -341,6 +358,12 @@ class _Run:
                 f"(learning rate {rate:.3g}): try a lower --lr or --clip"
             )
         return row
+
+    def _embed(self, features: Tensor) -> Tensor:
+        """The model's projection head, for the loss to call where the model leaves it out."""
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+            embeddings: Tensor = self.model.embed_head(features)
+        return embeddings
 
     def _write(self, name: str, row: dict[str, float]) -> None:
         if self.log is not None:

@@ -292,6 +292,40 @@ def training(rank, *, loss_in_ddp):
     return states
 
 
+class Features(nn.Module):
+    """A model that owns the head and returns what the loss is to project."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+        self.head = ProjectionHead(CHANNELS, CHANNELS, "linear")
+
+    def forward(self, images):
+        return self.body(images)
+
+
+def projecting(ranks, wrap=lambda model: model):
+    """Two steps on the batches of some ranks, every pixel of which is an anchor and goes into the bank.
+
+    Returns gradients and bank of each. `wrap` is what the model is called through, like DistributedDataParallel.
+    """
+    torch.manual_seed(0)
+    model = Features()
+    replica = wrap(model)
+    bank = MemoryBank(CLASSES, CHANNELS, region_slots=99, pixel_slots=999, pixels_per_image=99)
+    loss = PixelContrastLoss(
+        CLASSES, min_pixels=1, max_samples=2000, bank=bank, head=lambda features: model.head(features)
+    )
+    found = []
+    for step in range(2):
+        images = torch.cat([batch(rank, step, 2)[0] for rank in ranks])
+        labels = (torch.arange(PIXELS[0] * PIXELS[1]) % CLASSES).view(1, *PIXELS).expand(len(images), -1, -1)
+        model.zero_grad()
+        loss(replica(images), labels, labels).backward()
+        found.append({name: weight.grad.clone() for name, weight in model.named_parameters()} | state(bank))
+    return found
+
+
 def leaves_out_a_step(rank, missing, left_out):
     """One rank calls the loss once less than the other and goes on with something else."""
     loss = PixelContrastLoss(CLASSES, bank=make_bank())
@@ -350,6 +384,7 @@ def main(rank, out, checkpoint=None):
         "restored_by_broadcast": lambda: restored_by_broadcast(rank),
         "fully_sharded": lambda: fully_sharded(rank),
         "readme": lambda: readme(rank),
+        "projecting": lambda: projecting([rank], DistributedDataParallel),
         "training": lambda: training(rank, loss_in_ddp=False),
         "training_in_ddp": lambda: training(rank, loss_in_ddp=True),
     }

@@ -106,7 +106,9 @@ def test_resume_trains_what_is_missing_and_nothing_else(config):
 def test_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "out"
     options = tmp_path / "options.json"
-    options.write_text(json.dumps({"temperature": 0.2, "contrast": "bank", "warmup_steps": 0}))
+    options.write_text(
+        json.dumps({"temperature": 0.2, "contrast": "bank", "warmup_steps": 0, "project": "used"})
+    )
     arguments = ["--seeds", "1", "--methods", "off", "bank", "--config", str(options), "--out", str(out)]
     assert main(["compare", *arguments, *FLAGS.split()]) == 0
     told = capsys.readouterr().out
@@ -116,7 +118,8 @@ def test_from_the_command_line(tmp_path, capsys):
     assert f"{miou:.4f}" in told
     assert "One seed" in told
     assert "95 % interval" not in told
-    assert json.loads((out / "bank-seed1" / "config.json").read_text())["temperature"] == 0.2
+    trained_with = json.loads((out / "bank-seed1" / "config.json").read_text())
+    assert (trained_with["temperature"], trained_with["project"]) == (0.2, "used")
     assert json.loads((out / "compare.json").read_text())["methods"]["bank"]["difference"]["interval_95"] == [
         None,
         None,

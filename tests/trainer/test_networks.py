@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pixcontrast_ext import PixelContrastLoss
 from pixcontrast_ext.trainer import train
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
@@ -17,7 +18,13 @@ from pixcontrast_ext.trainer.config import DataConfig, ModelConfig
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import load_model
 from pixcontrast_ext.trainer.logs import read_rows
-from pixcontrast_ext.trainer.models import MODELS, build_model, drop_embed_head, load_weights
+from pixcontrast_ext.trainer.models import (
+    MODELS,
+    build_model,
+    defer_embed_head,
+    drop_embed_head,
+    load_weights,
+)
 from pixcontrast_ext.trainer.networks.ocr import ObjectContext
 from pixcontrast_ext.trainer.networks.weights import fetch_backbone, load_backbone
 
@@ -342,6 +349,33 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
         assert weight.grad.isfinite().all(), weight_name
         assert weight.grad.abs().sum() > 0, weight_name
     assert (run.criterion.contrast.bank.key_labels >= 0).any()
+
+
+@pytest.mark.parametrize("name", ["compact", "deeplabv3_resnet50", "hrnet_w18", "hrnet_w18_ocr"])
+def test_a_deferred_head_reads_the_same_features(name):
+    """In training, by the loss; otherwise the model calls it as ever. What is saved has the same names."""
+    model = build_model(name, 5, 16)
+    images, names = torch.rand(2, 3, 64, 48), set(model.state_dict())
+    found = []
+    for defer in (False, True):
+        if defer:
+            defer_embed_head(model)
+        torch.manual_seed(1)  # for dropout
+        found.append(model.train()(images))
+    whole, deferred = found
+    assert deferred.keys() - whole.keys() == {"features"}
+    assert whole.keys() - deferred.keys() == {"embed"}
+    assert deferred["features"].shape[1] == model.backbone.channels
+    torch.testing.assert_close(model.embed_head(deferred["features"]), whole["embed"])
+    for output in whole.keys() & deferred.keys():
+        torch.testing.assert_close(deferred[output], whole[output])
+    labels = torch.arange(64).expand(48, 64).T.expand(2, 64, 48) % 5
+    loss = PixelContrastLoss(5, min_pixels=1, head=lambda rows: model.embed_head(rows))
+    loss(deferred["features"], labels, deferred["seg"]).backward()
+    for part in (model.backbone, model.embed_head):
+        assert any(weight.grad is not None and weight.grad.any() for weight in part.parameters())
+    assert set(model.eval()(images)) == {"seg", "embed"}
+    assert set(model.state_dict()) == names
 
 
 def test_deeplabv3_on_one_image_is_told(deeplabv3):

@@ -15,7 +15,7 @@ from torch import nn
 from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer import train as training
 from pixcontrast_ext.trainer.__main__ import main
-from pixcontrast_ext.trainer.checkpoints import CheckpointStore
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore, read_checkpoint
 from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig, load_config, save_config
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import Ranks
@@ -75,16 +75,22 @@ def keep_until(config, step):
 
 
 @pytest.mark.parametrize(
-    ("contrast", "changes"),
+    ("contrast", "project", "changes"),
     [
-        ("bank", {}),
-        ("bank", {"optim": OptimConfig(optimizer="adamw", lr=1e-3, clip=0.5, lr_warmup=3), "amp": "bf16"}),
-        ("batch", {}),
-        ("off", {}),
+        ("bank", "all", {}),
+        (
+            "bank",
+            "all",
+            {"optim": OptimConfig(optimizer="adamw", lr=1e-3, clip=0.5, lr_warmup=3), "amp": "bf16"},
+        ),
+        ("bank", "used", {"amp": "bf16"}),
+        ("batch", "all", {}),
+        ("off", "used", {}),
     ],
 )
-def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tiny, contrast, changes):
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tiny, contrast, project, changes):
     config = tiny("unbroken", contrast, keep_checkpoints=9, **changes)
+    config = replace(config, loss=replace(config.loss, project=project))
     train(config)
     resumed = replace(config, out=config.out.with_name("resumed"))
     shutil.copytree(config.out, resumed.out)
@@ -206,6 +212,63 @@ def test_bf16_trains(tiny):
     train(half)
     assert read_rows(plain.out / "train.csv")[0]["loss"] != read_rows(half.out / "train.csv")[0]["loss"]
     nearly_the_same(plain, half)
+
+
+def test_projecting_used_pixels_trains_nearly_alike(tiny):
+    """Nearly: the head's norm sees other pixels, and a region is the mean of fewer."""
+    runs = {project: tiny(project, log_every=1, checkpoint_every=9) for project in ("all", "used")}
+    for project, config in runs.items():
+        train(replace(config, loss=replace(config.loss, project=project, region_views=20)))
+    nearly_the_same(runs["all"], runs["used"])
+    rows = {project: read_rows(config.out / "train.csv") for project, config in runs.items()}
+    for one, other in zip(rows["all"], rows["used"], strict=True):
+        assert one["contrast"] == pytest.approx(other["contrast"], rel=0.2)
+    assert rows["all"][-1]["contrast"] > 0
+    assert rows["all"][-1]["contrast"] != rows["used"][-1]["contrast"]
+    model, config, _ = load_model(runs["used"].out, torch.device("cpu"), with_embed_head=True)
+    assert config.loss.project == "used"
+    assert set(model(torch.rand(1, 3, 16, 16))) == {"seg", "embed"}
+
+
+def test_used_pixels_are_projected_in_the_models_precision(tiny):
+    config = tiny(steps=1, amp="bf16")
+    config = replace(config, loss=replace(config.loss, project="used", max_samples=40, bank_samples=30))
+    run = training._Run(config, Ranks(0, 1, torch.device("cpu")), resume=False)
+    run.model.train()
+    seen = []
+    run.model.embed_head.register_forward_hook(lambda head, given, made: seen.append((*given, made)))
+    run._step(0, next(iter(run.loader)), measure=False)
+    run.log.close()
+    ((features, embeddings),) = seen
+    assert features.shape == (1, 128, 40 + 30, 1)
+    assert embeddings.shape == (1, 16, 40 + 30, 1)
+    assert features.dtype == embeddings.dtype == torch.bfloat16
+    assert not any("head" in name for name in run.criterion.state_dict())
+
+
+def test_ranks_train_a_head_that_the_loss_calls(tiny, tmp_path):
+    """DDP reduces the gradients of a head which its own forward leaves out."""
+    config = tiny("used", steps=2, checkpoint_every=1, keep_checkpoints=2)
+    config = replace(config, loss=replace(config.loss, project="used", warmup_steps=0))
+    save_config(config, tmp_path / "used.json")
+    forked.ranks(tmp_path, 2, "train", "--config", tmp_path / "used.json")
+    first, last = (
+        read_checkpoint(path)["model"] for path in CheckpointStore(config.out / "checkpoints").paths()
+    )
+    assert not torch.equal(first["embed_head.project.0.weight"], last["embed_head.project.0.weight"])
+    assert (final(config)["criterion"]["contrast.bank.region_fill"] > 0).any()
+
+
+def test_a_model_that_cannot_leave_its_head_to_the_loss_is_told(tiny, monkeypatch):
+    class Whole(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.backbone, self.embed_head = model, model.backbone, model.embed_head
+
+    monkeypatch.setitem(models.MODELS, "whole", lambda *args: Whole(models.build_compact(*args)))
+    config = tiny(net=ModelConfig(model="whole", embed_dim=16))
+    with pytest.raises(ValueError, match="--project is 'used', but Whole has no `defers_head`"):
+        train(replace(config, loss=replace(config.loss, project="used")))
 
 
 def test_compile_trains(tiny, monkeypatch):
@@ -349,11 +412,12 @@ def test_resuming_takes_changed_options_of_the_optimizer(tiny, name):
         train(replace(config, steps=6, optim=replace(now, optimizer=other)), resume=True)
 
 
+@pytest.mark.parametrize("project", ["all", "used"])
 @pytest.mark.parametrize("left_out", [dict(warmup_steps=9), dict(weight=0.0)])
-def test_every_weight_has_a_gradient_whatever_the_criterion_leaves_out(tiny, left_out):
+def test_every_weight_has_a_gradient_whatever_the_criterion_leaves_out(tiny, left_out, project):
     """DDP fails if a weight has no gradient."""
     config = tiny(steps=3)
-    config = replace(config, loss=replace(config.loss, **left_out))
+    config = replace(config, loss=replace(config.loss, project=project, **left_out))
     train(config)
     optimizer = final(config)["optimizer"]
     weights = [weight for group in optimizer["param_groups"] for weight in group["params"]]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pixcontrast_ext.head import ProjectionHead
 from pixcontrast_ext.trainer.networks.backbones import HRNetBackbone, conv_norm_relu, pixel_classifier
+from pixcontrast_ext.trainer.networks.segmentation import ProjectingModel
 
 _WIDTH, _KEY_WIDTH = 512, 256
 """Channels of pixel and region representations, and of the keys that compare them, as in the paper."""
@@ -51,7 +52,7 @@ class ObjectContext(nn.Module):
         return fused
 
 
-class OCRModel(nn.Module):
+class OCRModel(ProjectingModel):
     """An HRNet with object context. The soft regions are the logits of an auxiliary classifier.
 
     Args:
@@ -66,18 +67,18 @@ class OCRModel(nn.Module):
         self.pixels = conv_norm_relu(backbone.channels, _WIDTH, kernel=3)
         self.object_context = ObjectContext()
         self.seg_head = nn.Conv2d(_WIDTH, num_classes, 1)
-        self.embed_head: nn.Module | None = ProjectionHead(backbone.channels, embed_dim, head)
+        self.embed_head = ProjectionHead(backbone.channels, embed_dim, head)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits "seg" and, in training, "aux", and embeddings "embed" where there is a head, at stride 4.
 
         Images [B, 3, H, W], RGB in [0, 1]; all maps are [B, ., ceil(H / 4), ceil(W / 4)].
+        With a deferred head there is "features" in place of "embed", as in `SegmentationModel`.
         """
         features = self.backbone(images)
         regions = self.aux_head(features)
-        outputs = {"seg": self.seg_head(self.object_context(self.pixels(features), regions))}
-        if self.embed_head is not None:
-            outputs["embed"] = self.embed_head(features)
+        seg = self.seg_head(self.object_context(self.pixels(features), regions))
+        outputs = {"seg": seg, **self.embedded(features)}
         if self.training:
             outputs["aux"] = regions
         return outputs
