@@ -25,7 +25,7 @@ REST          := tests --ignore tests/trainer --ignore tests/test_emulator.py $(
 OLDEST_SUBSET := any_input or agree or gradient or round$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest mutants lint bench gpu clean
+.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest test-bf16 mutants lint bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -81,6 +81,14 @@ test-trainers: $(TRAINERS)/.installed  ## the loss inside of Lightning and trans
 test-oldest: $(OLDEST)/.installed  ## the loss with the oldest torch that is supported (5 GB)
 	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(OLDEST)/bin/python setup.py --quiet build_ext --inplace
 	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
+
+test-bf16: $(BUILT)  ## the kernels for AVX512-BF16, on any processor that has AVX-512
+	rm -rf build/bf16 && mkdir -p build/bf16
+	cp -r csrc setup.py pyproject.toml README.md pixcontrast_ext tests tools build/bf16
+	cd build/bf16 && rm -f pixcontrast_ext/*.so && PIXCONTRAST_CUDA=0 CXXFLAGS="-include tests/support/avx512_bf16.h" \
+		$(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/bf16 && PYTHONPATH=$(abspath build/bf16) PIXCONTRAST_TEST_BACKENDS=cpu \
+		$(CURDIR)/$(BIN)/python -m pytest -q $(addprefix tests/test_, $(addsuffix .py, infonce infonce_cpu infonce_accuracy mining))
 
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
 	$(BIN)/python -m tools.emulator.mutants

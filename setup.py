@@ -50,7 +50,7 @@ NVCC_FLAGS = [
 COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")  # CXX may begin with one
 
 # Sources in csrc/cpu/isa are compiled once per instruction set; the choice among them is made at run time.
-FUSED_SOURCE = "csrc/cpu/isa/infonce_fused.cpp"  # for some of the sets only
+FUSED_SOURCES = tuple(f"csrc/cpu/isa/infonce_{name}.cpp" for name in ("fused", "symmetric"))  # for some sets only
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}
@@ -248,7 +248,7 @@ class NinjaBuild:
         objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
         objects += [self.add_object("cxx", source, features) for source in self.sources("csrc/cpu/*.cpp")]
         for source in self.sources("csrc/cpu/isa/*.cpp"):
-            objects += self.add_for_each(fused_isas if source == FUSED_SOURCE else isas, source)
+            objects += self.add_for_each(fused_isas if source in FUSED_SOURCES else isas, source)
         if self.cuda:
             objects += [
                 self.add_object("cxx", source, includes) for source in self.sources("csrc/cuda/*.cpp")

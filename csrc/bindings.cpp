@@ -18,6 +18,12 @@ namespace pxc {
 
 namespace py = pybind11;
 
+// A call, if the instruction set has the kernels that it takes.
+template <class Params>
+auto if_fused(void (*call)(const Params&)) {
+  return cpu::vector_kernels().fused_forward ? call : nullptr;
+}
+
 PYBIND11_MODULE(_C, m) {
   using namespace cpu;
   using seam::def, seam::def_late;
@@ -43,24 +49,24 @@ PYBIND11_MODULE(_C, m) {
   def<WriteParams>(m, "write", write);
   def<TilesParams>(m, "plan_tiles", plan_tiles);
   def<CollectKeysParams>(m, "collect_keys", collect_keys);
+  def_late<ContrastForwardParams>(m, "contrast_forward", [] { return if_fused(contrast_forward); });
+  def_late<ContrastCountsParams>(m, "contrast_counts", [] { return if_fused(contrast_counts); });
+  def_late<ContrastBackwardParams>(m, "contrast_backward", [] { return if_fused(contrast_backward); });
   def_late<WidenParams>(m, "widen", [] { return vector_kernels().widen; });
   def_late<NegativesParams>(m, "infonce_negatives", [] { return vector_kernels().negatives; });
   def_late<PositivesParams>(m, "infonce_positives", [] { return vector_kernels().positives; });
-  def_late<FusedForwardParams>(m, "infonce_fused_forward", [] { return vector_kernels().fused_forward; });
   def_late<CountScoresParams>(m, "count_scores", [] { return vector_kernels().count_scores; });
-  def_late<FusedCountsParams>(m, "fused_counts", [] { return vector_kernels().fused_counts; });
   def_late<FinishParams>(m, "infonce_finish", [] { return vector_kernels().finish; });
   def_late<ScoreGradientParams>(m, "infonce_score_gradients",
                                 [] { return vector_kernels().score_gradients; });
 
-  m.attr("FUSED_BLOCK_K") = kFusedBlockK;
   m.attr("SCORE_BINS") = kScoreBins;
-  m.attr("PANEL") = kPanel;
   m.attr("LANES") = kLanes;
   m.attr("DTYPES") = std::vector<std::string>(seam::kDTypeNames.begin(), seam::kDTypeNames.end());
   m.def("instruction_sets", instruction_sets);
   m.def("select_instruction_set", select_instruction_set);
   m.def("instruction_set", instruction_set);
+  m.def("has_fused", [] { return vector_kernels().fused_forward != nullptr; });
   m.def("fused_dtype", fused_dtype);
 
 #if PXC_HAVE_CUDA

@@ -17,16 +17,14 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64, kInt32, kI
 
 struct Float16;  // what a pointer to fp16 numbers points to; each side has a type of its own to compute with
 
-// Rows whose type is known when the kernel runs. All of a struct are of one type, but for those of another
-// kind.
-template <class Void, int kKind = 0>
+// Rows whose type is known when the kernel runs. All of a struct are of one type.
+template <class Void>
 struct Array {
   Void* data;
   DType dtype;
 };
 using Rows = Array<void>;
 using ConstRows = Array<const void>;
-using OtherConstRows = Array<const void, 1>;
 
 // A [B, D, H, W] tensor of any strides; `pixel` below always means h * W + w.
 struct EmbeddingMap {
@@ -147,9 +145,9 @@ struct WriteParams : Write {
   PXC_FIELDS((Write), threads)
 };
 
-// InfoNCE on the CPU is a loop over tiles. With AVX-512 the forward makes its own products
-// (FusedForwardParams); elsewhere, and in the backward, they are torch's, and these are the steps between
-// them. `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
+// InfoNCE on the CPU is a loop over tiles. With AVX-512 most of it makes its own products (ContrastRows);
+// elsewhere, and in the backward of keys, they are torch's, and these are the steps between them. `scale` is
+// log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
 
 struct WidenParams {
   ConstRows source;        // [?, D]
@@ -225,51 +223,58 @@ struct CountScoresParams {
              threads)
 };
 
-// What is multiplied where both passes over the keys have products of their own. Pass 1 meets the negative
-// keys, pass 2 the keys.
-struct FusedRows {
-  ConstRows anchors;  // [rows, D] sorted by label, of fused_dtype(); D of bf16 padded with 0 to be even
-  int64_t num_rows, channels;
-  const int32_t* anchor_labels;  // [rows], ascending, all >= 0
-  const int64_t* anchor_index;   // [rows], or null without exclude_self
-  OtherConstRows keys;           // [K, D]
-  const int32_t* key_labels;     // [K]
-  const int64_t* tiles;          // [num_tiles, 3], from TilesParams with kFusedBlockK as max_keys
-  int64_t num_tiles;
-  OtherConstRows negative_keys;    // [M, D], which may be the keys
+// A contrast of which the fused kernels make the products as well: the whole call, in the caller's order.
+// They allocate what they need themselves.
+struct ContrastRows {
+  ConstRows anchors;             // [A, D]
+  const int32_t* anchor_labels;  // [A]
+  int64_t num_anchors, channels;
+  ConstRows keys;             // [K, D]
+  const int32_t* key_labels;  // [K]
+  int64_t num_keys;
+  ConstRows negatives;             // [M, D], which may be the keys
   const int32_t* negative_labels;  // [M]
-  const int64_t* negative_tiles;   // [num_negative_tiles, 3]
-  int64_t num_negative_tiles;
-  Rows panels;  // scratch: 2 kFusedBlockK rows of D, up to a multiple of 32, of the anchors' type; of the
-                // forward 4 kFusedBlockK
+  int64_t num_negatives;
+  int32_t exclude_self;
   int32_t threads;
-  PXC_FIELDS((), anchors, num_rows, channels, anchor_labels, anchor_index, keys, key_labels, tiles, num_tiles,
-             negative_keys, negative_labels, negative_tiles, num_negative_tiles, panels, threads)
+  PXC_FIELDS((), anchors, anchor_labels, num_anchors, channels, keys, key_labels, num_keys, negatives,
+             negative_labels, num_negatives, exclude_self, threads)
 };
 
-// Both passes of the forward.
-struct FusedForwardParams : FusedRows {
-  float scale;
-  const float* neg_min;    // [rows], dot products with negatives below it take no part; or null
-  const float* pos_max;    // [rows], dot products with positives from it on take no part; or null
-  float* shift;            // [rows] in (-inf) and out: running shift, log2 units
-  float* sum;              // [rows] in (0) and out: of exp2(score - shift)
-  float* weight_sum;       // [rows] in (0) and out: of the bf16 weights that O is made of; unused by fp32
-  float* neg_lse_log2;     // [rows] out
-  float* negatives;        // [rows, D] in (0) and out: O of pass 1, times sum; null without gradient
-  float* positives;        // [rows, D] in (0) and out: G of pass 2; null without gradient
-  double* loss_sum;        // [rows] in (0) and out: sum of eq. (2)
-  double* pos_weight_sum;  // [rows] in (0) and out: S of eq. (4)
-  int64_t* pos_counts;     // [rows] in (0) and out
-  PXC_FIELDS((FusedRows), scale, neg_min, pos_max, shift, sum, weight_sum, neg_lse_log2, negatives, positives,
-             loss_sum, pos_weight_sum, pos_counts)
+struct ContrastForwardParams : ContrastRows {
+  const float* neg_min;  // [A], dot products with negatives below it take no part; or null
+  const float* pos_max;  // [A], dot products with positives from it on take no part; or null
+  double temperature;
+  float* loss;         // [A] out, eq. (3)
+  float* neg_lse;      // [A] out, eq. (1)
+  float* pos_weight;   // [A] out, eq. (4)
+  int32_t* pos_count;  // [A] out
+  float* anchor_grad;  // [A, D] out, eq. (6) without the upstream gradient; null without gradient
+  PXC_FIELDS((ContrastRows), neg_min, pos_max, temperature, loss, neg_lse, pos_weight, pos_count, anchor_grad)
 };
 
-// The histograms of the dot products of both.
-struct FusedCountsParams : FusedRows {
-  int32_t* neg_counts;  // [rows, kScoreBins] in (0) and out
-  int32_t* pos_counts;  // [rows, kScoreBins] in (0) and out
-  PXC_FIELDS((FusedRows), neg_counts, pos_counts)
+struct ContrastCountsParams : ContrastRows {
+  int32_t* neg_counts;  // [A, kScoreBins] out
+  int32_t* pos_counts;  // [A, kScoreBins] out
+  PXC_FIELDS((ContrastRows), neg_counts, pos_counts)
+};
+
+// Of anchors with each other.
+struct ContrastBackwardParams {
+  ConstRows anchors;             // [A, D]
+  const int32_t* anchor_labels;  // [A]
+  int64_t num_anchors, channels;
+  int32_t exclude_self;
+  double temperature;
+  const float* neg_lse;     // [A], from the forward
+  const float* pos_weight;  // [A]
+  const float* grad_scale;  // [A], g / |P|
+  const float* neg_min;     // [A] or null, as in the forward
+  const float* pos_max;     // [A] or null
+  float* grad;              // [A, D] out
+  int32_t threads;
+  PXC_FIELDS((), anchors, anchor_labels, num_anchors, channels, exclude_self, temperature, neg_lse,
+             pos_weight, grad_scale, neg_min, pos_max, grad, threads)
 };
 
 struct FinishParams {

@@ -86,15 +86,15 @@ class Fields {
     }
   }
 
-  template <class Void, int kKind>
-  void assign(const char* name, Array<Void, kKind>& field, const py::handle& value) {
+  template <class Void>
+  void assign(const char* name, Array<Void>& field, const py::handle& value) {
     field = {};
     if (value.is_none()) return;
     const auto [address, dtype] = value.cast<std::pair<uintptr_t, int32_t>>();
     expect(name, "float32, float16 or bfloat16", is_row_type(dtype), dtype);
-    const int32_t known = rows_[kKind];
+    const int32_t known = rows_;
     expect(name, known < 0 ? "" : kDTypeNames[known], known < 0 || known == dtype, dtype);
-    rows_[kKind] = dtype;
+    rows_ = dtype;
     field = {.data = reinterpret_cast<Void*>(address), .dtype = DType(dtype)};
   }
 
@@ -141,7 +141,7 @@ class Fields {
   const char* kernel_;
   const py::kwargs& values_;
   const EmbeddingMap* map_ = nullptr;  // its gradient has the same dtype and sizes
-  int32_t rows_[2] = {-1, -1};         // the dtype of the rows of each kind; -1 before the first
+  int32_t rows_ = -1;                  // the dtype of the rows; -1 before the first
   std::set<std::string> used_;
 };
 

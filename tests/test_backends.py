@@ -276,8 +276,8 @@ def fields_of(kernel: Callable[..., None]) -> dict[str, object]:
 def kernels() -> list[tuple[str, str]]:
     """(module, kernel) for every kernel that takes the fields of a struct."""
     on_cpu = "sampling gather gather_backward collect write plan_tiles collect_keys widen infonce_negatives "
-    on_cpu += "infonce_positives infonce_fused_forward infonce_finish infonce_score_gradients count_scores "
-    on_cpu += "fused_counts"
+    on_cpu += "infonce_positives infonce_finish infonce_score_gradients count_scores contrast_forward contrast_counts "
+    on_cpu += "contrast_backward"
     on_gpu = "sampling gather gather_backward collect write infonce_forward infonce_backward"
     return [("cpu", name) for name in on_cpu.split()] + [
         ("cuda", name) for name in on_gpu.split() if "cuda" in GPU_BACKENDS and not ON_DEVICE
@@ -322,14 +322,9 @@ def test_rows_of_a_struct_are_of_one_dtype(module, name):
         if value is POINTER
         and not any("must be" in refusal(kernel, fields | {field: (64, dtype)}) for dtype in (0, 1, 2))
     ]
-    apart = {"keys", "negative_keys"} if "fused" in name else set()  # these are widened on the way
     for field, other in itertools.combinations(rows, 2):
         said = refusal(kernel, fields | {field: (64, 0), other: (64, 1)})
-        assert ("must be float32, got float16" in said) == ((field in apart) == (other in apart)), (
-            field,
-            other,
-            said,
-        )
+        assert "must be float32, got float16" in said, (field, other, said)
 
 
 def test_dtypes_are_those_of_the_module():
@@ -337,10 +332,10 @@ def test_dtypes_are_those_of_the_module():
 
 
 def test_a_kernel_that_the_processor_lacks_is_an_error():
-    if native.fused_dtype(torch.float32) is not None:
-        pytest.skip("this processor has the fused forward")
-    kernel = native._C.infonce_fused_forward
-    with pytest.raises(RuntimeError, match="infonce_fused_forward: not for this instruction set"):
+    if native.has_fused():
+        pytest.skip("this processor has the fused kernels")
+    kernel = native._C.contrast_forward
+    with pytest.raises(RuntimeError, match="contrast_forward: not for this instruction set"):
         kernel(**fields_of(kernel))
 
 

@@ -15,16 +15,21 @@ struct InstructionSet {
 #define PXC_STEPS(isa)                                                                              \
   isa::widen, isa::negatives, isa::positives, isa::count_scores, isa::finish, isa::score_gradients, \
       isa::add_squares, isa::add_groups
-constexpr VectorKernels kPortable = {PXC_STEPS(portable), nullptr, nullptr, false};
+#define PXC_FUSED(isa)                                                                  \
+  isa::fused_forward, isa::fused_counts, isa::symmetric_forward, isa::symmetric_counts, \
+      isa::symmetric_backward
+#define PXC_NOT_FUSED nullptr, nullptr, nullptr, nullptr, nullptr
+constexpr VectorKernels kPortable = {PXC_STEPS(portable), PXC_NOT_FUSED, false};
 #ifdef __x86_64__
-constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), nullptr, nullptr, false};
-constexpr VectorKernels kAvx512 = {PXC_STEPS(avx512), avx512::fused_forward, avx512::fused_counts, false};
+constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), PXC_NOT_FUSED, false};
+constexpr VectorKernels kAvx512 = {PXC_STEPS(avx512), PXC_FUSED(avx512), false};
 #if PXC_HAVE_AVX512_BF16
-constexpr VectorKernels kAvx512Bf16 = {PXC_STEPS(avx512), avx512_bf16::fused_forward,
-                                       avx512_bf16::fused_counts, true};
+constexpr VectorKernels kAvx512Bf16 = {PXC_STEPS(avx512), PXC_FUSED(avx512_bf16), true};
 #endif
 #endif
 #undef PXC_STEPS
+#undef PXC_FUSED
+#undef PXC_NOT_FUSED
 
 #ifdef __x86_64__
 bool has_avx512() {

@@ -49,8 +49,6 @@ DTYPES = tuple(DTYPE_CODES)[:3]  # of rows and maps, that its kernels take
 
 _STRIDED_FIELDS = ("embeddings", "grad_embeddings")  # any layout; sizes and strides cross as well
 
-FUSED_BLOCK_K: int = 0 if _C is None else _C.FUSED_BLOCK_K  # keys of a tile of the fused InfoNCE, at most
-
 _CPU = torch.device("cpu")
 INSTRUCTION_SET_VARIABLE = "PIXCONTRAST_CPU_ISA"
 
@@ -97,7 +95,12 @@ def launch(kernel: str, call: Call | None = None, **fields: Any) -> None:
     getattr(_C, kernel)(**arguments(kernel, _CPU, call, fields))
 
 
+def has_fused() -> bool:
+    """Whether the instruction set has the fused kernels of InfoNCE, which make the products as well."""
+    return bool(_C.has_fused())
+
+
 def fused_dtype(keys_dtype: torch.dtype) -> torch.dtype | None:
-    """What the fused InfoNCE multiplies keys of this dtype in; None if the instruction set has no such kernel."""
+    """What the fused kernels multiply rows of this dtype in; None if there are none."""
     code = _C.fused_dtype(DTYPE_CODES[keys_dtype])
     return None if code < 0 else DTYPES[code]

@@ -2,132 +2,28 @@
 // products, the weights computed from them and the second product stay in the core's own cache. All threads
 // together pack the keys of a tile, once for both products. One parallel region serves a whole call.
 //
-// Both products read rows as 32-bit words of one fp32 or two bf16 elements. A step takes one word of every
-// row, and a panel holds the words of 32 columns step by step, so one loop serves both products and both
-// element types.
-//
 // Every thread owns a share of the anchors, and no sum crosses threads: results do not depend on their
 // number. This file is compiled for AVX-512 (fp32 products) and for AVX512-BF16 (bf16 products); nothing in
 // it may be shared with another translation unit: no standard templates.
-#include <immintrin.h>
 #include <omp.h>
 
 #include <cmath>
 
-#include "../cpu.h"
-#include "../half.h"
+#include "infonce_products.h"
 #include "infonce_rows.h"
 
 namespace pxc::cpu {
 namespace PXC_ISA {
 namespace {
 
-// 12 x 2 vectors of sums and their operands fit the 32 registers.
-constexpr int kBlockA = 12, kBlockK = kFusedBlockK;
+constexpr int kBlockK = kFusedBlockK;
 
-using Word = uint32_t __attribute__((__may_alias__));
+// Anchors that meet a tile at a time: their scores stay in the core's own cache, and so does a part of a
+// panel while all of them take it.
+constexpr int kBlockA = 48;
 
-__mmask16 first_lanes(int64_t n) { return _cvtu32_mask16(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1); }
-
-// fp32 products; keys of a narrower type are widened on their way into a panel.
-struct Float32 {
-  using Element = float;
-  static constexpr int kPerWord = 1;
-
-  static __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  }
-  static Word word(const float* element, int64_t) { return __builtin_bit_cast(Word, *element); }
-};
-
-#ifdef __AVX512BF16__
-// bf16 products with fp32 sums. These instructions treat subnormal numbers as 0 and round to nearest,
-// whatever the mode of the processor.
-struct BFloat16Pair {
-  using Element = BFloat16;
-  static constexpr int kPerWord = 2;
-
-  static __m512 multiply_add(__m512i a, __m512i b, __m512 sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  static Word word(const BFloat16* element, int64_t stride) {
-    return Word(element[0].bits) | Word(element[stride].bits) << 16;
-  }
-  // Returns the sum of the rounded weights. A zero after the last one completes its pair. (The maskz
-  // forms, with all lanes set, are used because GCC's headers define them without a warning.)
-  static float round(const float* weights, int64_t n, BFloat16* rounded) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < n; j += 16) {
-      const __m512 weight = _mm512_maskz_loadu_ps(first_lanes(n - j), weights + j);
-      const __m256i bits = (__m256i)_mm512_cvtneps_pbh(weight);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + j), bits);
-      const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, bits);
-      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, wide, 16)));
-    }
-    float lanes[16], total = 0.f;
-    _mm512_storeu_ps(lanes, sum);
-    for (const float lane : lanes) total += lane;
-    return total;
-  }
-};
-#endif
-
-template <class Key>
-void convert(const Key* from, float* to) {
-  *to = load(from);
-}
-[[maybe_unused]] void convert(const BFloat16* from, BFloat16* to) { *to = *from; }
-
-// out[Rows, columns] = rows · panel, or += .
-struct Product {
-  const Word* rows;
-  int64_t row_words;
-  const Word* panel;  // [steps, kPanel]
-  int64_t steps;
-  float* out;
-  int64_t out_stride;
-  int64_t columns;
-  bool accumulate;
-};
-
-template <class Multiply, int Rows>
-void multiply_rows(const Product& p) {
-  const __mmask16 masks[2] = {first_lanes(p.columns), first_lanes(p.columns - 16)};
-  __m512 sums[Rows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-  const Word *rows = p.rows, *panel = p.panel;
-  for (int64_t k = 0; k < p.steps; ++k) {
-    const __m512i columns[2] = {_mm512_loadu_si512(panel + k * kPanel),
-                                _mm512_loadu_si512(panel + k * kPanel + 16)};
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) {
-      const __m512i word = _mm512_set1_epi32(int(rows[r * p.row_words + k]));
-      sums[r][0] = Multiply::multiply_add(word, columns[0], sums[r][0]);
-      sums[r][1] = Multiply::multiply_add(word, columns[1], sums[r][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      float* out = p.out + r * p.out_stride + 16 * v;
-      // Each tile is summed separately: one chain of additions over all keys would lose more digits the more
-      // keys there are.
-      if (p.accumulate) sums[r][v] = _mm512_add_ps(sums[r][v], _mm512_maskz_loadu_ps(masks[v], out));
-      _mm512_mask_storeu_ps(out, masks[v], sums[r][v]);
-    }
-  }
-}
-
-template <class Multiply, int Rows = kBlockA>
-void multiply(int64_t rows, const Product& p) {
-  if (rows == Rows) {
-    multiply_rows<Multiply, Rows>(p);
-  } else if constexpr (Rows > 1) {
-    multiply<Multiply, Rows - 1>(rows, p);
-  }
-}
+// So few anchors of a class take its keys as they lie.
+constexpr int64_t kFew = 16;
 
 // Keys that are multiplied together.
 struct Tile {
@@ -136,7 +32,7 @@ struct Tile {
   int32_t labels[kBlockK];
 };
 
-// The keys of a tile as panels of both products.
+// The keys of a tile as panels of both products; null: as they lie.
 struct Panels {
   Word* keys;      // [kBlockK / kPanel][words of a row, kPanel]
   Word* channels;  // [channels / kPanel, rounded up][kBlockK / kPerWord, kPanel]; null without gradient
@@ -172,7 +68,7 @@ class Walk {
         tile_.keys[tile_.count] = j;
         tile_.labels[tile_.count++] = p_.negative_labels[j];
       }
-      const Panels panels = pack(p_.negative_keys.data);
+      const Panels panels = pack_together(p_.negative_keys.data);
       if (label < 0) {
         share({0, p_.num_rows}, 0, p_.num_rows, [&](Range rows) { block(rows, panels, true); });
       } else {
@@ -188,13 +84,29 @@ class Walk {
   // Calls block(rows, panels) for every block of anchors and tile of keys of their class.
   template <class Block>
   void positives(Block block) {
-    for (int64_t start = 0; start < p_.num_rows;) {
-      const int32_t label = p_.anchor_labels[start];
-      const Range own = anchors_of(label);
-      start = own.stop;
-      for (Cursor cursor{0, 0}; collect(label, cursor);) {
-        const Panels panels = pack(p_.keys.data);
-        share(own, 0, own.stop - own.start, [&](Range rows) { block(rows, panels); });
+    int64_t num_classes = 0;
+    for (int64_t start = 0; start < p_.num_rows; start = anchors_of(p_.anchor_labels[start]).stop)
+      ++num_classes;
+    if (num_threads_ > p_.num_panels || num_classes < 2 * num_threads_) {
+      for (int64_t start = 0; start < p_.num_rows; start = anchors_of(p_.anchor_labels[start]).stop) {
+        const Range own = anchors_of(p_.anchor_labels[start]);
+        for (Cursor cursor{0, 0}; collect(p_.anchor_labels[start], cursor);) {
+          const Panels panels = are_few(own) ? Panels{} : pack_together(p_.keys.data);
+          share(own, 0, own.stop - own.start, [&](Range rows) { block(rows, panels); });
+        }
+      }
+      return;
+    }
+    // Each thread takes classes of its own: of few anchors a part would be less than a block, and nobody
+    // waits.
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < num_classes; ++i) {
+      Range own = anchors_of(p_.anchor_labels[0]);
+      for (int64_t before = 0; before < i; ++before) own = anchors_of(p_.anchor_labels[own.stop]);
+      for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
+        const Panels panels = are_few(own) ? Panels{} : panels_of(thread_);
+        if (panels.keys) pack(p_.keys.data, panels, 0, 1);
+        in_blocks(own, [&](Range rows) { block(rows, panels); });
       }
     }
   }
@@ -203,6 +115,15 @@ class Walk {
   float* scores(int64_t row) { return scores_[row]; }
 
   void multiply_anchors(Range rows, const Panels& panels) {
+    if (!panels.keys) {
+      const int64_t stride = words_ * Multiply::kPerWord;
+      const auto* anchors =
+          static_cast<const typename Multiply::Element*>(p_.anchors.data) + rows.start * stride;
+      return few_at_a_time(rows.stop - rows.start, [&]<int kRows>(int64_t first) {
+        dot_products<kRows>(anchors + first * stride, stride, key(), tile_.count, p_.channels, scores_[first],
+                            kBlockK);
+      });
+    }
     const Word* anchors = static_cast<const Word*>(p_.anchors.data) + rows.start * words_;
     for (int64_t first = 0; first < tile_.count; first += kPanel) {
       multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, words_,
@@ -210,8 +131,14 @@ class Walk {
     }
   }
 
-  // output[rows, D] += weights · keys
+  // output[rows, D] += weights · keys; of packed keys the weights are of the anchors' type.
   void add_keys(Range rows, const void* weights, const Panels& panels, float* output) {
+    if (!panels.keys) {
+      return few_at_a_time(rows.stop - rows.start, [&]<int kRows>(int64_t first) {
+        add_weighted<kRows>(static_cast<const float*>(weights) + first * kBlockK, kBlockK, key(), tile_.count,
+                            p_.channels, output + (rows.start + first) * p_.channels);
+      });
+    }
     constexpr int64_t kSteps = kBlockK / Multiply::kPerWord;
     const int64_t steps = (tile_.count + Multiply::kPerWord - 1) / Multiply::kPerWord;
     for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
@@ -243,6 +170,13 @@ class Walk {
     return tile_.count > 0;
   }
 
+  // A key of the tile.
+  auto key() const {
+    return [this](int64_t j) { return static_cast<const Key*>(p_.keys.data) + tile_.keys[j] * p_.channels; };
+  }
+
+  static bool are_few(Range anchors) { return anchors.stop - anchors.start <= kFew; }
+
   Range anchors_of(int64_t label) const {
     Range range{0, 0};
     while (range.start < p_.num_rows && p_.anchor_labels[range.start] < label) ++range.start;
@@ -251,7 +185,7 @@ class Walk {
     return range;
   }
 
-  // Visits this thread's part of `rows`, in blocks of even size. The threads share `total` rows evenly;
+  // Visits this thread's part of `rows`, in blocks. The threads share `total` rows evenly;
   // `rows` come after the first `before` of them.
   template <class Visit>
   void share(Range rows, int64_t before, int64_t total, Visit visit) {
@@ -261,53 +195,47 @@ class Walk {
     if (start < rows.start) start = rows.start;
     if (stop > rows.stop) stop = rows.stop;
     if (start >= stop) return;
-    const int64_t blocks = (stop - start + kBlockA - 1) / kBlockA;
-    for (int64_t i = 0; i < blocks; ++i) {
-      visit(Range{start + (stop - start) * i / blocks, start + (stop - start) * (i + 1) / blocks});
-    }
+    in_blocks({start, stop}, visit);
   }
 
-  // Two buffers alternate, so that a thread which is done with a tile may pack the next one while others
-  // still read this one.
-  Panels pack(const void* keys) {
-    const int64_t key_words = kBlockK * words_;
-    const int64_t channel_words =
-        with_gradient_ ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
+  // Of even size.
+  template <class Visit>
+  static void in_blocks(Range rows, Visit visit) {
+    const int64_t size = rows.stop - rows.start, blocks = (size + kBlockA - 1) / kBlockA;
+    for (int64_t i = 0; i < blocks; ++i)
+      visit(Range{rows.start + size * i / blocks, rows.start + size * (i + 1) / blocks});
+  }
+
+  // All threads pack the tile, each some of its keys. Two panels alternate, so that a thread which is done
+  // with a tile may pack the next one while others still read this one.
+  Panels pack_together(const void* keys) {
     turn_ ^= 1;
-    Word* buffer = static_cast<Word*>(p_.panels.data) + turn_ * (key_words + channel_words);
-    const Panels panels{buffer, with_gradient_ ? buffer + key_words : nullptr};
-    for (int64_t first = kPanel * thread_; first < tile_.count; first += kPanel * num_threads_) {
-      for (int64_t channel = 0; channel < p_.channels; channel += kPanel)
-        pack_square(static_cast<const Key*>(keys), first, channel, panels);
-    }
+    const Panels panels = panels_of(turn_);
+    pack(keys, panels, thread_, num_threads_);
 #pragma omp barrier
     return panels;
   }
 
-  // Packs 32 keys by 32 channels, with zeros where there are fewer.
-  void pack_square(const Key* all_keys, int64_t first, int64_t channel, const Panels& panels) {
-    constexpr int kWords = kPanel / Multiply::kPerWord;
-    typename Multiply::Element square[kPanel][kPanel] = {};
-    const Key* keys = all_keys + channel;
-    const int64_t num_keys = tile_.count - first < kPanel ? tile_.count - first : kPanel;
-    const int64_t num_channels = p_.channels - channel < kPanel ? p_.channels - channel : kPanel;
-    for (int64_t j = 0; j < num_keys; ++j) {
-      const Key* key = keys + tile_.keys[first + j] * p_.channels;
-      _mm_prefetch(reinterpret_cast<const char*>(key + kPanel), _MM_HINT_T0);  // of the next square
-      for (int64_t d = 0; d < num_channels; ++d) convert(key + d, &square[j][d]);
-    }
-    const int64_t word = channel / Multiply::kPerWord;
-    const int64_t num_words = words_ - word < kWords ? words_ - word : kWords;
-    Word* to = panels.keys + first * words_ + word * kPanel;
-    for (int64_t w = 0; w < num_words; ++w) {
-      for (int64_t j = 0; j < kPanel; ++j)
-        to[w * kPanel + j] = Multiply::word(&square[j][w * Multiply::kPerWord], 1);
-    }
-    if (!panels.channels) return;
-    to = panels.channels + channel * (kBlockK / Multiply::kPerWord) + first / Multiply::kPerWord * kPanel;
-    for (int64_t w = 0; w < kWords; ++w) {
-      for (int64_t d = 0; d < kPanel; ++d)
-        to[w * kPanel + d] = Multiply::word(&square[w * Multiply::kPerWord][d], kPanel);
+  Panels panels_of(int64_t turn) const {
+    const int64_t key_words = kBlockK * words_;
+    const int64_t channel_words =
+        with_gradient_ ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
+    Word* buffer = static_cast<Word*>(p_.panels) + turn * (key_words + channel_words);
+    return {buffer, with_gradient_ ? buffer + key_words : nullptr};
+  }
+
+  // Packs one of every `parts` squares of keys.
+  void pack(const void* keys, const Panels& panels, int64_t part, int64_t parts) {
+    for (int64_t first = kPanel * part; first < tile_.count; first += kPanel * parts) {
+      const auto row = [&](int64_t j) {
+        return static_cast<const Key*>(keys) + tile_.keys[first + j] * p_.channels;
+      };
+      for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
+        pack_square<Key, Multiply>(
+            row, tile_.count - first, p_.channels, channel, panels.keys + first * words_,
+            panels.channels ? panels.channels + (channel * kBlockK + first * kPanel) / Multiply::kPerWord
+                            : nullptr);
+      }
     }
   }
 
@@ -387,9 +315,9 @@ class Forward {
                             .threads = 1};
     for (int64_t i = rows.start; i < rows.stop; ++i) positives_row(p, i, walk_.scores(i - rows.start));
     if (!p_.positives) return;
-    if constexpr (Multiply::kPerWord == 1) {
+    if (Multiply::kPerWord == 1 || !panels.keys) {
       walk_.add_keys(rows, walk_.scores(0), panels, p_.positives);
-    } else {
+    } else if constexpr (Multiply::kPerWord > 1) {
       // G nearly cancels with S O, so what the first rounding leaves takes part as well.
       round_weights(rows.stop - rows.start);
       walk_.add_keys(rows, rounded_[0], panels, p_.positives);

@@ -159,6 +159,63 @@ inline void count_row(const CountScoresParams& p, int64_t i, const float* scores
   }
 }
 
+// ds of eq. (5) for one logit, seen from one anchor.
+inline float score_gradient(float score_log2, bool positive, float neg_lse_log2, float push, float pull) {
+  const float u = neg_lse_log2 - score_log2;
+  const float e = exp2(positive ? -std::fabs(u) : -u);
+  const float r = 1.f / (1.f + e);
+  return positive ? -pull * (u > 0.f ? r : e * r) : push * e;
+}
+
+// ds of a pair that takes part, else 0. A chain of selections, which gcc makes vectors of, unlike of
+// conditions.
+inline float taking_part(float dot, bool positive, float neg_min, float pos_max, float ds) {
+  const float of_negative = dot < neg_min ? 0.f : ds, of_positive = dot >= pos_max ? 0.f : ds;
+  return positive ? of_positive : of_negative;
+}
+
+// Mixed: some anchors are of the row's own class.
+template <bool Symmetric, bool Mined, bool Mixed>
+void score_gradients_row(const ScoreGradientParams& p, int64_t i, float* scores) {
+  const int32_t label = Mixed ? p.row_labels[i] : 0;
+  const float row_neg_lse_log2 = Symmetric ? p.row_neg_lse_log2[i] : 0.f;
+  const float row_push = Symmetric ? p.row_push[i] : 0.f;
+  const float row_pull = Symmetric ? p.row_pull[i] : 0.f;
+  const float row_neg_min = Symmetric && Mined ? p.row_neg_min[i] : 0.f;
+  const float row_pos_max = Symmetric && Mined ? p.row_pos_max[i] : 0.f;
+  // Both bounds are loaded whatever the pair is: a load under a condition would keep this from being a
+  // vector's.
+  const float* neg_min = Mined ? p.neg_min : p.push;
+  const float* pos_max = Mined ? p.pos_max : p.push;
+#pragma omp simd
+  for (int64_t j = 0; j < p.num_anchors; ++j) {
+    const float dot = scores[j], score = dot * p.scale, low = neg_min[j], high = pos_max[j];
+    const bool positive = Mixed && p.anchor_labels[j] == label;
+    float ds = score_gradient(score, positive, p.neg_lse_log2[j], p.push[j], p.pull[j]);
+    if (Mined) ds = taking_part(dot, positive, low, high, ds);
+    if (Symmetric) {
+      float mirror = score_gradient(score, positive, row_neg_lse_log2, row_push, row_pull);
+      if (Mined) mirror = taking_part(dot, positive, row_neg_min, row_pos_max, mirror);
+      ds += mirror;
+    }
+    scores[j] = ds;
+  }
+  for (int64_t j = 0; Mixed && p.row_index && j < p.num_anchors; ++j) {
+    if (p.anchor_index[j] == p.row_index[i] && p.anchor_labels[j] == label) scores[j] = 0.f;
+  }
+}
+
+template <bool Symmetric>
+void score_gradients_row(const ScoreGradientParams& p, int64_t i, float* scores, bool mixed) {
+  if (p.neg_min) {
+    mixed ? score_gradients_row<Symmetric, true, true>(p, i, scores)
+          : score_gradients_row<Symmetric, true, false>(p, i, scores);
+  } else {
+    mixed ? score_gradients_row<Symmetric, false, true>(p, i, scores)
+          : score_gradients_row<Symmetric, false, false>(p, i, scores);
+  }
+}
+
 }  // namespace
 }  // namespace PXC_ISA
 }  // namespace pxc::cpu

@@ -1,7 +1,8 @@
 """InfoNCE on the CPU: a loop over tiles of anchors x keys small enough to stay in cache.
 
-With AVX-512 the forward is native throughout (`_FusedWalk`); elsewhere, and in the backward, the products are torch's
-and the steps between them native. Extra memory is a few tiles, whatever the number of keys.
+With AVX-512 the forward and the contrast of anchors with each other are native throughout, a call each (`_fused`);
+elsewhere, and in the backward of keys, the products are torch's and the steps between them native. Extra memory is a few
+tiles, whatever the number of keys.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext.backends import native
@@ -116,17 +116,12 @@ class _Keys:
 
 
 class _AnchorBlock:
-    """Some anchors that have a label, sorted by class and widened to fp32, or bf16 as they are."""
+    """Some anchors that have a label, sorted by class and widened to fp32."""
 
-    def __init__(self, anchors: Tensor, anchor_labels: Tensor, order: Tensor, dtype: torch.dtype):
+    def __init__(self, anchors: Tensor, anchor_labels: Tensor, order: Tensor):
         self.index = order  # [n], row of each in the caller's tensors
         self.labels = anchor_labels[order]
-        if dtype == torch.float32:
-            self.rows = _widen(
-                anchors, order, torch.empty(order.shape[0], anchors.shape[1], dtype=torch.float32)
-            )
-        else:
-            self.rows = F.pad(anchors[order], (0, anchors.shape[1] % 2))  # bf16 is multiplied in pairs
+        self.rows = _widen(anchors, order, torch.empty(order.shape[0], anchors.shape[1], dtype=torch.float32))
         classes, sizes = torch.unique_consecutive(self.labels, return_counts=True)
         stops = sizes.cumsum(0).tolist()
         starts = [0, *stops[:-1]]
@@ -141,22 +136,19 @@ class _AnchorBlock:
         return [(a, b) for a, b in ((0, start), (stop, len(self))) if a < b]
 
 
-def _anchor_blocks(
-    anchors: Tensor, anchor_labels: Tensor, dtype: torch.dtype = torch.float32
-) -> Iterator[_AnchorBlock]:
+def _anchor_blocks(anchors: Tensor, anchor_labels: Tensor) -> Iterator[_AnchorBlock]:
     order = torch.argsort(anchor_labels, stable=True)
     order = order[int((anchor_labels < 0).sum()) :]
     for start in range(0, order.shape[0], BLOCK_A):
-        yield _AnchorBlock(anchors, anchor_labels, order[start : start + BLOCK_A], dtype)
+        yield _AnchorBlock(anchors, anchor_labels, order[start : start + BLOCK_A])
 
 
 class _Sums:
     """What the two passes of the forward sum up for a block of anchors."""
 
-    def __init__(self, size: int, channels: int, with_grad: bool, rounds_weights: bool):
+    def __init__(self, size: int, channels: int, with_grad: bool):
         self.shift = torch.full((size,), -math.inf, dtype=torch.float32)
         self.sum = torch.zeros(size, dtype=torch.float32)  # of exp2(score - shift)
-        self.weight_sum = torch.zeros_like(self.sum) if rounds_weights else self.sum
         self.loss_sum = torch.zeros(size, dtype=torch.float64)
         self.pos_weight_sum = torch.zeros(size, dtype=torch.float64)
         self.pos_counts = torch.zeros(size, dtype=torch.int64)
@@ -176,112 +168,84 @@ _Rows = tuple[Tensor, Tensor]  # with their labels
 
 
 def infonce_forward(call: InfonceForward) -> None:
-    keys = call.keys, call.key_labels
-    _forward(call, keys, keys)
+    _forward(call, (call.keys, call.key_labels), None, None)
 
 
 def mined_forward(call: MinedForward) -> None:
-    _forward(call, (call.keys, call.key_labels), (call.negatives, call.negative_labels))
+    _forward(call, (call.negatives, call.negative_labels), call.neg_min, call.pos_max)
 
 
-def _walk(keys: _Rows, negatives: _Rows) -> _FusedWalk | _TorchWalk:
-    dtype = native.fused_dtype(keys[0].dtype)
-    return _TorchWalk(keys, negatives) if dtype is None else _FusedWalk(keys, negatives, dtype)
+def _fused(kernel: str, call: InfonceForward | ScoreCounts, negatives: _Rows, **fields: Any) -> bool:
+    """Call a fused kernel; False if the instruction set has none."""
+    if not native.has_fused():
+        return False
+    native.launch(
+        kernel,
+        anchors=call.anchors,
+        anchor_labels=call.anchor_labels,
+        num_anchors=call.anchors.shape[0],
+        channels=call.anchors.shape[1],
+        keys=call.keys,
+        key_labels=call.key_labels,
+        num_keys=call.keys.shape[0],
+        negatives=negatives[0],
+        negative_labels=negatives[1],
+        num_negatives=negatives[0].shape[0],
+        exclude_self=call.exclude_self,
+        threads=torch.get_num_threads(),
+        **fields,
+    )
+    return True
 
 
-def _forward(call: InfonceForward, keys: _Rows, negatives: _Rows) -> None:
-    outputs = (call.loss, 0), (call.neg_lse, -math.inf), (call.pos_weight, 0), (call.pos_count, 0)
-    for output, nothing in (*outputs, (call.anchor_grad, 0)):
+def _forward(call: InfonceForward, negatives: _Rows, neg_min: Tensor | None, pos_max: Tensor | None) -> None:
+    outputs = dict(
+        loss=call.loss,
+        neg_lse=call.neg_lse,
+        pos_weight=call.pos_weight,
+        pos_count=call.pos_count,
+        anchor_grad=call.anchor_grad,
+    )
+    kept = dict(neg_min=neg_min, pos_max=pos_max)
+    if _fused("contrast_forward", call, negatives, temperature=call.temperature, **kept, **outputs):
+        return
+    for name, output in outputs.items():
         if output is not None:
-            output.fill_(nothing)  # what rows without a label keep
-    walk = _walk(keys, negatives)
-    channels, with_grad = call.anchors.shape[1], call.anchor_grad is not None
-    for block in _anchor_blocks(call.anchors, call.anchor_labels, walk.dtype):
-        sums = _Sums(len(block), channels, with_grad, walk.dtype == torch.bfloat16)
+            output.fill_(-math.inf if name == "neg_lse" else 0)  # what rows without a label keep
+    walk = _Walk((call.keys, call.key_labels), negatives)
+    for block in _anchor_blocks(call.anchors, call.anchor_labels):
+        sums = _Sums(len(block), call.anchors.shape[1], call.anchor_grad is not None)
         thresholds = _Thresholds(block, call) if isinstance(call, MinedForward) else None
         walk.sum_up(block, LOG2_E / call.temperature, call.exclude_self, sums, thresholds)
         native.launch(
             "infonce_finish",
             num_rows=len(block),
-            channels=channels,
+            channels=call.anchors.shape[1],
             anchor_index=block.index,
             **vars(sums),
+            weight_sum=sums.sum,
             temperature=call.temperature,
-            loss=call.loss,
-            neg_lse=call.neg_lse,
-            pos_weight=call.pos_weight,
-            pos_count=call.pos_count,
-            anchor_grad=call.anchor_grad,
+            **outputs,
             threads=torch.get_num_threads(),
         )
 
 
 def score_counts(call: ScoreCounts) -> None:
+    negatives = call.negatives, call.negative_labels
+    if _fused("contrast_counts", call, negatives, neg_counts=call.neg_counts, pos_counts=call.pos_counts):
+        return
     call.neg_counts.zero_()
     call.pos_counts.zero_()
-    walk = _walk((call.keys, call.key_labels), (call.negatives, call.negative_labels))
-    for block in _anchor_blocks(call.anchors, call.anchor_labels, walk.dtype):
+    walk = _Walk((call.keys, call.key_labels), negatives)
+    for block in _anchor_blocks(call.anchors, call.anchor_labels):
         neg_counts, pos_counts = torch.zeros(2, len(block), SCORE_BINS, dtype=torch.int32)
         walk.count(block, call.exclude_self, neg_counts, pos_counts)
         call.neg_counts.index_copy_(0, block.index, neg_counts)
         call.pos_counts.index_copy_(0, block.index, pos_counts)
 
 
-class _FusedWalk:
-    """Both passes in one native call, whose products are its own."""
-
-    def __init__(self, keys: _Rows, negatives: _Rows, dtype: torch.dtype):
-        self.keys, self.negatives, self.dtype = keys, negatives, dtype
-        self.tiles = _plan_tiles(keys[1], native.FUSED_BLOCK_K)
-        shared = same(keys, negatives)
-        self.negative_tiles = self.tiles if shared else _plan_tiles(negatives[1], native.FUSED_BLOCK_K)
-        # a tile packed for either product, and the next tile
-        channels = -(-keys[0].shape[1] // native._C.PANEL) * native._C.PANEL
-        self.panels = torch.empty(2 * 2 * native.FUSED_BLOCK_K * channels, dtype=dtype)
-
-    def sum_up(
-        self, block: _AnchorBlock, scale: float, exclude_self: bool, sums: _Sums, kept: _Thresholds | None
-    ) -> None:
-        self._launch(
-            "infonce_fused_forward",
-            block,
-            exclude_self,
-            scale=scale,
-            neg_min=None if kept is None else kept.neg_min,
-            pos_max=None if kept is None else kept.pos_max,
-            neg_lse_log2=torch.empty(len(block), dtype=torch.float32),
-            **vars(sums),
-        )
-
-    def count(self, block: _AnchorBlock, exclude_self: bool, neg_counts: Tensor, pos_counts: Tensor) -> None:
-        self._launch("fused_counts", block, exclude_self, neg_counts=neg_counts, pos_counts=pos_counts)
-
-    def _launch(self, kernel: str, block: _AnchorBlock, exclude_self: bool, **fields: Any) -> None:
-        native.launch(
-            kernel,
-            anchors=block.rows,
-            num_rows=len(block),
-            channels=self.keys[0].shape[1],
-            anchor_labels=block.labels,
-            anchor_index=block.index if exclude_self else None,
-            keys=self.keys[0],
-            key_labels=self.keys[1],
-            tiles=self.tiles,
-            num_tiles=self.tiles.shape[0],
-            negative_keys=self.negatives[0],
-            negative_labels=self.negatives[1],
-            negative_tiles=self.negative_tiles,
-            num_negative_tiles=self.negative_tiles.shape[0],
-            panels=self.panels,
-            threads=torch.get_num_threads(),
-            **fields,
-        )
-
-
-class _TorchWalk:
+class _Walk:
     """Both passes tile by tile, with products of torch."""
-
-    dtype = torch.float32
 
     def __init__(self, keys: _Rows, negatives: _Rows):
         self.keys = _Keys(*keys)
@@ -452,6 +416,24 @@ def _score_gradients(
 
 
 def infonce_backward(call: InfonceBackward) -> None:
+    if call.others is None and native.has_fused():
+        native.launch(
+            "contrast_backward",
+            anchors=call.anchors,
+            anchor_labels=call.anchor_labels,
+            num_anchors=call.anchors.shape[0],
+            channels=call.anchors.shape[1],
+            exclude_self=call.exclude_self,
+            temperature=call.temperature,
+            neg_lse=call.neg_lse,
+            pos_weight=call.pos_weight,
+            grad_scale=call.grad_scale,
+            neg_min=call.neg_min if isinstance(call, MinedBackward) else None,
+            pos_max=call.pos_max if isinstance(call, MinedBackward) else None,
+            grad=call.grad,
+            threads=torch.get_num_threads(),
+        )
+        return
     call.grad.zero_()
     with full_float32_products():
         if call.others is None:
