@@ -50,7 +50,9 @@ NVCC_FLAGS = [
 COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc")  # CXX may begin with one
 
 # Sources in csrc/cpu/isa are compiled once per instruction set; the choice among them is made at run time.
-FUSED_SOURCES = tuple(f"csrc/cpu/isa/infonce_{name}.cpp" for name in ("fused", "symmetric"))  # for some sets only
+FUSED_SOURCES = tuple(
+    f"csrc/cpu/isa/infonce_{name}.cpp" for name in ("fused", "symmetric")
+)  # for some sets only
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}

@@ -347,6 +347,22 @@ def test_weighted_mean(backend):
     assert nothing == 0
 
 
+def test_an_anchor_of_no_weight_may_hold_anything(backend):
+    anchors, keys = F.normalize(torch.randn(4, 8), dim=1), F.normalize(torch.randn(9, 8), dim=1)
+    labels, weights = (torch.arange(4) % 2, torch.arange(9) % 3), torch.tensor([1.0, 0.0, 2.0, 1.0])
+
+    def grad_of(anchors):
+        anchors.requires_grad_()
+        found = infonce(
+            anchors, labels[0], keys, labels[1], temperature=0.1, anchor_weights=weights, backend=backend
+        )
+        return torch.autograd.grad(found, anchors)[0]
+
+    expected = grad_of(anchors.clone())
+    anchors[1] = math.nan
+    assert torch.equal(grad_of(anchors), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-60, 1e-30, 1.0, 1e37, 1e60])
 def test_the_scale_of_weights_does_not_matter(dtype, scale):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pixcontrast_ext import infonce
-from pixcontrast_ext.backends import native
+from pixcontrast_ext.backends import native, reference
 from pixcontrast_ext.backends.cpu import infonce as on_cpu
 from tests.support.checks import error
 from tests.support.contrast import exact, run, weight_rounding
@@ -48,6 +48,50 @@ def test_own_products_of_every_instruction_set(instruction_set, poison, shape, d
         assert all(torch.equal(a, b) for a, b in zip(found[:4], without_gradient[:4], strict=True))
 
 
+def batch(size, channels, classes, *, dtype=torch.float32, order=RANDOM):
+    """Anchors and their labels, some of them -1."""
+    return draw_rows(size, 1, channels, classes, order=order, dtype=dtype)[:2]
+
+
+def with_each_other(anchors, labels, exclude_self, mined=()):
+    """Loss, log-sum-exp, S and |P| of anchors with each other, and their gradient for weights of 1 to 2."""
+    labels, ops = labels.int(), torch.ops.pixcontrast
+    op, negatives = ("mining", (anchors, labels)) if mined else ("infonce", ())
+    forward = getattr(ops, f"{op}_forward")
+    found = forward(anchors, labels, anchors, labels, *negatives, *mined, 0.1, exclude_self, False, "cpu")[:4]
+    grad_scale = torch.linspace(1, 2, len(labels)) / found[3].clamp(min=1)
+    backward = getattr(ops, f"{op}_backward_symmetric")
+    grad = backward(anchors, labels, *found[1:3], grad_scale, *mined, 0.1, exclude_self, "cpu")
+    return *found, grad
+
+
+# A side of a symmetric tile has 64 anchors. One class, few, and more than there are anchors.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 1), (63, 33, 2), (64, 32, 1), (65, 257, 3), (129, 2, 40), (333, 48, 7), (641, 31, 400)]
+)
+def test_anchors_with_each_other(instruction_set, poison, shape, dtype):
+    for order, exclude_self in ((RANDOM, True), (BANK, False)):
+        anchors, labels = batch(*shape, dtype=dtype, order=order)
+        leaf = anchors.double().requires_grad_()
+        loss, _ = reference.infonce_per_anchor(leaf, labels, leaf, labels, 0.1, exclude_self)
+        (expected,) = torch.autograd.grad(loss, leaf, torch.linspace(1, 2, len(labels)).double())
+        anchors[labels < 0] = math.nan
+        found, *_, grad = with_each_other(anchors, labels, exclude_self)
+        assert error(found, loss.detach()) <= 1e-6
+        assert error(grad, expected) <= 2e-6 + weight_rounding("cpu", dtype)
+        assert not grad[labels < 0].any()
+
+
+def test_rounded_weights_keep_what_anchors_have_in_common():
+    """As below, where the anchors are the keys."""
+    anchors = F.normalize(torch.randn(300, 64) + 10 * torch.ones(64), dim=1).bfloat16()
+    labels, leaf = torch.randint(0, 5, (300,)), anchors.double().requires_grad_()
+    loss, _ = reference.infonce_per_anchor(leaf, labels, leaf, labels, 0.1, True)
+    (expected,) = torch.autograd.grad(loss, leaf, torch.linspace(1, 2, 300).double())
+    assert error(with_each_other(anchors, labels, True)[-1], expected) <= 1e-3
+
+
 def test_rounded_weights_keep_what_keys_have_in_common():
     """Before training all embeddings point one way; the gradient is what remains once that direction cancels."""
     anchors, keys = (
@@ -78,16 +122,69 @@ def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
         pytest.skip(f"{instruction_set} leaves the products to torch")
     before, results = torch.get_num_threads(), []
     for order in (BANK, RANDOM):
-        anchors, anchor_labels, keys, key_labels = draw_rows(150, 1700, 40, 4, order=order, dtype=dtype)
+        anchors, anchor_labels, keys, key_labels = draw_rows(150, 1700, 40, 6, order=order, dtype=dtype)
         arguments = (anchors, anchor_labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu")
         try:
-            for threads in (1, 2, 5, 40):
+            for threads in (
+                1,
+                2,
+                3,
+                5,
+                40,
+            ):  # with up to 4, and two classes for each, a class is one thread's work
                 torch.set_num_threads(threads)
                 results.append(torch.ops.pixcontrast.infonce_forward(*arguments))
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
         results.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mined", [False, True])
+def test_anchors_with_each_other_do_not_depend_on_threads(instruction_set, dtype, mined):
+    if not native.has_fused():
+        pytest.skip(f"{instruction_set} leaves the products to torch")
+    anchors, labels = batch(400, 40, 6, dtype=dtype)
+    kept = (torch.full((400,), -0.05), torch.full((400,), 0.1)) if mined else ()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 40):
+            torch.set_num_threads(threads)
+            results.append(with_each_other(anchors, labels, True, kept))
+            sides = anchors, labels.int()
+            results[-1] += torch.ops.pixcontrast.mining_counts(*sides, *sides, *sides, True, "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
+
+
+def test_few_anchors_of_a_class_take_keys_as_they_lie(instruction_set):
+    """Up to 16: the next one packs them."""
+    for size in (1, 3, 4, 5, 16, 17):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            anchors, keys = draw_rows(size, 700, 37, 1, order=BANK, dtype=dtype)[::2]
+            labels = torch.zeros(size, dtype=torch.int32), torch.randint(-1, 3, (700,), dtype=torch.int32)
+            keys[labels[1] < 0] = math.nan
+            found = torch.ops.pixcontrast.infonce_forward(
+                anchors, labels[0], keys, labels[1], 0.1, False, True, "cpu"
+            )
+            some = labels[1] >= 0
+            loss, expected, _ = exact((anchors, labels[0], keys[some], labels[1][some]))
+            assert error(found[0], loss) <= 1e-6
+            assert error(found[4], expected) <= 1e-6 + weight_rounding("cpu", dtype)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_anchors_with_each_other_hide_nothing(instruction_set, value):
+    """A non-finite anchor in the first and last places of panels and sides must show in the loss of all others."""
+    for at in (0, 31, 32, 63, 64, 129):
+        anchors, labels = batch(130, 16, 5)
+        labels = labels.clamp(min=0)
+        anchors[at, 15] = value
+        found = with_each_other(anchors, labels, False)[0]
+        meets = anchors[:, 15] > 0 if value == math.inf else torch.ones(130, dtype=torch.bool)
+        assert not found[meets & (labels != labels[at])].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -195,6 +195,8 @@ def infonce(
     in_batch = keys is anchors and key_labels is anchor_labels
     anchors, anchor_labels = autocast.to_product(anchors), checks.to_int32("anchor_labels", anchor_labels)
     others = None
+    if anchor_weights is not None and not in_batch:  # there a row is a key as well
+        anchor_labels = torch.where(anchor_weights > 0, anchor_labels, -1)
     if not in_batch:
         others = autocast.to_product(keys), checks.to_int32("key_labels", key_labels)
     width = operator.index(anchors.shape[1])
