@@ -1,8 +1,8 @@
 """InfoNCE on the CPU: a loop over tiles of anchors x keys small enough to stay in cache.
 
 With AVX-512 the forward and the contrast of anchors with each other are native throughout, a call each (`_fused`);
-elsewhere, and in the backward of keys, the products are torch's and the steps between them native. Extra memory is a few
-tiles, whatever the number of keys.
+elsewhere, and in the backward of keys, the products are torch's and the steps between them native. Extra memory is a
+few tiles, whatever the number of keys.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _fused(kernel: str, call: InfonceForward | ScoreCounts, negatives: _Rows, **
 
 
 def _forward(call: InfonceForward, negatives: _Rows, neg_min: Tensor | None, pos_max: Tensor | None) -> None:
-    outputs = dict(
+    outputs: dict[str, Any] = dict(
         loss=call.loss,
         neg_lse=call.neg_lse,
         pos_weight=call.pos_weight,
