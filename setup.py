@@ -57,7 +57,7 @@ AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 PORTABLE_ISAS = {"portable": ""}
 X86_ISAS = {"avx2": AVX2, "avx512": AVX512}
-X86_FUSED_ISAS = {"avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+X86_FUSED_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
 OLDEST_CUDA = 12
 CUDA_ARCHS = [80, 86, 89, 90, 100, 120]  # of these, the ones that the nvcc at hand can generate

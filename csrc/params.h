@@ -145,9 +145,9 @@ struct WriteParams : Write {
   PXC_FIELDS((Write), threads)
 };
 
-// InfoNCE on the CPU is a loop over tiles. With AVX-512 most of it makes its own products (ContrastRows);
-// elsewhere, and in the backward of keys, they are torch's, and these are the steps between them. `scale` is
-// log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
+// InfoNCE on the CPU is a loop over tiles. With AVX2 and AVX-512 most of it makes its own products
+// (ContrastRows); elsewhere, and in the backward of keys, they are torch's, and these are the steps between
+// them. `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
 
 struct WidenParams {
   ConstRows source;        // [?, D]

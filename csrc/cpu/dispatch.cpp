@@ -21,7 +21,7 @@ struct InstructionSet {
 #define PXC_NOT_FUSED nullptr, nullptr, nullptr, nullptr, nullptr
 constexpr VectorKernels kPortable = {PXC_STEPS(portable), PXC_NOT_FUSED, false};
 #ifdef __x86_64__
-constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), PXC_NOT_FUSED, false};
+constexpr VectorKernels kAvx2 = {PXC_STEPS(avx2), PXC_FUSED(avx2), false};
 constexpr VectorKernels kAvx512 = {PXC_STEPS(avx512), PXC_FUSED(avx512), false};
 #if PXC_HAVE_AVX512_BF16
 constexpr VectorKernels kAvx512Bf16 = {PXC_STEPS(avx512), PXC_FUSED(avx512_bf16), true};

@@ -105,10 +105,10 @@ class BlockwiseInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Gradients of the anchors and, if they need one, of the keys."""
         pos_count, *saved = ctx.saved_tensors
-        grad_scale = grad_loss / pos_count.clamp(min=1)
         settings = (ctx.temperature, ctx.exclude_self, ctx.backend)
         grad_anchors = grad_keys = None
         if ctx.symmetric:
+            grad_scale = grad_loss / pos_count.clamp(min=1)
             grad_anchors = torch.ops.pixcontrast.infonce_backward_symmetric(*saved, grad_scale, *settings).to(
                 ctx.dtype
             )
@@ -117,6 +117,7 @@ class BlockwiseInfoNCE(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_anchors = (anchor_grad * grad_loss[:, None]).to(ctx.dtype)
             if ctx.needs_input_grad[2]:
+                grad_scale = grad_loss / pos_count.clamp(min=1)
                 grad_keys = torch.ops.pixcontrast.infonce_backward_keys(*inputs, grad_scale, *settings).to(
                     ctx.dtype
                 )

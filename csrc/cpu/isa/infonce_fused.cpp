@@ -3,8 +3,8 @@
 // together pack the keys of a tile, once for both products. One parallel region serves a whole call.
 //
 // Every thread owns a share of the anchors, and no sum crosses threads: results do not depend on their
-// number. This file is compiled for AVX-512 (fp32 products) and for AVX512-BF16 (bf16 products); nothing in
-// it may be shared with another translation unit: no standard templates.
+// number. This file is compiled for AVX2 and AVX-512 (fp32 products) and for AVX512-BF16 (bf16 products);
+// nothing in it may be shared with another translation unit: no standard templates.
 #include <omp.h>
 
 #include <cmath>
@@ -85,12 +85,10 @@ class Walk {
   template <class Block>
   void positives(Block block) {
     int64_t num_classes = 0;
-    for (int64_t start = 0; start < p_.num_rows; start = anchors_of(p_.anchor_labels[start]).stop)
-      ++num_classes;
+    for (Range own = class_from(0); own.start < p_.num_rows; own = class_from(own.stop)) ++num_classes;
     if (num_threads_ > p_.num_panels || num_classes < 2 * num_threads_) {
-      for (int64_t start = 0; start < p_.num_rows; start = anchors_of(p_.anchor_labels[start]).stop) {
-        const Range own = anchors_of(p_.anchor_labels[start]);
-        for (Cursor cursor{0, 0}; collect(p_.anchor_labels[start], cursor);) {
+      for (Range own = class_from(0); own.start < p_.num_rows; own = class_from(own.stop)) {
+        for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
           const Panels panels = are_few(own) ? Panels{} : pack_together(p_.keys.data);
           share(own, 0, own.stop - own.start, [&](Range rows) { block(rows, panels); });
         }
@@ -101,8 +99,8 @@ class Walk {
     // waits.
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < num_classes; ++i) {
-      Range own = anchors_of(p_.anchor_labels[0]);
-      for (int64_t before = 0; before < i; ++before) own = anchors_of(p_.anchor_labels[own.stop]);
+      Range own = class_from(0);
+      for (int64_t before = 0; before < i; ++before) own = class_from(own.stop);
       for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
         const Panels panels = are_few(own) ? Panels{} : panels_of(thread_);
         if (panels.keys) pack(p_.keys.data, panels, 0, 1);
@@ -176,6 +174,13 @@ class Walk {
   }
 
   static bool are_few(Range anchors) { return anchors.stop - anchors.start <= kFew; }
+
+  // The anchors of the class that begins there.
+  Range class_from(int64_t start) const {
+    Range range{start, start};
+    while (range.stop < p_.num_rows && p_.anchor_labels[range.stop] == p_.anchor_labels[start]) ++range.stop;
+    return range;
+  }
 
   Range anchors_of(int64_t label) const {
     Range range{0, 0};

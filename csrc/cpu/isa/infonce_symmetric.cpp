@@ -6,7 +6,7 @@
 // write to one side, no sum needs an atomic, and an anchor meets the others in one order whatever the number
 // of threads. They wait for each other after a round. One parallel region serves a whole call.
 //
-// Compiled as `infonce_fused.cpp`, for AVX-512 and for AVX512-BF16.
+// Compiled as `infonce_fused.cpp`.
 #include <omp.h>
 
 #include <cmath>
@@ -77,13 +77,9 @@ class Tournament {
     for (int64_t round = 0; round < players - 1; ++round) {
       bool met = false;
       for (int64_t pair = 0; pair < players / 2; ++pair) {
-        int64_t one = pair == 0 ? players - 1 : (round + pair) % (players - 1);
-        int64_t other = (round - pair + players - 1) % (players - 1);
-        if (one > other) {
-          const int64_t larger = one;
-          one = other;
-          other = larger;
-        }
+        const int64_t here = pair == 0 ? players - 1 : (round + pair) % (players - 1);
+        const int64_t opposite = (round - pair + players - 1) % (players - 1);
+        const int64_t one = here < opposite ? here : opposite, other = here < opposite ? opposite : here;
         if (other >= sides_ || !(all || share_class(one, other))) continue;
         met = true;
         if (pair % num_threads_ == thread_) visit(tile_of(one, other));
@@ -155,10 +151,10 @@ class Tournament {
 
 // The same tile, seen from its other side.
 void mirror(const Tile& tile, float (*mirrored)[kTile]) {
-  for (int64_t i = 0; i < kTile; i += 16) {
-    for (int64_t j = 0; j < kTile; j += 16) {
-      transpose([&](int row) { return _mm512_loadu_si512(&tile.scores[i + row][j]); },
-                reinterpret_cast<Word*>(&mirrored[j][i]), kTile);
+  for (int64_t i = 0; i < kTile; i += kWidth) {
+    for (int64_t j = 0; j < kTile; j += kWidth) {
+      transpose([&](int row) { return &tile.scores[i + row][j]; }, reinterpret_cast<Word*>(&mirrored[j][i]),
+                kTile);
     }
   }
 }

@@ -1,8 +1,8 @@
 """InfoNCE on the CPU: a loop over tiles of anchors x keys small enough to stay in cache.
 
-With AVX-512 the forward and the contrast of anchors with each other are native throughout, a call each (`_fused`);
-elsewhere, and in the backward of keys, the products are torch's and the steps between them native. Extra memory is a
-few tiles, whatever the number of keys.
+With AVX2 and AVX-512 the forward and the contrast of anchors with each other are native throughout, a call each
+(`_fused`); elsewhere, and in the backward of keys, the products are torch's and the steps between them native. Extra
+memory is a few tiles, whatever the number of keys.
 """
 
 from __future__ import annotations
