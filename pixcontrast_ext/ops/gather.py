@@ -77,7 +77,11 @@ class GatherEmbeddings(torch.autograd.Function):
     @staticmethod
     @library.differentiable_once
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        """The dense gradient of the map."""
+        """The dense gradient of the map.
+
+        Most of it is zeros. A sparse tensor would spare them, but autograd hands that to the layer below as it is where
+        the map has no other consumer, which convolutions refuse, and compiled graphs do not know it.
+        """
         embeddings, indices, inv_norm = ctx.saved_tensors
         grad = torch.ops.pixcontrast.gather_backward(
             grad_rows, embeddings, indices, inv_norm, ctx.normalize, ctx.backend
