@@ -115,6 +115,7 @@ class Case:
     work: dict[str, Work]
     counted: str  # what `work` counts, in words
     floor: str | None = None  # the candidate that does the least that has to be done, and nothing else
+    base: str | None = None  # the candidate without that which the others add to it
     facts: list[str] = field(default_factory=list)
 
     @property
@@ -192,6 +193,8 @@ def measure(case: Case, settings: Settings, progress: Progress = lambda text: No
                 peaks = host_peaks_apart(case.op, str(case.shape), case.dtype, list(methods), progress)
             for name, peak in peaks.items():
                 notes.add(name, methods[name].part, "extra MiB", max(0, peak) / MIB)
+                if case.base in peaks and name != case.base:
+                    notes.add(name, methods[name].part, "MiB added", (peak - peaks[case.base]) / MIB)
     return notes.rows
 
 
@@ -276,4 +279,6 @@ def _time(
     for (name, part), milliseconds_of in fastest.items():
         if case.floor is not None and (case.floor, part) in fastest:
             notes.add(name, part, "share of the floor", fastest[case.floor, part] / milliseconds_of)
+        if case.base is not None and name != case.base and (case.base, part) in fastest:
+            notes.add(name, part, "time added", milliseconds_of / fastest[case.base, part] - 1)
     return fastest

@@ -1,7 +1,8 @@
 """What a user feels: a training step of a network, with the contrast off, by loops and the dense loss, and by ours.
 
-On a CPU the trainer's compact model; on a GPU torchvision's DeepLabV3 on a ResNet-50. Cross-entropy, backward and an
-SGD step are within the time of all of them.
+Ours twice: "all" projects every pixel of the features, as the loops do, "used" those that the loss reads. On a CPU the
+networks are the trainer's, compact model and HRNets; on a GPU torchvision's DeepLabV3 on a ResNet-50. Cross-entropy,
+backward and an SGD step are within the time of all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import PixelContrastCrossEntropyLoss, ProjectionHead
-from pixcontrast_ext.trainer.models import build_model, drop_embed_head
+from pixcontrast_ext.project import Head
+from pixcontrast_ext.trainer.models import build_model, defer_embed_head, drop_embed_head
+from pixcontrast_ext.trainer.networks.segmentation import ProjectingModel
+from tools.torchvision_ops import declare_missing_ops
 
 from .baselines.dense import BUFFERS
 from .harness import Candidate, Case, Errors, Method, Unavailable
@@ -30,11 +34,19 @@ WEIGHT = 0.1
 
 
 def plan(device: str) -> dict[str, tuple[Images, tuple[str, ...]]]:
-    name = "camvid-half" if device == "cpu" else "cityscapes"
-    return {name: (IMAGES[name], ("fp32",) if device == "cpu" else ("tf32",))}
+    if device == "cuda":
+        return {"cityscapes": (IMAGES["cityscapes"], ("tf32",))}
+    return {name: (shape, ("fp32",)) for name, shape in IMAGES.items() if name != "cityscapes"}
 
 
-class DeepLab(nn.Module):
+def network_of(shape: Images, device: str) -> str:
+    """What a shape's network is called."""
+    if shape.N:
+        return f"HRNet-W{shape.N}"
+    return "compact model" if device == "cpu" else "DeepLabV3, ResNet-50"
+
+
+class DeepLab(ProjectingModel):
     """torchvision's DeepLabV3, stride 8, with a projection head on the backbone's last stage."""
 
     def __init__(self, num_classes: int, embed_dim: int):
@@ -44,19 +56,26 @@ class DeepLab(nn.Module):
         except ImportError as error:
             raise Unavailable(f"torchvision is not installed ({error})") from None
         self.network = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=num_classes)
-        self.embed_head: nn.Module | None = ProjectionHead(2048, embed_dim)
+        self.embed_head = ProjectionHead(2048, embed_dim)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.network.backbone(images)["out"]
-        outputs = {"seg": self.network.classifier(features)}
-        if self.embed_head is not None:
-            outputs["embed"] = self.embed_head(features)
-        return outputs
+        return {"seg": self.network.classifier(features), **self.embedded(features)}
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, labels, ignore_index=255)
+
+
+def head_of(model: nn.Module) -> Head:
+    """A function around the head, which is the model's and not the loss's."""
+
+    def project(features: Tensor) -> Tensor:
+        embeddings: Tensor = model.embed_head(features)  # type: ignore[operator]
+        return embeddings
+
+    return project
 
 
 Criterion = Callable[[dict[str, Tensor], Tensor], Tensor]
@@ -69,39 +88,37 @@ class Inputs:
         generator = torch.Generator().manual_seed(5)
         self.images = torch.rand(shape.B, 3, shape.H, shape.W, generator=generator).to(device)
 
-    def step(self, criterion: Criterion, with_head: bool) -> Callable[[], Tensor]:
+    def model(self) -> nn.Module:
+        shape = self.shape
         torch.manual_seed(6)  # the same network for all
-        if self.device == "cpu":
-            model: nn.Module = build_model("compact", self.shape.C, self.shape.D)
-        else:
-            model = DeepLab(self.shape.C, self.shape.D)
-        if not with_head:
-            drop_embed_head(model)
-        model.to(self.device).train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-
-        def call() -> Tensor:
-            loss = criterion(model(self.images), self.labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return call
+        if shape.N:
+            declare_missing_ops()
+            try:
+                return build_model(f"hrnet_w{shape.N}", shape.C, shape.D)
+            except ImportError as error:
+                raise Unavailable(str(error)) from None
+        return build_model("compact", shape.C, shape.D) if self.device == "cpu" else DeepLab(shape.C, shape.D)
 
     def off(self) -> Method:
-        return self.method(lambda outputs, labels: cross_entropy(outputs["seg"], labels), with_head=False)
+        model = drop_embed_head(self.model())
+        return Method(both=self.step(model, lambda outputs, labels: cross_entropy(outputs["seg"], labels)))
 
-    def ours(self, backend: str) -> Method:
+    def ours(self, backend: str, project: str) -> Method:
+        model, embedded, head = self.model(), "embed", None
+        if project == "used":
+            embedded, head = "features", head_of(defer_embed_head(model))
         criterion = PixelContrastCrossEntropyLoss(
             self.shape.C,
             weight=WEIGHT,
             temperature=TEMPERATURE,
             max_samples=self.shape.A,
             bank=full_bank(self.shape, self.device),
+            head=head,
             backend=backend,
         )
-        return self.method(lambda outputs, labels: criterion(outputs["seg"], outputs["embed"], labels))
+        return self.method(
+            self.step(model, lambda outputs, labels: criterion(outputs["seg"], outputs[embedded], labels))
+        )
 
     def looped(self) -> Method:
         bank = looped_bank(full_bank(self.shape, self.device))
@@ -115,24 +132,31 @@ class Inputs:
             bank.enqueue(embeddings.detach(), picked)
             return loss
 
-        return self.method(criterion)
+        return self.method(self.step(self.model(), criterion))
 
-    def method(self, criterion: Criterion, with_head: bool = True) -> Method:
-        step = self.step(criterion, with_head)
+    def step(self, model: nn.Module, criterion: Criterion) -> Callable[[], Tensor]:
+        model.to(self.device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
+        def call() -> Tensor:
+            loss = criterion(model(self.images), self.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return call
+
+    def method(self, step: Callable[[], Tensor]) -> Method:
         def verify() -> Errors:
-            """The first step's loss beside that of the loops: the same weights, anchors drawn anew."""
-            first = step().item()
-            if not with_head:
-                return {}
-            truth = self.first_loss
-            return {"loss of the first step": (abs(first / truth - 1), 0.01)}
+            """The first step's loss beside that of ours on every pixel: the same weights, anchors drawn anew."""
+            return {"loss of the first step": (abs(step().item() / self.first_loss - 1), 0.01)}
 
         return Method(both=step, verify=verify)
 
     @cached_property
     def first_loss(self) -> float:
-        method = self.ours("reference")
+        method = self.ours("reference", "all")
         assert method.both is not None
         outcome = method.both()
         assert isinstance(outcome, Tensor)
@@ -143,11 +167,16 @@ def case(shape: Images, dtype: str, device: str, backends: list[str], name: str 
     inputs = cache(lambda: Inputs(shape, device))
     matrices = BUFFERS * 4 * shape.A * shape.K
 
-    def candidate(backend: str) -> Candidate:
-        return Candidate(lambda: inputs().ours(backend), matrices if backend == "reference" else 0)
+    def candidate(backend: str, project: str) -> Candidate:
+        needs = matrices if backend == "reference" else 0
+        return Candidate(lambda: inputs().ours(backend, project), needs)
 
     candidates = {"contrast off": Candidate(lambda: inputs().off())}
-    candidates |= {f"ours ({backend})": candidate(backend) for backend in backends}
+    candidates |= {
+        f"ours ({backend}), {project}": candidate(backend, project)
+        for backend in backends
+        for project in ("all", "used")
+    }
     candidates["loops + dense"] = Candidate(lambda: inputs().looped(), matrices)
     return Case(
         "network_step",
@@ -158,5 +187,5 @@ def case(shape: Images, dtype: str, device: str, backends: list[str], name: str 
         candidates,
         {},
         COUNTED,
-        "contrast off",
+        base="contrast off",
     )

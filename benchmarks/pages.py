@@ -10,6 +10,7 @@ from . import load, plots
 from .harness import Row
 from .report import digits, table
 from .results import FOLDER, CaseKey, Environment, Figures, Record, by_case, is_ours, read
+from .shapes import Images
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README, PLOTS = ROOT / "BENCHMARKS.md", ROOT / "README.md", ROOT / "benchmarks" / "plots"
@@ -139,7 +140,7 @@ def device_section(records: list[Record], slug: str, draw: bool) -> Iterator[str
 
 
 def telling(records: list[Record]) -> Iterator[list[str]]:
-    """The three figures of one device that a user would ask for first."""
+    """The figures of one device that a user would ask for first."""
     by_name = {
         (key[0], key[1], key[3]): Figures(rows) for key, rows in by_case(r.row for r in records).items()
     }
@@ -175,20 +176,24 @@ def telling(records: list[Record]) -> Iterator[list[str]]:
                 device,
                 f"{loops / own:.1f}x as fast as loops and the dense loss ({digits(own)} ms instead of {digits(loops)})",
             ]
-    for op, name, dtype in by_name:
+    for (op, _, sizes, _), rows in by_case(record.row for record in records).items():
         if op == "network_step":
-            figures = by_name[op, name, dtype]
+            figures = Figures(rows)
             ours = next(filter(is_ours, figures.methods))
-            off, own, loops = (
-                figures.get(method, "fwd+bwd", "min ms") for method in ("contrast off", ours, "loops + dense")
+            used = ours.replace(", all", ", used")
+            off, own, of_used, loops = (
+                figures.get(method, "fwd+bwd", "min ms")
+                for method in ("contrast off", ours, used, "loops + dense")
             )
-            model = "compact model" if "cpu" in ours else "DeepLabV3, ResNet-50"
-            if off and own and loops:
+            shape = Images.parse(sizes)
+            network = load(op).network_of(shape, "cpu" if "cpu" in ours else "cuda")
+            if off and own and of_used and loops:
+                of_all = "" if used == ours else f", {own / off - 1:.0%} if it projects every pixel"
                 yield [
-                    f"training step of the {model}, {name}",
+                    f"training step of the {network}: {shape.B} images of {shape.H}x{shape.W}, {shape.A} anchors",
                     device,
-                    f"the contrast adds {own / off - 1:.0%} to a step without it; by loops and the dense loss it adds "
-                    f"{loops / off - 1:.0%}",
+                    f"the contrast adds {of_used / off - 1:.0%} to a step without it{of_all}; by loops and the dense "
+                    f"loss it adds {loops / off - 1:.0%}",
                 ]
 
 

@@ -20,15 +20,20 @@ def digits(value: float | None) -> str:
 
 
 def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
-    """Header and one line for each method: milliseconds of each pass, and the rest of the last."""
+    """Header and one line for each method: milliseconds of each pass, and the rest of the last.
+
+    Where methods add to a base, what they add stands in place of their share of the floor.
+    """
     whole = figures.whole()
+    adds = any(metric == "time added" for _, _, metric in figures.values)
     ours = next(filter(is_ours, figures.methods), None)
     rate = next((name for name in ("TFLOP/s", "GB/s") if any(key[2] == name for key in figures.values)), None)
     header = ["method"]
     header += [f"{PART_NAMES[part]} ms" for part in figures.parts[:-1]]
     header += [f"{PART_NAMES[whole]} ms", "p20 - p80", "x ours"]
     header += [rate] if rate else []
-    header += ["of the floor", "extra MiB", "launches", "syncs"]
+    header += ["time added", "MiB added"] if adds else ["of the floor"]
+    header += ["extra MiB", "launches", "syncs"]
     lines = []
     for method in figures.methods:
 
@@ -36,7 +41,8 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
             return figures.get(method, part, metric)
 
         own, base = value("min ms"), figures.get(ours, whole, "min ms") if ours else None
-        share, p20, rounds = value("share of the floor"), value("p20 ms"), value("rounds") or 0
+        share, added = value("share of the floor"), value("time added")
+        p20, rounds = value("p20 ms"), value("rounds") or 0
         line = [method]
         line += [digits(value("p50 ms", part)) for part in figures.parts[:-1]]
         line += [
@@ -45,8 +51,11 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
             digits(own / base) if own is not None and base is not None else "",
         ]
         line += [digits(value(rate))] if rate else []
+        if adds:
+            line += [f"{added:.1%}" if added is not None else "", digits(value("MiB added"))]
+        else:
+            line += [f"{share:.0%}" if share is not None else ""]
         line += [
-            f"{share:.0%}" if share is not None else "",
             digits(value("extra MiB")),
             digits(value("launches")),
             digits(value("syncs")),

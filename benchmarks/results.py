@@ -180,7 +180,7 @@ def ratios(rows: Iterable[Row]) -> Iterator[Ratio]:
         for ours in filter(is_ours, figures.methods):
             for other in figures.methods:
                 if is_ours(other) and other.partition(")")[2] != ours.partition(")")[2]:
-                    continue  # with and without the gather
+                    continue  # with and without the gather, all and used
                 if other == ours:
                     continue
                 for part in figures.parts:

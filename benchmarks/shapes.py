@@ -59,7 +59,10 @@ class Maps(Sizes):
 
 @dataclass(frozen=True)
 class Images(Sizes):
-    """Batches of B images of H x W pixels and C classes, for A anchors of width D, with a bank of K keys."""
+    """Batches of B images of H x W pixels and C classes, for A anchors of width D, with a bank of K keys.
+
+    N is the width of the HRNet that they train; without it, it is the device's own network.
+    """
 
     B: int = 8
     H: int = 512
@@ -68,6 +71,7 @@ class Images(Sizes):
     A: int = 1024
     D: int = 256
     K: int = 190_000
+    N: int = 0
 
 
 # The authors' bank of Cityscapes holds 10,000 rows a class, half of that in their smaller setting; their setting with
@@ -95,6 +99,9 @@ BANKS = {name: ROWS[name].K for name in MAPS}
 STEPS = {name: replace(sizes, K=BANKS[name]) for name, sizes in MAPS.items()}
 IMAGES = {
     "camvid-half": Images(H=180, W=240, C=11, K=ROWS["camvid"].K),
+    "camvid-half-512": Images(H=180, W=240, C=11, A=512, K=ROWS["camvid"].K),
+    "hrnet-w18": Images(B=4, H=192, W=192, C=11, A=512, K=ROWS["camvid"].K, N=18),
+    "hrnet-w48": Images(B=4, H=192, W=192, C=11, A=512, K=ROWS["camvid"].K, N=48),
     "cityscapes": Images(),
 }
 

@@ -12,14 +12,15 @@ from torch import Tensor
 
 import pixcontrast_ext
 
-from . import OPS, clock, guard, infonce, load, pages, plots, results
+from . import OPS, clock, guard, infonce, load, network_step, pages, plots, results
 from . import __main__ as cli
 from .baselines.dense import dense_infonce
 from .clock import Call, Lap, count_launches, interleave
 from .harness import Candidate, Case, Incorrect, Method, Row, Settings, Unavailable, Work, measure
 from .memory import host_peaks_apart
+from .report import table
 from .results import Environment, Figures, Ratio, Record, ratios
-from .shapes import MAPS, ROWS, Rows, select
+from .shapes import IMAGES, MAPS, ROWS, Images, Rows, select
 from .terminal import Terminal
 
 FAST = Settings(seconds=0.0, rounds=(3, 3), memory=False)
@@ -89,6 +90,14 @@ def test_rates_and_shares_follow_from_the_fastest_round() -> None:
     p20, p50, p80 = (value(rows, "ours", f"p{at} ms") for at in (20, 50, 80))
     assert own <= p20 <= p50 <= p80
     assert value(rows, "ours", "rounds") == 3
+
+
+def test_what_a_method_adds_is_counted_from_the_base() -> None:
+    case = dataclasses.replace(case_of(off=method(), ours=method()), floor=None, base="off")
+    rows = measure(case, FAST)
+    own, off = (value(rows, name, "min ms") for name in ("ours", "off"))
+    assert value(rows, "ours", "time added") == pytest.approx(own / off - 1)
+    assert {row.method for row in rows if row.metric == "time added"} == {"ours"}
 
 
 def test_a_single_round_is_every_percentile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,11 +251,30 @@ def test_a_wrong_loss_is_caught_at_its_shape() -> None:
     assert all(error > limit for error, limit in bad.values())
 
 
+def test_a_step_that_projects_what_is_used_has_the_head_read_rows_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[tuple[int, ...]] = []
+    forward = pixcontrast_ext.ProjectionHead.forward
+
+    def watched(head: pixcontrast_ext.ProjectionHead, features: Tensor) -> Tensor:
+        read.append(tuple(features.shape))
+        return forward(head, features)
+
+    monkeypatch.setattr(pixcontrast_ext.ProjectionHead, "forward", watched)
+    inputs = network_step.Inputs(Images(B=2, H=32, W=48, C=3, A=16, D=8, K=60), "cpu")
+    inputs.off().train()
+    assert read == []
+    inputs.ours("reference", "all").train()
+    inputs.ours("reference", "used").train()
+    assert read == [(2, 128, 8, 12), (1, 128, 16 + 4096, 1)]
+
+
 # Shapes
 
 
 def test_shapes_are_read_as_they_are_written() -> None:
-    for shape in (ROWS["coco-stuff"], ROWS["in-batch"], MAPS["camvid"]):
+    for shape in (ROWS["coco-stuff"], ROWS["in-batch"], MAPS["camvid"], IMAGES["hrnet-w48"]):
         assert type(shape).parse(str(shape)) == shape
     with pytest.raises(ValueError, match="'H3' of shape 'A5-H3' is no size of Rows"):
         Rows.parse("A5-H3")
@@ -374,6 +402,44 @@ def test_check_names_what_fell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_the_page_and_the_readme_say_what_the_results_say() -> None:
     for path, text in pages.pages(draw=False).items():
         assert path.read_text() == text, f"{path.name}: run python -m benchmarks.pages"
+
+
+def test_what_a_step_adds_is_told() -> None:
+    def told(shape: Images, **milliseconds: float) -> list[list[str]]:
+        names = {"off": "contrast off", "loops": "loops + dense"}
+        rows = [
+            Row("network_step", "", str(shape), "fp32", names.get(name, name), "fwd+bwd", "min ms", figure)
+            for name, figure in milliseconds.items()
+        ]
+        return list(pages.telling([Record(each, ABOUT) for each in rows]))
+
+    compact, hrnet = Images(B=8, H=180, W=240), Images(B=4, H=64, W=96, A=512, N=48)
+    ours = {"ours (cpu), all": 140.0, "ours (cpu), used": 107.0}
+    assert told(hrnet, off=100.0, **ours, loops=370.0) == [
+        [
+            "training step of the HRNet-W48: 4 images of 64x96, 512 anchors",
+            "a device",
+            "the contrast adds 7% to a step without it, 40% if it projects every pixel; by loops and the dense loss it "
+            "adds 270%",
+        ]
+    ]
+    ((what, _, before),) = told(compact, off=100.0, **{"ours (cpu)": 149.0}, loops=370.0)  # had no "used" yet
+    assert what == "training step of the compact model: 8 images of 180x240, 1024 anchors"
+    assert before == "the contrast adds 49% to a step without it; by loops and the dense loss it adds 270%"
+
+
+def test_a_table_has_what_is_added_or_the_share_of_the_floor() -> None:
+    rows = [
+        row("a", "off", "min ms", 100.0),
+        row("a", "ours", "min ms", 107.5),
+        row("a", "ours", "time added", 0.075),
+        row("a", "ours", "MiB added", 12.0),
+    ]
+    header, lines = table(Figures(rows))
+    added = [dict(zip(header, line, strict=True)) for line in lines]
+    assert [(each["time added"], each["MiB added"]) for each in added] == [("", ""), ("7.5%", "12")]
+    assert "of the floor" not in header
+    assert "of the floor" in table(Figures(rows[:2]))[0]
 
 
 def test_plots_follow_one_size_at_a_time() -> None:

@@ -24,7 +24,10 @@ SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     "gather": {"B4-D64-H64-W128-C19-A1024": ("fp32", "bf16")},
     "enqueue": {"B4-D64-H64-W128-C19-A1024": ("fp32", "bf16")},
     "training_step": {"B4-D64-H64-W128-C19-A512-K9500": ("fp32",)},
-    "network_step": {"B2-H96-W128-C11-A256-D64-K2200": ("fp32",)},
+    "network_step": {
+        "B2-H96-W128-C11-A256-D64-K2200": ("fp32",),
+        "B2-H64-W64-C11-A256-D64-K2200-N18": ("fp32",),
+    },
 }
 
 

@@ -8,26 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.library import Library
 
 import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from tools import processes
+from tools.torchvision_ops import declare_missing_ops
 
-# The torchvision of the package index is built for CUDA. With a CPU-only torch its library does not load, and importing
-# it then fails for lack of these two ops, which nothing here calls.
-if torch.version.cuda is None and find_spec("torchvision") and not version("torchvision").endswith("+cpu"):
-    TORCHVISION_OPS = Library("torchvision", "DEF")
-    for _op in ("nms", "qnms"):
-        TORCHVISION_OPS.define(f"{_op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_missing_ops()
 
 
 @pytest.fixture(autouse=True, scope="module")
