@@ -27,6 +27,9 @@ OPS = {
     "enqueue": "Enqueue",
 }
 
+RIVALS = ("dense", "chunked loop", "loops", "pytorch-metric-learning")
+"""How the names of methods begin that do all of the work."""
+
 
 def markdown(header: list[str], lines: list[list[str]]) -> list[str]:
     align = ["---"] + ["---:"] * (len(header) - 1)
@@ -91,6 +94,35 @@ def case_tables(op: str, cases: dict[CaseKey, list[Row]]) -> Iterator[str]:
         yield ""
 
 
+def verdict(op: str, cases: dict[CaseKey, list[Row]]) -> str:
+    """Where ours is ahead of what does the same work, and where it is not; empty if nothing else does it."""
+    least: dict[str, tuple[float, str]] = {}  # by case, the rival that comes nearest
+    for (of_op, name, _, dtype), rows in cases.items():
+        if of_op != op:
+            continue
+        figures = Figures(rows)
+        times = {method: figures.get(method, figures.whole(), "min ms") for method in figures.methods}
+        for rival in filter(lambda method: method.startswith(RIVALS), figures.methods):
+            of_kind = rival.partition(", ")[
+                2
+            ]  # a strategy of mining, that ours of the same name is held against
+            ours = [method for method in figures.methods if is_ours(method)]
+            ours = [method for method in ours if of_kind and method.endswith(f", {of_kind}")] or ours
+            fastest = min((time for method in ours if (time := times[method])), default=None)
+            if fastest is not None and (time := times[rival]):
+                nearest = least.get(f"{name} {dtype}", (float("inf"), ""))
+                least[f"{name} {dtype}"] = min(nearest, (time / fastest, rival))
+    if not least:
+        return ""
+    behind = {case: found for case, found in least.items() if found[0] < 1}
+    ahead = [ratio for ratio, _ in least.values() if ratio >= 1]
+    text = f"Ours is ahead of all that do the same work in {len(ahead)} of {len(least)} cases"
+    if ahead:
+        text += f": the nearest takes {min(ahead):.2f} to {max(ahead):.2f} times as long"
+    listed = ", ".join(f"{case} ({rival} takes {ratio:.2f})" for case, (ratio, rival) in behind.items())
+    return f"{text}. {f'Behind at {listed}.' if behind else 'It is behind in none.'}"
+
+
 def notes(op: str) -> str:
     """The docstring of an op's module, and the work that it counts."""
     module = load(op)
@@ -127,6 +159,9 @@ def device_section(records: list[Record], slug: str, draw: bool) -> Iterator[str
         yield ""
         yield notes(op)
         yield ""
+        if said := verdict(op, cases):
+            yield f"**{said}**"
+            yield ""
         if op == "infonce":
             yield from overview(cases)
             yield ""

@@ -428,6 +428,35 @@ def test_what_a_step_adds_is_told() -> None:
     assert before == "the contrast adds 49% to a step without it; by loops and the dense loss it adds 270%"
 
 
+def test_a_verdict_names_the_cases_that_are_behind() -> None:
+    def case(name: str, **milliseconds: float) -> list[Row]:
+        return [
+            Row("infonce", name, "A4", "fp32", method.replace("_", " "), "fwd+bwd", "min ms", figure)
+            for method, figure in milliseconds.items()
+        ]
+
+    rows = case("large", ours=10.0, dense=40.0, chunked_loop=25.0, two_bare_products=5.0)
+    assert pages.verdict("infonce", results.by_case(rows)) == (
+        "Ours is ahead of all that do the same work in 1 of 1 cases: the nearest takes 2.50 to 2.50 times as long. "
+        "It is behind in none."
+    )
+    rows += case("small", ours=10.0, dense=9.0)
+    assert pages.verdict("infonce", results.by_case(rows)).endswith(
+        "Behind at small fp32 (dense takes 0.90)."
+    )
+    mined = {
+        "ours (cpu), random": 1.0,
+        "ours (cpu), hardest": 20.0,
+        "dense, random": 5.0,
+        "dense, hardest": 10.0,
+    }
+    rows = [Row("mining", "a", "A4", "fp32", name, "fwd+bwd", "min ms", time) for name, time in mined.items()]
+    assert pages.verdict("mining", results.by_case(rows)).endswith(
+        "Behind at a fp32 (dense, hardest takes 0.50)."
+    )
+    assert pages.verdict("gather", results.by_case(rows)) == ""
+
+
 def test_a_table_has_what_is_added_or_the_share_of_the_floor() -> None:
     rows = [
         row("a", "off", "min ms", 100.0),
