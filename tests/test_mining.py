@@ -235,6 +235,25 @@ def test_negatives_that_share_the_labels_of_the_keys(backend, instruction_set):
     assert error(losses[0], losses[1].double()) <= 1e-5
 
 
+def test_negatives_that_are_the_first_of_the_keys(backend, instruction_set):
+    """They begin where the keys do, and are fewer; and of a batch with itself no symmetric matrix of scores."""
+    anchors, anchor_labels, keys, key_labels = unit_rows(20, 60, 8, 3)
+    mining = Mining("hardest", negatives=3, positives=3)
+    for rows, row_labels in ((anchors, anchor_labels), (keys, key_labels)):
+        for most, few in ((60, 10), (10, 60)):
+            contrast = (rows, row_labels, keys[:most], key_labels[:most])
+            negatives = keys[:few], key_labels[:few]
+            apart = negatives[0].clone(), negatives[1].clone()
+            found = infonce(*contrast, temperature=0.1, negatives=negatives, backend=backend)
+            expected = infonce(*contrast, temperature=0.1, negatives=apart, backend="reference")
+            assert error(found, expected.double()) <= 1e-5
+            thresholds = [
+                score_thresholds(*contrast, mining, negatives=each, backend=name)
+                for name, each in ((backend, negatives), ("reference", apart))
+            ]
+            assert all((a - b).abs().nan_to_num().max() <= BIN for a, b in zip(*thresholds, strict=True))
+
+
 def test_more_negatives_than_there_are_ever():
     rows, labels = F.normalize(torch.randn(30, 8), dim=1), torch.arange(30) % 3
     kept = score_thresholds(rows, labels, rows, labels, Mining("hardest", negatives=2**31 - 1))

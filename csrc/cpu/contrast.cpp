@@ -124,15 +124,20 @@ std::vector<int64_t> tiles_of(const int32_t* labels, int64_t num_keys) {
   }
 }
 
+// The first of the keys, which begin there too, are other negatives.
+bool negatives_are_keys(const ContrastRows& call) {
+  return call.num_negatives == call.num_keys && call.negatives.data == call.keys.data &&
+         call.negative_labels == call.key_labels;
+}
+
 // The keys of a call, cut into tiles.
 class Keys {
  public:
   Keys(const ContrastRows& call, bool with_gradient)
       : call_(call),
         tiles_(tiles_of(call.key_labels, call.num_keys)),
-        negative_tiles_(call.negatives.data == call.keys.data && call.negative_labels == call.key_labels
-                            ? tiles_
-                            : tiles_of(call.negative_labels, call.num_negatives)),
+        negative_tiles_(negatives_are_keys(call) ? tiles_
+                                                 : tiles_of(call.negative_labels, call.num_negatives)),
         num_panels_(std::clamp(call.threads, 2, kMostPanels)) {
     const int64_t rows = num_panels_ * (with_gradient ? 2 : 1) * kFusedBlockK;
     panels_ =
@@ -189,8 +194,7 @@ class Symmetric {
 
 bool is_symmetric(const ContrastRows& call) {
   return call.num_keys == call.num_anchors && call.keys.data == call.anchors.data &&
-         call.key_labels == call.anchor_labels && call.negatives.data == call.keys.data &&
-         call.negative_labels == call.key_labels;
+         call.key_labels == call.anchor_labels && negatives_are_keys(call);
 }
 
 // What rows without a label keep.
