@@ -277,9 +277,9 @@ class MemoryBank(nn.Module):
         images: int,
         backend: str,
     ) -> None:
-        """`append` of pixels that have been drawn from some images; a region is the mean of those that were.
+        """`append` of pixels that have been drawn from some images; a region is the mean of the pixels drawn.
 
-        Of each, `groups` says where it is from: image x num_classes + class, or -1 for nothing.
+        `groups` says where each is from: image x num_classes + class, or -1 for a row that is padding.
         """
         rows, row_labels = enqueue.collect(
             embeddings,

@@ -86,16 +86,16 @@ class PixelContrastLoss(nn.Module):
     as `DistributedDataParallel` needs it to reduce its gradients, give a function around it, like
     `lambda features: model.head(features)`: nothing is registered, its mode is the model's, and its running statistics
     are updated whenever it is called in training mode, from zeros too. DDP reduces gradients wherever the head is
-    called, but with `find_unused_parameters=True` it looks for the head in the model's own outputs, does not find it
-    there, and fails. With `SyncBatchNorm`, the zeros of a rank without labels count in all ranks' statistics.
+    called, but with `find_unused_parameters=True` it takes the head's parameters for unused, since no output of the
+    model depends on them, and fails. With `SyncBatchNorm`, the zeros of a rank without labels count in all ranks' statistics.
 
     **Autocast.** Under `torch.autocast` the contrast multiplies in its dtype, whatever that of embeddings and bank, see
     `infonce`; the loss is in fp32. What is enqueued keeps the bank's dtype. A bank of another dtype is copied to that
     of the products in every call: `MemoryBank(dtype=)` avoids it.
 
     **Activation checkpointing** around the loss recomputes it within the backward, when the bank holds the batch
-    already, the warm-up has counted the call, and a `generator` of its own draws anew: each raises an error. With none
-    of the three it is right.
+    already, the warm-up has counted the call, and a `generator` of its own draws anew: each raises an error. Without
+    these three, checkpointing works.
 
     Args:
         num_classes: classes are 0 to num_classes - 1.

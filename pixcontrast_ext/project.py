@@ -66,7 +66,7 @@ def project(
 ) -> Tensor:
     """Read the features of pixels and pass them through the head, all of them as one map, [1, C_in, N, 1].
 
-    The anchors come first. Batch norm sees none but pixels with a label: rows of padding repeat the others in turn. If
+    The anchors come first. Batch norm sees only labelled pixels: rows of padding repeat the others in turn. If
     there are none at all, rows are 0. The statistics of a head that is a module stay as they are then, and in a call
     that does not train.
 
@@ -99,7 +99,7 @@ def project(
 def _stand_ins(labels: Tensor) -> Tensor:
     """For each row the one that is read in its place: itself, or for the n-th of padding the n-th of the others.
 
-    Counted in a circle, if there is more padding than others.
+    If there is more padding than others, it begins again with the first.
     """
     padding = labels < 0
     others_first = padding.to(torch.uint8).argsort(stable=True)
@@ -111,10 +111,10 @@ def _stand_ins(labels: Tensor) -> Tensor:
 def _call(head: Head, maps: Tensor, some: Tensor, trains: bool) -> Tensor:
     """Call the head, and have its buffers as they were unless it trains and `some` row holds a pixel."""
     buffers = dict(head.named_buffers()) if isinstance(head, nn.Module) and head.training else {}
-    if not buffers:
-        return head(maps)
+    if not buffers or any(nn.parameter.is_lazy(buffer) for buffer in buffers.values()):
+        return head(maps)  # a lazy module makes its buffers in its first call
     assert isinstance(head, nn.Module)
-    # Updated are copies, which nobody writes again: a graph holds on to running statistics for its backward.
+    # The head updates copies, which nobody writes again: a graph holds on to running statistics for its backward.
     updated = {name: buffer.clone() for name, buffer in buffers.items()}
     embeddings: Tensor = torch.func.functional_call(head, updated, (maps,))
     if trains:

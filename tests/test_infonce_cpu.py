@@ -175,6 +175,28 @@ def test_few_anchors_of_a_class_take_keys_as_they_lie(instruction_set):
             assert error(found[4], expected) <= 1e-6 + weight_rounding("cpu", dtype)
 
 
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_scores_beyond_all_room_for_a_shift(instruction_set, in_batch):
+    """fp32 scores of this size are 128 apart: a product fused with the subtraction of a shift would be off by that."""
+    rows = F.normalize(torch.randn(150, 64), dim=1) * 1e4
+    labels = torch.arange(150, dtype=torch.int32) % 4
+    anchors, anchor_labels = (rows, labels) if in_batch else (rows[:70].clone(), labels[:70].clone())
+    found, expected = (
+        infonce(
+            anchors.to(kind), anchor_labels, anchors.to(kind) if in_batch else rows.to(kind), labels,
+            temperature=0.1, reduction="none", exclude_self=in_batch, backend=backend,
+        )
+        for kind, backend in ((torch.float32, "cpu"), (torch.float64, "reference"))
+    )  # fmt: skip
+    assert error(found, expected) <= 2e-3
+    huge = anchors / 1e4
+    huge[3, 2] = 3e38
+    loss, *_, grad = with_each_other(huge, anchor_labels, True)
+    expected, _ = reference.infonce_per_anchor(huge, anchor_labels, huge, anchor_labels, 0.1, True)
+    assert not loss[~expected.isfinite()].isfinite().any()
+    assert not grad[~loss.isfinite()].isfinite().all(dim=1).any()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_anchors_with_each_other_hide_nothing(instruction_set, value):
     """A non-finite anchor in the first and last places of panels and sides must show in the loss of all others."""

@@ -350,6 +350,15 @@ def test_two_calls_before_a_backward():
 # In a trainer
 
 
+def test_a_lazy_head_is_made_by_its_first_call():
+    lazy = nn.Sequential(nn.LazyConv2d(WIDTH, 1), nn.LazyBatchNorm2d())
+    loss = PixelContrastLoss(4, bank=bank_of(), head=lazy, min_pixels=1)
+    for times in (1, 2):
+        loss(*maps())
+        assert lazy[1].num_batches_tracked == times
+    assert lazy[0].in_channels == CHANNELS
+
+
 def test_a_module_is_a_part_of_the_loss_and_a_function_is_not():
     features, labels, logits = batch((2, CHANNELS, 8, 9))
     owner = head_of("convmlp")

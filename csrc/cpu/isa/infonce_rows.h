@@ -38,7 +38,7 @@ float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t 
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    float weight = exp2(scores[j] * scale - shift);
+    float weight = exp2(rounded(scores[j] * scale) - shift);
     if (Mined) weight = scores[j] < least ? 0.f : weight;
     if (Masked) weight = key_labels[j] == label ? 0.f : weight;
     scores[j] = weight;
@@ -51,7 +51,8 @@ template <bool Masked, bool Mined>
 void negatives_row(const NegativesParams& p, int64_t i, float* scores) {
   const int32_t label = Masked ? p.anchor_labels[i] : -1;
   const float least = Mined ? p.neg_min[i] : 0.f;
-  const float maximum = row_maximum<Masked, Mined>(scores, p.num_keys, p.key_labels, label, least) * p.scale;
+  const float maximum =
+      rounded(row_maximum<Masked, Mined>(scores, p.num_keys, p.key_labels, label, least) * p.scale);
   if (maximum > p.shift[i] + kSlack || (p.shift[i] == -INFINITY && maximum > -INFINITY)) {
     const float factor = exp2(p.shift[i] - maximum);
     p.shift[i] = maximum;
@@ -95,7 +96,7 @@ void positives_row(const PositivesParams& p, int64_t i, float* scores) {
 #pragma omp simd reduction(+ : loss, weight, left_out)
   for (int32_t j = 0; j < num_keys; ++j) {
     float softplus, sigmoid;
-    softplus_sigmoid(neg_lse_log2 - scores[j] * p.scale, &softplus, &sigmoid);
+    softplus_sigmoid(neg_lse_log2 - rounded(scores[j] * p.scale), &softplus, &sigmoid);
     const int32_t out = Mined ? (j == self) | (scores[j] >= end) : j == self;
     softplus = out ? 0.f : softplus;
     sigmoid = out ? 0.f : sigmoid;
@@ -189,7 +190,7 @@ void score_gradients_row(const ScoreGradientParams& p, int64_t i, float* scores)
   const float* pos_max = Mined ? p.pos_max : p.push;
 #pragma omp simd
   for (int64_t j = 0; j < p.num_anchors; ++j) {
-    const float dot = scores[j], score = dot * p.scale, low = neg_min[j], high = pos_max[j];
+    const float dot = scores[j], score = rounded(dot * p.scale), low = neg_min[j], high = pos_max[j];
     const bool positive = Mixed && p.anchor_labels[j] == label;
     float ds = score_gradient(score, positive, p.neg_lse_log2[j], p.push[j], p.pull[j]);
     if (Mined) ds = taking_part(dot, positive, low, high, ds);

@@ -66,13 +66,13 @@ class Tournament {
 #pragma omp barrier
   }
 
-  // Calls visit(tile) for this thread's part of the tiles, all or those that are mixed. What it changes of an
-  // anchor only those tiles read that the anchor is of.
+  // Calls visit(tile) for this thread's part of the tiles, all or those that are mixed. It may change
+  // what belongs to an anchor of the tile, which no other thread reads or writes meanwhile.
   template <class Visit>
   void visit(bool all, Visit visit) {
     for (int64_t side = thread_; side < sides_; side += num_threads_) visit(tile_of(side, side));
 #pragma omp barrier
-    // The last side, which is nobody where their number is odd, stays; the others move around the table.
+    // The last side stays and the others move around the table. If their number is odd, the last is nobody.
     const int64_t players = sides_ + sides_ % 2;
     for (int64_t round = 0; round < players - 1; ++round) {
       bool met = false;

@@ -23,7 +23,7 @@ constexpr int kRegisters = 32;
 using Vector = __m512;
 using Words = __m512i;
 
-// The first n lanes, of which a load or a store touches no other.
+// The first n lanes: a load or a store touches no memory beyond them.
 struct Lanes {
   __mmask16 mask;
   explicit Lanes(int64_t n) : mask(_cvtu32_mask16(n >= 16 ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1)) {}

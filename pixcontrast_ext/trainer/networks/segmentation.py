@@ -18,7 +18,7 @@ class ProjectingModel(nn.Module):
     """Whether it leaves the head, in training, to the loss, which projects only the pixels that it uses."""
 
     def embedded(self, features: Tensor) -> dict[str, Tensor]:
-        """The features' embeddings as "embed"; in training, if the head is deferred, themselves as "features"."""
+        """The features' embeddings as "embed"; in training, if the head is deferred, the features as "features"."""
         if self.embed_head is None:
             return {}
         if self.training and self.defers_head:
