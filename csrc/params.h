@@ -147,7 +147,7 @@ struct WriteParams : Write {
 
 // InfoNCE on the CPU is a loop over tiles. With AVX2 and AVX-512 most of it makes its own products
 // (ContrastRows); elsewhere, and in the backward of keys, they are torch's, and these are the steps between
-// them. `scale` is log2(e) / temperature throughout: shifts and log-sum-exps are in units of log2.
+// them. `scale` is log2(e) / temperature throughout: log-sum-exps are in units of log2.
 
 struct WidenParams {
   ConstRows source;        // [?, D]
@@ -179,14 +179,14 @@ struct CollectKeysParams {
 };
 
 struct NegativesParams {
-  float* scores;  // [rows, keys] in: dot products; out: exp2(score - shift), 0 for positives
+  float* scores;  // [rows, keys] in: dot products; out: exp2((dot product - shift) * scale), 0 for positives
   int64_t num_rows, num_keys;
   const int32_t* anchor_labels;  // [rows]
   const int32_t* key_labels;     // [keys], or null if every key is a negative of every row
   const float* neg_min;          // [rows], dot products below it take no part; or null
   float scale;
-  float* shift;   // [rows] in and out: running shift, log2 units
-  float* sum;     // [rows] in and out: sum of exp2(score - shift)
+  float* shift;   // [rows] in and out: running shift, a dot product
+  float* sum;     // [rows] in and out: sum of exp2((dot product - shift) * scale)
   float* output;  // [rows, D] in and out: rescaled when the shift moves; null without gradient
   int64_t channels;
   int32_t threads;
@@ -280,7 +280,7 @@ struct ContrastBackwardParams {
 struct FinishParams {
   int64_t num_rows, channels;
   const int64_t* anchor_index;   // [rows], where row i goes in the outputs
-  const float* shift;            // [rows], log2 units
+  const float* shift;            // [rows], dot products
   const float* sum;              // [rows]
   const float* weight_sum;       // [rows] of the weights that O is made of: sum, unless they were rounded
   const float* negatives;        // [rows, D] O of pass 1, not yet divided by sum; null without gradient
@@ -288,6 +288,7 @@ struct FinishParams {
   const double* loss_sum;        // [rows]
   const double* pos_weight_sum;  // [rows]
   const int64_t* pos_counts;     // [rows]
+  float scale;
   float temperature;
   float* loss;         // [A] out, eq. (3)
   float* neg_lse;      // [A] out, eq. (1)
@@ -296,8 +297,8 @@ struct FinishParams {
   float* anchor_grad;  // [A, D] out, eq. (6) without the upstream gradient; null without gradient
   int32_t threads;
   PXC_FIELDS((), num_rows, channels, anchor_index, shift, sum, weight_sum, negatives, positives, loss_sum,
-             pos_weight_sum, pos_counts, temperature, loss, neg_lse, pos_weight, pos_count, anchor_grad,
-             threads)
+             pos_weight_sum, pos_counts, scale, temperature, loss, neg_lse, pos_weight, pos_count,
+             anchor_grad, threads)
 };
 
 struct ScoreGradientParams {

@@ -253,6 +253,7 @@ class Sums {
                              .loss_sum = loss_sum_.data(),
                              .pos_weight_sum = pos_weight_sum_.data(),
                              .pos_counts = pos_counts_.data(),
+                             .scale = float(kLog2E / call_.temperature),
                              .temperature = float(call_.temperature),
                              .loss = call_.loss,
                              .neg_lse = call_.neg_lse,

@@ -68,8 +68,8 @@ struct ForwardSums {
   float scale;
   const float* neg_min;    // [rows], dot products with negatives below it take no part; or null
   const float* pos_max;    // [rows], dot products with positives from it on take no part; or null
-  float* shift;            // [rows] in (-inf) and out: running shift, log2 units
-  float* sum;              // [rows] in (0) and out: of exp2(score - shift)
+  float* shift;            // [rows] in (-inf) and out: running shift, a dot product
+  float* sum;              // [rows] in (0) and out: of exp2((dot product - shift) * scale)
   float* weight_sum;       // [rows] in (0) and out: of the bf16 weights that O is made of; unused by fp32
   float* neg_lse_log2;     // [rows] out
   float* negatives;        // [rows, D] in (0) and out: O of pass 1, times sum; null without gradient

@@ -3,7 +3,7 @@
 // product.
 //
 // The anchors are sorted by class, so "own class" is a range. Pass 1 (negatives) keeps a running sum of
-// exp2(score - shift) per anchor.
+// exp2((dot product - shift) * scale) per anchor.
 //
 // This file is compiled once for each instruction set (PXC_ISA), so nothing in it may be shared with another
 // translation unit: no standard templates, only loops.
@@ -59,9 +59,10 @@ void finish(const FinishParams& p) {
     const int64_t row = p.anchor_index[i], count = p.pos_counts[i];
     const double per_positive = count > 0 ? 1.0 / double(count) : 0.0;
     const bool has_negative = p.sum[i] != 0.f;  // NaN counts as one
-    p.neg_lse[row] = has_negative
-                         ? float((double(p.shift[i]) + std::log2(double(p.sum[i]))) * 0.6931471805599453)
-                         : -INFINITY;
+    p.neg_lse[row] =
+        has_negative
+            ? float((double(p.shift[i]) * p.scale + std::log2(double(p.sum[i]))) * 0.6931471805599453)
+            : -INFINITY;
     p.loss[row] = count > 0 ? float(p.loss_sum[i] * per_positive) : 0.f;
     p.pos_weight[row] = float(p.pos_weight_sum[i]);
     p.pos_count[row] = int32_t(count);

@@ -296,7 +296,7 @@ class Forward {
       // cancels.
       for (int64_t i = rows.start; i < rows.stop; ++i) {
         const int64_t row = i - rows.start;
-        if (p_.shift[i] != shifts[row]) p_.weight_sum[i] *= exp2(shifts[row] - p_.shift[i]);
+        if (p_.shift[i] != shifts[row]) p_.weight_sum[i] *= exp2((shifts[row] - p_.shift[i]) * p_.scale);
         p_.weight_sum[i] += Multiply::round(walk_.scores(row), walk_.tile().count, rounded_[row]);
       }
       walk_.add_keys(rows, rounded_[0], panels, p_.negatives);
@@ -354,7 +354,7 @@ void forward(const FusedForwardParams& p) {
 #pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < p.num_rows; ++i)
-      p.neg_lse_log2[i] = float(p.shift[i] + std::log2(double(p.sum[i])));
+      p.neg_lse_log2[i] = float(double(p.shift[i]) * p.scale + std::log2(double(p.sum[i])));
     forward.positives();
   }
 }

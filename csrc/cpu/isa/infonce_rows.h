@@ -2,8 +2,10 @@
 // in place, in cache. `infonce.cpp` calls it between torch's products, `infonce_fused.cpp` between its own.
 //
 // The shift of pass 1 follows the running maximum lazily: it moves only once the maximum has outgrown it by
-// kSlack, because every move rescales a row of O. Any shift gives the same result as long as nothing
-// overflows, and 2^kSlack times the number of keys is far from that.
+// kSlack, because every move rescales a row of O. It is a dot product as they are, and subtracted before the
+// scale is applied: of huge products a compiler that fuses the scale with the subtraction would leave
+// rounding errors, and hide an overflow. Any shift gives the same result as long as nothing overflows, and
+// 2^kSlack times the number of keys is far from that.
 #pragma once
 
 #include <cmath>
@@ -38,7 +40,7 @@ float exponentials(float* scores, int64_t n, const int32_t* key_labels, int32_t 
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    float weight = exp2(rounded(scores[j] * scale) - shift);
+    float weight = exp2((scores[j] - shift) * scale);
     if (Mined) weight = scores[j] < least ? 0.f : weight;
     if (Masked) weight = key_labels[j] == label ? 0.f : weight;
     scores[j] = weight;
@@ -51,10 +53,9 @@ template <bool Masked, bool Mined>
 void negatives_row(const NegativesParams& p, int64_t i, float* scores) {
   const int32_t label = Masked ? p.anchor_labels[i] : -1;
   const float least = Mined ? p.neg_min[i] : 0.f;
-  const float maximum =
-      rounded(row_maximum<Masked, Mined>(scores, p.num_keys, p.key_labels, label, least) * p.scale);
-  if (maximum > p.shift[i] + kSlack || (p.shift[i] == -INFINITY && maximum > -INFINITY)) {
-    const float factor = exp2(p.shift[i] - maximum);
+  const float maximum = row_maximum<Masked, Mined>(scores, p.num_keys, p.key_labels, label, least);
+  if ((maximum - p.shift[i]) * p.scale > kSlack || (p.shift[i] == -INFINITY && maximum > -INFINITY)) {
+    const float factor = exp2((p.shift[i] - maximum) * p.scale);
     p.shift[i] = maximum;
     p.sum[i] *= factor;
     if (p.output) {
@@ -96,7 +97,7 @@ void positives_row(const PositivesParams& p, int64_t i, float* scores) {
 #pragma omp simd reduction(+ : loss, weight, left_out)
   for (int32_t j = 0; j < num_keys; ++j) {
     float softplus, sigmoid;
-    softplus_sigmoid(neg_lse_log2 - rounded(scores[j] * p.scale), &softplus, &sigmoid);
+    softplus_sigmoid(neg_lse_log2 - scores[j] * p.scale, &softplus, &sigmoid);
     const int32_t out = Mined ? (j == self) | (scores[j] >= end) : j == self;
     softplus = out ? 0.f : softplus;
     sigmoid = out ? 0.f : sigmoid;
@@ -190,7 +191,7 @@ void score_gradients_row(const ScoreGradientParams& p, int64_t i, float* scores)
   const float* pos_max = Mined ? p.pos_max : p.push;
 #pragma omp simd
   for (int64_t j = 0; j < p.num_anchors; ++j) {
-    const float dot = scores[j], score = rounded(dot * p.scale), low = neg_min[j], high = pos_max[j];
+    const float dot = scores[j], score = dot * p.scale, low = neg_min[j], high = pos_max[j];
     const bool positive = Mixed && p.anchor_labels[j] == label;
     float ds = score_gradient(score, positive, p.neg_lse_log2[j], p.push[j], p.pull[j]);
     if (Mined) ds = taking_part(dot, positive, low, high, ds);

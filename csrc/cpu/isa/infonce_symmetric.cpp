@@ -215,7 +215,7 @@ void forward(const SymmetricForwardParams& p) {
     });
 #pragma omp for
     for (int64_t i = 0; i < p.num_rows; ++i)
-      p.neg_lse_log2[i] = float(p.shift[i] + std::log2(double(p.sum[i])));
+      p.neg_lse_log2[i] = float(double(p.shift[i]) * p.scale + std::log2(double(p.sum[i])));
     tournament.visit(false, [&](const Tile& both) {
       from_both_sides(both, [&](const Tile& tile) {
         each_row_of_class(p, tile, [&](int64_t i, float* scores, Range own) {

@@ -11,16 +11,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// A product rounded by itself. Fused with a sum, as compilers do, it would not be the one that a shift was
-// taken from, and of huge scores the difference is huge.
-inline float rounded(float product) {
-#if __has_builtin(__builtin_assoc_barrier)
-  return __builtin_assoc_barrier(product);
-#else
-  return product;
-#endif
-}
-
 // 2^x. Results below 2^-126 become 0, and those from 2^127.5 up become inf. Adding 1.5 * 2^23 rounds x to an
 // integer, which is then in the low bits of the sum.
 inline float exp2(float x) {

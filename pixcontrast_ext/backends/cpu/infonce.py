@@ -148,7 +148,7 @@ class _Sums:
 
     def __init__(self, size: int, channels: int, with_grad: bool):
         self.shift = torch.full((size,), -math.inf, dtype=torch.float32)
-        self.sum = torch.zeros(size, dtype=torch.float32)  # of exp2(score - shift)
+        self.sum = torch.zeros(size, dtype=torch.float32)  # of exp2((dot product - shift) * scale)
         self.loss_sum = torch.zeros(size, dtype=torch.float64)
         self.pos_weight_sum = torch.zeros(size, dtype=torch.float64)
         self.pos_counts = torch.zeros(size, dtype=torch.int64)
@@ -224,6 +224,7 @@ def _forward(call: InfonceForward, negatives: _Rows, neg_min: Tensor | None, pos
             anchor_index=block.index,
             **vars(sums),
             weight_sum=sums.sum,
+            scale=LOG2_E / call.temperature,
             temperature=call.temperature,
             **outputs,
             threads=torch.get_num_threads(),
@@ -295,7 +296,7 @@ class _Walk:
                 sums.positives[start:stop].addmm_(sigma, tile)
 
         self._each_negative_tile(block, negatives)
-        neg_lse_log2 = sums.shift + sums.sum.log2()
+        neg_lse_log2 = sums.shift * scale + sums.sum.log2()
         self._each_positive_tile(block, positives)
 
     def count(self, block: _AnchorBlock, exclude_self: bool, neg_counts: Tensor, pos_counts: Tensor) -> None:
