@@ -87,7 +87,8 @@ class PixelContrastLoss(nn.Module):
     `lambda features: model.head(features)`: nothing is registered, its mode is the model's, and its running statistics
     are updated whenever it is called in training mode, from zeros too. DDP reduces gradients wherever the head is
     called, but with `find_unused_parameters=True` it takes the head's parameters for unused, since no output of the
-    model depends on them, and fails. With `SyncBatchNorm`, the zeros of a rank without labels count in all ranks' statistics.
+    model depends on them, and fails. With `SyncBatchNorm`, the zeros of a rank without labels count in all ranks'
+    statistics.
 
     **Autocast.** Under `torch.autocast` the contrast multiplies in its dtype, whatever that of embeddings and bank, see
     `infonce`; the loss is in fp32. What is enqueued keeps the bank's dtype. A bank of another dtype is copied to that
