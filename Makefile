@@ -16,8 +16,8 @@ OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accu
                  loss loss_criterion loss_training project regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
 QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
-SHARE         ?= 20
-NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,3)
+SHARE         ?= 40
+NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,5)
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
