@@ -300,16 +300,11 @@ void contrast_counts(const ContrastCountsParams& p) {
   std::unique_ptr<Keys> keys;
   if (!symmetric) keys = std::make_unique<Keys>(p, false);
   each_block(p, symmetric ? p.num_anchors : kBlockAnchors, [&](const Block& block) {
-    std::vector<int32_t> counts(2 * block.size * kScoreBins);
-    int32_t *negatives = counts.data(), *positives = negatives + block.size * kScoreBins;
     if (symmetric) {
-      vector_kernels().symmetric_counts({Symmetric(p, block, 1).rows(), negatives, positives});
+      vector_kernels().symmetric_counts(
+          {Symmetric(p, block, 1).rows(), block.index, p.neg_counts, p.pos_counts});
     } else {
-      vector_kernels().fused_counts({keys->with(block), negatives, positives});
-    }
-    for (int64_t i = 0; i < block.size; ++i) {
-      std::copy_n(negatives + i * kScoreBins, kScoreBins, p.neg_counts + block.index[i] * kScoreBins);
-      std::copy_n(positives + i * kScoreBins, kScoreBins, p.pos_counts + block.index[i] * kScoreBins);
+      vector_kernels().fused_counts({keys->with(block), block.index, p.neg_counts, p.pos_counts});
     }
   });
 }

@@ -83,8 +83,9 @@ struct FusedForwardParams : FusedRows, ForwardSums {};
 
 // The histograms of the dot products of both.
 struct FusedCountsParams : FusedRows {
-  int32_t* neg_counts;  // [rows, kScoreBins] in (0) and out
-  int32_t* pos_counts;  // [rows, kScoreBins] in (0) and out
+  const int64_t* places;  // [rows], which of the counts are an anchor's
+  int32_t* neg_counts;    // [A, kScoreBins] in (0) and out
+  int32_t* pos_counts;    // [A, kScoreBins] in (0) and out
 };
 
 // Anchors that are contrasted with each other.
@@ -101,8 +102,9 @@ struct SymmetricRows {
 struct SymmetricForwardParams : SymmetricRows, ForwardSums {};  // negatives and positives are not used
 
 struct SymmetricCountsParams : SymmetricRows {
-  int32_t* neg_counts;  // [rows, kScoreBins] in (0) and out
-  int32_t* pos_counts;  // [rows, kScoreBins] in (0) and out
+  const int64_t* places;  // [rows], which of the counts are an anchor's
+  int32_t* neg_counts;    // [A, kScoreBins] in (0) and out
+  int32_t* pos_counts;    // [A, kScoreBins] in (0) and out
 };
 
 struct SymmetricBackwardParams : SymmetricRows {

@@ -50,7 +50,8 @@ void positives(const PositivesParams& p) {
 
 void count_scores(const CountScoresParams& p) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t i = 0; i < p.num_rows; ++i) count_row(p, i, p.scores + i * p.num_keys);
+  for (int64_t i = 0; i < p.num_rows; ++i)
+    count_row(p, i, p.scores + i * p.num_keys, p.counts + i * kScoreBins);
 }
 
 void finish(const FinishParams& p) {

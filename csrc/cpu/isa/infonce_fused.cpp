@@ -373,9 +373,10 @@ void counts(const FusedCountsParams& p) {
                                        .key_labels = mixed ? walk.tile().labels : nullptr,
                                        .anchor_index = positives ? p.anchor_index : nullptr,
                                        .key_index = walk.tile().keys,
-                                       .counts = counts,
+                                       .counts = nullptr,
                                        .threads = 1};
-      for (int64_t i = rows.start; i < rows.stop; ++i) count_row(of_block, i, walk.scores(i - rows.start));
+      for (int64_t i = rows.start; i < rows.stop; ++i)
+        count_row(of_block, i, walk.scores(i - rows.start), counts + p.places[i] * kScoreBins);
     };
     walk.negatives([&](Range rows, const Panels& panels, bool mixed) {
       count(rows, panels, false, mixed, p.neg_counts);

@@ -117,7 +117,7 @@ inline void positives_row(const PositivesParams& p, int64_t i, float* scores) {
 
 // Bins have exact edges, so that a dot product is in bin b or above exactly if it is at least the lower edge
 // of b. NaN is in the first. Neighbours are counted apart: two in the same bin would wait for each other.
-inline void count_row(const CountScoresParams& p, int64_t i, const float* scores) {
+inline void count_row(const CountScoresParams& p, int64_t i, const float* scores, int32_t* counts) {
   constexpr int kHalf = kScoreBins / 2, kApart = 4, kNowhere = kScoreBins;
   constexpr int32_t kChunk = 256;
   const int32_t num_keys = int32_t(p.num_keys), label = p.anchor_labels[i];
@@ -125,7 +125,6 @@ inline void count_row(const CountScoresParams& p, int64_t i, const float* scores
   const bool few = num_keys < kScoreBins;  // to clear and to add up four sets of bins would take longer
   int32_t found[kApart][kScoreBins + 16];
   if (!few) std::memset(found, 0, sizeof found);
-  int32_t* counts = p.counts + i * kScoreBins;
   int32_t bins[kChunk];
   for (int32_t first = 0; first < num_keys; first += kChunk) {
     const int32_t n = num_keys - first < kChunk ? num_keys - first : kChunk;

@@ -249,9 +249,9 @@ void counts(const SymmetricCountsParams& p) {
                                    .key_labels = from(labels, columns.start),
                                    .anchor_index = index,
                                    .key_index = from(index, columns.start),
-                                   .counts = counts,
+                                   .counts = nullptr,
                                    .threads = 1};
-    count_row(of_row, i, scores);
+    count_row(of_row, i, scores, counts + p.places[i] * kScoreBins);
   };
 #pragma omp parallel num_threads(p.threads)
   {
