@@ -122,6 +122,8 @@ class LossConfig:
     """Pixel embeddings the bank keeps per class."""
     pixels_per_image: int = 10
     """Pixel embeddings the bank takes per class and image."""
+    bank_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the bank, and of the contrast's products."""
     project: Literal["all", "used"] = "all"
     """all: the projection head reads every pixel. used: only the anchors, and pixels drawn for the bank."""
     bank_samples: int = 4096

@@ -50,6 +50,8 @@ from pixcontrast_ext.trainer.pictures import draw_run
 
 log = logging.getLogger(__name__)
 
+BANK_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -95,6 +97,7 @@ def build_criterion(
             region_slots=config.region_slots,
             pixel_slots=config.pixel_slots,
             pixels_per_image=config.pixels_per_image,
+            dtype=BANK_DTYPES[config.bank_dtype],
             ignore_index=IGNORE,
         )
     mining = None

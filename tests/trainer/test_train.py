@@ -214,6 +214,18 @@ def test_bf16_trains(tiny):
     nearly_the_same(plain, half)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_bank_of_16_bit_trains(tiny, dtype):
+    plain, half = tiny("plain", steps=3, log_every=1), tiny(dtype, steps=3, log_every=1)
+    half = replace(half, loss=replace(half.loss, bank_dtype=dtype))
+    train(plain)
+    train(half)
+    assert final(half)["criterion"]["contrast.bank.keys"].dtype == training.BANK_DTYPES[dtype]
+    rows = [read_rows(run.out / "train.csv")[-1]["contrast"] for run in (plain, half)]
+    assert rows[0] == pytest.approx(rows[1], rel=0.02)
+    assert rows[0] != rows[1]
+
+
 def test_projecting_used_pixels_trains_nearly_alike(tiny):
     """Nearly: the head's norm sees other pixels, and a region is the mean of fewer."""
     runs = {project: tiny(project, log_every=1, checkpoint_every=9) for project in ("all", "used")}
