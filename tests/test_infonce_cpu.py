@@ -175,6 +175,20 @@ def test_few_anchors_of_a_class_take_keys_as_they_lie(instruction_set):
             assert error(found[4], expected) <= 1e-6 + weight_rounding("cpu", dtype)
 
 
+def test_few_anchors_in_all_get_the_bits_of_many(instruction_set, poison):
+    """Up to 96 anchors multiply fp32 keys as they lie, of tiles without a gap; more pack them first."""
+    for size, classes, order in ((96, 3, BANK), (61, 2, BLOCKS), (96, 19, RANDOM), (17, 1, BANK)):
+        anchors, anchor_labels, keys, key_labels = draw_rows(size, 1500, 64, classes, order=order)
+        keys[key_labels < 0] = math.nan
+        others = F.normalize(torch.randn(200, 64), dim=1)
+        many = torch.cat([anchors, others]), torch.cat([anchor_labels, torch.full((200,), classes)])
+        outcomes = []
+        for rows, labels in ((anchors, anchor_labels), many):
+            arguments = (rows, labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu")
+            outcomes.append(torch.ops.pixcontrast.infonce_forward(*arguments))
+        assert all(torch.equal(few, all_[:size]) for few, all_ in zip(*outcomes, strict=True))
+
+
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_scores_beyond_all_room_for_a_shift(instruction_set, in_batch):
     """fp32 scores of this size are 128 apart: a product fused with the subtraction of a shift would be off by that."""

@@ -22,8 +22,12 @@ constexpr int kBlockK = kFusedBlockK;
 // panel while all of them take it.
 constexpr int kBlockA = 48;
 
-// So few anchors of a class take its keys as they lie.
+// So few anchors of a class take its keys as they lie, by dot products.
 constexpr int64_t kFew = 16;
+
+// So few anchors of a call take fp32 keys as they lie: to pack these would take half as long as to multiply
+// them.
+constexpr int64_t kSlim = 96, kSlimChannels = 512;
 
 // Keys that are multiplied together.
 struct Tile {
@@ -36,6 +40,7 @@ struct Tile {
 struct Panels {
   Word* keys;      // [kBlockK / kPanel][words of a row, kPanel]
   Word* channels;  // [channels / kPanel, rounded up][kBlockK / kPerWord, kPanel]; null without gradient
+  bool few;        // as they lie, for dot products
 };
 
 struct Range {
@@ -68,7 +73,7 @@ class Walk {
         tile_.keys[tile_.count] = j;
         tile_.labels[tile_.count++] = p_.negative_labels[j];
       }
-      const Panels panels = pack_together(p_.negative_keys.data);
+      const Panels panels = are_slim() ? lying(p_.negative_keys.data) : pack_together(p_.negative_keys.data);
       if (label < 0) {
         share({0, p_.num_rows}, 0, p_.num_rows, [&](Range rows) { block(rows, panels, true); });
       } else {
@@ -89,7 +94,9 @@ class Walk {
     if (num_threads_ > p_.num_panels || num_classes < 2 * num_threads_) {
       for (Range own = class_from(0); own.start < p_.num_rows; own = class_from(own.stop)) {
         for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
-          const Panels panels = are_few(own) ? Panels{} : pack_together(p_.keys.data);
+          const Panels panels = are_few(own) ? few()
+                                : are_slim() ? lying(p_.keys.data)
+                                             : pack_together(p_.keys.data);
           share(own, 0, own.stop - own.start, [&](Range rows) { block(rows, panels); });
         }
       }
@@ -102,7 +109,7 @@ class Walk {
       Range own = class_from(0);
       for (int64_t before = 0; before < i; ++before) own = class_from(own.stop);
       for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
-        const Panels panels = are_few(own) ? Panels{} : panels_of(thread_);
+        const Panels panels = are_few(own) ? few() : are_slim() ? lying(p_.keys.data) : panels_of(thread_);
         if (panels.keys) pack(p_.keys.data, panels, 0, 1);
         in_blocks(own, [&](Range rows) { block(rows, panels); });
       }
@@ -113,7 +120,7 @@ class Walk {
   float* scores(int64_t row) { return scores_[row]; }
 
   void multiply_anchors(Range rows, const Panels& panels) {
-    if (!panels.keys) {
+    if (panels.few) {
       const int64_t stride = words_ * Multiply::kPerWord;
       const auto* anchors =
           static_cast<const typename Multiply::Element*>(p_.anchors.data) + rows.start * stride;
@@ -122,16 +129,17 @@ class Walk {
                             kBlockK);
       });
     }
+    if (!panels.keys) return multiply_lying(rows);
     const Word* anchors = static_cast<const Word*>(p_.anchors.data) + rows.start * words_;
     for (int64_t first = 0; first < tile_.count; first += kPanel) {
-      multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, words_,
-                                                  scores_[0] + first, kBlockK, kPanel, false});
+      multiply<Multiply>(rows.stop - rows.start, {anchors, words_, panels.keys + first * words_, kPanel,
+                                                  words_, scores_[0] + first, kBlockK, kPanel, false});
     }
   }
 
   // output[rows, D] += weights · keys; of packed keys the weights are of the anchors' type.
   void add_keys(Range rows, const void* weights, const Panels& panels, float* output) {
-    if (!panels.keys) {
+    if (panels.few) {
       return few_at_a_time(rows.stop - rows.start, [&]<int kRows>(int64_t first) {
         add_weighted<kRows>(static_cast<const float*>(weights) + first * kBlockK, kBlockK, key(), tile_.count,
                             p_.channels, output + (rows.start + first) * p_.channels);
@@ -140,9 +148,10 @@ class Walk {
     constexpr int64_t kSteps = kBlockK / Multiply::kPerWord;
     const int64_t steps = (tile_.count + Multiply::kPerWord - 1) / Multiply::kPerWord;
     for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
+      const Word* panel = panels.channels ? panels.channels + channel * kSteps : lying_ + channel;
       multiply<Multiply>(
           rows.stop - rows.start,
-          {static_cast<const Word*>(weights), kSteps, panels.channels + channel * kSteps, steps,
+          {static_cast<const Word*>(weights), kSteps, panel, panels.channels ? kPanel : p_.channels, steps,
            output + rows.start * p_.channels + channel, p_.channels, p_.channels - channel, true});
     }
   }
@@ -166,6 +175,45 @@ class Walk {
       }
     }
     return tile_.count > 0;
+  }
+
+  // Whether the tile's keys are multiplied as they lie, one after the other.
+  bool are_slim() const {
+    return sizeof(Key) == sizeof(Word) && p_.num_rows <= kSlim && words_ <= kSlimChannels &&
+           p_.channels % kPanel == 0 && tile_.count > 0 &&
+           tile_.keys[tile_.count - 1] - tile_.keys[0] == tile_.count - 1;
+  }
+
+  Panels lying(const void* keys) {
+    lying_ = reinterpret_cast<const Word*>(static_cast<const Key*>(keys) + tile_.keys[0] * p_.channels);
+    return {};
+  }
+  static Panels few() { return {nullptr, nullptr, true}; }
+
+  // The scores come out a column for each anchor: the keys take the part of the rows, which need no packing.
+  // They are summed in the same order as of packed keys.
+  void multiply_lying(Range rows) {
+    const Word* anchors = static_cast<const Word*>(p_.anchors.data) + rows.start * words_;
+    for (int64_t first = 0; first < rows.stop - rows.start; first += kPanel) {
+      const auto row = [&](int64_t j) {
+        return reinterpret_cast<const float*>(anchors + (first + j) * words_);
+      };
+      for (int64_t channel = 0; channel < p_.channels; channel += kPanel)
+        pack_square<float, Float32>(row, rows.stop - rows.start - first, p_.channels, channel, packed_,
+                                    nullptr);
+      for (int64_t begin = 0; begin < tile_.count; begin += kBlockA) {
+        const int64_t count = tile_.count - begin < kBlockA ? tile_.count - begin : kBlockA;
+        alignas(64) float columns[kBlockA][kPanel];
+        multiply<Float32>(count, {lying_ + begin * words_, words_, packed_, kPanel, words_, columns[0],
+                                  kPanel, kPanel, false});
+        for (int64_t key = 0; key < count; key += kWidth) {
+          for (int64_t anchor = first; anchor < first + kPanel && anchor < kBlockA; anchor += kWidth) {
+            transpose([&](int i) { return columns[key + i] + anchor - first; },
+                      reinterpret_cast<Word*>(scores_[anchor] + begin + key), kBlockK);
+          }
+        }
+      }
+    }
   }
 
   // A key of the tile.
@@ -226,7 +274,7 @@ class Walk {
     const int64_t channel_words =
         with_gradient_ ? channel_panels_ * kPanel * (kBlockK / Multiply::kPerWord) : 0;
     Word* buffer = static_cast<Word*>(p_.panels) + turn * (key_words + channel_words);
-    return {buffer, with_gradient_ ? buffer + key_words : nullptr};
+    return {buffer, with_gradient_ ? buffer + key_words : nullptr, false};
   }
 
   // Packs one of every `parts` squares of keys.
@@ -249,6 +297,8 @@ class Walk {
   const int64_t words_, channel_panels_, thread_, num_threads_;
   int turn_ = 0;
   Tile tile_;
+  const Word* lying_ = nullptr;  // where the tile begins
+  alignas(64) Word packed_[kSlimChannels * kPanel];
   alignas(64) float scores_[kBlockA][kBlockK];
 };
 

@@ -65,7 +65,8 @@ void convert(const Key* from, float* to) {
 struct Product {
   const Word* rows;
   int64_t row_words;
-  const Word* panel;  // [steps, kPanel]
+  const Word* panel;  // [steps, kPanel], or as many columns of a wider matrix
+  int64_t panel_stride;
   int64_t steps;
   float* out;
   int64_t out_stride;
@@ -82,8 +83,8 @@ void multiply_rows(const Product& p) {
     for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = zeros();
     const Word *rows = p.rows, *panel = p.panel + column;
     for (int64_t k = 0; k < p.steps; ++k) {
-      const Words columns[kVectors] = {load_words(panel + k * kPanel),
-                                       load_words(panel + k * kPanel + kWidth)};
+      const Words columns[kVectors] = {load_words(panel + k * p.panel_stride),
+                                       load_words(panel + k * p.panel_stride + kWidth)};
 #pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r) {
         const Words word = all(rows[r * p.row_words + k]);
@@ -124,7 +125,7 @@ void multiply(int64_t rows, const Product& p) {
       const int64_t first = rows * i / blocks;
       Product part = p;
       part.rows += first * p.row_words + step;
-      part.panel += step * kPanel;
+      part.panel += step * p.panel_stride;
       part.steps = p.steps - step < kBlockSteps ? p.steps - step : kBlockSteps;
       part.out += first * p.out_stride;
       part.accumulate = p.accumulate || step > 0;

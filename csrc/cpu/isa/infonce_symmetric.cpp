@@ -98,7 +98,7 @@ class Tournament {
     for (int64_t channel = 0; channel < p_.channels; channel += kPanel) {
       multiply<Multiply>(
           rows.size(),
-          {reinterpret_cast<const Word*>(weights), kSteps, channels + channel * kSteps, steps,
+          {reinterpret_cast<const Word*>(weights), kSteps, channels + channel * kSteps, kPanel, steps,
            output + rows.start * p_.channels + channel, p_.channels, p_.channels - channel, true});
     }
   }
@@ -136,8 +136,8 @@ class Tournament {
     for (int64_t first = tile.columns.start; first < tile.columns.stop; first += kPanel) {
       multiply<Multiply>(tile.rows.size(),
                          {reinterpret_cast<const Word*>(anchors()) + tile.rows.start * words_, words_,
-                          of_rows_ + first * words_, words_, scores_[0] + (first - tile.columns.start), kTile,
-                          kPanel, false});
+                          of_rows_ + first * words_, kPanel, words_,
+                          scores_[0] + (first - tile.columns.start), kTile, kPanel, false});
     }
     return tile;
   }
