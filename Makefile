@@ -16,8 +16,8 @@ OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accu
                  loss loss_criterion loss_training project regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
 QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
-SHARE         ?= 40
-NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,5)
+SHARE         ?= 80
+NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,8)
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
@@ -34,7 +34,7 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
-# is run, of the other backends one in two, and the newest Triton compiles the kernels for one width and one architecture; the
+# is run, of the other backends one in eight, and the newest Triton compiles the kernels for one width and one architecture; the
 # emulated kernels meet the sanitizers under one schedule. SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting
 # threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
