@@ -27,7 +27,7 @@ def missing(modules: list[str]) -> list[str]:
 def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, in their order and in one namespace, in an empty folder."""
     if absent := missing(needs(page)):
-        pytest.skip(f"needs {', '.join(absent)}, which `make test-trainers` has")
+        pytest.skip(f"needs {', '.join(absent)}, which `make test-examples` has")
     monkeypatch.chdir(tmp_path)
     names = {"__name__": name_of(page)}
     for block in blocks(page, "python"):
