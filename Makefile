@@ -12,6 +12,7 @@ BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
 OLDEST        := $(VENV)/oldest
+DOCS          := $(VENV)/docs
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accuracy infonce_cpu infonce_tiles bank \
                  loss loss_criterion loss_training project regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
@@ -25,7 +26,7 @@ REST          := tests --ignore tests/trainer --ignore tests/test_emulator.py $(
 OLDEST_SUBSET := any_input or agree or gradient or round$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest test-bf16 mutants lint bench gpu clean
+.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest test-bf16 mutants lint docs bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -99,6 +100,10 @@ lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/mypy
 
+# A hook's notice about a successor of mkdocs is no warning about these pages.
+docs: $(DOCS)/.installed  ## the documentation as a site in build/docs; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
 bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.md (an hour on two cores)
 	$(BIN)/python -m benchmarks --csv auto
 	$(BIN)/python -m benchmarks.pages
@@ -134,6 +139,10 @@ $(OLDEST_TRITON): $(INSTALLED)
 $(TRAINERS)/.installed: constraints-trainers.txt | $(TRAINERS)/bin/python
 	$(TRAINERS)/bin/python -m pip install --quiet -c constraints-trainers.txt \
 	    accelerate hypothesis lightning ninja numpy pybind11 pytest setuptools torch transformers
+	touch $@
+
+$(DOCS)/.installed: constraints-docs.txt | $(DOCS)/bin/python
+	$(DOCS)/bin/python -m pip install --quiet -r constraints-docs.txt
 	touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt | $(OLDEST)/bin/python

@@ -9,6 +9,7 @@ from pixcontrast_ext.ops.gather import GatherEmbeddings, gather_embeddings
 from pixcontrast_ext.ops.infonce import BlockwiseInfoNCE, infonce
 from pixcontrast_ext.ops.mining import DrawnKeys, Mining, Thresholds, draw_keys, score_thresholds
 from pixcontrast_ext.ops.sampling import AnchorSample, hard_anchor_sampling
+from pixcontrast_ext.tap import FeatureTap, WithEmbeddings
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "AnchorSample",
     "BlockwiseInfoNCE",
     "DrawnKeys",
+    "FeatureTap",
     "GatherEmbeddings",
     "MemoryBank",
     "Mining",
@@ -23,6 +25,7 @@ __all__ = [
     "PixelContrastLoss",
     "ProjectionHead",
     "Thresholds",
+    "WithEmbeddings",
     "available_backends",
     "draw_keys",
     "gather_embeddings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,11 +51,11 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         min_purity: float = 0.0,
         max_samples_over: str = "rank",
         ignore_index: int = 255,
-        bank: MemoryBank | None = None,
+        bank: MemoryBank | Mapping[str, Any] | None = None,
         normalize: bool = True,
-        mining: Mining | None = None,
+        mining: Mining | Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
-        head: Head | None = None,
+        head: Head | Mapping[str, Any] | None = None,
         bank_samples: int = 4096,
         region_views: int = 64,
         backend: str | None = None,

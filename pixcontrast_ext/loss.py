@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pixcontrast_ext import backends
 from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.head import ProjectionHead
 from pixcontrast_ext.maps import check_map, pick_confidence, pick_labels, pick_predictions, resize_nearest
 from pixcontrast_ext.ops import checks, steering
 from pixcontrast_ext.ops.autocast import product_dtype
@@ -21,6 +22,7 @@ from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
 from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, part_of_samples, sample, share_of
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 from pixcontrast_ext.project import Candidates, Head, Source, draw_candidates, project
+from pixcontrast_ext.settings import bank_for, built
 
 
 def _zero_of(embeddings: Tensor) -> Tensor:
@@ -112,13 +114,15 @@ class PixelContrastLoss(nn.Module):
         max_samples_over: "rank": each rank takes `max_samples` anchors; "ranks": all ranks of the default process group
             together, of which each takes an equal part, and the first ones what is left over.
         ignore_index: label of pixels that do not count.
-        bank: of the same class count; a submodule, so it is saved with the loss.
+        bank: of the same class count; a submodule, so it is saved with the loss. Or settings from which one is made,
+            as `dict(embed_dim=256, region_slots=2000)`: classes, `ignore_index` and `normalize` are the loss's.
         normalize: compare unit vectors.
         mining: which keys an anchor is contrasted with; None means all. Drawn anew in every call, and ranked by cosine,
             which takes `normalize`.
         generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
             device of the labels. It is not part of the state dict. None means torch's own.
         head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1].
+            `mining` and `head` may be settings as well, of a `Mining` and a `ProjectionHead`.
         bank_samples, region_views: with a head, the most pixels that a call projects for the bank, of all classes in
             all images together and of one class in one image.
         backend: see `available_backends`.
@@ -146,11 +150,11 @@ class PixelContrastLoss(nn.Module):
         min_purity: float = 0.0,
         max_samples_over: str = "rank",
         ignore_index: int = 255,
-        bank: MemoryBank | None = None,
+        bank: MemoryBank | Mapping[str, Any] | None = None,
         normalize: bool = True,
-        mining: Mining | None = None,
+        mining: Mining | Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
-        head: Head | None = None,
+        head: Head | Mapping[str, Any] | None = None,
         bank_samples: int = 4096,
         region_views: int = 64,
         backend: str | None = None,
@@ -158,6 +162,7 @@ class PixelContrastLoss(nn.Module):
         super().__init__()
         checks.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
         checks.check_at_least(1, bank_samples=bank_samples, region_views=region_views)
+        head = built("head", ProjectionHead, head) if isinstance(head, Mapping) else head
         if head is not None and not callable(head):
             raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
         checks.check_at_least(0, warmup_steps=warmup_steps)
@@ -174,15 +179,8 @@ class PixelContrastLoss(nn.Module):
             raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-        if bank is not None:
-            if not isinstance(bank, MemoryBank):
-                raise TypeError(f"bank must be a MemoryBank, got {type(bank).__name__}")
-            if bank.num_classes != num_classes:
-                raise ValueError(f"the bank has {bank.num_classes} classes, the loss {num_classes}")
-            if bank.ignore_index != ignore_index:
-                raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
-            if bank.normalize != normalize:
-                raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
+        bank = bank_for(bank, num_classes=num_classes, ignore_index=ignore_index, normalize=normalize)
+        mining = built("mining", Mining, mining)
         if mining is not None:
             check_mining(mining)
             if mining.by_cosine and not normalize:

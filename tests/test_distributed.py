@@ -209,7 +209,7 @@ def test_fully_sharded_from_meta(runs, ranks):
 
 
 @both
-def test_readme_on_several_ranks(runs, ranks):
+def test_the_guide_on_several_ranks(runs, ranks):
     """Heads, banks and warm-up agree after every step; a NaN during the warm-up stays out of the loss."""
     found = results(runs[ranks], "readme", ranks)
     for losses, heads, criterion in found:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import signal
 import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pixcontrast_ext import MemoryBank, PixelContrastLoss, ProjectionHead
 from pixcontrast_ext.ops import exchange
+from tests.support.pages import ROOT, Block, blocks
 from tools import processes
 
 CLASSES, CHANNELS, PIXELS = 4, 6, (5, 7)
@@ -208,25 +209,14 @@ def fully_sharded(rank):
     return losses, states, state(restored)
 
 
-class Network(nn.Module):
-    """The `network` of README: features of 720 channels and logits of 19."""
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.classify = nn.Conv2d(3, 720, 1), nn.Conv2d(720, 19, 1)
-
-    def forward(self, images):
-        features = self.body(images).relu()
-        return features, self.classify(features)
-
-
 def readme(rank, *, steps=20, warmup_steps=6):
-    """README's own lines through a warm-up with a NaN in it. Returns losses, and what all ranks must agree on."""
-    setup, loop, ranks = readme_blocks()
-    names = {"network": Network(), "device": "cpu"}
+    """The guide's own lines through a warm-up with a NaN in it. Returns losses, and what all ranks must agree on."""
+    lines = plain_torch()
+    names = {}
     torch.manual_seed(0)
-    exec(setup, names)
-    exec(ranks, names)
+    lines.data.run(names)
+    lines.setup.run(names)
+    lines.ranks.run(names)
     criterion = names["criterion"]
     criterion.contrast.warmup_steps = warmup_steps
     torch.manual_seed(1 + rank)
@@ -242,7 +232,7 @@ def readme(rank, *, steps=20, warmup_steps=6):
                 return output
 
             hook = names["model"].module.head.register_forward_hook(spoil)
-        exec(loop, found := {**names, "loader": [(images, labels)]})
+        lines.loop.run(found := {**names, "loader": [(images, labels)]})
         if hook is not None:
             hook.remove()
         losses.append({name: value.item() for name, value in found["parts"].items()})
@@ -252,10 +242,19 @@ def readme(rank, *, steps=20, warmup_steps=6):
     return losses, heads, state(criterion)
 
 
-def readme_blocks():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    section = text[text.index("## In the trainer you have") : text.index("## The API at a glance")]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+class PlainTorch(NamedTuple):
+    """The first blocks of docs/guide/plain-torch.md."""
+
+    data: Block
+    setup: Block
+    loop: Block
+    ranks: Block
+
+
+def plain_torch():
+    data, setup, loop, *others = blocks(ROOT / "docs" / "guide" / "plain-torch.md", "python")
+    (ranks,) = [block for block in others if "DistributedDataParallel(" in block.text]
+    return PlainTorch(data, setup, loop, ranks)
 
 
 class Step(nn.Module):

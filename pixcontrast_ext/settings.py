@@ -1,0 +1,68 @@
+"""Parts of a loss that are given as their settings: the configs of mmengine, hydra and others hold dicts, no objects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from pixcontrast_ext.bank import MemoryBank
+
+Part = TypeVar("Part")
+
+
+def built(name: str, kind: type[Part], value: Part | Mapping[str, Any] | None, **given: Any) -> Part | None:
+    """`kind(**given, **value)` if `value` is a mapping, else `value` itself. A `dtype` may be a name, as "bfloat16".
+
+    Raises:
+        TypeError, ValueError: settings that `kind` does not have, or has but that are `given`, or that it needs; and
+            what it raises itself.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    settings = dict(value)
+    parameters = inspect.signature(kind).parameters
+    for key in settings:
+        if key in given:
+            raise ValueError(
+                f"{name}: {key} is that of the loss, {given[key]!r}: leave it out of the settings"
+            )
+        if key not in parameters:
+            known = ", ".join(key for key in parameters if key not in given)
+            raise ValueError(f"{name}: {key!r} is no setting of {kind.__name__}, which has {known}")
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in settings and key not in given:
+            raise ValueError(f"{name}: {kind.__name__} needs {key}, got {', '.join(settings) or 'nothing'}")
+    if isinstance(settings.get("dtype"), str):
+        dtype = getattr(torch, settings["dtype"].removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(
+                f"{name}: dtype must be the name of one, as 'bfloat16', got {settings['dtype']!r}"
+            )
+        settings["dtype"] = dtype
+    return kind(**given, **settings)
+
+
+def bank_for(
+    bank: MemoryBank | Mapping[str, Any] | None, *, num_classes: int, ignore_index: int, normalize: bool
+) -> MemoryBank | None:
+    """The bank of a loss with these settings, from one or from the rest of its settings.
+
+    Raises:
+        TypeError, ValueError: it is neither, or not of the same settings; and as `built`.
+    """
+    of_loss = dict(num_classes=num_classes, ignore_index=ignore_index, normalize=normalize)
+    bank = built("bank", MemoryBank, bank, **of_loss)
+    if bank is None:
+        return None
+    if not isinstance(bank, MemoryBank):
+        raise TypeError(f"bank must be a MemoryBank, got {type(bank).__name__}")
+    if bank.num_classes != num_classes:
+        raise ValueError(f"the bank has {bank.num_classes} classes, the loss {num_classes}")
+    if bank.ignore_index != ignore_index:
+        raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
+    if bank.normalize != normalize:
+        raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
+    return bank
