@@ -111,7 +111,9 @@ def _stand_ins(labels: Tensor) -> Tensor:
 def _call(head: Head, maps: Tensor, some: Tensor, trains: bool) -> Tensor:
     """Call the head, and have its buffers as they were unless it trains and `some` row holds a pixel."""
     buffers = dict(head.named_buffers()) if isinstance(head, nn.Module) and head.training else {}
-    if not buffers or any(nn.parameter.is_lazy(buffer) for buffer in buffers.values()):
+    if not buffers or any(
+        isinstance(buffer, nn.parameter.UninitializedBuffer) for buffer in buffers.values()
+    ):
         return head(maps)  # a lazy module makes its buffers in its first call
     assert isinstance(head, nn.Module)
     # The head updates copies, which nobody writes again: a graph holds on to running statistics for its backward.
