@@ -1,5 +1,7 @@
-"""Parts of a loss that are given as their settings: the configs of mmengine, hydra and others hold dicts, no
-objects."""
+"""Parts of a loss that are given as their settings.
+
+The configs of mmengine, hydra and others hold dicts, no objects.
+"""
 
 from __future__ import annotations
 

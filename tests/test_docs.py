@@ -74,6 +74,8 @@ def take_trainer(arguments: list[str]) -> None:
     from pixcontrast_ext.trainer.config import flags_of_file, parse_flags
     from pixcontrast_ext.trainer.demo import DemoConfig
 
+    if not arguments:
+        return  # it is named, not called
     command, *flags = arguments
     assert command in trainer.COMMANDS
     if flags == ["--help"]:
