@@ -11,6 +11,7 @@ INSTALLED := $(VENV)/.installed
 BUILT     := $(VENV)/.built
 OLDEST_TRITON := $(VENV)/triton-3.6
 TRAINERS      := $(VENV)/trainers
+EXAMPLES      := $(VENV)/examples
 OLDEST        := $(VENV)/oldest
 DOCS          := $(VENV)/docs
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accuracy infonce_cpu infonce_tiles bank \
@@ -22,11 +23,11 @@ NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,5)
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
-REST          := tests --ignore tests/trainer --ignore tests/test_emulator.py $(APART:%=--ignore %)
+REST          := tests --ignore tests/trainer --ignore tests/examples --ignore tests/test_emulator.py $(APART:%=--ignore %)
 OLDEST_SUBSET := any_input or agree or gradient or round$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-oldest test-bf16 mutants lint docs bench gpu clean
+.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-examples test-oldest test-bf16 mutants lint docs bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -77,6 +78,12 @@ test-oldest-triton:
 test-trainers: $(TRAINERS)/.installed  ## the loss inside of Lightning and transformers
 	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(TRAINERS)/bin/python setup.py --quiet build_ext --inplace
 	PYTHONPATH=. PIXCONTRAST_TEST_BACKENDS=reference,cpu $(TRAINERS)/bin/python -m pytest tests/trainers
+
+# Each example to its end, and the blocks of the guide's pages, with the packages that they name. Not a part of `make test`,
+# which is as long as it may be: it runs by hand, after a change to examples/, docs/guide/ or what they call.
+test-examples: $(EXAMPLES)/.installed  ## the examples, each with the trainer it is for
+	PIXCONTRAST_CUDA_ARCHS=$(ARCHS) $(EXAMPLES)/bin/python setup.py --quiet build_ext --inplace
+	PYTHONPATH=. PIXCONTRAST_TEST_BACKENDS=reference,cpu $(EXAMPLES)/bin/python -m pytest tests/examples
 
 # Without numpy, which only the trainer needs.
 test-oldest: $(OLDEST)/.installed  ## the loss with the oldest torch that is supported (5 GB)
@@ -143,6 +150,12 @@ $(TRAINERS)/.installed: constraints-trainers.txt | $(TRAINERS)/bin/python
 
 $(DOCS)/.installed: constraints-docs.txt | $(DOCS)/bin/python
 	$(DOCS)/bin/python -m pip install --quiet -r constraints-docs.txt
+	touch $@
+
+$(EXAMPLES)/.installed: constraints-examples.txt | $(EXAMPLES)/bin/python
+	$(EXAMPLES)/bin/python -m pip install --quiet -c constraints-examples.txt \
+	    accelerate fastai ftfy hypothesis lightning mmcv-lite mmengine mmsegmentation ninja numpy pybind11 pytest \
+	    pytorch-ignite pytorch-metric-learning regex segmentation-models-pytorch setuptools torch torchvision transformers
 	touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt | $(OLDEST)/bin/python

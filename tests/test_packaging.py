@@ -75,7 +75,7 @@ def installed(wheel):
 def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = (ROOT / folder for folder in ("csrc", "tests", "tools", "benchmarks"))
+    folders = (ROOT / folder for folder in ("csrc", "tests", "tools", "benchmarks", "examples"))
     files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     sources = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
     assert (

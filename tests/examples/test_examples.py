@@ -1,0 +1,192 @@
+"""Each example runs to its end as a user starts it, learns, fills its bank, and goes on from its own checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import processes
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+SITE = Path(__file__).with_name("site")  # see there
+FILES = sorted(EXAMPLES.rglob("*.py")) + sorted(EXAMPLES.rglob("*.sh"))
+
+
+def run(*command: object, cwd: Path, path: Path = ROOT, **environment: str) -> str:
+    """What a command prints, once it has ended well."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (SITE, ROOT, path))),
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",  # nothing is fetched
+        **environment,
+    }
+    done = processes.run(command, one_stream=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def numbers(output: str, name: str) -> list[float]:
+    """The values that are printed behind a name."""
+    return [float(value) for value in re.findall(rf"\b{name}['\"]?:? ['\"]?([-+.\deE]+|nan|inf)", output)]
+
+
+def keys_of(state: dict[str, torch.Tensor]) -> int:
+    """How many keys the one bank of a checkpoint holds."""
+    (labels,) = (value for name, value in state.items() if name.endswith("bank.key_labels"))
+    return int((labels >= 0).sum())
+
+
+def assert_learns(output: str, name: str = "cross_entropy") -> None:
+    """The sum rises when the contrast sets in, so a part that is there from the beginning is looked at."""
+    losses = numbers(output, name)
+    assert losses[-1] < losses[0] - 0.1, output
+
+
+def assert_contrast_learns(output: str, name: str = "loss", first: int = 1) -> None:
+    """A sum, from the number on that is printed after the warm-up."""
+    losses = numbers(output, name)
+    assert losses[-1] < losses[first], output
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_they_are_short(file):
+    assert len(file.read_text().splitlines()) <= 80
+
+
+LOOPS = [
+    ("plain_loop.py", "torch"),
+    ("torchvision_deeplabv3.py", "torchvision"),
+]
+
+
+@pytest.mark.parametrize(("example", "package"), LOOPS, ids=[example for example, _ in LOOPS])
+def test_a_loop(example, package, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed: make test-examples")
+    first = run(sys.executable, EXAMPLES / example, tmp_path, cwd=tmp_path)
+    assert_learns(first)
+    assert numbers(first, "contrast")[0] == 0  # the warm-up
+    assert numbers(first, "contrast")[-1] > 0
+    assert numbers(first, "anchors")[-1] > 0
+    assert numbers(first, "accuracy")[0] > 0.4
+    saved = torch.load(tmp_path / "last.pt")
+    assert any(name.startswith("head.") for name in saved["model"])
+    keys = keys_of(saved["criterion"])
+    assert keys > 100
+    again = run(sys.executable, EXAMPLES / example, tmp_path, cwd=tmp_path)
+    assert f"goes on with {keys} keys" in again
+    assert numbers(again, "contrast")[0] > 0  # the warm-up is over
+    assert numbers(again, "cross_entropy")[0] < numbers(first, "cross_entropy")[0]
+    assert "goes on" not in run(sys.executable, EXAMPLES / example, cwd=tmp_path)  # without a folder
+
+
+def test_accelerate(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: make test-examples")
+    first = run(sys.executable, EXAMPLES / "accelerate_loop.py", tmp_path, cwd=tmp_path)
+    assert_learns(first)
+    assert numbers(first, "contrast")[0] == 0
+    assert numbers(first, "contrast")[-1] > 0
+    keys = keys_of(torch.load(tmp_path / "state" / "custom_checkpoint_0.pkl"))
+    assert keys > 100
+    from safetensors.torch import load_file
+
+    assert any(name.startswith("head.") for name in load_file(tmp_path / "state" / "model.safetensors"))
+    again = run(sys.executable, EXAMPLES / "accelerate_loop.py", tmp_path, cwd=tmp_path)
+    assert f"goes on with {keys} keys" in again
+    assert numbers(again, "contrast")[0] > 0
+
+
+def test_transformers(tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed: make test-examples")
+    from safetensors.torch import load_file
+
+    first = run(sys.executable, EXAMPLES / "hf_segformer.py", tmp_path, cwd=tmp_path)
+    assert_contrast_learns(first)
+    state = load_file(tmp_path / "checkpoint-20" / "model.safetensors")
+    assert any(name.startswith("head.") for name in state)
+    assert keys_of(state) > 100
+    assert state["criterion.contrast.step"] == 5
+    again = run(sys.executable, EXAMPLES / "hf_segformer.py", tmp_path, cwd=tmp_path)
+    assert numbers(again, "loss")[0] < numbers(first, "loss")[1]
+    later = load_file(tmp_path / "checkpoint-40" / "model.safetensors")
+    assert keys_of(later) > keys_of(state)
+
+
+def test_lightning(tmp_path):
+    for package in ("lightning", "segmentation_models_pytorch"):
+        pytest.importorskip(package, reason=f"{package} is not installed: make test-examples")
+    run(sys.executable, EXAMPLES / "lightning_smp.py", tmp_path, cwd=tmp_path)
+    log = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
+    names = log[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in log[1:]]
+    losses = [float(row["cross_entropy"]) for row in rows if row["cross_entropy"]]
+    contrasts = [float(row["contrast"]) for row in rows if row["contrast"]]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert contrasts[:5] == [0] * 5
+    assert contrasts[5] > 0
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert any(name.startswith("model.head.") for name in saved["state_dict"])
+    keys = keys_of(saved["state_dict"])
+    assert keys > 100
+    run(sys.executable, EXAMPLES / "lightning_smp.py", tmp_path, cwd=tmp_path)
+    again = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert again["epoch"] > saved["epoch"]
+    assert keys_of(again["state_dict"]) > keys
+
+
+def test_mmsegmentation(tmp_path):
+    for package in ("mmengine", "mmcv", "mmseg"):
+        pytest.importorskip(package, reason=f"{package} is not installed: make test-examples")
+    folder = EXAMPLES / "mmseg_config"
+    program = (
+        "from mmengine import Config, runner; "
+        f"runner.Runner.from_cfg(Config.fromfile({str(folder / 'config.py')!r})).train()"
+    )
+    output = run(sys.executable, "-c", program, cwd=tmp_path, path=folder)
+    assert_learns(output, "decode.loss_ce")
+    contrasts = numbers(output, "decode.loss_contrast")
+    assert contrasts[:5] == [0] * 5
+    assert contrasts[-1] > 0
+    assert numbers(output, "mIoU")
+    state = torch.load(tmp_path / "work" / "iter_15.pth", weights_only=False)["state_dict"]
+    assert any(name.startswith("decode_head.embed.") for name in state)
+    assert keys_of(state) > 100
+    # `load_from` of mmengine asks torch for less than its own checkpoints hold, so the state goes in by hand.
+    program = (
+        "import sys, torch; from mmengine import Config, runner; "
+        f"run = runner.Runner.from_cfg(Config.fromfile({str(folder / 'config.py')!r})); "
+        "state = torch.load('work/iter_15.pth', weights_only=False)['state_dict']; "
+        "run.model.load_state_dict(state); run.train()"
+    )
+    again = run(sys.executable, "-c", program, cwd=tmp_path, path=folder)
+    assert numbers(again, "decode.loss_contrast")[0] > 0
+    assert numbers(again, "decode.loss_ce")[0] < numbers(output, "decode.loss_ce")[0]
+
+
+RANKS = [
+    ("plain_loop.py", "torch"),
+    ("accelerate_loop.py", "accelerate"),
+    ("hf_segformer.py", "transformers"),
+]
+
+
+@pytest.mark.parametrize(("example", "package"), RANKS, ids=[example for example, _ in RANKS])
+def test_two_ranks(example, package, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed: make test-examples")
+    output = run(EXAMPLES / "ddp_torchrun.sh", EXAMPLES / example, tmp_path, cwd=tmp_path)
+    if example == "hf_segformer.py":
+        assert_contrast_learns(output)
+    else:
+        assert_learns(output)
+
+
+def test_two_ranks_by_default(tmp_path):
+    assert_learns(run(EXAMPLES / "ddp_torchrun.sh", cwd=tmp_path))
