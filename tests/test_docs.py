@@ -82,6 +82,8 @@ def take_trainer(arguments: list[str]) -> None:
     from pixcontrast_ext.trainer.config import flags_of_file, parse_flags
     from pixcontrast_ext.trainer.demo import DemoConfig
 
+    if not arguments:
+        return
     command, *flags = arguments
     assert command in trainer.COMMANDS
     if flags == ["--help"]:
