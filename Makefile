@@ -107,9 +107,9 @@ lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/mypy
 
-# A hook's notice about a successor of mkdocs is no warning about these pages.
+# Not --quiet, which would hide the warnings from --strict as well. The theme's notice about other projects is switched off.
 docs: $(DOCS)/.installed  ## the documentation as a site in build/docs; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.md (an hour on two cores)
 	$(BIN)/python -m benchmarks --csv auto

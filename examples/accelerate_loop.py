@@ -1,7 +1,7 @@
 """A loop of accelerate with pixel contrast: any device, any number of processes, mixed precision, accumulation.
 
-Needs torch, accelerate and pixcontrast-ext. `python accelerate_loop.py [FOLDER]`, or `accelerate launch`, or
-torchrun: a folder gets a checkpoint, and goes on from the one that it has.
+Needs torch, accelerate and pixcontrast-ext. `python accelerate_loop.py [FOLDER]`, or `accelerate launch`, or torchrun:
+a folder gets a checkpoint, and goes on from the one that it has.
 """
 
 import sys

@@ -1,8 +1,7 @@
 """SegFormer with pixel contrast in transformers' Trainer.
 
-Needs torch, transformers, accelerate and pixcontrast-ext. `python hf_segformer.py FOLDER`, or torchrun: an
-existing folder gets checkpoints, and goes on from its last.
-`SegformerWithContrast.from_pretrained("nvidia/mit-b0", num_labels=...)` works too.
+Needs torch, transformers, accelerate and pixcontrast-ext. `python hf_segformer.py FOLDER`, or torchrun: an existing
+folder gets checkpoints, and goes on from its last. `SegformerWithContrast.from_pretrained(...)` works too.
 """
 
 import sys
@@ -23,10 +22,8 @@ class SegformerWithContrast(SegformerForSemanticSegmentation):
     def __init__(self, config):
         super().__init__(config)
         self.head = pc.ProjectionHead(config.decoder_hidden_size, embed_dim=64)
-        bank = dict(embed_dim=64, region_slots=100, pixel_slots=500)
-        self.criterion = pc.PixelContrastCrossEntropyLoss(
-            config.num_labels, warmup_steps=5, min_pixels=5, bank=bank
-        )
+        settings = dict(warmup_steps=5, bank=dict(embed_dim=64, region_slots=100, pixel_slots=500))
+        self.criterion = pc.PixelContrastCrossEntropyLoss(config.num_labels, min_pixels=5, **settings)
         self.features = pc.FeatureTap(self.decode_head.classifier)
         self.post_init()
 
@@ -57,16 +54,13 @@ class Scenes(Dataset):
             row, column = torch.randint(0, SIZE - 20, (2,), generator=generator).tolist()
             labels[row : row + 20, column : column + 20] = name
         colours = torch.linspace(-1, 1, 3 * CLASSES).view(3, CLASSES).roll(1, 0)[:, labels]
-        return {
-            "pixel_values": colours + 0.7 * torch.randn(colours.shape, generator=generator),
-            "labels": labels,
-        }
+        return dict(pixel_values=colours + torch.randn(colours.shape, generator=generator), labels=labels)
 
 
 def main():
+    last = get_last_checkpoint(sys.argv[1])
     sizes = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1])
     model = SegformerWithContrast(SegformerConfig(num_labels=CLASSES, decoder_hidden_size=64, **sizes))
-    last = get_last_checkpoint(sys.argv[1])
     arguments = TrainingArguments(
         output_dir=sys.argv[1],
         max_steps=STEPS * (2 if last else 1),

@@ -1,7 +1,7 @@
 """A network of segmentation-models-pytorch with pixel contrast in Lightning.
 
-Needs torch, lightning, segmentation-models-pytorch and pixcontrast-ext. `python lightning_smp.py FOLDER`: the
-folder gets a checkpoint, and goes on from the one that it has.
+Needs torch, lightning, segmentation-models-pytorch and pixcontrast-ext. `python lightning_smp.py FOLDER`: the folder
+gets a checkpoint, and goes on from the one that it has.
 """
 
 import sys
@@ -71,10 +71,8 @@ def main():
         log_every_n_steps=1,
         enable_checkpointing=False,
     )
-    loader = DataLoader(Scenes(), batch_size=4, shuffle=True)
-    trainer.fit(
-        Segmentation(), loader, DataLoader(Scenes(), batch_size=4), ckpt_path=last if last.exists() else None
-    )
+    loaders = [DataLoader(Scenes(), batch_size=4, shuffle=shuffle) for shuffle in (True, False)]
+    trainer.fit(Segmentation(), *loaders, ckpt_path=last if last.exists() else None)
     trainer.save_checkpoint(last)
 
 

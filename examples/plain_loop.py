@@ -1,7 +1,7 @@
 """A plain PyTorch loop with pixel contrast, complete: ten seconds on a CPU.
 
-Needs torch and pixcontrast-ext. `python plain_loop.py [FOLDER]`: a folder gets a checkpoint, and goes on from the
-one that it has. Under torchrun (see ddp_torchrun.sh) every process trains on its own part of each batch.
+Needs torch and pixcontrast-ext. `python plain_loop.py [FOLDER]`: a folder gets a checkpoint, and goes on from the one
+that it has. Under torchrun (see ddp_torchrun.sh) every process trains on its own part of each batch.
 """
 
 import os
@@ -30,14 +30,9 @@ def scenes(step, count):
     return colours + 0.7 * torch.randn(colours.shape, generator=generator), labels
 
 
-def network():  # yours goes here: anything that returns logits, at the size of its features or any other
-    body = [
-        nn.Conv2d(3, 32, 3, 2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, 2, padding=1),
-        nn.BatchNorm2d(64),
-    ]
-    return nn.Sequential(nn.Sequential(*body, nn.ReLU()), nn.Conv2d(64, CLASSES, 1))
+def network():  # yours goes here: anything that returns logits
+    body = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU()]
+    return nn.Sequential(nn.Sequential(*body), nn.Conv2d(64, CLASSES, 1))
 
 
 def main():
@@ -49,9 +44,7 @@ def main():
         dist.init_process_group()
         rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    model = pc.WithEmbeddings(network(), "1", pc.ProjectionHead(64, embed_dim=32)).to(
-        DEVICE
-    )  # "1" reads 64 channels
+    model = pc.WithEmbeddings(network(), "1", pc.ProjectionHead(64, embed_dim=32)).to(DEVICE)
     bank = dict(embed_dim=32, region_slots=100, pixel_slots=500)
     criterion = pc.PixelContrastCrossEntropyLoss(CLASSES, warmup_steps=10, min_pixels=5, bank=bank).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -1,7 +1,7 @@
 """torchvision's DeepLabV3 with pixel contrast: mixed precision, gradient accumulation, and an average of the weights.
 
-Needs torch, torchvision and pixcontrast-ext. `python torchvision_deeplabv3.py [FOLDER]`: a folder gets a
-checkpoint, and goes on from the one that it has.
+Needs torch, torchvision and pixcontrast-ext. `python torchvision_deeplabv3.py [FOLDER]`: a folder gets a checkpoint,
+and goes on from the one that it has.
 """
 
 import sys

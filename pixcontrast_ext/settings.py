@@ -1,7 +1,4 @@
-"""Parts of a loss that are given as their settings.
-
-The configs of mmengine, hydra and others hold dicts, no objects.
-"""
+"""Parts of a loss that are given as their settings: the configs of mmengine, hydra and others hold dicts."""
 
 from __future__ import annotations
 

@@ -22,15 +22,14 @@ class FeatureTap:
         seen = []
         layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
 
-    but keeps one tensor at most, names what is wrong, and goes along when the network is copied or pickled
-    together with
-    it: then the copy's layer feeds the copy's tap. The tensor keeps its graph, so gradients reach the network through
-    it, and its dtype, shape and device. Until it is taken it stays alive, in evaluation too; `WithEmbeddings` takes it
-    in every forward.
+    but keeps one tensor at most, names what is wrong, and goes along when the network is copied or pickled together
+    with it: then the copy's layer feeds the copy's tap. The tensor keeps its graph, so gradients reach the network
+    through it, and its dtype, shape and device. Until it is taken it stays alive, in evaluation too; `WithEmbeddings`
+    takes it in every forward.
 
     If the layer is called several times, the last call counts. A call within a backward, which is activation
-    checkpointing at work, does not. With `use_reentrant=True` a checkpointed layer runs without gradients, and so
-    has no graph that a head could train the network through; with `use_reentrant=False` it has.
+    checkpointing at work, does not. With `use_reentrant=True` a checkpointed layer runs without gradients, and so has
+    no graph that a head could train the network through; with `use_reentrant=False` it has.
 
     Register it before `torch.compile` traces the network, and `remove()` it before `torch.jit.script`.
     `torch.nn.DataParallel`, whose threads share the tap, is not supported; `DistributedDataParallel` is.
@@ -43,8 +42,7 @@ class FeatureTap:
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value. In the forward of the network: the layer was
-        given,
-            or returned, something that `index` does not fit.
+            given, or returned, something that `index` does not fit.
     """
 
     def __init__(self, module: nn.Module, of: str = "input", index: int | str = -1) -> None:
@@ -149,8 +147,8 @@ class WithEmbeddings(nn.Module):
         return logits, head(features)
 
     for a network that does not return its features. Whatever wraps, saves, averages or optimises the model has the head
-    with it; keys of the state dict begin with "network." and "head.". Everything given to `forward` goes to the
-    network. For inference call `model.network`, or deploy that alone: the head does not run and nothing is kept.
+    with it; keys of the state dict begin with "network." and "head.". All that `forward` is given goes to the network.
+    For inference call `model.network`, or deploy that alone: the head does not run and nothing is kept.
 
     `torch.compile(model, fullgraph=True)`, `DistributedDataParallel`, autocast, gradient accumulation, `copy.deepcopy`
     and pickle work. **Activation checkpointing** of the network works if the layer is not in a part that is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -21,7 +22,16 @@ BACKENDS_PAGE, API_PAGE = ROOT / "docs" / "backends.md", ROOT / "docs" / "api.md
 
 
 def missing(modules: list[str]) -> list[str]:
-    return [name for name in modules if importlib.util.find_spec(name) is None]
+    """Those that are not installed, or, like torchvision beside a torch of another build, do not load."""
+
+    def loads(name: str) -> bool:
+        try:
+            importlib.import_module(name)
+        except (ImportError, RuntimeError):
+            return False
+        return True
+
+    return [name for name in modules if not loads(name)]
 
 
 @pytest.mark.parametrize("page", with_python, ids=name_of)
@@ -75,7 +85,7 @@ def take_trainer(arguments: list[str]) -> None:
     from pixcontrast_ext.trainer.demo import DemoConfig
 
     if not arguments:
-        return  # it is named, not called
+        return
     command, *flags = arguments
     assert command in trainer.COMMANDS
     if flags == ["--help"]:

@@ -1,8 +1,8 @@
 """mkdocs' hook: pages that are a file of the repository, and links to files outside of docs/.
 
 A page whose front matter says `include: README.md` is that file. Every page links to files, and shows pictures, by
-their paths in the repository, so it reads alike on a code host; what it refers to outside of docs/ becomes a part
-of the site.
+their paths in the repository, so it reads alike on a code host; what it refers to outside of docs/ becomes a part of
+the site.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""FCN with pixel contrast for mmsegmentation's runner. In this folder, which must be on PYTHONPATH:.
+"""FCN with pixel contrast for mmsegmentation's runner.
+
+In this folder, which must be on PYTHONPATH:
 
     python -c "from mmengine import Config, runner; runner.Runner.from_cfg(Config.fromfile('config.py')).train()"
 

@@ -1,7 +1,6 @@
 """Decode heads of mmsegmentation with pixel contrast, and a generated data set in place of yours.
 
-Needs torch, mmengine, mmcv-lite (or mmcv), mmsegmentation and pixcontrast-ext. A config names this file in
-`custom_imports`.
+Needs torch, mmengine, mmcv, mmsegmentation and pixcontrast-ext. A config names this file in `custom_imports`.
 """
 
 import torch
@@ -57,10 +56,9 @@ class FCNHeadWithContrast(WithContrast, FCNHead):
 class Scenes(Dataset):
     """Noisy images with a square of each class on a ground of class 0, and their labels."""
 
-    METAINFO = dict(classes=("ground", "one", "two", "three", "four"))  # noqa: RUF012
-
     def __init__(self, count, size):
-        self.count, self.size, self.metainfo = count, size, self.METAINFO
+        self.count, self.size = count, size
+        self.metainfo = dict(classes=("ground", "one", "two", "three", "four"))
 
     def __len__(self):
         return self.count
