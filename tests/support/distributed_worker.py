@@ -222,7 +222,7 @@ def readme(rank, *, steps=20, warmup_steps=6):
     torch.manual_seed(1 + rank)
     losses, heads = [], []
     for step in range(steps):
-        images, labels = torch.randn(2, 3, 16, 16), torch.randint(0, 2, (2, 32, 32))
+        images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 2, (2, 64, 64))
         hook = None
         if step == 1:  # within the warm-up
 
