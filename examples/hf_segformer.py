@@ -7,7 +7,6 @@ folder gets checkpoints, and goes on from its last. `SegformerWithContrast.from_
 import sys
 
 import torch
-from torch.utils.data import Dataset
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -41,7 +40,7 @@ class SegformerWithContrast(SegformerForSemanticSegmentation):
         return outputs
 
 
-class Scenes(Dataset):
+class Scenes:
     """Noisy images with a square of each class on a ground of class 0, and their labels: your data goes here."""
 
     def __len__(self):
@@ -59,17 +58,18 @@ class Scenes(Dataset):
 
 def main():
     last = get_last_checkpoint(sys.argv[1])
-    sizes = dict(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1])
-    model = SegformerWithContrast(SegformerConfig(num_labels=CLASSES, decoder_hidden_size=64, **sizes))
+    sizes = dict(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4)
+    config = SegformerConfig(num_labels=CLASSES, decoder_hidden_size=64, **sizes)
+    model = SegformerWithContrast.from_pretrained(last) if last else SegformerWithContrast(config)
+    steps = dict(max_steps=STEPS * (2 if last else 1), logging_steps=5, save_steps=STEPS)
     arguments = TrainingArguments(
         output_dir=sys.argv[1],
-        max_steps=STEPS * (2 if last else 1),
         per_device_train_batch_size=4,
         learning_rate=3e-3,
-        logging_steps=5,
-        save_steps=STEPS,
         ddp_find_unused_parameters=False,
+        use_cpu=not torch.cuda.is_available(),  # or torchrun's processes train apart
         report_to=[],
+        **steps,
     )
     trainer = Trainer(model, arguments, train_dataset=Scenes(), eval_dataset=Scenes())
     trainer.train(resume_from_checkpoint=last)
