@@ -73,7 +73,7 @@ class Walk {
         tile_.keys[tile_.count] = j;
         tile_.labels[tile_.count++] = p_.negative_labels[j];
       }
-      const Panels panels = are_slim() ? lying(p_.negative_keys.data) : pack_together(p_.negative_keys.data);
+      const Panels panels = panels_together(p_.negative_keys.data);
       if (label < 0) {
         share({0, p_.num_rows}, 0, p_.num_rows, [&](Range rows) { block(rows, panels, true); });
       } else {
@@ -94,9 +94,7 @@ class Walk {
     if (num_threads_ > p_.num_panels || num_classes < 2 * num_threads_) {
       for (Range own = class_from(0); own.start < p_.num_rows; own = class_from(own.stop)) {
         for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
-          const Panels panels = are_few(own) ? few()
-                                : are_slim() ? lying(p_.keys.data)
-                                             : pack_together(p_.keys.data);
+          const Panels panels = are_few(own) ? few() : panels_together(p_.keys.data);
           share(own, 0, own.stop - own.start, [&](Range rows) { block(rows, panels); });
         }
       }
@@ -109,8 +107,7 @@ class Walk {
       Range own = class_from(0);
       for (int64_t before = 0; before < i; ++before) own = class_from(own.stop);
       for (Cursor cursor{0, 0}; collect(p_.anchor_labels[own.start], cursor);) {
-        const Panels panels = are_few(own) ? few() : are_slim() ? lying(p_.keys.data) : panels_of(thread_);
-        if (panels.keys) pack(p_.keys.data, panels, 0, 1);
+        const Panels panels = are_few(own) ? few() : panels_alone(p_.keys.data);
         in_blocks(own, [&](Range rows) { block(rows, panels); });
       }
     }
@@ -261,11 +258,20 @@ class Walk {
 
   // All threads pack the tile, each some of its keys. Two panels alternate, so that a thread which is done
   // with a tile may pack the next one while others still read this one.
-  Panels pack_together(const void* keys) {
+  Panels panels_together(const void* keys) {
+    if (are_slim()) return lying(keys);
     turn_ ^= 1;
     const Panels panels = panels_of(turn_);
     pack(keys, panels, thread_, num_threads_);
 #pragma omp barrier
+    return panels;
+  }
+
+  // This thread packs the tile, into panels of its own.
+  Panels panels_alone(const void* keys) {
+    if (are_slim()) return lying(keys);
+    const Panels panels = panels_of(thread_);
+    pack(keys, panels, 0, 1);
     return panels;
   }
 
