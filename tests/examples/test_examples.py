@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.pages import ROOT
 from tools import processes
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SITE = Path(__file__).with_name("site")  # see there
 FILES = sorted(EXAMPLES.rglob("*.py")) + sorted(EXAMPLES.rglob("*.sh"))
