@@ -117,12 +117,12 @@ class PixelContrastLoss(nn.Module):
         bank: of the same class count; a submodule, so it is saved with the loss. Or settings from which one is made,
             as `dict(embed_dim=256, region_slots=2000)`: classes, `ignore_index` and `normalize` are the loss's.
         normalize: compare unit vectors.
-        mining: which keys an anchor is contrasted with; None means all. Drawn anew in every call, and ranked by cosine,
-            which takes `normalize`.
+        mining: which keys an anchor is contrasted with, or the settings of a `Mining`; None means all. Drawn anew in
+            every call, and ranked by cosine, which takes `normalize`.
         generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
             device of the labels. It is not part of the state dict. None means torch's own.
-        head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1].
-            `mining` and `head` may be settings as well, of a `Mining` and a `ProjectionHead`.
+        head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1]. Or the settings of a
+            `ProjectionHead`.
         bank_samples, region_views: with a head, the most pixels that a call projects for the bank, of all classes in
             all images together and of one class in one image.
         backend: see `available_backends`.
@@ -162,7 +162,7 @@ class PixelContrastLoss(nn.Module):
         super().__init__()
         checks.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
         checks.check_at_least(1, bank_samples=bank_samples, region_views=region_views)
-        head = built("head", ProjectionHead, head) if isinstance(head, Mapping) else head
+        head = built("head", ProjectionHead, head)
         if head is not None and not callable(head):
             raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
         checks.check_at_least(0, warmup_steps=warmup_steps)

@@ -11,9 +11,10 @@ import torch
 from pixcontrast_ext.bank import MemoryBank
 
 Part = TypeVar("Part")
+Other = TypeVar("Other")
 
 
-def built(name: str, kind: type[Part], value: Part | Mapping[str, Any] | None, **given: Any) -> Part | None:
+def built(name: str, kind: type[Part], value: Other | Mapping[str, Any], **given: Any) -> Part | Other:
     """`kind(**given, **value)` if `value` is a mapping, else `value` itself. A `dtype` may be a name, as "bfloat16".
 
     Raises:
