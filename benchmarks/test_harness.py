@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pixcontrast_ext
 
-from . import OPS, clock, guard, infonce, load, network_step, pages, plots, results
+from . import OPS, clock, guard, infonce, load, network_step, pages, plots, results, summary
 from . import __main__ as cli
 from .baselines.dense import dense_infonce
 from .clock import Call, Lap, count_launches, interleave
@@ -411,7 +411,7 @@ def test_what_a_step_adds_is_told() -> None:
             Row("network_step", "", str(shape), "fp32", names.get(name, name), "fwd+bwd", "min ms", figure)
             for name, figure in milliseconds.items()
         ]
-        return list(pages.telling([Record(each, ABOUT) for each in rows]))
+        return list(summary.telling([Record(each, ABOUT) for each in rows]))
 
     compact, hrnet = Images(B=8, H=180, W=240), Images(B=4, H=64, W=96, A=512, N=48)
     ours = {"ours (cpu), all": 140.0, "ours (cpu), used": 107.0}
@@ -436,14 +436,12 @@ def test_a_verdict_names_the_cases_that_are_behind() -> None:
         ]
 
     rows = case("large", ours=10.0, dense=40.0, chunked_loop=25.0, two_bare_products=5.0)
-    assert pages.verdict("infonce", results.by_case(rows)) == (
-        "Ours is ahead of all that do the same work in 1 of 1 cases: the nearest takes 2.50 to 2.50 times as long. "
+    assert summary.verdict(results.by_case(rows)) == (
+        "Ours is ahead of all that do the same work in 1 of 1 cases: the nearest takes 2.50 times as long. "
         "It is behind in none."
     )
     rows += case("small", ours=10.0, dense=9.0)
-    assert pages.verdict("infonce", results.by_case(rows)).endswith(
-        "Behind at small fp32 (dense takes 0.90)."
-    )
+    assert summary.verdict(results.by_case(rows)).endswith("Behind at small fp32 (dense takes 0.90).")
     mined = {
         "ours (cpu), random": 1.0,
         "ours (cpu), hardest": 20.0,
@@ -451,10 +449,71 @@ def test_a_verdict_names_the_cases_that_are_behind() -> None:
         "dense, hardest": 10.0,
     }
     rows = [Row("mining", "a", "A4", "fp32", name, "fwd+bwd", "min ms", time) for name, time in mined.items()]
-    assert pages.verdict("mining", results.by_case(rows)).endswith(
-        "Behind at a fp32 (dense, hardest takes 0.50)."
+    assert summary.verdict(results.by_case(rows)).endswith("Behind at a fp32 (dense, hardest takes 0.50).")
+    assert summary.verdict(results.by_case(rows[:2])) == ""  # ours alone
+
+
+def timed(op: str, name: str, shape: Rows | Images, dtype: str = "fp32", **milliseconds: float) -> list[Row]:
+    names = {
+        "ours": "ours (cpu)",
+        "used": "ours (cpu), used",
+        "all": "ours (cpu), all",
+        "off": "contrast off",
+    }
+    return [
+        Row(
+            op,
+            name,
+            str(shape),
+            dtype,
+            names.get(method, method.replace("_", " ")),
+            "fwd+bwd",
+            "min ms",
+            figure,
+        )
+        for method, figure in milliseconds.items()
+    ]
+
+
+def test_three_sentences_of_a_device() -> None:
+    small, large = Rows(A=64, K=950), Rows(A=1024, K=190_000)
+    rows = timed("infonce", "large", large, ours=10.0, dense=40.0, chunked_loop=25.0, two_bare_products=5.0)
+    rows += [
+        Row("infonce", "large", str(large), "fp32", method, "fwd+bwd", "extra MiB", size)
+        for method, size in {"ours (cpu)": 5.0, "dense": 5195.0}.items()
+    ]
+    won, lost, pays = summary.conclusions(results.by_case(rows))
+    assert won == (
+        "**Won**: 1 of 1 cases. In units of our time the nearest of the methods that do the same work takes 2.50 for "
+        "loss and gradient."
     )
-    assert pages.verdict("gather", results.by_case(rows)) == ""
+    assert lost == (
+        "**Lost**: none. chunked loop came nearest, with 2.50 times our time at 1,024 anchors x 190,000 keys (fp32)."
+    )
+    assert pays.startswith("**It pays** from 1,024 anchors x 190,000 keys on, the smallest that was timed; ")
+    assert "needs 5 MiB beside its inputs, and the dense loss 5,195" in pays
+
+    rows += timed("infonce", "small", small, "bf16", ours=10.0, dense=9.0)
+    rows += timed("infonce", "in-batch", Rows(A=64), ours=10.0, dense=30.0)
+    rows += timed("network_step", "step", Images(N=48, A=512), off=100.0, all=140.0, used=107.0)
+    won, lost, pays = summary.conclusions(results.by_case(rows))
+    assert won.startswith("**Won**: 2 of 3 cases.")
+    assert won.endswith("takes 2.50 to 3.00 for loss and gradient.")
+    assert lost == "**Lost**: in units of our time, dense takes 0.90 at 64 anchors x 950 keys (bf16)."
+    assert "190,000 keys on, of the sizes that were timed; " in pays  # not from the smaller one that is won
+    assert pays.endswith("; a step of the HRNet-W48 with 512 anchors takes 7% longer than without.")
+
+    rows = timed("infonce", "small", small, ours=10.0, dense=9.0)
+    assert list(summary.conclusions(results.by_case(rows)))[2] == "**It pays** at no size that was timed."
+
+
+def test_the_loss_is_told_in_seven_columns() -> None:
+    rows = timed("infonce", "large", Rows(A=1024, K=190_000), ours=10.0, dense=40.0)
+    rows += timed("infonce", "sweep-K-10000", Rows(A=1024, K=10_000), ours=1.0)  # those are in a picture
+    rows.append(Row("infonce", "large", rows[0].shape, "fp32", "ours (cpu)", "fwd+bwd", "p50 ms", 11.0))
+    header, lines = summary.loss_table(results.by_case(rows))
+    assert len(header) == 7
+    assert lines == [["`large`: 1,024 anchors x 190,000 keys", "fp32", "11 (cpu)", "4x", "-", "-", "- / -"]]
 
 
 def test_a_table_has_what_is_added_or_the_share_of_the_floor() -> None:
