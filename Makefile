@@ -14,10 +14,12 @@ TRAINERS      := $(VENV)/trainers
 EXAMPLES      := $(VENV)/examples
 OLDEST        := $(VENV)/oldest
 DOCS          := $(VENV)/docs
+WHEELS        := $(VENV)/wheels
 OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accuracy infonce_cpu infonce_tiles bank \
                  loss loss_criterion loss_training project regressions backends
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
 QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
+PYTHONS       ?= $(PYTHON)
 SHARE         ?= 80
 NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,8)
 WIDTHS        ?= 256
@@ -27,7 +29,7 @@ REST          := tests --ignore tests/trainer --ignore tests/examples --ignore t
 OLDEST_SUBSET := any_input or agree or gradient or round$(if $(WIDTHS),, or triton_code)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-examples test-oldest test-bf16 mutants lint docs bench gpu clean
+.PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-examples test-oldest test-bf16 mutants lint docs wheels bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -101,15 +103,21 @@ test-bf16: $(BUILT)  ## the kernels for AVX512-BF16, on any processor that has A
 mutants: $(BUILT)  ## put faults into the CUDA kernels and show which check finds each
 	$(BIN)/python -m tools.emulator.mutants
 
-lint: $(INSTALLED)  ## ruff, clang-format, mypy
+lint: $(INSTALLED)  ## ruff, clang-format, mypy, the workflows' schema
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
 	$(BIN)/mypy
 
 # Not --quiet, which would hide the warnings from --strict as well. The theme's notice about other projects is switched off.
 docs: $(DOCS)/.installed  ## the documentation as a site in build/docs; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# For the Pythons named in PYTHONS; .github/workflows/wheels.yml has cibuildwheel do the same for all of them. With the CUDA
+# kernels, which take minutes, where there is an nvcc; PIXCONTRAST_CUDA=0 leaves them out.
+wheels: $(WHEELS)/.installed  ## sdist and wheels in dist/, each tried with the oldest and the newest torch (8 GB)
+	$(WHEELS)/bin/python -m tools.wheels $(PYTHONS)
 
 bench: $(BUILT)  ## time the ops beside every alternative and write BENCHMARKS.md (an hour on two cores)
 	$(BIN)/python -m benchmarks --csv auto
@@ -150,6 +158,10 @@ $(TRAINERS)/.installed: constraints-trainers.txt | $(TRAINERS)/bin/python
 
 $(DOCS)/.installed: constraints-docs.txt | $(DOCS)/bin/python
 	$(DOCS)/bin/python -m pip install --quiet -r constraints-docs.txt
+	touch $@
+
+$(WHEELS)/.installed: constraints-wheels.txt | $(WHEELS)/bin/python
+	$(WHEELS)/bin/python -m pip install --quiet -r constraints-wheels.txt
 	touch $@
 
 $(EXAMPLES)/.installed: constraints-examples.txt | $(EXAMPLES)/bin/python

@@ -20,9 +20,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+import setuptools
+
+OLDEST_SETUPTOOLS = 77  # older ones do not know all that pyproject.toml says
+if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"pixcontrast_ext is built with setuptools {OLDEST_SETUPTOOLS} or newer, found {setuptools.__version__}. "
+        "pip 19 or newer gets it by itself (python -m pip install --upgrade pip), unless told --no-build-isolation "
+        "(python -m pip install --upgrade setuptools)."
+    )
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.errors import CompileError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 
@@ -189,11 +199,25 @@ class NinjaBuild:
         if compiler is None:
             raise CompileError(f"no working C++ compiler: {shlex.join(self.cxx)!r} (CXX names another)")
         self.compiler = compiler.splitlines()[0]
+        self.check_compiler()
         self.statements: list[str] = []
 
     @staticmethod
     def sources(pattern: str) -> list[str]:
         return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern))
+
+    def check_compiler(self) -> None:
+        """Raises CompileError, with the compiler's word, if it lacks something that all sources need."""
+        program = "#include <omp.h>\n#include <Python.h>\n#include <concepts>\nint main() {}\n"
+        flags = ["-std=c++20", "-fopenmp", f"-I{sysconfig.get_path('include')}", "-fsyntax-only"]
+        command = [*self.cxx, *flags, "-x", "c++", "-"]
+        checked = subprocess.run(command, input=program, text=True, capture_output=True)
+        if checked.returncode:
+            said = next((line for line in checked.stderr.splitlines() if "error" in line), checked.stderr)
+            raise CompileError(
+                f"{self.compiler} does not compile C++20 (g++ does from 10 on) with OpenMP and Python's headers "
+                f"(Debian's package is python3-dev): {said.strip()}"
+            )
 
     def knows(self, feature: str) -> bool:
         """Whether the compiler generates code for an x86 feature and can ask the processor for it."""

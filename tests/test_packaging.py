@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import pixcontrast_ext
 from tools import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +109,7 @@ def test_wheel_metadata(installed):
     assert {"train", "models", "triton", "bench", "dev"} <= set(metadata.get_all("Provides-Extra"))
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
+    assert metadata["Version"] == pixcontrast_ext.__version__
     assert list(installed.glob("*.dist-info/licenses/LICENSE"))
 
 
@@ -123,27 +125,10 @@ def test_module_links_the_language_runtimes_only(installed, of):
     assert not [name for name in libraries if not allowed.fullmatch(name)]
 
 
-CONTRAST_ONCE = """
-import sys; sys.path.insert(0, {folder!r})
-import torch, pixcontrast_ext
-assert pixcontrast_ext.__file__.startswith({folder!r}), pixcontrast_ext.__file__
-labels = torch.arange(8, dtype=torch.int32) % 2
-anchors = torch.nn.functional.normalize(torch.randn(8, 16), dim=1).requires_grad_()
-loss = pixcontrast_ext.infonce(anchors, labels, anchors.detach(), labels, temperature=0.1, backend="cpu")
-loss.backward()
-assert anchors.grad.isfinite().all() and anchors.grad.any()
-print("torch", torch.__version__)
-for line in open("/proc/self/maps"):
-    if any(name in line for name in ("libgomp", "libiomp", "libomp")):
-        print("openmp", line.split()[-1])
-"""
-
-
-def test_one_openmp_runtime_beside_torch(installed):
-    ran = run(sys.executable, "-c", CONTRAST_ONCE.format(folder=str(installed)), cwd=installed)
+def test_an_installation_works_with_one_openmp_runtime(installed):
+    ran = run(sys.executable, ROOT / "tools" / "smoke.py", cwd=installed, PYTHONPATH=installed)
     assert ran.returncode == 0, ran.stdout
-    runtimes = {line for line in ran.stdout.splitlines() if line.startswith("openmp ")}
-    assert len(runtimes) == 1, runtimes
+    assert len(re.findall("^openmp ", ran.stdout, re.M)) == 1, ran.stdout
 
 
 def test_same_module_beside_another_torch(installed):
@@ -152,7 +137,7 @@ def test_same_module_beside_another_torch(installed):
         pytest.skip("PIXCONTRAST_OTHER_PYTHON names no interpreter with another torch")
     import torch
 
-    ran = run(other, "-c", CONTRAST_ONCE.format(folder=str(installed)), cwd=installed)
+    ran = run(other, ROOT / "tools" / "smoke.py", cwd=installed, PYTHONPATH=installed)
     assert ran.returncode == 0, ran.stdout
     assert f"torch {torch.__version__}\n" not in ran.stdout
 
@@ -372,6 +357,35 @@ def test_missing_compiler_is_named(toy):
     built = build(toy, PIXCONTRAST_CUDA="0", CXX="no-such-compiler")
     assert built.returncode != 0
     assert "no working C++ compiler: 'no-such-compiler'" in built.stdout
+
+
+def test_a_compiler_without_what_the_sources_need_is_named(toy, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("""#!/bin/sh
+        case "$*" in
+          *--version*) echo "g++ (old) 8.3.0" ;;
+          *c++20*) echo "g++: error: unrecognized command line option '-std=c++20'" >&2; exit 1 ;;
+          *) exec g++ "$@" ;;
+        esac
+    """)
+    compiler.chmod(0o755)
+    built = build(toy, PIXCONTRAST_CUDA="0", CXX=str(compiler))
+    assert built.returncode != 0
+    assert "g++ (old) 8.3.0 does not compile C++20" in built.stdout
+    assert "unrecognized command line option '-std=c++20'" in built.stdout
+
+
+def test_setuptools_that_is_too_old_is_named(toy):
+    program = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path('setup.py')"
+    built = run(sys.executable, "-c", program, cwd=toy)
+    assert built.returncode != 0
+    assert "pixcontrast_ext is built with setuptools 77 or newer, found 65.5.0" in built.stdout
+
+
+def test_the_version_is_the_same_everywhere():
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited[1] == pixcontrast_ext.__version__
+    assert f"({pixcontrast_ext.__version__})" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_cuda_demanded_without_nvcc(toy, tmp_path):

@@ -1,0 +1,54 @@
+"""Does an installation work? `python smoke.py`, with nothing of this repository on the path.
+
+The CPU kernels beside the reference, and three steps of the criterion with a bank. Prints the versions and the OpenMP
+runtimes of the process; any failure is an exception.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import pixcontrast_ext
+from pixcontrast_ext.backends import native
+
+
+def gradient(backend: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.nn.functional.normalize(torch.randn(50, 24, generator=generator), dim=1).requires_grad_()
+    keys = torch.nn.functional.normalize(torch.randn(300, 24, generator=generator), dim=1)
+    of_anchors, of_keys = (torch.arange(size, dtype=torch.int32) % 3 for size in (50, 300))
+    pixcontrast_ext.infonce(anchors, of_anchors, keys, of_keys, temperature=0.1, backend=backend).backward()
+    assert anchors.grad is not None
+    return anchors.grad
+
+
+def train() -> None:
+    bank = pixcontrast_ext.MemoryBank(3, 8, region_slots=4, pixel_slots=4)
+    criterion = pixcontrast_ext.PixelContrastCrossEntropyLoss(3, bank=bank, min_pixels=1, backend="cpu")
+    for _ in range(3):
+        embeddings = torch.randn(2, 8, 6, 6, requires_grad=True)
+        loss = criterion(torch.randn(2, 3, 6, 6), embeddings, torch.randint(3, (2, 6, 6)))
+        loss.backward()
+        assert loss.isfinite()
+        assert embeddings.grad is not None
+        assert embeddings.grad.any()
+
+
+def main() -> None:
+    repository = Path(__file__).resolve().parents[1]
+    assert not Path(pixcontrast_ext.__file__).is_relative_to(repository), pixcontrast_ext.__file__
+    assert native.unavailable is None, native.unavailable
+    torch.testing.assert_close(gradient("cpu"), gradient("reference"), rtol=1e-4, atol=1e-6)
+    train()
+    print(f"pixcontrast_ext {pixcontrast_ext.__version__}, torch {torch.__version__}")
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    for path in sorted(
+        path for path in libraries if any(name in path for name in ("libgomp", "libiomp", "libomp"))
+    ):
+        print(f"openmp {path}")
+
+
+if __name__ == "__main__":
+    main()
