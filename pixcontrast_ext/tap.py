@@ -135,7 +135,11 @@ class FeatureTap:
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, (Tensor, list, tuple, Mapping))
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (
+        isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value)
+    )
 
 
 class WithEmbeddings(nn.Module):

@@ -101,6 +101,10 @@ def test_keyword_arguments():
     assert tap.take() is A
     layer(3, features=A)  # no positional tensor
     assert tap.take() is A
+    layer(size=(4, 4), features=A)  # a collection, and none of tensors
+    assert tap.take() is A
+    layer((4, 4), [], A)
+    assert tap.take() is A
     named = FeatureTap(layer, index="b")
     with pytest.raises(ValueError, match=r"the layer Echo was given a, b: index must name one of them"):
         layer(a=A, b=B)
