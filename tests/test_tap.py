@@ -416,6 +416,17 @@ def test_checkpointing_that_runs_a_layer_without_gradients_gives_features_withou
     assert not tap.take().requires_grad
 
 
+@pytest.mark.parametrize("of", ["input", "output"])
+def test_replicas_of_data_parallel_are_refused(of):
+    """Its threads would take each other's features; transformers' Trainer wraps a model so if it sees several GPUs."""
+    layer = nn.Identity()
+    tap = FeatureTap(layer, of)
+    with pytest.raises(RuntimeError, match=r"does not serve torch.nn.DataParallel"):
+        layer._replicate_for_data_parallel()(IMAGES)
+    tap.records = False
+    layer._replicate_for_data_parallel()(IMAGES)
+
+
 def test_two_ranks(tmp_path):
     """`DistributedDataParallel` and FSDP2 reduce the head with the network: as one process with the whole batch."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
