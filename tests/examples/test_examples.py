@@ -205,6 +205,23 @@ def test_mmsegmentation(tmp_path):
     assert torch.load(tmp_path / "work" / "iter_20.pth", weights_only=False)["meta"]["iter"] == 20
 
 
+def test_mmsegmentation_in_a_cascade_and_without_a_bank(tmp_path):
+    """As OCR's head, which is given the output of the head before it too."""
+    need("mmengine", "mmcv", "mmseg")
+    program = (
+        "import torch, pixel_contrast as example; "
+        "from mmseg.models.decode_heads import OCRHead; "
+        "kind = type('OCRHeadWithContrast', (example.WithContrast, OCRHead), {}); "
+        "settings = dict(ocr_channels=8, in_channels=16, channels=8, num_classes=5, norm_cfg=dict(type='BN')); "
+        "head = kind(embed_dim=32, contrast=dict(min_pixels=5), **settings); "
+        "samples = [example.Scenes(2, 64)[index]['data_samples'] for index in range(2)]; "
+        "losses = head.loss([torch.randn(2, 16, 16, 16)], torch.randn(2, 5, 16, 16), samples, None); "
+        "print(*(f'{name} {value:.3f}' for name, value in losses.items()))"
+    )
+    output = run(sys.executable, "-c", program, cwd=tmp_path, path=EXAMPLES / "mmseg_config")
+    assert numbers(output, "loss_contrast")[0] > 0
+
+
 RANKS = [
     ("plain_loop.py", "torch"),
     ("accelerate_loop.py", "accelerate"),
