@@ -19,6 +19,8 @@ from pixcontrast_ext import FeatureTap, ProjectionHead, WithEmbeddings
 from tests.support import two_ranks
 from tests.support.tap_ranks import Segmenter
 
+pytestmark = pytest.mark.whole
+
 IMAGES = torch.randn(2, 3, 8, 8)
 
 
