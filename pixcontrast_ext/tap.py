@@ -212,7 +212,7 @@ class WithEmbeddings(nn.Module):
 
 def _find(network: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
     """The path of a layer in a network, and the layer."""
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))  # one layer may have several paths
     if isinstance(layer, nn.Module):
         for path, module in modules.items():
             if module is layer:

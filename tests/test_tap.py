@@ -277,6 +277,13 @@ def test_a_layer_within_a_wrapper_is_the_nearest():
         WithEmbeddings(nn.Sequential(Segmenter()), "classifier.1", nn.Identity())
 
 
+def test_a_layer_of_two_paths_has_both():
+    network = Segmenter()
+    network.tied = network.classifier[1]
+    model = make(network, layer="tied")
+    assert_same(model, model(IMAGES))
+
+
 def test_network_and_head_must_be_modules():
     with pytest.raises(TypeError, match=r"head must be a torch.nn.Module, got function"):
         WithEmbeddings(Segmenter(), "unused", lambda features: features)
