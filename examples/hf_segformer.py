@@ -24,6 +24,7 @@ class SegformerWithContrast(SegformerForSemanticSegmentation):
         settings = dict(warmup_steps=5, bank=dict(embed_dim=64, region_slots=100, pixel_slots=500))
         self.criterion = pc.PixelContrastCrossEntropyLoss(config.num_labels, min_pixels=5, **settings)
         self.features = pc.FeatureTap(self.decode_head.classifier)
+        self.accepts_loss_kwargs = False  # a mean, which the Trainer divides when it accumulates gradients
         self.post_init()
 
     def _init_weights(self, module):  # which a file of weights has nothing for
@@ -61,11 +62,10 @@ def main():
     sizes = dict(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4)
     config = SegformerConfig(num_labels=CLASSES, decoder_hidden_size=64, **sizes)
     model = SegformerWithContrast.from_pretrained(last) if last else SegformerWithContrast(config)
-    steps = dict(max_steps=STEPS * (2 if last else 1), logging_steps=5, save_steps=STEPS)
+    steps = dict(max_steps=STEPS * (2 if last else 1), logging_steps=5, save_steps=STEPS, learning_rate=3e-3)
     arguments = TrainingArguments(
         output_dir=sys.argv[1],
         per_device_train_batch_size=4,
-        learning_rate=3e-3,
         ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(),  # or torchrun's processes train apart
         report_to=[],

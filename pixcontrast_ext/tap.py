@@ -32,7 +32,7 @@ class FeatureTap:
     no graph that a head could train the network through; with `use_reentrant=False` it has.
 
     Register it before `torch.compile` traces the network, and `remove()` it before `torch.jit.script`.
-    `torch.nn.DataParallel`, whose threads share the tap, is not supported; `DistributedDataParallel` is.
+    `torch.nn.DataParallel`, whose threads share the tap, is refused; `DistributedDataParallel` is supported.
 
     Args:
         module: the layer.
@@ -43,6 +43,7 @@ class FeatureTap:
     Raises:
         TypeError, ValueError: an argument of the wrong type or value. In the forward of the network: the layer was
             given, or returned, something that `index` does not fit.
+        RuntimeError: in the forward of a replica of `torch.nn.DataParallel`.
     """
 
     def __init__(self, module: nn.Module, of: str = "input", index: int | str = -1) -> None:
@@ -86,7 +87,7 @@ class FeatureTap:
         return {**self.__dict__, "_seen": None}  # a tensor with a graph can neither be copied nor pickled
 
     def _see_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._is_asked():
+        if not self._is_asked(module):
             return
         given = [value for value in args if _holds_tensors(value)][:1]
         if not given and self.index in kwargs:
@@ -103,13 +104,17 @@ class FeatureTap:
         self._seen = self._chosen(given[0])
 
     def _see_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._is_asked():
+        if self._is_asked(module):
             self._seen = self._chosen(output)
 
-    def _is_asked(self) -> bool:
-        if torch.compiler.is_compiling():
+    def _is_asked(self, module: nn.Module) -> bool:
+        if torch.compiler.is_compiling() or not self.records:
             return self.records
-        return self.records and torch._C._current_graph_task_id() == -1
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "a tap does not serve torch.nn.DataParallel, whose threads share it: take DistributedDataParallel"
+            )
+        return torch._C._current_graph_task_id() == -1
 
     def _chosen(self, value: Any) -> Tensor:
         if isinstance(value, Mapping):
@@ -135,7 +140,11 @@ class FeatureTap:
 
 
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, (Tensor, list, tuple, Mapping))
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (
+        isinstance(value, (list, tuple)) and any(isinstance(each, Tensor) for each in value)
+    )
 
 
 class WithEmbeddings(nn.Module):
@@ -203,7 +212,7 @@ class WithEmbeddings(nn.Module):
 
 def _find(network: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
     """The path of a layer in a network, and the layer."""
-    modules = dict(network.named_modules())
+    modules = dict(network.named_modules(remove_duplicate=False))  # one layer may have several paths
     if isinstance(layer, nn.Module):
         for path, module in modules.items():
             if module is layer:

@@ -35,6 +35,7 @@ from tools import emulated
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "whole: all of its combinations are run, whatever the share")
 
 
 @pytest.hookimpl(trylast=True)  # after -k has selected
@@ -48,7 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         and "cpu" not in backends_of(item)
         and parameters(item).get("instruction_set") in sets[1:]
     }
-    left_out |= set(outside_of_the_share([item for item in items if item not in left_out], SHARE))
+    shared = [item for item in items if item not in left_out and not item.get_closest_marker("whole")]
+    left_out |= set(outside_of_the_share(shared, SHARE))
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
 

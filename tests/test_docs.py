@@ -16,6 +16,8 @@ from pixcontrast_ext import info
 from tests.support.pages import PAGES, ROOT, Block, blocks, name_of, needs
 from tools.torchvision_ops import declare_missing_ops
 
+pytestmark = pytest.mark.whole  # a page that is not run may say anything
+
 with_python = [page for page in PAGES if blocks(page, "python")]
 with_commands = [page for page in PAGES if blocks(page, "console", "sh", "bash")]
 BACKENDS_PAGE, API_PAGE = ROOT / "docs" / "backends.md", ROOT / "docs" / "api.md"
@@ -37,9 +39,9 @@ def missing(modules: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", with_python, ids=name_of)
 def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page, in their order and in one namespace, in an empty folder."""
+    declare_missing_ops()  # of the torchvision beside a CPU-only torch
     if absent := missing(needs(page)):
         pytest.skip(f"needs {', '.join(absent)}, which `make test-examples` has")
-    declare_missing_ops()  # of the torchvision beside a CPU-only torch
     monkeypatch.chdir(tmp_path)
     names = {"__name__": name_of(page)}
     for block in blocks(page, "python"):

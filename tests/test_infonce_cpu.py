@@ -175,8 +175,11 @@ def test_few_anchors_of_a_class_take_keys_as_they_lie(instruction_set):
             assert error(found[4], expected) <= 1e-6 + weight_rounding("cpu", dtype)
 
 
+@pytest.mark.whole
 def test_few_anchors_in_all_get_the_bits_of_many(instruction_set, poison):
     """Up to 96 anchors multiply fp32 keys as they lie, of tiles without a gap; more pack them first."""
+    if native.fused_dtype(torch.float32) is None:
+        pytest.skip(f"{instruction_set} leaves the products to torch")
     for size, classes, order in ((96, 3, BANK), (61, 2, BLOCKS), (96, 19, RANDOM), (17, 1, BANK)):
         anchors, anchor_labels, keys, key_labels = draw_rows(size, 1500, 64, classes, order=order)
         keys[key_labels < 0] = math.nan
@@ -187,6 +190,23 @@ def test_few_anchors_in_all_get_the_bits_of_many(instruction_set, poison):
             arguments = (rows, labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu")
             outcomes.append(torch.ops.pixcontrast.infonce_forward(*arguments))
         assert all(torch.equal(few, all_[:size]) for few, all_ in zip(*outcomes, strict=True))
+
+
+@pytest.mark.whole
+def test_few_anchors_in_all_do_not_depend_on_threads(instruction_set):
+    """From tile to tile an anchor may be another thread's, and of keys as they lie there is nothing to wait for."""
+    if native.fused_dtype(torch.float32) is None:
+        pytest.skip(f"{instruction_set} leaves the products to torch")
+    anchors, labels, keys, key_labels = draw_rows(64, 20_000, 32, 19, order=BANK)
+    arguments = anchors, labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu"
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, *(2, 3, 4) * 4):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.pixcontrast.infonce_forward(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results for a, b in zip(other, results[0], strict=True))
 
 
 @pytest.mark.parametrize("in_batch", [False, True])

@@ -15,6 +15,8 @@ from pixcontrast_ext import (
     ProjectionHead,
 )
 
+pytestmark = pytest.mark.whole
+
 LOSSES = [PixelContrastLoss, PixelContrastCrossEntropyLoss]
 
 

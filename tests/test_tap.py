@@ -19,6 +19,8 @@ from pixcontrast_ext import FeatureTap, ProjectionHead, WithEmbeddings
 from tests.support import two_ranks
 from tests.support.tap_ranks import Segmenter
 
+pytestmark = pytest.mark.whole
+
 IMAGES = torch.randn(2, 3, 8, 8)
 
 
@@ -100,6 +102,10 @@ def test_keyword_arguments():
     layer(scale=2, features=A)
     assert tap.take() is A
     layer(3, features=A)  # no positional tensor
+    assert tap.take() is A
+    layer(size=(4, 4), features=A)  # a collection, and none of tensors
+    assert tap.take() is A
+    layer((4, 4), [], A)
     assert tap.take() is A
     named = FeatureTap(layer, index="b")
     with pytest.raises(ValueError, match=r"the layer Echo was given a, b: index must name one of them"):
@@ -271,6 +277,13 @@ def test_a_layer_within_a_wrapper_is_the_nearest():
         WithEmbeddings(nn.Sequential(Segmenter()), "classifier.1", nn.Identity())
 
 
+def test_a_layer_of_two_paths_has_both():
+    network = Segmenter()
+    network.tied = network.classifier[1]
+    model = make(network, layer="tied")
+    assert_same(model, model(IMAGES))
+
+
 def test_network_and_head_must_be_modules():
     with pytest.raises(TypeError, match=r"head must be a torch.nn.Module, got function"):
         WithEmbeddings(Segmenter(), "unused", lambda features: features)
@@ -410,6 +423,17 @@ def test_checkpointing_that_runs_a_layer_without_gradients_gives_features_withou
     tap = FeatureTap(network.classifier[1])
     checkpoint(network, IMAGES.clone().requires_grad_(), use_reentrant=True)
     assert not tap.take().requires_grad
+
+
+@pytest.mark.parametrize("of", ["input", "output"])
+def test_replicas_of_data_parallel_are_refused(of):
+    """Its threads would take each other's features; transformers' Trainer wraps a model so if it sees several GPUs."""
+    layer = nn.Identity()
+    tap = FeatureTap(layer, of)
+    with pytest.raises(RuntimeError, match=r"does not serve torch.nn.DataParallel"):
+        layer._replicate_for_data_parallel()(IMAGES)
+    tap.records = False
+    layer._replicate_for_data_parallel()(IMAGES)
 
 
 def test_two_ranks(tmp_path):

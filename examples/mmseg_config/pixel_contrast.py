@@ -24,25 +24,25 @@ class WithContrast:
     def __init__(self, *, embed_dim, contrast, **settings):
         super().__init__(**settings)
         self.embed = pc.ProjectionHead(self.conv_seg.in_channels, embed_dim)
-        contrast = dict(contrast)
-        bank = dict(embed_dim=embed_dim, **contrast.pop("bank"))
-        self.contrast = pc.PixelContrastLoss(
-            self.num_classes, ignore_index=self.ignore_index, bank=bank, **contrast
-        )
+        contrast = dict(ignore_index=self.ignore_index, **contrast)
+        if contrast.get("bank"):
+            contrast["bank"] = dict(embed_dim=embed_dim, **contrast["bank"])
+        self.contrast = pc.PixelContrastLoss(self.num_classes, **contrast)
         self.features = pc.FeatureTap(self.conv_seg)
 
-    def loss(self, inputs, batch_data_samples, train_cfg):
+    def loss(self, inputs, *others):
         """The losses of the head, and "loss_contrast", which mmengine adds to them and logs apart."""
-        logits = self(inputs)
+        *before, batch_data_samples, _ = others  # in a cascade the output of the head before
+        logits = self(inputs, *before)
         features = self.features.take()
         losses = self.loss_by_feat(logits, batch_data_samples)
         labels = torch.stack([sample.gt_sem_seg.data[0] for sample in batch_data_samples])
         losses["loss_contrast"] = self.contrast(self.embed(features), labels, logits)
         return losses
 
-    def predict(self, inputs, batch_img_metas, test_cfg):
+    def predict(self, *inputs):
         """That of the head."""
-        result = super().predict(inputs, batch_img_metas, test_cfg)
+        result = super().predict(*inputs)
         self.features.forget()
         return result
 

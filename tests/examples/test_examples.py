@@ -133,6 +133,21 @@ def test_transformers(tmp_path):
     assert later["criterion.contrast.step"] == 5
 
 
+def test_transformers_divides_an_accumulated_loss(tmp_path):
+    """It takes a model whose forward has **kwargs for one that does so by itself, and logs the sum of its batches."""
+    need("transformers")
+    program = (
+        "from hf_segformer import *; "
+        "sizes = dict(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4); "
+        "model = SegformerWithContrast(SegformerConfig(num_labels=CLASSES, decoder_hidden_size=64, **sizes)); "
+        "settings = dict(max_steps=1, gradient_accumulation_steps=4, logging_steps=1, save_strategy='no'); "
+        "Trainer(model, TrainingArguments('out', use_cpu=True, report_to=[], **settings), "
+        "train_dataset=Scenes()).train()"
+    )
+    output = run(sys.executable, "-c", program, cwd=tmp_path, path=EXAMPLES)
+    assert 1 < numbers(output, "loss")[0] < 2.5  # of five classes, log 5
+
+
 def column_of(folder: Path, version: int, name: str) -> list[float]:
     """What Lightning's CSVLogger wrote under a name in the run of this number."""
     (path,) = folder.rglob(f"version_{version}/metrics.csv")
@@ -190,6 +205,23 @@ def test_mmsegmentation(tmp_path):
     assert torch.load(tmp_path / "work" / "iter_20.pth", weights_only=False)["meta"]["iter"] == 20
 
 
+def test_mmsegmentation_in_a_cascade_and_without_a_bank(tmp_path):
+    """As OCR's head, which is given the output of the head before it too."""
+    need("mmengine", "mmcv", "mmseg")
+    program = (
+        "import torch, pixel_contrast as example; "
+        "from mmseg.models.decode_heads import OCRHead; "
+        "kind = type('OCRHeadWithContrast', (example.WithContrast, OCRHead), {}); "
+        "settings = dict(ocr_channels=8, in_channels=16, channels=8, num_classes=5, norm_cfg=dict(type='BN')); "
+        "head = kind(embed_dim=32, contrast=dict(min_pixels=5), **settings); "
+        "samples = [example.Scenes(2, 64)[index]['data_samples'] for index in range(2)]; "
+        "losses = head.loss([torch.randn(2, 16, 16, 16)], torch.randn(2, 5, 16, 16), samples, None); "
+        "print('loss_contrast', float(losses['loss_contrast']))"
+    )
+    output = run(sys.executable, "-c", program, cwd=tmp_path, path=EXAMPLES / "mmseg_config")
+    assert numbers(output, "loss_contrast")[0] > 0
+
+
 RANKS = [
     ("plain_loop.py", "torch"),
     ("accelerate_loop.py", "accelerate"),
@@ -203,6 +235,7 @@ def test_two_ranks(example, package, tmp_path):
     output = run(EXAMPLES / "ddp_torchrun.sh", EXAMPLES / example, tmp_path, cwd=tmp_path)
     if example == "hf_segformer.py":
         assert_contrast_learns(output)
+        assert numbers(output, "loss")[0] < 2.5  # a mean over the ranks too
     else:
         assert_learns(output)
 

@@ -2,9 +2,10 @@
 // products, the weights computed from them and the second product stay in the core's own cache. All threads
 // together pack the keys of a tile, once for both products. One parallel region serves a whole call.
 //
-// Every thread owns a share of the anchors, and no sum crosses threads: results do not depend on their
-// number. This file is compiled for AVX2 and AVX-512 (fp32 products) and for AVX512-BF16 (bf16 products);
-// nothing in it may be shared with another translation unit: no standard templates.
+// Of each tile every thread takes a share of the anchors, and all of them take the tiles in one order,
+// together: results do not depend on their number. This file is compiled for AVX2 and AVX-512 (fp32 products)
+// and for AVX512-BF16 (bf16 products); nothing in it may be shared with another translation unit: no
+// standard templates.
 #include <omp.h>
 
 #include <cmath>
@@ -257,12 +258,17 @@ class Walk {
   }
 
   // All threads pack the tile, each some of its keys. Two panels alternate, so that a thread which is done
-  // with a tile may pack the next one while others still read this one.
+  // with a tile may pack the next one while others still read this one. They wait for each other even if
+  // there is nothing to pack: an anchor may have been another thread's in the tile before.
   Panels panels_together(const void* keys) {
-    if (are_slim()) return lying(keys);
-    turn_ ^= 1;
-    const Panels panels = panels_of(turn_);
-    pack(keys, panels, thread_, num_threads_);
+    Panels panels;
+    if (are_slim()) {
+      panels = lying(keys);
+    } else {
+      turn_ ^= 1;
+      panels = panels_of(turn_);
+      pack(keys, panels, thread_, num_threads_);
+    }
 #pragma omp barrier
     return panels;
   }
