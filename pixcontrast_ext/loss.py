@@ -337,8 +337,9 @@ class PixelContrastLoss(nn.Module):
         """What the contrast finds in a batch: for a log, every hundred steps or so.
 
         Anchors are drawn and contrasted as in a step, in the warm-up too; nothing is enqueued or counted, and the next
-        step draws what it would have drawn. Call it before the step, whose batch the bank should not hold yet. Every
-        value stays on the device. "Positive" and "negative" are of all keys, also with `mining`.
+        step draws what it would have drawn. Call it before the step, whose batch the bank should not hold yet. A head
+        that is no submodule is called in the mode that it is in. Every value stays on the device. "Positive" and
+        "negative" are of all keys, also with `mining`.
 
         Args:
             embeddings, labels, predictions, hard, confidence: see `forward`.
@@ -349,8 +350,7 @@ class PixelContrastLoss(nn.Module):
             - "contrast": the loss, before `weight`.
             - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it.
             - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
-            - "floor": the loss if each class were a point, and all as far from each other as can be: what no training
-              gets below. A loss falls slowly since most of it is between "chance" and this.
+            - "floor": the loss if each class were a point, and all as far from each other as can be.
             - "positive_cosine", "negative_cosine": the mean over the anchors of their mean cosine to their positives,
               to their negatives.
             - "anchors", "contrasted": how many anchors, and how many of them have a positive and a negative.
@@ -361,8 +361,8 @@ class PixelContrastLoss(nn.Module):
             - "anchors_of": how many anchors.
             - "positives_of": how many keys.
             - With a bank "region_fill_of", "pixel_fill_of": the share of the slots in use; "region_turnover_of",
-              "pixel_turnover_of": rows that this rank's batch adds, as a share of the slots. The oldest keys of a full
-              ring are one over the mean turnover steps old.
+              "pixel_turnover_of": rows that this rank's batch adds, as a share of the slots; one over its mean is the
+              age in steps of a full ring's oldest keys.
 
         Raises:
             TypeError, ValueError: as `forward`.

@@ -209,6 +209,9 @@ class TrainConfig:
     """cuda, cpu, or auto for cuda where there is one."""
     log_every: int = 10
     """Steps between rows of train.csv."""
+    diagnose_every: int = 0
+    """Steps between rows of diagnostics.csv: what the contrast finds, and its gradient beside the cross-entropy's. 0
+    for none."""
     eval_every: int = 200
     """Steps between evaluations on val (and one at the end)."""
     checkpoint_every: int = 200
@@ -235,7 +238,8 @@ class TrainConfig:
             "bank-samples": loss.bank_samples, "region-views": loss.region_views,
         }  # fmt: skip
         not_negative = {
-            "seed": self.seed, "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
+            "seed": self.seed, "diagnose-every": self.diagnose_every,
+            "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
             "jitter": data.jitter, "weight": loss.weight, "aux-weight": loss.aux_weight,
             "warmup-steps": loss.warmup_steps,
             "lr-warmup": optim.lr_warmup, "power": optim.power, "momentum": optim.momentum,

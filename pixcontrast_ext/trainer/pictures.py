@@ -42,17 +42,23 @@ def draw_run(
     *,
     amp: str = "off",
 ) -> list[Path]:
-    """curves.png, panels.png and tsne.png of one run in `out`/pictures. Returns their paths."""
+    """curves.png, panels.png, tsne.png and, of a run that has them, diagnostics.png in `out`/pictures.
+
+    Returns their paths.
+    """
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     clouds = {"features": pixel_features(model, dataset, device)}
     if model.embed_head is not None:
         clouds["embeddings"] = pixel_features(model, dataset, device, embeddings=True)
-    return [
+    paths = [
         draw_curves({out.name: out}, folder / "curves.png"),
         draw_panels({"prediction": model}, dataset, spec, folder / "panels.png", device, amp=amp),
         draw_tsne(clouds, spec, folder / "tsne.png"),
     ]
+    if (out / "diagnostics.csv").exists():
+        paths.append(draw_diagnostics(out, folder / "diagnostics.png"))
+    return paths
 
 
 def draw_curves(runs: dict[str, Path], path: Path) -> Path:
@@ -71,6 +77,36 @@ def draw_curves(runs: dict[str, Path], path: Path) -> Path:
     loss.set(title="Cross-entropy, training", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
     miou.set(title="Mean IoU, validation", xlabel="step", ylabel="mIoU", ylim=(0, 1))
     for axes in (loss, miou):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_diagnostics(run: Path, path: Path) -> Path:
+    """What a run's contrast found: loss beside chance and floor, cosines, gradients, and shares of anchors and bank."""
+    rows = read_rows(run / "diagnostics.csv")
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = {
+        "Contrast": ("contrast", "chance", "expected", "floor"),
+        "Mean cosine of an anchor": ("positive_cosine", "negative_cosine"),
+        "Contrast beside cross-entropy, on the features": ("gradient_ratio", "gradient_cosine"),
+        "Shares": ("hard_share", "pixel_fill", "region_fill"),
+    }
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name in names:
+            columns = [column for column in rows[0] if column.partition("/")[0] == name]
+            values = np.array([[row[column] for column in columns] for row in rows])
+            if columns and not np.isnan(values).all():
+                axes.plot(
+                    steps,
+                    values.mean(1),
+                    "o-",
+                    markersize=3,
+                    label=name.replace("_", " "),
+                )
+        axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)

@@ -26,9 +26,11 @@ from tqdm import tqdm
 
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.criterion import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.diagnostics import compare_gradients
 from pixcontrast_ext.maps import cross_entropy
 from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.project import Head
+from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
@@ -222,6 +224,9 @@ class _Run:
         self.generator = torch.Generator(ranks.device)
         criterion = build_criterion(config.loss, num_classes, config.net.embed_dim, self.generator, head)
         self.criterion = criterion.to(ranks.device)
+        self.shared: FeatureTap | None = None
+        if config.diagnose_every and config.loss.contrast != "off":
+            self.shared = FeatureTap(self.model.backbone, of="output")
         self.optimizer = build_optimizer(self.model, config.optim)
         self.augment = Augment(config.data) if config.data.augment else None
 
@@ -313,6 +318,9 @@ class _Run:
         if self.augment is not None:
             images, labels = self.augment(images, labels, batch[2])
         images = images.contiguous(memory_format=torch.channels_last)
+        diagnoses = self.shared is not None and (step + 1) % config.diagnose_every == 0
+        if self.shared is not None:
+            self.shared.records = diagnoses
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed", outputs.get("features"))
@@ -329,7 +337,10 @@ class _Run:
             torch.cuda.synchronize(images.device)
             log.info("the kernels of the loss are ready after %.1f s", time.perf_counter() - begin)
             self.memory.restart()
+        found = self._found(logits, embeddings, labels) if diagnoses else {}
         loss, parts = self.criterion(logits, embeddings, labels, return_parts=True)
+        if diagnoses:
+            self._diagnose(step + 1, found, loss, logits, labels)
         total, auxiliary = loss, None
         if "aux" in outputs:
             auxiliary = CrossEntropy()(outputs["aux"].float(), None, labels)
@@ -361,6 +372,42 @@ class _Run:
                 f"(learning rate {rate:.3g}): try a lower --lr or --clip"
             )
         return row
+
+    @torch.no_grad()
+    def _found(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the contrast finds before the step. A head that the loss calls keeps its running statistics."""
+        head = self.model.embed_head
+        # Those of a head that the model has called are a part of its graph.
+        buffers = list(head.buffers()) if self.config.loss.project == "used" else []
+        before = [buffer.clone() for buffer in buffers]
+        found: dict[str, Tensor] = self.criterion.diagnostics(logits, embeddings, labels)  # type: ignore[operator]
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        return found
+
+    def _diagnose(
+        self, step: int, found: dict[str, Tensor], loss: Tensor, logits: Tensor, labels: Tensor
+    ) -> None:
+        """Write a row of what `criterion.diagnostics` has found, and of the two gradients at the shared features."""
+        assert self.shared is not None
+        weights = self.criterion.class_weights
+        entropy = cross_entropy(
+            logits,
+            labels,
+            num_classes=logits.shape[1],
+            ignore_index=IGNORE,
+            class_weights=weights,  # type: ignore[arg-type]
+        )
+        ratio, cosine = compare_gradients(loss - entropy, entropy, self.shared.take())
+        found = {**found, "gradient_ratio": ratio, "gradient_cosine": cosine}
+        columns: dict[str, Tensor] = {}
+        for name, value in found.items():
+            names = (
+                [name] if value.dim() == 0 else [f"{name[:-3]}/{of_class}" for of_class in self.spec.classes]
+            )
+            columns.update(zip(names, value.float().flatten().unbind(), strict=True))
+        values = self.ranks.mean(torch.stack(list(columns.values()))).tolist()
+        self._write("diagnostics", {"step": step, **dict(zip(columns, values, strict=True))})
 
     def _embed(self, features: Tensor) -> Tensor:
         """The model's projection head, for the loss to call where the model leaves it out."""
