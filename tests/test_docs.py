@@ -96,6 +96,7 @@ def take_trainer(arguments: list[str]) -> None:
         "predict": trainer.PredictCommand,
         "export": trainer.ExportCommand,
         "compare": trainer.CompareCommand,
+        "probe": trainer.ProbeCommand,
         "check-data": trainer.CheckDataCommand,
         "demo": DemoConfig,
     }

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import tyro
+
 from pixcontrast_ext.trainer.check import describe, take_census
 from pixcontrast_ext.trainer.checkpoints import CheckpointError
 from pixcontrast_ext.trainer.compare import CompareConfig, compare, table
@@ -31,6 +33,8 @@ from pixcontrast_ext.trainer.evaluate import evaluate, export_model, load_model
 from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.pictures import draw_confusion, draw_panels
 from pixcontrast_ext.trainer.predict import predict_folder
+from pixcontrast_ext.trainer.probe import ProbeConfig, probe
+from pixcontrast_ext.trainer.probe import table as probe_table
 from pixcontrast_ext.trainer.train import train
 
 
@@ -105,6 +109,15 @@ class CompareCommand:
     resume: bool = False
     """Go on where an earlier comparison in --out was cut off."""
     compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@dataclass(frozen=True)
+class ProbeCommand:
+    """Say what the pixel features of runs are worth, apart from their classifiers."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, or checkpoints, of one dataset."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,14 @@ def run_compare(args: Sequence[str]) -> None:
         print(f"{table(comparison)}\n\nAll in {out}: compare.json, compare.png, panels.png and the runs")
 
 
+def run_probe(args: Sequence[str]) -> None:
+    command = parse_flags(ProbeCommand, args, prog=_prog("probe"))
+    _require_one_process("probe")
+    print(probe_table(probe(command.runs, command.probe)))
+    if command.probe.out is not None:
+        print(f"\nAll in {command.probe.out}: probe.json, probe.png and probe-tsne.png")
+
+
 def run_check_data(args: Sequence[str]) -> int:
     command = parse_flags(CheckDataCommand, args, prog=_prog("check-data"))
     _check_workers(command.workers)
@@ -261,6 +282,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
         run_compare,
         "train without contrast, with it in the batch and with the bank, over several seeds",
     ),
+    "probe": (run_probe, "say what the pixel features of runs are worth, apart from their classifiers"),
     "check-data": (run_check_data, "read a dataset through and list what is wrong with its files"),
     "demo": (run_demo, "train without and with the contrast on synthetic scenes and show both"),
 }
