@@ -17,7 +17,8 @@ import tyro
 
 from pixcontrast_ext.trainer.check import describe, take_census
 from pixcontrast_ext.trainer.checkpoints import CheckpointError
-from pixcontrast_ext.trainer.compare import CompareConfig, compare, table
+from pixcontrast_ext.trainer.compare import COMPARE_OPTIONS, CompareConfig, compare
+from pixcontrast_ext.trainer.comparison import table
 from pixcontrast_ext.trainer.config import (
     DataConfig,
     InferenceConfig,
@@ -227,7 +228,8 @@ def run_export(args: Sequence[str]) -> None:
 
 
 def run_compare(args: Sequence[str]) -> None:
-    for flag, instead in (("--seed", "--seeds"), ("--contrast", "--methods")):
+    args = joined_arms(args)
+    for flag, instead in (("--seed", "--seeds"), ("--contrast", "--methods or --arm")):
         if any(arg == flag or arg.startswith(f"{flag}=") for arg in args):
             raise ValueError(f"compare takes {instead}, not {flag}")
     command = parse_flags(CompareCommand, args, prog=_prog("compare"))
@@ -235,14 +237,36 @@ def run_compare(args: Sequence[str]) -> None:
     options = _options_before(command.config, command.resume, out)
     if command.config is None and options:
         saved = json.loads((out / "config.json").read_text())
-        for name in ("seeds", "methods"):
-            options += [f"--{name}", *map(str, saved.get(f"_{name}", getattr(command.compare, name)))]
+        given = {arg.partition("=")[0] for arg in args}
+        for name in COMPARE_OPTIONS:
+            flag, value = f"--{name.replace('_', '-')}", saved.get(f"_{name}", getattr(command.compare, name))
+            if flag in given:  # and not the saved one: of --arm both would count
+                continue
+            if name == "arm":
+                options += [word for text in value for word in (flag, text)]
+            elif not isinstance(value, list):
+                options += [flag, str(value)]
+            elif value:
+                options += [flag, *map(str, value)]
     if options:
         command = parse_flags(CompareCommand, [*options, *args], prog=_prog("compare"))
         out = command.compare.run.out
     comparison = compare(command.compare, resume=command.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{table(comparison)}\n\nAll in {out}: compare.json, compare.png, panels.png and the runs")
+
+
+def joined_arms(args: Sequence[str]) -> list[str]:
+    """`--arm NAME FLAGS` as one word after the flag, since a parser would take the flags for flags of its own."""
+    joined, rest = [], iter(args)
+    for arg in rest:
+        joined.append(arg)
+        if arg == "--arm":
+            name, flags = next(rest, None), next(rest, None)
+            if name is None or flags is None or name.startswith("-"):
+                raise ValueError('--arm takes a name and flags in quotes: --arm region "--pixel-slots 0"')
+            joined.append(f"{name} {flags}")
+    return joined
 
 
 def run_probe(args: Sequence[str]) -> None:

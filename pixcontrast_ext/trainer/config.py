@@ -201,6 +201,11 @@ class TrainConfig:
     """Images per step, over all ranks."""
     seed: int = 0
     """Seed of the weights, the data order and the augmentation."""
+    stop_after: int | None = None
+    """End after this step of the schedule, for other runs to branch from."""
+    branch_from: Path | None = None
+    """Checkpoint or folder of a run to go on from at its step, with its weights and its optimiser's state; a head that
+    it lacks is new, and the bank is empty."""
     amp: Literal["off", "bf16"] = "off"
     """Mixed precision of the model."""
     compile: bool = False
@@ -225,6 +230,11 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run."""
+        return self.steps if self.stop_after is None else self.stop_after
+
     def validate(self) -> None:
         """Raises ValueError that names the first option out of range and its value."""
         loss, optim, data = self.loss, self.optim, self.data
@@ -245,6 +255,10 @@ class TrainConfig:
             "lr-warmup": optim.lr_warmup, "power": optim.power, "momentum": optim.momentum,
             "weight-decay": optim.weight_decay, "clip": optim.clip,
         }  # fmt: skip
+        _require(
+            self.stop_after is None or 1 <= self.stop_after <= self.steps,
+            "stop-after", self.stop_after, f"from 1 to --steps {self.steps}",
+        )  # fmt: skip
         for name, value in at_least_one.items():
             _require(value >= 1, name, value, "at least 1")
         for name, number in not_negative.items():
@@ -305,7 +319,7 @@ def load_config(path: Path) -> TrainConfig:
 
 def config_of(options: dict[str, Any], where: Path) -> TrainConfig:
     """The config of a flat dict of options, as `flatten` gives it; errors name `where` it is from."""
-    return parse_flags(TrainConfig, _flags(options, where), prog=str(where))
+    return parse_flags(TrainConfig, flags_of(options, where), prog=str(where))
 
 
 def flags_of_file(path: Path) -> list[str]:
@@ -333,10 +347,11 @@ def flags_of_file(path: Path) -> list[str]:
         raise ValueError(
             f"config file {path} must hold one JSON object of options, found {type(options).__name__}"
         )
-    return _flags(options, path)
+    return flags_of(options, path)
 
 
-def _flags(options: dict[str, Any], where: Path) -> list[str]:
+def flags_of(options: dict[str, Any], where: Path) -> list[str]:
+    """A flat dict of options as flags; keys that begin with an underscore are comments. Errors name `where`."""
     options = {name: value for name, value in options.items() if not name.startswith("_")}
     unknown = sorted(set(options) - set(flatten(TrainConfig())))
     if unknown:

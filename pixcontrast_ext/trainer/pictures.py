@@ -124,7 +124,7 @@ def draw_panels(
     amp: str = "off",
 ) -> Path:
     """A row per image, spread over the dataset: image | truth | prediction of each model. Void is black."""
-    samples = _spread(dataset, count)
+    samples = spread(dataset, count)
     columns = ["image", "truth", *models]
     palette = colour_table(spec)
     height, width = samples[0][1].shape
@@ -215,7 +215,7 @@ def pixel_features(
     """
     features, classes = [], []
     with evaluating(model):
-        for sample in _spread(dataset, images):
+        for sample in spread(dataset, images):
             batch, labels = to_device(stack([sample]), device)
             maps = model(batch)["embed"] if embeddings else model.backbone(batch)  # type: ignore[operator]
             picked = F.interpolate(labels[:, None].float(), maps.shape[-2:], mode="nearest").flatten()
@@ -276,6 +276,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def _spread(dataset: Dataset[Sample], count: int) -> list[Sample]:
+def spread(dataset: Dataset[Sample], count: int) -> list[Sample]:
+    """Up to `count` samples, spread evenly over a dataset."""
     length = len(dataset)  # type: ignore[arg-type]
     return [dataset[int(index)] for index in np.linspace(0, length - 1, min(count, length))]

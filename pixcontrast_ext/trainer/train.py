@@ -32,6 +32,7 @@ from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.project import Head
 from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
+from pixcontrast_ext.trainer.branch import branch, read_start
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
 from pixcontrast_ext.trainer.data import (
@@ -66,6 +67,7 @@ class Result:
     """Median over the rows of train.csv."""
     memory_mib: float
     """Most memory that training took, by `PeakMemory`, evaluations apart; NaN if it cannot be known."""
+    pixel_accuracy: float = math.nan
 
 
 class CrossEntropy(nn.Module):
@@ -140,15 +142,26 @@ def share_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW. Weight decay is for weights, not for biases and norms.
 
-    A group's "rate" is its learning rate as a multiple of that of the step.
+    A group's "rate" is its learning rate as a multiple of that of the step, its "names" those of its parameters.
     """
     of_backbone = {id(weight) for weight in model.backbone.parameters()}  # type: ignore[union-attr]
     groups = []
     for rate, is_backbone in ((1.0, True), (config.head_lr, False)):
-        weights = [weight for weight in model.parameters() if (id(weight) in of_backbone) == is_backbone]
+        weights = {
+            name: weight
+            for name, weight in model.named_parameters()
+            if (id(weight) in of_backbone) == is_backbone
+        }
         for decay, is_decayed in ((config.weight_decay, True), (0.0, False)):
-            of_group = [weight for weight in weights if (weight.dim() > 1) == is_decayed]
-            groups.append({"params": of_group, "weight_decay": decay, "rate": rate})
+            of_group = {name: weight for name, weight in weights.items() if (weight.dim() > 1) == is_decayed}
+            groups.append(
+                {
+                    "params": list(of_group.values()),
+                    "names": list(of_group),
+                    "weight_decay": decay,
+                    "rate": rate,
+                }
+            )
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     nesterov = config.nesterov and config.momentum > 0
@@ -234,10 +247,14 @@ class _Run:
         self.start = self._restore() if resume else 0
         if self.start == 0:
             self._start_from_weights()
+        if self.start == 0 and config.branch_from is not None:
+            self.start = branch(
+                self.model, self.optimizer, read_start(config.branch_from), config.branch_from
+            )
         batches = StepBatches(
             len(self.train_set),  # type: ignore[arg-type]
             config.batch_size,
-            steps=config.steps,
+            steps=config.last_step,
             seed=config.seed,
             start=self.start,
             rank=ranks.rank,
@@ -276,16 +293,16 @@ class _Run:
         self.criterion.train()
         window_start, window_steps = time.perf_counter(), 0
         progress = tqdm(
-            total=config.steps,
+            total=config.last_step,
             initial=self.start,
-            desc=config.loss.contrast,
+            desc=config.out.name,
             disable=None if self.ranks.is_first else True,  # None: only a terminal gets a bar
         )
         for step, batch in enumerate(self.loader, start=self.start):
             done = step + 1
-            logs = done % config.log_every == 0 or done == config.steps
-            evaluates = done % config.eval_every == 0 or done == config.steps
-            saves = done % config.checkpoint_every == 0 or done == config.steps
+            logs = done % config.log_every == 0 or done == config.last_step
+            evaluates = done % config.eval_every == 0 or done == config.last_step
+            saves = done % config.checkpoint_every == 0 or done == config.last_step
             row = self._step(step, batch, measure=logs or saves)
             window_steps += 1
             progress.update()
@@ -426,7 +443,7 @@ class _Run:
         row = {"step": step, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
         self._write("val", {**row, **scores.class_iou})
         if self.ranks.is_first:
-            name, steps = self.config.loss.contrast, self.config.steps
+            name, steps = self.config.out.name, self.config.last_step
             tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val", file=sys.stderr)
 
     def _save(self, step: int) -> None:
@@ -465,8 +482,8 @@ class _Run:
             log.warning("resuming from %s", path)
             for name, (before, now) in changed.items():
                 log.warning("--%s was %r, is now %r", name.replace("_", "-"), before, now)
-        if state["step"] > self.config.steps:
-            raise ValueError(f"--steps is {self.config.steps}, but {path} is of step {state['step']}")
+        if state["step"] > self.config.last_step:
+            raise ValueError(f"--steps is {self.config.last_step}, but {path} is of step {state['step']}")
         if "optimizer" in changed:
             before, now = changed["optimizer"]
             raise ValueError(f"--optimizer is {now!r}, but {path} was trained with {before!r}")
@@ -491,4 +508,5 @@ def read_result(out: Path, classes: tuple[str, ...]) -> Result:
     rows = read_rows(out / "train.csv")
     seconds = float(np.median([row["seconds_per_step"] for row in rows]))
     memory = float(np.max([row["memory_mib"] for row in rows]))
-    return Result(out, last["miou"], {name: last[name] for name in classes}, seconds, memory)
+    of_class = {name: last[name] for name in classes}
+    return Result(out, last["miou"], of_class, seconds, memory, last["pixel_accuracy"])
