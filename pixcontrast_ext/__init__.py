@@ -3,6 +3,7 @@
 from pixcontrast_ext.backends import available_backends, use_backend
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.criterion import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.diagnostics import compare_gradients
 from pixcontrast_ext.head import ProjectionHead
 from pixcontrast_ext.loss import PixelContrastLoss
 from pixcontrast_ext.ops.gather import GatherEmbeddings, gather_embeddings
@@ -27,6 +28,7 @@ __all__ = [
     "Thresholds",
     "WithEmbeddings",
     "available_backends",
+    "compare_gradients",
     "draw_keys",
     "gather_embeddings",
     "hard_anchor_sampling",

@@ -208,6 +208,18 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             return loss
         return loss, {"cross_entropy": entropy.detach(), **contrast.parts(outcome)}
 
+    def diagnostics(
+        self,
+        logits: Tensor,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        hard: Tensor | None = None,
+        confidence: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As `PixelContrastLoss.diagnostics`, of what `forward` takes."""
+        return self.contrast.diagnostics(embeddings, labels, logits, hard=hard, confidence=confidence)
+
     def warm_up(self, logits: Tensor, embeddings: Tensor, labels: Tensor, **steering: Any) -> None:
         """As `PixelContrastLoss.warm_up`, whose `hard`, `confidence` and `keys_from` it takes too."""
         self.contrast.warm_up(embeddings, labels, logits, **steering)

@@ -4,59 +4,26 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixcontrast_ext import backends
+from pixcontrast_ext import backends, diagnostics
 from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.batch import Batch, Keys, Outcome, checked_keys, zero_of
 from pixcontrast_ext.head import ProjectionHead
 from pixcontrast_ext.maps import check_map, pick_confidence, pick_labels, pick_predictions, resize_nearest
 from pixcontrast_ext.ops import checks, steering
 from pixcontrast_ext.ops.autocast import product_dtype
 from pixcontrast_ext.ops.gather import gather
-from pixcontrast_ext.ops.infonce import check_temperature, contrast_mined, contrast_rows, mean_of
-from pixcontrast_ext.ops.mining import Mining, check_mining, drawn_of, thresholds_of
-from pixcontrast_ext.ops.priority import PriorityStream, draw_priority
+from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, draw_and_contrast, mean_of
+from pixcontrast_ext.ops.mining import Mining, check_mining
+from pixcontrast_ext.ops.priority import PriorityStream, draw_priority, same_draws
 from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, part_of_samples, sample, share_of
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 from pixcontrast_ext.project import Candidates, Head, Source, draw_candidates, project
 from pixcontrast_ext.settings import bank_for, built
-
-
-def _zero_of(embeddings: Tensor) -> Tensor:
-    """A zero that gives the embeddings a gradient of zero, whatever they hold (0 * NaN would be NaN).
-
-    `DistributedDataParallel` demands a gradient for every parameter in every step, so also for the head's.
-    """
-    return embeddings[:0].sum(dtype=torch.float32)
-
-
-class Keys(NamedTuple):
-    """What a step enqueues."""
-
-    embeddings: Tensor  # [B, D, h, w]
-    labels: Tensor  # [B, h, w] int64
-    confidence: Tensor | None  # [B, h, w]
-
-
-class Batch(NamedTuple):
-    """The checked inputs of a step of the loss."""
-
-    embeddings: Tensor  # [B, D, h, w]
-    labels: Tensor  # [B, h, w] int64
-    predictions: Tensor  # [B, h, w] int64
-    confidence: Tensor | None = None  # [B, h, w]
-    keys: Keys | None = None  # if it is not the batch that is enqueued
-
-
-class Outcome(NamedTuple):
-    """The results of a step of the loss."""
-
-    loss: Tensor  # []
-    contrast: Tensor  # [] the same before its weight
-    anchor_labels: Tensor  # [A], -1 where there is no anchor
 
 
 class PixelContrastLoss(nn.Module):
@@ -343,10 +310,8 @@ class PixelContrastLoss(nn.Module):
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         modes = [(module, module.training) for module in self.modules()]
         watch, self._watch = self._watch, ClassWatch(self.num_classes, self.ignore_index, 0)
-        drawn = None if self._stream is None else self._stream.generator.get_state()
-        devices = [embeddings.device] if embeddings.is_cuda else []
         try:
-            with torch.random.fork_rng(devices), torch.enable_grad():
+            with same_draws(self._stream, embeddings.device), torch.enable_grad():
                 self.train()
                 copy = embeddings.detach().clone().requires_grad_()
                 loss = self(copy, labels, predictions, hard=hard, confidence=confidence, keys_from=keys_from)
@@ -355,11 +320,61 @@ class PixelContrastLoss(nn.Module):
             self._watch = watch
             for module, training in modes:
                 module.training = training
-            if self._stream is not None and drawn is not None:
-                self._stream.generator.set_state(drawn)
             with torch.no_grad():
                 for name, buffer in self.named_buffers():
                     buffer.copy_(before[name])
+
+    @torch.no_grad()
+    def diagnostics(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        predictions: Tensor | None = None,
+        *,
+        hard: Tensor | None = None,
+        confidence: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the contrast finds in a batch: for a log, every hundred steps or so.
+
+        Anchors are drawn and contrasted as in a step, in the warm-up too; nothing is enqueued or counted, and the next
+        step draws what it would have drawn. Call it before the step, whose batch the bank should not hold yet. A head
+        that is no submodule is called in the mode that it is in. Every value stays on the device. "Positive" and
+        "negative" are of all keys, also with `mining`.
+
+        Args:
+            embeddings, labels, predictions, hard, confidence: see `forward`.
+
+        Returns:
+            Scalars, NaN where there is nothing to take a mean of:
+
+            - "contrast": the loss, before `weight`.
+            - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it.
+            - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
+            - "floor": the loss if each class were a point, and all as far from each other as can be.
+            - "positive_cosine", "negative_cosine": the mean over the anchors of their mean cosine to their positives,
+              to their negatives.
+            - "anchors", "contrasted": how many anchors, and how many of them have a positive and a negative.
+            - "hard_share": the share of anchors that are mispredicted, or `hard`; NaN with anchors="random".
+
+            Per class, [C]:
+
+            - "anchors_of": how many anchors.
+            - "positives_of": how many keys.
+            - With a bank "region_fill_of", "pixel_fill_of": the share of the slots in use; "region_turnover_of",
+              "pixel_turnover_of": rows that this rank's batch adds, as a share of the slots; one over its mean is the
+              age in steps of a full ring's oldest keys.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        batch = self.prepare(embeddings, labels, predictions, hard, confidence)
+        with same_draws(self._stream, embeddings.device):
+            source = self._chosen(batch)
+            assert source.anchors is not None
+            assert source.places is not None
+            rows = gather(source.embeddings, source.places, self.normalize, torch.float32, source.backend)
+            loss = self._mean(rows, source.anchors.labels, batch, source.anchors)
+        return {"contrast": loss, **diagnostics.of_step(self, batch, source.anchors, rows)}
 
     def prepare(
         self,
@@ -415,7 +430,11 @@ class PixelContrastLoss(nn.Module):
             predictions = steering.predictions_for(labels, None, hard, self.anchors)
         else:
             predictions = pick_predictions(predictions, self.num_classes, embeddings, of)
-        keys = None if keys_from is None else self._keys(keys_from)
+        keys = (
+            None
+            if keys_from is None
+            else checked_keys(keys_from, self.bank, self.min_purity, self.ignore_index)
+        )
         batch = Batch(embeddings, labels, predictions, confidence, keys)
         if self.bank is not None and (self._weight > 0 or self._trains()):
             self.bank.check_device(embeddings.device, of)
@@ -443,7 +462,7 @@ class PixelContrastLoss(nn.Module):
             unweighted, anchor_labels = self._contrast(batch, source, trains, changed)
             loss = self._weight * unweighted
         else:
-            loss = unweighted = _zero_of(batch.embeddings) + _zero_of(source.embeddings)  # the head's, too
+            loss = unweighted = zero_of(batch.embeddings) + zero_of(source.embeddings)  # the head's, too
             anchor_labels = batch.labels.new_empty(0)
         if trains:
             if self.bank is not None:
@@ -481,27 +500,6 @@ class PixelContrastLoss(nn.Module):
         priority = self._draw(labels)
         return priority if confidence is None else steering.weigh_priority(priority, confidence)
 
-    def _keys(self, keys_from: tuple[Tensor, ...]) -> Keys:
-        """What the bank gets in place of the batch."""
-        if self.bank is None:
-            raise ValueError("keys_from fills a bank, and the loss has none")
-        if not isinstance(keys_from, (tuple, list)) or len(keys_from) not in (2, 3):
-            got = len(keys_from) if isinstance(keys_from, (tuple, list)) else type(keys_from).__name__
-            raise TypeError(
-                f"keys_from must be (embeddings, labels) or (embeddings, labels, confidence), got {got}"
-            )
-        embeddings, labels, *confidences = keys_from
-        checks.check_embeddings(embeddings, "embeddings of keys_from")
-        self.bank.check(embeddings, "embeddings of keys_from")
-        checks.check_labels("labels of keys_from", labels, None, embeddings.device)
-        check_map("labels of keys_from", labels, 3, embeddings)
-        size = (embeddings.shape[2], embeddings.shape[3])
-        labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
-        if not confidences:
-            return Keys(embeddings, labels, None)
-        confidence = pick_confidence("confidence of keys_from", confidences[0], embeddings)
-        return Keys(embeddings, steering.only_drawn(labels, confidence, self.ignore_index), confidence)
-
     def _anchors(self, batch: Batch, backend: str) -> AnchorSample:
         min_pixels = self.max_views + 1 if self.min_pixels is None else self.min_pixels
         max_samples = (
@@ -512,6 +510,14 @@ class PixelContrastLoss(nn.Module):
         )
         priority = self._priority(batch.labels, batch.confidence)
         return sample(batch.labels, batch.predictions, priority, rule, backend)
+
+    def _chosen(self, batch: Batch) -> Source:
+        """The anchors of a call that does not train."""
+        backend = self._backend_of_maps(batch.embeddings)
+        if self.head is not None:
+            return self._project(self.head, batch, False, backend)[0]
+        anchors = self._anchors(batch, backend)
+        return Source(batch.embeddings, backend, anchors, anchors.indices)
 
     def _project(
         self, head: Head, batch: Batch, trains: bool, backend: str
@@ -561,13 +567,20 @@ class PixelContrastLoss(nn.Module):
             anchor_labels = torch.where(self.step < self.warmup_steps, -1, anchor_labels)
         dtype = product_dtype(embeddings if self.bank is None else self.bank.keys)
         rows = gather(embeddings, places, self.normalize, dtype, backend)
+        return self._mean(rows, anchor_labels, batch, anchors), anchor_labels
+
+    def _mean(self, rows: Tensor, anchor_labels: Tensor, batch: Batch, anchors: AnchorSample) -> Tensor:
+        """The loss of the anchors' rows, before its weight."""
         weights = None
         if batch.confidence is not None and batch.confidence.numel() > 0:
             weights = batch.confidence.flatten()[anchors.indices]
         loss = mean_of(*self._loss_of(rows, anchor_labels), weights)
-        if self.base_temperature is not None:
-            loss = loss * (self.temperature / self.base_temperature)
-        return loss, anchor_labels
+        return loss * self.scale
+
+    @property
+    def scale(self) -> float:
+        """By what the loss is scaled: temperature / base_temperature, or 1."""
+        return 1.0 if self.base_temperature is None else self.temperature / self.base_temperature
 
     def _loss_of(self, anchors: Tensor, anchor_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [A] and |P| [A] of anchors against the bank, or each other."""
@@ -581,13 +594,7 @@ class PixelContrastLoss(nn.Module):
         backend = backends.resolve(self.backend, op, anchors.device, anchors.dtype, width)
         if self.mining is None:
             return contrast_rows(anchors, anchor_labels, others, temperature, exclude_self, backend)
-        keys, key_labels = others or (anchors, anchor_labels)
         of_class = None if self.bank is None else self.bank.region_slots + self.bank.pixel_slots
-        drawn = drawn_of(keys, key_labels, self.mining, self._draw, of_class)
-        positives = keys, drawn.positive_labels
-        negatives = drawn.negatives or positives
-        kept = thresholds_of(anchors, anchor_labels, positives, negatives, self.mining, exclude_self, backend)
-        every = None if others is None and drawn.negatives is None else positives
-        return contrast_mined(
-            anchors, anchor_labels, every, drawn.negatives, kept, temperature, exclude_self, backend
+        return draw_and_contrast(
+            anchors, anchor_labels, others, self.mining, self._draw, of_class, temperature, backend
         )

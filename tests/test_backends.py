@@ -400,7 +400,18 @@ def layer(path: str) -> str:
     head = path.split(".")[0] if path else ""
     if head in ("", "info"):
         return "public"
-    model = ("bank", "maps", "loss", "criterion", "head", "project", "settings", "tap")
+    model = (
+        "bank",
+        "batch",
+        "criterion",
+        "diagnostics",
+        "head",
+        "loss",
+        "maps",
+        "project",
+        "settings",
+        "tap",
+    )
     return "model" if head in model else head
 
 

@@ -98,15 +98,21 @@ def take_trainer(arguments: list[str]) -> None:
         "predict": trainer.PredictCommand,
         "export": trainer.ExportCommand,
         "compare": trainer.CompareCommand,
+        "probe": trainer.ProbeCommand,
         "check-data": trainer.CheckDataCommand,
         "demo": DemoConfig,
     }
+    if command == "compare":
+        flags = trainer.joined_arms(flags)
     given = parse_flags(parsers[command], flags)
     if config := getattr(given, "config", None):
         given = parse_flags(parsers[command], [*flags_of_file(config), *flags])
     run = getattr(given, "run", None) or getattr(getattr(given, "compare", None), "run", None)
     if run is not None:
         run.validate()
+    if command == "compare":
+        given.compare.validate()
+        given.compare.runs()
 
 
 def take_benchmarks(arguments: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pixcontrast_ext import backends
 from pixcontrast_ext.backends.calls import InfonceBackward, InfonceForward
 from pixcontrast_ext.ops import autocast, checks, library
 from pixcontrast_ext.ops.mined_infonce import MinedInfoNCE
-from pixcontrast_ext.ops.mining import Thresholds, check_contrast
+from pixcontrast_ext.ops.mining import Mining, Thresholds, check_contrast, drawn_of, thresholds_of
 from pixcontrast_ext.ops.schema import (
     ANCHORS,
     KEYS,
@@ -263,6 +264,28 @@ def contrast_mined(
         backend,
     )
     return outputs
+
+
+def draw_and_contrast(
+    anchors: Tensor,  # [A, D]
+    anchor_labels: Tensor,  # [A] int32
+    others: tuple[Tensor, Tensor] | None,  # see contrast_rows; without them an anchor is no key of its own
+    mining: Mining,
+    draw: Callable[[Tensor], Tensor],
+    of_class: int | None,  # keys of each class, where all have as many
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`contrast_rows` with the keys that `mining` draws."""
+    keys, key_labels = others or (anchors, anchor_labels)
+    drawn, exclude_self = drawn_of(keys, key_labels, mining, draw, of_class), others is None
+    positives = keys, drawn.positive_labels
+    negatives = drawn.negatives or positives
+    kept = thresholds_of(anchors, anchor_labels, positives, negatives, mining, exclude_self, backend)
+    every = None if others is None and drawn.negatives is None else positives
+    return contrast_mined(
+        anchors, anchor_labels, every, drawn.negatives, kept, temperature, exclude_self, backend
+    )
 
 
 def contrast_rows(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -36,6 +39,18 @@ class PriorityStream(handles.Handle):
         priority = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
         torch.ops.pixcontrast.draw_priority(priority, self.number)
         return priority
+
+
+@contextmanager
+def same_draws(stream: PriorityStream | None, device: torch.device) -> Iterator[None]:
+    """Whatever is drawn within, of the stream or of torch's own, is drawn again after it."""
+    drawn = None if stream is None else stream.generator.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if stream is not None and drawn is not None:
+            stream.generator.set_state(drawn)
 
 
 def _draw(priority: Tensor, stream: int) -> None:

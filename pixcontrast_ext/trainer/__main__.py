@@ -13,9 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import tyro
+
 from pixcontrast_ext.trainer.check import describe, take_census
 from pixcontrast_ext.trainer.checkpoints import CheckpointError
-from pixcontrast_ext.trainer.compare import CompareConfig, compare, table
+from pixcontrast_ext.trainer.compare import COMPARE_OPTIONS, CompareConfig, compare
+from pixcontrast_ext.trainer.comparison import table
 from pixcontrast_ext.trainer.config import (
     DataConfig,
     InferenceConfig,
@@ -31,6 +34,8 @@ from pixcontrast_ext.trainer.evaluate import evaluate, export_model, load_model
 from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.pictures import draw_confusion, draw_panels
 from pixcontrast_ext.trainer.predict import predict_folder
+from pixcontrast_ext.trainer.probe import ProbeConfig, probe
+from pixcontrast_ext.trainer.probe import table as probe_table
 from pixcontrast_ext.trainer.train import train
 
 
@@ -105,6 +110,15 @@ class CompareCommand:
     resume: bool = False
     """Go on where an earlier comparison in --out was cut off."""
     compare: CompareConfig = field(default_factory=CompareConfig)
+
+
+@dataclass(frozen=True)
+class ProbeCommand:
+    """Say what the pixel features of runs are worth, apart from their classifiers."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, or checkpoints, of one dataset."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,8 @@ def run_export(args: Sequence[str]) -> None:
 
 
 def run_compare(args: Sequence[str]) -> None:
-    for flag, instead in (("--seed", "--seeds"), ("--contrast", "--methods")):
+    args = joined_arms(args)
+    for flag, instead in (("--seed", "--seeds"), ("--contrast", "--methods or --arm")):
         if any(arg == flag or arg.startswith(f"{flag}=") for arg in args):
             raise ValueError(f"compare takes {instead}, not {flag}")
     command = parse_flags(CompareCommand, args, prog=_prog("compare"))
@@ -222,14 +237,44 @@ def run_compare(args: Sequence[str]) -> None:
     options = _options_before(command.config, command.resume, out)
     if command.config is None and options:
         saved = json.loads((out / "config.json").read_text())
-        for name in ("seeds", "methods"):
-            options += [f"--{name}", *map(str, saved.get(f"_{name}", getattr(command.compare, name)))]
+        given = {arg.partition("=")[0] for arg in args}
+        for name in COMPARE_OPTIONS:
+            flag, value = f"--{name.replace('_', '-')}", saved.get(f"_{name}", getattr(command.compare, name))
+            if flag in given:  # and not the saved one: of --arm both would count
+                continue
+            if name == "arm":
+                options += [word for text in value for word in (flag, text)]
+            elif not isinstance(value, list):
+                options += [flag, str(value)]
+            elif value:
+                options += [flag, *map(str, value)]
     if options:
         command = parse_flags(CompareCommand, [*options, *args], prog=_prog("compare"))
         out = command.compare.run.out
     comparison = compare(command.compare, resume=command.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{table(comparison)}\n\nAll in {out}: compare.json, compare.png, panels.png and the runs")
+
+
+def joined_arms(args: Sequence[str]) -> list[str]:
+    """`--arm NAME FLAGS` as one word after the flag, since a parser would take the flags for flags of its own."""
+    joined, rest = [], iter(args)
+    for arg in rest:
+        joined.append(arg)
+        if arg == "--arm":
+            name, flags = next(rest, None), next(rest, None)
+            if name is None or flags is None or name.startswith("-"):
+                raise ValueError('--arm takes a name and flags in quotes: --arm region "--pixel-slots 0"')
+            joined.append(f"{name} {flags}")
+    return joined
+
+
+def run_probe(args: Sequence[str]) -> None:
+    command = parse_flags(ProbeCommand, args, prog=_prog("probe"))
+    _require_one_process("probe")
+    print(probe_table(probe(command.runs, command.probe)))
+    if command.probe.out is not None:
+        print(f"\nAll in {command.probe.out}: probe.json, probe.png and probe-tsne.png")
 
 
 def run_check_data(args: Sequence[str]) -> int:
@@ -261,6 +306,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
         run_compare,
         "train without contrast, with it in the batch and with the bank, over several seeds",
     ),
+    "probe": (run_probe, "say what the pixel features of runs are worth, apart from their classifiers"),
     "check-data": (run_check_data, "read a dataset through and list what is wrong with its files"),
     "demo": (run_demo, "train without and with the contrast on synthetic scenes and show both"),
 }

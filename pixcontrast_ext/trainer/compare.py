@@ -1,79 +1,49 @@
-"""A fair comparison: the same training without contrast, with contrast in the batch, and with the bank, per seed.
+"""A fair comparison: trainings that differ in their loss alone, seed by seed.
 
-The runs of a seed start from the same weights and see the same images, augmented alike, in the same order; they
-differ in the loss alone. What a seed decides is common to them, so the difference within a seed is what to look
-at, and its spread over the seeds says how far to trust it.
+The runs of a seed start from the same weights and see the same images, augmented alike, in the same order. What a seed
+decides is common to them, so the difference within a seed is what to look at, and its spread over the seeds says how
+far to trust it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import multiprocessing
+import os
+import shlex
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from matplotlib.figure import Figure
+import torch
+import tyro
 
-from pixcontrast_ext.trainer.config import TrainConfig, flatten, load_config
-from pixcontrast_ext.trainer.data import dataset_spec
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore, step_of
+from pixcontrast_ext.trainer.comparison import Comparison, draw_comparison, name_of, record
+from pixcontrast_ext.trainer.config import TrainConfig, flags_of, flatten, load_config, parse_flags
+from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import join_ranks
-from pixcontrast_ext.trainer.evaluate import load_model
-from pixcontrast_ext.trainer.files import write_json
+from pixcontrast_ext.trainer.evaluate import evaluate, load_model
+from pixcontrast_ext.trainer.files import read_json, write_json
 from pixcontrast_ext.trainer.logs import read_rows
-from pixcontrast_ext.trainer.pictures import draw_panels
-from pixcontrast_ext.trainer.train import Result, train
+from pixcontrast_ext.trainer.pictures import draw_panels, draw_tsne, pixel_features, spread
+from pixcontrast_ext.trainer.train import Result, read_result, train
 
-Method = Literal["off", "batch", "bank"]
+Method = Literal["off", "batch", "bank", "aa"]
 
-NAMES: dict[str, str] = {
-    "off": "cross-entropy",
-    "batch": "+ contrast in the batch",
-    "bank": "+ contrast with the bank",
+_FLAGS: dict[str, str] = {
+    "off": "--contrast off",
+    "batch": "--contrast batch",
+    "bank": "--contrast bank",
+    "aa": "--contrast bank --weight 1e-9",
 }
-"""What to call a run, by its `--contrast`."""
 
-_HARMLESS = ("out", "root", "checkpoint_every", "keep_checkpoints", "pictures")
+_HARMLESS = ("out", "root", "checkpoint_every", "keep_checkpoints", "pictures", "workers", "branch_from")
 """Options that may change between a comparison and its resumption: where things are, and what is kept."""
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval by Student's t. Of one value there is no interval: both ends are NaN."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What came out, a run for each method and seed."""
-
-    seeds: tuple[int, ...]
-    results: dict[str, list[Result]]
-    """By method, in the order of the seeds. The first method is what the others are compared with."""
-
-    @property
-    def baseline(self) -> str:
-        return next(iter(self.results))
-
-    def miou(self, method: str) -> np.ndarray:
-        """The mIoU on val at the last step, for each seed."""
-        return np.array([result.miou for result in self.results[method]])
-
-    def difference(self, method: str) -> Interval:
-        """The mIoU over that of the baseline, paired by seed."""
-        return interval(self.miou(method) - self.miou(self.baseline))
-
-    def seconds(self, method: str) -> float:
-        """Median over the seeds of the seconds that a step takes."""
-        return float(np.median([result.seconds_per_step for result in self.results[method]]))
-
-    def memory_mib(self, method: str) -> float:
-        """Most memory that training took in a run, NaN if it cannot be known."""
-        return float(np.max([result.memory_mib for result in self.results[method]]))
+_RARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -81,48 +51,105 @@ class CompareConfig:
     """What to compare."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Train each method once with each of these seeds."""
+    """Train each arm once with each of these seeds. --resume with more of them adds to a comparison."""
     methods: tuple[Method, ...] = ("off", "batch", "bank")
-    """off: cross-entropy alone. batch: with contrast in the batch. bank: with the bank. Differences are to the
-    first."""
+    """Arms. off: cross-entropy alone. batch: with contrast in the batch. bank: with the bank. aa: the bank at a weight
+    of 1e-9, which shows what chance makes of equal losses. Differences are to the first."""
+    arm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """--arm NAME FLAGS: one more arm, with these flags of train, as in --arm region "--pixel-slots 0"; may be
+    repeated."""
+    split: str = "val"
+    """Split to score at the last step; val is scored on the way too."""
+    jobs: int = 1
+    """Runs at a time, each in a process with its share of the threads."""
+    shared_steps: int = 0
+    """First steps that the runs of a seed have in common: they are trained once, without contrast. The banks are empty
+    then."""
+    rare: tuple[str, ...] = ()
+    """Classes whose mean IoU is a secondary outcome; those below 2 % of the training pixels unless given."""
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out=Path("runs/compare")))
+
+    def arms(self) -> dict[str, list[str]]:
+        """The flags of each arm, by its name. Raises ValueError for a name or flags that cannot be."""
+        found: dict[str, list[str]] = {method: _FLAGS[method].split() for method in self.methods}
+        for text in self.arm:
+            name, _, flags = text.partition(" ")
+            if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name[0] in "-.":
+                raise ValueError(f"--arm is called {name!r}, must be of letters, digits, '-', '_' and '.'")
+            if name in found:
+                raise ValueError(f"there are two arms called {name!r}")
+            found[name] = shlex.split(flags)
+            for flag in ("--seed", "--out", "--steps"):
+                if any(each == flag or each.startswith(f"{flag}=") for each in found[name]):
+                    raise ValueError(f"--arm {name} has {flag}, which all arms have in common")
+        return found
 
     def validate(self) -> None:
         """Raises ValueError that names the first option out of range and its value."""
-        for name, values in (("seeds", self.seeds), ("methods", self.methods)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"--{name} is {values}, must be at least one and none twice")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds is {self.seeds}, must be at least one and none twice")
         if min(self.seeds) < 0:
             raise ValueError(f"--seeds is {self.seeds}, must not be negative")
+        if len(set(self.methods)) < len(self.methods) or not self.arms():
+            raise ValueError(f"--methods is {self.methods}, must be at least one and none twice")
+        spec = dataset_spec(self.run.data.dataset)
+        if self.split not in spec.splits:
+            raise ValueError(f"--split is {self.split!r}, must be one of {', '.join(spec.splits)}")
+        if unknown := [name for name in self.rare if name not in spec.classes]:
+            raise ValueError(f"--rare names {', '.join(unknown)}; the classes are {', '.join(spec.classes)}")
+        if self.jobs < 1:
+            raise ValueError(f"--jobs is {self.jobs}, must be at least 1")
+        if self.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"--jobs is {self.jobs}: under torchrun runs come one after the other")
+        self.run.validate()
+        if not 0 <= self.shared_steps < self.run.steps:
+            raise ValueError(
+                f"--shared-steps is {self.shared_steps}, must be from 0 to below --steps {self.run.steps}"
+            )
 
-    def run_of(self, method: Method, seed: int) -> TrainConfig:
-        """The training run of one method and seed, in a folder of its own."""
-        return replace(
-            self.run,
-            out=self.run.out / f"{method}-seed{seed}",
-            seed=seed,
-            pictures=False,
-            loss=replace(self.run.loss, contrast=method),
-        )
+    def runs(self) -> dict[tuple[str, int], TrainConfig]:
+        """The training run of each arm and seed, seed by seed, in a folder of its own."""
+        of_arm = {
+            arm: parse_flags(
+                TrainConfig, [*flags_of(flatten(self.run), self.run.out), *flags], prog=f"--arm {arm}"
+            )
+            for arm, flags in self.arms().items()
+        }
+        return {
+            (arm, seed): self._of_seed(run, arm, seed) for seed in self.seeds for arm, run in of_arm.items()
+        }
+
+    def starts(self) -> dict[int, TrainConfig]:
+        """The run that all those of a seed start from; none if they have no step in common."""
+        if not self.shared_steps:
+            return {}
+        off = replace(self.run, stop_after=self.shared_steps, loss=replace(self.run.loss, contrast="off"))
+        return {seed: replace(self._of_seed(off, "start", seed), branch_from=None) for seed in self.seeds}
+
+    def _of_seed(self, run: TrainConfig, arm: str, seed: int) -> TrainConfig:
+        start = self.run.out / f"start-seed{seed}" if self.shared_steps else None
+        out = self.run.out / f"{arm}-seed{seed}"
+        return replace(run, out=out, seed=seed, pictures=False, branch_from=start)
 
 
 def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
     """Train all runs, seed by seed, and compare them.
 
-    Leaves compare.json, compare.png and panels.png in `config.run.out`, with the options that the runs have in common.
-    Under torchrun, every rank calls this.
+    Leaves compare.json, compare.png, panels.png and, with `pictures`, tsne.png in `config.run.out`, with the options
+    that the runs have in common. Under torchrun, every rank calls this.
 
     Args:
         config: what to compare.
-        resume: go on where an earlier comparison was cut off: runs that it finished are not repeated.
+        resume: go on where an earlier comparison was cut off, or add seeds and arms to it: runs that it finished are
+            not repeated.
 
     Raises:
         ValueError: an option is out of range, or `resume` finds a run that was trained with other options.
         FileExistsError: the folder holds one of the runs already and `resume` is not set.
     """
     config.validate()
-    runs = {(method, seed): config.run_of(method, seed) for seed in config.seeds for method in config.methods}
-    for run in runs.values():
+    runs, starts = config.runs(), config.starts()
+    for run in (*starts.values(), *runs.values()):
         run.validate()
         if (run.out / "config.json").exists():
             if not resume:
@@ -133,24 +160,108 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
         if ranks.is_first:
             config.run.out.mkdir(parents=True, exist_ok=True)
             # To go on needs these too; they are no options of a training run, so they stand as comments.
-            chosen = {"_seeds": config.seeds, "_methods": config.methods}
+            chosen = {f"_{name}": getattr(config, name) for name in COMPARE_OPTIONS}
             write_json(config.run.out / "config.json", {**chosen, **flatten(config.run)})
-        results: dict[str, list[Result]] = {method: [] for method in config.methods}
-        for (method, _), run in runs.items():
-            results[method].append(train(run, resume=resume and (run.out / "config.json").exists()))
-        comparison = Comparison(config.seeds, results)
+        finish_all(list(starts.values()), "val", config.jobs)
+        found = dict(zip(runs, finish_all(list(runs.values()), config.split, config.jobs), strict=True))
+        results = {arm: [found[arm, seed] for seed in config.seeds] for arm in config.arms()}
+        rare = config.rare or rare_classes(config.run)
+        comparison = Comparison(config.seeds, results, config.split, rare)
         if ranks.is_first:
-            out = config.run.out
-            write_json(out / "compare.json", record(comparison))
-            draw_comparison(comparison, out / "compare.png")
-            spec = dataset_spec(config.run.data.dataset)
-            models = {
-                NAMES[method]: load_model(of_seed[0].out, ranks.device)[0]
-                for method, of_seed in results.items()
-            }
-            scenes = spec.build(config.run.data, "val")
-            draw_panels(models, scenes, spec, out / "panels.png", ranks.device, amp=config.run.amp)
+            _leave(config, comparison, ranks.device)
     return comparison
+
+
+COMPARE_OPTIONS = ("seeds", "methods", "arm", "split", "jobs", "shared_steps", "rare")
+"""The options that are not those of a training run."""
+
+
+def _leave(config: CompareConfig, comparison: Comparison, device: torch.device) -> None:
+    out, spec = config.run.out, dataset_spec(config.run.data.dataset)
+    write_json(out / "compare.json", record(comparison))
+    draw_comparison(comparison, out / "compare.png")
+    models = {
+        name_of(arm): load_model(of_seed[0].out, device)[0] for arm, of_seed in comparison.results.items()
+    }
+    scenes = spec.build(config.run.data, config.split)
+    draw_panels(models, scenes, spec, out / "panels.png", device, amp=config.run.amp)
+    if config.run.pictures:
+        clouds = {name: pixel_features(model, scenes, device) for name, model in models.items()}
+        draw_tsne(clouds, spec, out / "tsne.png")
+
+
+def rare_classes(run: TrainConfig) -> tuple[str, ...]:
+    """The classes below 2 % of the labelled pixels of two hundred training images."""
+    spec = dataset_spec(run.data.dataset)
+    pixels = torch.zeros(256, dtype=torch.int64)
+    for _, label in spread(spec.build(run.data, "train"), 200):
+        pixels += torch.bincount(label.flatten(), minlength=256)
+    pixels[IGNORE] = 0
+    shares = pixels / pixels.sum().clamp(min=1)
+    return tuple(name for name, share in zip(spec.classes, shares.tolist(), strict=False) if share < _RARE)
+
+
+def finish_all(runs: list[TrainConfig], split: str, jobs: int) -> list[Result]:
+    """Train what is not finished, `jobs` at a time, and read the results."""
+    if jobs == 1:
+        return [finish(run, split) for run in runs]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    # Not a fork: torch's threads do not survive one.
+    with (
+        _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"),
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        waiting = [pool.submit(finish, run, split) for run in runs]
+        try:
+            return [each.result() for each in waiting]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what runs goes on, and --resume finds it
+            raise
+
+
+@contextmanager
+def _environment(**changes: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def finish(run: TrainConfig, split: str) -> Result:
+    """The result of a run, trained to its end if it is not yet, with the scores of `split`."""
+    spec = dataset_spec(run.data.dataset)
+    rows, checkpoints = read_rows(run.out / "val.csv"), CheckpointStore(run.out / "checkpoints").paths()
+    if rows and checkpoints and rows[-1]["step"] == step_of(checkpoints[-1]) == run.last_step:
+        result = read_result(run.out, spec.classes)
+    else:
+        result = train(run, resume=(run.out / "config.json").exists())
+    if split == "val":
+        return result
+    path = run.out / f"{split}.json"
+    with join_ranks(run.device) as ranks:
+        if not path.exists():
+            model, _, step = load_model(run.out, ranks.device)
+            loader = eval_loader(
+                spec.build(run.data, split), max(1, run.batch_size // ranks.world), rank=ranks.rank,
+                world=ranks.world, workers=run.data.workers, pin_memory=ranks.device.type == "cuda",
+            )  # fmt: skip
+            scores = evaluate(model, loader, spec.classes, ranks, amp=run.amp)
+            if ranks.is_first:
+                found = {
+                    "miou": scores.miou,
+                    "pixel_accuracy": scores.pixel_accuracy,
+                    "class_iou": scores.class_iou,
+                }
+                write_json(path, {"step": step, **found})
+        ranks.wait()
+    scored = read_json(path)
+    return replace(result, **{name: scored[name] for name in ("miou", "pixel_accuracy", "class_iou")})
 
 
 def _require_same_options(run: TrainConfig) -> None:
@@ -163,97 +274,3 @@ def _require_same_options(run: TrainConfig) -> None:
     ]
     if changed:
         raise ValueError(f"{run.out} was trained with {'; '.join(changed)}: choose another --out")
-
-
-def interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean of some values and its 95 % interval."""
-    from scipy.stats import t  # here: it takes a second, --help should not
-
-    count, mean = len(values), float(np.mean(values))
-    if count < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
-    return Interval(mean, mean - half, mean + half)
-
-
-def record(comparison: Comparison) -> dict[str, object]:
-    """A comparison as plain values."""
-    methods = {}
-    for method, results in comparison.results.items():
-        difference = comparison.difference(method)
-        methods[method] = {
-            "miou": [result.miou for result in results],
-            "class_iou": [result.class_iou for result in results],
-            "difference": {"mean": difference.mean, "interval_95": [difference.low, difference.high]},
-            "seconds_per_step": [result.seconds_per_step for result in results],
-            "memory_mib": [result.memory_mib for result in results],
-        }
-    return {"seeds": list(comparison.seeds), "baseline": comparison.baseline, "methods": methods}
-
-
-def table(comparison: Comparison) -> str:
-    """A comparison as a table, a column per method."""
-    methods = list(comparison.results)
-    rows = [["mIoU on val", *(NAMES[method] for method in methods)]]
-    for place, seed in enumerate(comparison.seeds):
-        rows.append([f"  seed {seed}", *(f"{comparison.miou(method)[place]:.4f}" for method in methods)])
-    rows.append(["  mean", *(f"{comparison.miou(method).mean():.4f}" for method in methods)])
-    differences = [comparison.difference(method) for method in methods[1:]]
-    rows.append(["paired difference", "", *(f"{each.mean:+.4f}" for each in differences)])
-    if len(comparison.seeds) > 1:
-        ends = [f"{each.low:+.4f} to {each.high:+.4f}" for each in differences]
-        rows.append(["  95 % interval", "", *ends])
-    base_seconds = comparison.seconds(comparison.baseline)
-    base_memory = comparison.memory_mib(comparison.baseline)
-    seconds = [comparison.seconds(method) for method in methods]
-    memory = [comparison.memory_mib(method) for method in methods]
-    rows.append(["ms per step", *(f"{each * 1e3:,.0f} ({each / base_seconds:.2f}x)" for each in seconds)])
-    if not math.isnan(sum(memory)):
-        rows.append(["peak memory, MiB", *(f"{each:,.0f} ({each - base_memory:+,.0f})" for each in memory)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    if len(comparison.seeds) == 1:
-        lines.append("One seed: how far its difference is to be trusted cannot be told.")
-    return "\n".join(lines)
-
-
-def draw_comparison(comparison: Comparison, path: Path) -> Path:
-    """Draw mIoU over the steps, and the paired differences at the end.
-
-    Left, mIoU on val: each seed faint, the mean strong. Right, a dot for each seed, the mean and its 95 % interval.
-    """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    curves, differences = figure.subplots(1, 2, width_ratios=(3, 2))
-    for number, (method, results) in enumerate(comparison.results.items()):
-        colour = f"C{number}"
-        rows = [read_rows(result.out / "val.csv") for result in results]
-        steps = [row["step"] for row in rows[0]]
-        miou = np.array([[row["miou"] for row in of_seed] for of_seed in rows])
-        for of_seed in miou:
-            curves.plot(steps, of_seed, color=colour, alpha=0.3, linewidth=1)
-        curves.plot(steps, miou.mean(0), "o-", color=colour, markersize=4, label=NAMES[method])
-        if number == 0:
-            continue
-        points = comparison.miou(method) - comparison.miou(comparison.baseline)
-        found = comparison.difference(method)
-        differences.plot(np.full(len(points), number - 0.12), points, "o", color=colour, alpha=0.5)
-        half = 0.0 if math.isnan(found.low) else found.high - found.mean
-        differences.errorbar(number + 0.12, found.mean, half, fmt="s", color=colour, capsize=6)
-    curves.set(title="Mean IoU, validation", xlabel="step", ylabel="mIoU", ylim=(0, None))
-    curves.legend()
-    methods = list(comparison.results)
-    differences.axhline(0, color="black", linewidth=0.8)
-    differences.set(
-        title="Difference at the last step, paired by seed\n(dots: seeds; square: mean, 95 % interval)",
-        ylabel=f"mIoU over {NAMES[methods[0]]}",
-        xlim=(0.5, max(1, len(methods) - 1) + 0.5),
-    )
-    differences.set_xticks(range(1, len(methods)), [NAMES[method] for method in methods[1:]])
-    for axes in (curves, differences):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    return path

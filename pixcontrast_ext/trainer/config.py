@@ -201,6 +201,11 @@ class TrainConfig:
     """Images per step, over all ranks."""
     seed: int = 0
     """Seed of the weights, the data order and the augmentation."""
+    stop_after: int | None = None
+    """End after this step of the schedule, for other runs to branch from."""
+    branch_from: Path | None = None
+    """Checkpoint or folder of a run to go on from at its step, with its weights and its optimiser's state; a head that
+    it lacks is new, and the bank is empty."""
     amp: Literal["off", "bf16"] = "off"
     """Mixed precision of the model."""
     compile: bool = False
@@ -209,6 +214,9 @@ class TrainConfig:
     """cuda, cpu, or auto for cuda where there is one."""
     log_every: int = 10
     """Steps between rows of train.csv."""
+    diagnose_every: int = 0
+    """Steps between rows of diagnostics.csv: what the contrast finds, and its gradient beside the cross-entropy's. 0
+    for none."""
     eval_every: int = 200
     """Steps between evaluations on val (and one at the end)."""
     checkpoint_every: int = 200
@@ -221,6 +229,11 @@ class TrainConfig:
     net: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def last_step(self) -> int:
+        """The step that ends the run."""
+        return self.steps if self.stop_after is None else self.stop_after
 
     def validate(self) -> None:
         """Raises ValueError that names the first option out of range and its value."""
@@ -235,12 +248,17 @@ class TrainConfig:
             "bank-samples": loss.bank_samples, "region-views": loss.region_views,
         }  # fmt: skip
         not_negative = {
-            "seed": self.seed, "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
+            "seed": self.seed, "diagnose-every": self.diagnose_every,
+            "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
             "jitter": data.jitter, "weight": loss.weight, "aux-weight": loss.aux_weight,
             "warmup-steps": loss.warmup_steps,
             "lr-warmup": optim.lr_warmup, "power": optim.power, "momentum": optim.momentum,
             "weight-decay": optim.weight_decay, "clip": optim.clip,
         }  # fmt: skip
+        _require(
+            self.stop_after is None or 1 <= self.stop_after <= self.steps,
+            "stop-after", self.stop_after, f"from 1 to --steps {self.steps}",
+        )  # fmt: skip
         for name, value in at_least_one.items():
             _require(value >= 1, name, value, "at least 1")
         for name, number in not_negative.items():
@@ -301,7 +319,7 @@ def load_config(path: Path) -> TrainConfig:
 
 def config_of(options: dict[str, Any], where: Path) -> TrainConfig:
     """The config of a flat dict of options, as `flatten` gives it; errors name `where` it is from."""
-    return parse_flags(TrainConfig, _flags(options, where), prog=str(where))
+    return parse_flags(TrainConfig, flags_of(options, where), prog=str(where))
 
 
 def flags_of_file(path: Path) -> list[str]:
@@ -329,10 +347,11 @@ def flags_of_file(path: Path) -> list[str]:
         raise ValueError(
             f"config file {path} must hold one JSON object of options, found {type(options).__name__}"
         )
-    return _flags(options, path)
+    return flags_of(options, path)
 
 
-def _flags(options: dict[str, Any], where: Path) -> list[str]:
+def flags_of(options: dict[str, Any], where: Path) -> list[str]:
+    """A flat dict of options as flags; keys that begin with an underscore are comments. Errors name `where`."""
     options = {name: value for name, value in options.items() if not name.startswith("_")}
     unknown = sorted(set(options) - set(flatten(TrainConfig())))
     if unknown:

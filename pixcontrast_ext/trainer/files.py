@@ -51,6 +51,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_without_nan(value), indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; null is NaN."""
+    return _with_nan(json.loads(path.read_text()))
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(each) for each in value]
+    return math.nan if value is None else value
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nan(each) for name, each in value.items()}

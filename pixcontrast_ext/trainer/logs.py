@@ -1,4 +1,4 @@
-"""The record of a run: `train.csv` and `val.csv`, and TensorBoard beside them.
+"""The record of a run: `train.csv`, `val.csv` and `diagnostics.csv`, and TensorBoard beside them.
 
 The CSV files are the record, TensorBoard is drawn from them. To resume at step s, rows after s are dropped
 and TensorBoard is written anew from what is left, so that no step appears twice in either.
@@ -17,11 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pixcontrast_ext.trainer.files import write_text
 
-_FILES = ("train", "val")
+_FILES = ("train", "val", "diagnostics")
 
 
 class RunLog:
-    """Appends rows to train.csv and val.csv in `folder`, and to TensorBoard events in `folder`/tensorboard.
+    """Appends rows to the CSV files in `folder`, and to TensorBoard events in `folder`/tensorboard.
 
     Args:
         folder: of the run; made if needed.

@@ -42,17 +42,23 @@ def draw_run(
     *,
     amp: str = "off",
 ) -> list[Path]:
-    """curves.png, panels.png and tsne.png of one run in `out`/pictures. Returns their paths."""
+    """curves.png, panels.png, tsne.png and, of a run that has them, diagnostics.png in `out`/pictures.
+
+    Returns their paths.
+    """
     folder = out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     clouds = {"features": pixel_features(model, dataset, device)}
     if model.embed_head is not None:
         clouds["embeddings"] = pixel_features(model, dataset, device, embeddings=True)
-    return [
+    paths = [
         draw_curves({out.name: out}, folder / "curves.png"),
         draw_panels({"prediction": model}, dataset, spec, folder / "panels.png", device, amp=amp),
         draw_tsne(clouds, spec, folder / "tsne.png"),
     ]
+    if (out / "diagnostics.csv").exists():
+        paths.append(draw_diagnostics(out, folder / "diagnostics.png"))
+    return paths
 
 
 def draw_curves(runs: dict[str, Path], path: Path) -> Path:
@@ -77,6 +83,36 @@ def draw_curves(runs: dict[str, Path], path: Path) -> Path:
     return path
 
 
+def draw_diagnostics(run: Path, path: Path) -> Path:
+    """What a run's contrast found: loss beside chance and floor, cosines, gradients, and shares of anchors and bank."""
+    rows = read_rows(run / "diagnostics.csv")
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = {
+        "Contrast": ("contrast", "chance", "expected", "floor"),
+        "Mean cosine of an anchor": ("positive_cosine", "negative_cosine"),
+        "Contrast beside cross-entropy, on the features": ("gradient_ratio", "gradient_cosine"),
+        "Shares": ("hard_share", "pixel_fill", "region_fill"),
+    }
+    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name in names:
+            columns = [column for column in rows[0] if column.partition("/")[0] == name]
+            values = np.array([[row[column] for column in columns] for row in rows])
+            if columns and not np.isnan(values).all():
+                axes.plot(
+                    steps,
+                    values.mean(1),
+                    "o-",
+                    markersize=3,
+                    label=name.replace("_", " "),
+                )
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def draw_panels(
     models: dict[str, nn.Module],
     dataset: Dataset[Sample],
@@ -88,7 +124,7 @@ def draw_panels(
     amp: str = "off",
 ) -> Path:
     """A row per image, spread over the dataset: image | truth | prediction of each model. Void is black."""
-    samples = _spread(dataset, count)
+    samples = spread(dataset, count)
     columns = ["image", "truth", *models]
     palette = colour_table(spec)
     height, width = samples[0][1].shape
@@ -179,7 +215,7 @@ def pixel_features(
     """
     features, classes = [], []
     with evaluating(model):
-        for sample in _spread(dataset, images):
+        for sample in spread(dataset, images):
             batch, labels = to_device(stack([sample]), device)
             maps = model(batch)["embed"] if embeddings else model.backbone(batch)  # type: ignore[operator]
             picked = F.interpolate(labels[:, None].float(), maps.shape[-2:], mode="nearest").flatten()
@@ -240,6 +276,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array(smoothed)
 
 
-def _spread(dataset: Dataset[Sample], count: int) -> list[Sample]:
+def spread(dataset: Dataset[Sample], count: int) -> list[Sample]:
+    """Up to `count` samples, spread evenly over a dataset."""
     length = len(dataset)  # type: ignore[arg-type]
     return [dataset[int(index)] for index in np.linspace(0, length - 1, min(count, length))]

@@ -26,10 +26,13 @@ from tqdm import tqdm
 
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.criterion import PixelContrastCrossEntropyLoss
+from pixcontrast_ext.diagnostics import compare_gradients
 from pixcontrast_ext.maps import cross_entropy
 from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.project import Head
+from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
+from pixcontrast_ext.trainer.branch import branch, read_start
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
 from pixcontrast_ext.trainer.data import (
@@ -64,6 +67,7 @@ class Result:
     """Median over the rows of train.csv."""
     memory_mib: float
     """Most memory that training took, by `PeakMemory`, evaluations apart; NaN if it cannot be known."""
+    pixel_accuracy: float = math.nan
 
 
 class CrossEntropy(nn.Module):
@@ -138,15 +142,26 @@ def share_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW. Weight decay is for weights, not for biases and norms.
 
-    A group's "rate" is its learning rate as a multiple of that of the step.
+    A group's "rate" is its learning rate as a multiple of that of the step, its "names" those of its parameters.
     """
     of_backbone = {id(weight) for weight in model.backbone.parameters()}  # type: ignore[union-attr]
     groups = []
     for rate, is_backbone in ((1.0, True), (config.head_lr, False)):
-        weights = [weight for weight in model.parameters() if (id(weight) in of_backbone) == is_backbone]
+        weights = {
+            name: weight
+            for name, weight in model.named_parameters()
+            if (id(weight) in of_backbone) == is_backbone
+        }
         for decay, is_decayed in ((config.weight_decay, True), (0.0, False)):
-            of_group = [weight for weight in weights if (weight.dim() > 1) == is_decayed]
-            groups.append({"params": of_group, "weight_decay": decay, "rate": rate})
+            of_group = {name: weight for name, weight in weights.items() if (weight.dim() > 1) == is_decayed}
+            groups.append(
+                {
+                    "params": list(of_group.values()),
+                    "names": list(of_group),
+                    "weight_decay": decay,
+                    "rate": rate,
+                }
+            )
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     nesterov = config.nesterov and config.momentum > 0
@@ -222,6 +237,9 @@ class _Run:
         self.generator = torch.Generator(ranks.device)
         criterion = build_criterion(config.loss, num_classes, config.net.embed_dim, self.generator, head)
         self.criterion = criterion.to(ranks.device)
+        self.shared: FeatureTap | None = None
+        if config.diagnose_every and config.loss.contrast != "off":
+            self.shared = FeatureTap(self.model.backbone, of="output")
         self.optimizer = build_optimizer(self.model, config.optim)
         self.augment = Augment(config.data) if config.data.augment else None
 
@@ -229,10 +247,14 @@ class _Run:
         self.start = self._restore() if resume else 0
         if self.start == 0:
             self._start_from_weights()
+        if self.start == 0 and config.branch_from is not None:
+            self.start = branch(
+                self.model, self.optimizer, read_start(config.branch_from), config.branch_from
+            )
         batches = StepBatches(
             len(self.train_set),  # type: ignore[arg-type]
             config.batch_size,
-            steps=config.steps,
+            steps=config.last_step,
             seed=config.seed,
             start=self.start,
             rank=ranks.rank,
@@ -271,16 +293,16 @@ class _Run:
         self.criterion.train()
         window_start, window_steps = time.perf_counter(), 0
         progress = tqdm(
-            total=config.steps,
+            total=config.last_step,
             initial=self.start,
-            desc=config.loss.contrast,
+            desc=config.out.name,
             disable=None if self.ranks.is_first else True,  # None: only a terminal gets a bar
         )
         for step, batch in enumerate(self.loader, start=self.start):
             done = step + 1
-            logs = done % config.log_every == 0 or done == config.steps
-            evaluates = done % config.eval_every == 0 or done == config.steps
-            saves = done % config.checkpoint_every == 0 or done == config.steps
+            logs = done % config.log_every == 0 or done == config.last_step
+            evaluates = done % config.eval_every == 0 or done == config.last_step
+            saves = done % config.checkpoint_every == 0 or done == config.last_step
             row = self._step(step, batch, measure=logs or saves)
             window_steps += 1
             progress.update()
@@ -313,6 +335,9 @@ class _Run:
         if self.augment is not None:
             images, labels = self.augment(images, labels, batch[2])
         images = images.contiguous(memory_format=torch.channels_last)
+        diagnoses = self.shared is not None and (step + 1) % config.diagnose_every == 0
+        if self.shared is not None:
+            self.shared.records = diagnoses
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.amp == "bf16"):
             outputs = self.replica(images)
         logits, embeddings = outputs["seg"].float(), outputs.get("embed", outputs.get("features"))
@@ -329,7 +354,10 @@ class _Run:
             torch.cuda.synchronize(images.device)
             log.info("the kernels of the loss are ready after %.1f s", time.perf_counter() - begin)
             self.memory.restart()
+        found = self._found(logits, embeddings, labels) if diagnoses else {}
         loss, parts = self.criterion(logits, embeddings, labels, return_parts=True)
+        if diagnoses:
+            self._diagnose(step + 1, found, loss, logits, labels)
         total, auxiliary = loss, None
         if "aux" in outputs:
             auxiliary = CrossEntropy()(outputs["aux"].float(), None, labels)
@@ -362,6 +390,42 @@ class _Run:
             )
         return row
 
+    @torch.no_grad()
+    def _found(self, logits: Tensor, embeddings: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the contrast finds before the step. A head that the loss calls keeps its running statistics."""
+        head = self.model.embed_head
+        # Those of a head that the model has called are a part of its graph.
+        buffers = list(head.buffers()) if self.config.loss.project == "used" else []
+        before = [buffer.clone() for buffer in buffers]
+        found: dict[str, Tensor] = self.criterion.diagnostics(logits, embeddings, labels)  # type: ignore[operator]
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        return found
+
+    def _diagnose(
+        self, step: int, found: dict[str, Tensor], loss: Tensor, logits: Tensor, labels: Tensor
+    ) -> None:
+        """Write a row of what `criterion.diagnostics` has found, and of the two gradients at the shared features."""
+        assert self.shared is not None
+        weights = self.criterion.class_weights
+        entropy = cross_entropy(
+            logits,
+            labels,
+            num_classes=logits.shape[1],
+            ignore_index=IGNORE,
+            class_weights=weights,  # type: ignore[arg-type]
+        )
+        ratio, cosine = compare_gradients(loss - entropy, entropy, self.shared.take())
+        found = {**found, "gradient_ratio": ratio, "gradient_cosine": cosine}
+        columns: dict[str, Tensor] = {}
+        for name, value in found.items():
+            names = (
+                [name] if value.dim() == 0 else [f"{name[:-3]}/{of_class}" for of_class in self.spec.classes]
+            )
+            columns.update(zip(names, value.float().flatten().unbind(), strict=True))
+        values = self.ranks.mean(torch.stack(list(columns.values()))).tolist()
+        self._write("diagnostics", {"step": step, **dict(zip(columns, values, strict=True))})
+
     def _embed(self, features: Tensor) -> Tensor:
         """The model's projection head, for the loss to call where the model leaves it out."""
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
@@ -379,7 +443,7 @@ class _Run:
         row = {"step": step, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
         self._write("val", {**row, **scores.class_iou})
         if self.ranks.is_first:
-            name, steps = self.config.loss.contrast, self.config.steps
+            name, steps = self.config.out.name, self.config.last_step
             tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val", file=sys.stderr)
 
     def _save(self, step: int) -> None:
@@ -418,8 +482,8 @@ class _Run:
             log.warning("resuming from %s", path)
             for name, (before, now) in changed.items():
                 log.warning("--%s was %r, is now %r", name.replace("_", "-"), before, now)
-        if state["step"] > self.config.steps:
-            raise ValueError(f"--steps is {self.config.steps}, but {path} is of step {state['step']}")
+        if state["step"] > self.config.last_step:
+            raise ValueError(f"--steps is {self.config.last_step}, but {path} is of step {state['step']}")
         if "optimizer" in changed:
             before, now = changed["optimizer"]
             raise ValueError(f"--optimizer is {now!r}, but {path} was trained with {before!r}")
@@ -444,4 +508,5 @@ def read_result(out: Path, classes: tuple[str, ...]) -> Result:
     rows = read_rows(out / "train.csv")
     seconds = float(np.median([row["seconds_per_step"] for row in rows]))
     memory = float(np.max([row["memory_mib"] for row in rows]))
-    return Result(out, last["miou"], {name: last[name] for name in classes}, seconds, memory)
+    of_class = {name: last[name] for name in classes}
+    return Result(out, last["miou"], of_class, seconds, memory, last["pixel_accuracy"])

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from pixcontrast_ext.trainer.__main__ import main
-from pixcontrast_ext.trainer.checkpoints import CheckpointStore
-from pixcontrast_ext.trainer.compare import (
-    CompareConfig,
+from pixcontrast_ext.trainer.checkpoints import CheckpointError, CheckpointStore
+from pixcontrast_ext.trainer.compare import CompareConfig, compare, finish_all, rare_classes
+from pixcontrast_ext.trainer.comparison import (
     Comparison,
-    compare,
     draw_comparison,
+    findings,
+    holm,
     interval,
+    paired,
+    record,
     table,
 )
+from pixcontrast_ext.trainer.config import DataConfig, ModelConfig
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
-from pixcontrast_ext.trainer.train import Result
+from pixcontrast_ext.trainer.train import Result, train
 from tests.support import forked
 
 FLAGS = (
@@ -67,7 +73,7 @@ def test_runs_of_a_seed_differ_in_the_loss_alone(config):
     written = json.loads((config.run.out / "compare.json").read_text())
     assert written["seeds"] == [3, 4]
     assert written["baseline"] == "off"
-    for method, found in written["methods"].items():
+    for method, found in written["arms"].items():
         runs = [config.run.out / f"{method}-seed{seed}" for seed in config.seeds]
         assert found["miou"] == [read_rows(run / "val.csv")[-1]["miou"] for run in runs]
         assert all(seconds > 0 for seconds in found["seconds_per_step"])
@@ -95,7 +101,7 @@ def test_resume_trains_what_is_missing_and_nothing_else(config):
     after = compare(config, resume=True)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for method in config.methods:
-        assert np.array_equal(before.miou(method), after.miou(method))
+        assert np.array_equal(before.values(method), after.values(method))
     other = replace(config, run=replace(config.run, optim=replace(config.run.optim, lr=0.5)))
     with pytest.raises(
         ValueError, match=r"off-seed3 was trained with --lr 0.02, now 0.5: choose another --out"
@@ -120,7 +126,9 @@ def test_from_the_command_line(tmp_path, capsys):
     assert "95 % interval" not in told
     trained_with = json.loads((out / "bank-seed1" / "config.json").read_text())
     assert (trained_with["temperature"], trained_with["project"]) == (0.2, "used")
-    assert json.loads((out / "compare.json").read_text())["methods"]["bank"]["difference"]["interval_95"] == [
+    assert json.loads((out / "compare.json").read_text())["arms"]["bank"]["difference"]["mIoU"][
+        "interval_95"
+    ] == [
         None,
         None,
     ]
@@ -151,7 +159,7 @@ def comparison(tmp_path):
             for step in (10, 20):
                 log.add("val", {"step": step, "miou": miou * step / 20})
             log.close()
-            results[method].append(Result(out, miou, {}, 0.5 + gain * 2.5, 1000 + 2500 * gain))
+            results[method].append(Result(out, miou, {}, 0.5 + gain * 2.5, 1000 + 2500 * gain, 0.8))
     return Comparison((0, 1, 2), results)
 
 
@@ -164,6 +172,219 @@ def test_the_table_says_what_came_out(comparison):
     assert rows["95 % interval"] == ["+0.0052", "to", "+0.0548"]
     assert rows["ms per step"] == ["500", "(1.00x)", "550", "(1.10x)"]
     assert rows["peak memory, MiB"] == ["1,000", "(+0)", "1,050", "(+50)"]
+
+
+def of_seeds(*gains, rare=(), accuracy=0.0):
+    """A comparison of cross-entropy with an arm that gains so much, seed by seed."""
+    spread = np.random.default_rng(1).normal(0.4, 0.05, len(gains))
+    results = {
+        arm: [
+            Result(
+                None,
+                base + gain * share,
+                {"pole": base, "sky": base + gain * share},
+                1.0,
+                1.0,
+                0.8 + accuracy * share,
+            )
+            for base, gain in zip(spread, gains, strict=True)
+        ]
+        for arm, share in (("off", 0), ("bank", 1))
+    }
+    return Comparison(tuple(range(len(gains))), results, "test", rare)
+
+
+def test_p_is_exact_and_a_difference_takes_six_seeds():
+    gains = [0.02, 0.021, 0.019, 0.022, 0.02, 0.018]
+    assert paired(np.array(gains)).p == pytest.approx(2 / 64)
+    assert of_seeds(*gains).differs("bank")
+    assert "+ contrast with the bank: mIoU higher than cross-entropy by 0.0200." in findings(of_seeds(*gains))
+    # An interval of five pairs is far above 0 as well.
+    five = of_seeds(*gains[:5])
+    assert five.difference("bank").low > 0.015
+    assert not five.differs("bank")
+    assert findings(five) == [
+        "5 seeds cannot show a difference, whatever the intervals say: an exact test of signs needs 6. --resume with "
+        "more --seeds adds to this comparison."
+    ]
+    lower = of_seeds(*(-gain for gain in gains))
+    assert "mIoU lower than cross-entropy by 0.0200" in findings(lower)[0]
+
+
+def test_no_difference_is_told_with_what_would_have_been_found():
+    gains = np.array([0.02, -0.02, 0.01, -0.015, 0.005, 0.0, 0.01, -0.01])
+    comparison = of_seeds(*gains)
+    found = comparison.difference("bank")
+    error = gains.std(ddof=1) / math.sqrt(8)
+    assert found.detectable == pytest.approx((2.364624 + 0.896030) * error, rel=1e-5)  # t of 7: 0.975 and 0.8
+    assert not comparison.differs("bank")
+    assert findings(comparison) == [
+        f"+ contrast with the bank: no difference in mIoU is shown; one of {found.detectable:.4f} would have been "
+        "found four times in five."
+    ]
+
+
+def test_the_detectable_effect_is_found_four_times_in_five():
+    """The formula against what it promises, by simulation."""
+    rng, found = np.random.default_rng(0), 0
+    effect = np.mean([paired(rng.normal(0, 0.01, 12)).detectable for _ in range(20)])
+    for _ in range(2000):
+        found += ttest_1samp(rng.normal(effect, 0.01, 12), 0).pvalue < 0.05
+    assert found / 2000 == pytest.approx(0.8, abs=0.06)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([0.02, math.nan])[0] == 0.02
+    assert math.isnan(holm([0.02, math.nan])[1])
+
+
+def test_more_arms_make_it_harder():
+    gains = [0.02, 0.021, 0.019, 0.022, 0.02, 0.018]
+    one = of_seeds(*gains)
+    results = {**one.results, "region": one.results["bank"]}
+    two = replace(one, results=results)
+    assert two.corrected()["bank", "mIoU"] == pytest.approx(4 / 64)
+    assert not two.differs("bank")
+
+
+def test_secondary_outcomes_are_corrected_among_themselves():
+    gains = [0.02, 0.021, 0.019, 0.022, 0.02, 0.018]
+    comparison = of_seeds(*gains, rare=("sky",), accuracy=0.01)
+    assert comparison.outcomes == ("mIoU", "rare classes", "pixel accuracy")
+    corrected = comparison.corrected()
+    assert corrected["bank", "mIoU"] == pytest.approx(2 / 64)
+    assert corrected["bank", "rare classes"] == corrected["bank", "pixel accuracy"] == pytest.approx(4 / 64)
+    assert comparison.difference("bank", "rare classes").mean == pytest.approx(0.02)
+    assert comparison.difference("bank", "pixel accuracy").mean == pytest.approx(0.01)
+    told = table(comparison)
+    assert "rare classes (1)" in told
+    assert told.startswith("mIoU on test")
+    written = record(comparison)["arms"]["bank"]["difference"]
+    assert written["rare classes"]["p_holm"] == pytest.approx(4 / 64)
+    assert (written["mIoU"]["differs"], written["rare classes"]["differs"]) == (True, False)
+
+
+def test_an_aa_arm_that_differs_is_a_warning():
+    one = of_seeds(0.02, 0.021, 0.019, 0.022, 0.02, 0.018)
+    suspect = replace(one, results={"off": one.results["off"], "aa": one.results["bank"]})
+    assert (
+        findings(suspect)[-1]
+        == "The A/A arm differs, which trains the same loss: nothing here is to be trusted."
+    )
+    assert "trusted" not in " ".join(findings(one))
+
+
+def test_arms_are_named_with_their_flags(config):
+    arms = ("region --pixel-slots 0", 'cold --temperature 0.05 --mining "semi-hard"')
+    config = replace(config, methods=("off",), arm=arms)
+    runs = config.runs()
+    assert list(runs) == [(arm, seed) for seed in (3, 4) for arm in ("off", "region", "cold")]
+    assert runs["region", 3].loss == replace(config.run.loss, pixel_slots=0)
+    assert runs["cold", 4].loss == replace(config.run.loss, temperature=0.05, mining="semi-hard")
+    assert runs["cold", 4].out.name == "cold-seed4"
+    assert replace(config, methods=("aa",), arm=()).runs()["aa", 3].loss.weight == 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arm": ("off --weight 1",)}, "two arms called 'off'"),
+        ({"arm": ("../up --weight 1",)}, "--arm is called '../up'"),
+        ({"arm": ("late --steps 9",)}, "--arm late has --steps, which all arms have in common"),
+        ({"split": "valid"}, "--split is 'valid', must be one of"),
+        ({"jobs": 0}, "--jobs is 0"),
+        ({"shared_steps": 2}, "--shared-steps is 2, must be from 0 to below --steps 2"),
+        ({"rare": ("unicorn",)}, "--rare names unicorn"),
+    ],
+)
+def test_bad_options_are_named(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes).validate()
+
+
+def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    flags = [*FLAGS.split(), "--no-pictures"]
+    arms = ["--methods", "off", "--arm", "region", "--pixel-slots 0", "--arm", "plain", "--contrast=batch"]
+    assert (
+        main(["compare", "--seeds", "1", "2", *arms, "--jobs", "2", "--split", "train", "--out", out, *flags])
+        == 0
+    )
+    told = capsys.readouterr().out
+    assert told.split("\n")[0].split()[:3] == ["mIoU", "on", "train"]
+    assert "2 seeds cannot show a difference" in told
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert list(record["arms"]) == ["off", "region", "plain"]
+    trained_with = json.loads((tmp_path / "out" / "region-seed2" / "config.json").read_text())
+    assert (trained_with["contrast"], trained_with["pixel_slots"]) == ("bank", 0)
+    scored = json.loads((tmp_path / "out" / "plain-seed1" / "train.json").read_text())
+    assert record["arms"]["plain"]["miou"][0] == scored["miou"]
+
+    assert main(["compare", "--resume", "--out", out]) == 0  # with the same arms, split and jobs
+    assert capsys.readouterr().out == told
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/checkpoints/*.pt")}
+    assert main(["compare", "--resume", "--seeds", "1", "2", "3", "--out", out]) == 0
+    assert "seed 3" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list((tmp_path / "out").glob("*/checkpoints/*.pt"))) == len(kept) * 3 // 2
+
+
+def test_an_arm_needs_a_name_and_flags(capsys):
+    assert main(["compare", "--arm", "region"]) == 2
+    assert "--arm takes a name and flags" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_in_a_job_is_an_error(config, tmp_path):
+    run = replace(config.run, data=DataConfig(dataset="camvid", root=tmp_path / "nowhere"))
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        finish_all([run], "val", jobs=2)
+    assert "TQDM_DISABLE" not in os.environ
+
+
+def test_shared_steps_are_those_of_an_unbroken_run(config):
+    run = replace(config.run, steps=5, pictures=False, loss=replace(config.run.loss, warmup_steps=3))
+    config = replace(config, run=run, seeds=(3,), methods=("off", "bank"))
+    compare(config)
+    shared = replace(config, shared_steps=2, run=replace(run, out=run.out.with_name("shared")))
+    compare(shared)
+
+    def state(config, arm):
+        return CheckpointStore(config.run.out / f"{arm}-seed3" / "checkpoints").load_latest()[1]
+
+    start = state(shared, "start")
+    assert start["step"] == 2
+    assert not any("embed_head" in name for name in start["model"])
+    for name, value in state(config, "off")["model"].items():
+        assert torch.equal(value, state(shared, "off")["model"][name]), name
+    assert [row["step"] for row in read_rows(shared.run.out / "bank-seed3" / "train.csv")] == [3, 4, 5]
+    bank = state(shared, "bank")
+    assert any("embed_head" in name for name in bank["model"])
+    assert bank["criterion"]["contrast.step"] == 3  # the warm-up has counted the shared steps
+    assert (bank["criterion"]["contrast.bank.key_labels"] >= 0).any()
+    entropy = {
+        arm: read_rows(shared.run.out / f"{arm}-seed3" / "train.csv")[0]["cross_entropy"]
+        for arm in ("off", "bank")
+    }
+    assert entropy["off"] == entropy["bank"]
+
+
+def test_a_checkpoint_to_branch_from_has_to_fit(tiny):
+    train(tiny("start", "off", steps=2))
+    other = tiny("other", "off", branch_from=tiny("start").out)
+    other = replace(other, optim=replace(other.optim, optimizer="adamw", lr=1e-3))
+    with pytest.raises(ValueError, match="does not fit this run"):
+        train(replace(other, net=ModelConfig(model="hrnet_w18")))
+    with pytest.raises(CheckpointError, match="no checkpoint to branch from"):
+        train(tiny("third", "off", branch_from=tiny("nothing").out.parent))
+
+
+def test_rare_classes_are_below_two_percent(tiny, camvid):
+    run = tiny("run", data=DataConfig(dataset="camvid", root=camvid()))
+    assert "sky" not in rare_classes(run)
+    assert "road" not in rare_classes(run)
+    assert "pole" in rare_classes(run)
 
 
 def test_the_picture_has_curves_and_differences(comparison, tmp_path):
@@ -192,4 +413,4 @@ def test_two_ranks_compare(tmp_path):
     told = forked.ranks(tmp_path, 2, "compare", *options, *FLAGS.split())
     assert told.count("mIoU on val") == 1
     written = json.loads((out / "compare.json").read_text())
-    assert all(0 <= found["miou"][0] <= 1 for found in written["methods"].values())
+    assert all(0 <= found["miou"][0] <= 1 for found in written["arms"].values())

@@ -31,7 +31,7 @@ def void_pixels(count):
 
 def test_help_lists_the_commands(trainer, capsys):
     done = trainer("--help")
-    commands = ("train", "eval", "predict", "export", "compare", "check-data", "demo")
+    commands = ("train", "eval", "predict", "export", "compare", "probe", "check-data", "demo")
     assert done.returncode == 0
     assert all(f"\n  {name} " in done.stdout for name in commands)
     assert main(["fly"]) == 2
@@ -95,7 +95,7 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
         (["eval", "--checkpoint", ".", "--workers", "-1"], "error: --workers is -1, must be at least 0"),
         (["eval", "--checkpoint", ".", "--stride", "3", "3"], "error: --stride is (3, 3), must be left out"),
         (["compare", "--seed", "3"], "error: compare takes --seeds, not --seed"),
-        (["compare", "--contrast=bank"], "error: compare takes --methods, not --contrast"),
+        (["compare", "--contrast=bank"], "error: compare takes --methods or --arm, not --contrast"),
         (["compare", "--seeds", "1", "1"], "error: --seeds is (1, 1), must be at least one and none twice"),
         (["compare", "--steps", "0"], "error: --steps is 0, must be at least 1"),
     ],

@@ -206,6 +206,44 @@ def nearly_the_same(one, other):
     assert final(one)["model"].keys() == final(other)["model"].keys()
 
 
+@pytest.mark.parametrize("project", ["all", "used"])
+def test_diagnostics_are_written_and_change_nothing(tiny, project, quick_tsne):
+    plain = tiny("plain")
+    plain = replace(plain, loss=replace(plain.loss, project=project))
+    train(plain)
+    watched = replace(plain, out=plain.out.with_name("watched"), diagnose_every=2, pictures=True)
+    train(watched)
+    assert_same_state(final(plain), final(watched))
+    assert_same_record(plain.out, watched.out)
+    rows = read_rows(watched.out / "diagnostics.csv")
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    classes = dataset_spec("synthetic").classes
+    for row in rows[1:]:
+        assert row["floor"] < row["contrast"]
+        assert row["gradient_ratio"] > 0
+        assert -1 <= row["gradient_cosine"] <= 1
+        assert sum(row[f"anchors/{name}"] for name in classes) == row["anchors"] > 0
+        assert max(row[f"pixel_fill/{name}"] for name in classes) > 0
+    assert (watched.out / "pictures" / "diagnostics.png").stat().st_size > 0
+
+
+def test_the_gradient_ratio_is_in_proportion_to_the_weight(tiny):
+    """The contrast as it is added to the cross-entropy, its weight included."""
+    ratios = []
+    for weight in (0.1, 0.3):
+        config = tiny(f"weight-{weight}", "batch", steps=1, diagnose_every=1)
+        config = replace(config, loss=replace(config.loss, weight=weight, warmup_steps=0))
+        train(config)
+        ratios.append(read_rows(config.out / "diagnostics.csv")[0]["gradient_ratio"])
+    assert ratios[1] == pytest.approx(3 * ratios[0], rel=1e-3)
+
+
+def test_without_contrast_there_is_nothing_to_diagnose(tiny):
+    config = tiny("run", "off", diagnose_every=1, steps=2)
+    train(config)
+    assert not (config.out / "diagnostics.csv").exists()
+
+
 def test_bf16_trains(tiny):
     plain, half = tiny("plain", steps=3, log_every=1), tiny("bf16", steps=3, log_every=1, amp="bf16")
     train(plain)

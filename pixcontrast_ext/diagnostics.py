@@ -1,0 +1,154 @@
+"""Numbers that say what the contrast has to work with, and how its gradient compares with another loss's.
+
+Plain PyTorch on some thousand rows: they are read every hundred steps, not in every one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.batch import Batch
+from pixcontrast_ext.ops.sampling import AnchorSample
+
+if TYPE_CHECKING:
+    from pixcontrast_ext.loss import PixelContrastLoss
+
+
+def compare_gradients(loss: Tensor, other: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """How strongly one loss pulls at a tensor beside another, and whether both pull the same way.
+
+    For the contrast beside the cross-entropy, with `shared` the features that classifier and projection head both read:
+    a ratio below 0.05 says that the weight of the contrast is too small to matter, one above 2 that it decides alone.
+    Both graphs are kept, and no parameter's gradient is touched.
+
+    Args:
+        loss, other: scalars.
+        shared: any tensor that both depend on, such as the backbone's feature map.
+
+    Returns:
+        |d loss / d shared| / |d other / d shared|, and the cosine of the two gradients: scalars on the device, NaN
+        where the latter, or one of both, is zero.
+
+    Raises:
+        RuntimeError: a loss that does not depend on `shared`.
+    """
+    first, second = (
+        torch.autograd.grad(of, shared, retain_graph=True)[0].float().flatten() for of in (loss, other)
+    )
+    lengths = first.norm(), second.norm()
+    return lengths[0] / lengths[1], torch.dot(first, second) / (lengths[0] * lengths[1])
+
+
+def _count(labels: Tensor, num_classes: int) -> Tensor:
+    """How often each class occurs, [C] int64; other labels do not count. `torch.bincount` would wait for the device."""
+    valid = (labels >= 0) & (labels < num_classes)
+    where = torch.where(valid, labels, num_classes).flatten().long()
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
+    return counts.index_add_(0, where, torch.ones_like(where))[:-1]
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """NaN if none is counted."""
+    return torch.where(counted, values, 0).sum() / counted.sum()
+
+
+def of_step(loss: PixelContrastLoss, batch: Batch, anchors: AnchorSample, rows: Tensor) -> dict[str, Tensor]:
+    """All that `PixelContrastLoss.diagnostics` returns but the loss itself."""
+    keys, key_labels = (rows, anchors.labels) if loss.bank is None else loss.bank.flat()
+    found = of_rows(rows, anchors.labels, keys, key_labels, loss) | of_anchors(
+        anchors, batch, loss.num_classes
+    )
+    if loss.anchors == "random":
+        found["hard_share"] = torch.full_like(found["hard_share"], math.nan)  # nobody looked
+    return found if loss.bank is None else found | of_bank(loss.bank, batch.labels)
+
+
+def of_rows(
+    rows: Tensor,  # [A, D]
+    labels: Tensor,  # [A] int32, -1 in padding
+    keys: Tensor,  # [K, D]; the rows themselves without a bank
+    key_labels: Tensor,  # [K] int32
+    loss: PixelContrastLoss,
+) -> dict[str, Tensor]:
+    """Cosines, what the loss would be at chance, at these cosines and at best, and the number of keys of each class."""
+    of_class = _count(key_labels, loss.num_classes)
+    some_class = labels.clamp(min=0).long()
+    positives = of_class[some_class] - (
+        1 if loss.bank is None else 0
+    )  # without a bank an anchor is no key of its own
+    negatives = of_class.sum() - of_class[some_class]
+    contrasted = (labels >= 0) & (positives > 0) & (negatives > 0)
+
+    rows, keys = (
+        F.normalize(each.float(), dim=1, eps=torch.finfo(torch.float32).tiny) for each in (rows, keys)
+    )
+    where = torch.where(key_labels >= 0, key_labels, loss.num_classes).long()
+    sums = rows.new_zeros(loss.num_classes + 1, rows.shape[1]).index_add_(0, where, keys)[
+        :-1
+    ]  # of each class
+    own = (rows * sums[some_class]).sum(1)
+    others = rows @ sums.sum(0) - own
+    if loss.bank is None:
+        own = own - (rows * rows).sum(1)
+    positive_cosine = _mean(own / positives.clamp(min=1), contrasted)
+    negative_cosine = _mean(others / negatives.clamp(min=1), contrasted)
+
+    taken = negatives.float()
+    if loss.mining is not None:
+        taken = taken.clamp(max=loss.mining.negatives)
+    classes = (of_class > 0).sum()
+    least = -1 / (classes - 1).clamp(
+        min=1
+    )  # of the cosine of two classes, where all are as far apart as can be
+
+    def loss_at(difference: Tensor | float) -> Tensor:
+        """Of a mean over positives of log(1 + N exp(difference / temperature)), by eq. (3)."""
+        return loss.scale * _mean(F.softplus(taken.log() + difference / loss.temperature), contrasted)
+
+    return {
+        "chance": loss_at(0.0),
+        "expected": loss_at(negative_cosine - positive_cosine),
+        "floor": loss_at(least - 1),
+        "positive_cosine": positive_cosine,
+        "negative_cosine": negative_cosine,
+        "contrasted": contrasted.sum(),
+        "positives_of": of_class,
+    }
+
+
+def of_anchors(anchors: AnchorSample, batch: Batch, num_classes: int) -> dict[str, Tensor]:
+    """How many anchors of which class, and how many of them are hard."""
+    chosen = anchors.labels >= 0
+    if batch.labels.numel() == 0:
+        hard = torch.zeros_like(chosen)
+    else:
+        hard = (batch.predictions.flatten() != batch.labels.flatten())[anchors.indices]
+    return {
+        "anchors": chosen.sum(),
+        "hard_share": _mean(hard.float(), chosen),
+        "anchors_of": _count(anchors.labels, num_classes),
+    }
+
+
+def of_bank(bank: MemoryBank, labels: Tensor) -> dict[str, Tensor]:
+    """How full each class's rings are, and how much of them this batch [B, H, W] replaces."""
+    images, classes = labels.shape[0], bank.num_classes
+    first = torch.arange(images, device=labels.device)[:, None, None] * classes
+    valid = (labels >= 0) & (labels < classes)
+    pixels = _count(torch.where(valid, first + labels, -1), images * classes).view(images, classes)
+    found = {}
+    for name, slots, fill, added in (
+        ("region", bank.region_slots, bank.region_fill, (pixels > 0).sum(0)),
+        ("pixel", bank.pixel_slots, bank.pixel_fill, pixels.clamp(max=bank.pixels_per_image).sum(0)),
+    ):
+        found[f"{name}_fill_of"] = (
+            fill / slots if slots else torch.full_like(added, math.nan, dtype=torch.float32)
+        )
+        found[f"{name}_turnover_of"] = added / slots if slots else found[f"{name}_fill_of"]
+    return found
