@@ -1,9 +1,10 @@
 """SegFormer with pixel contrast in transformers' Trainer.
 
-Needs torch, transformers, accelerate and pixcontrast-ext. `python hf_segformer.py FOLDER`, or torchrun: an existing
-folder gets checkpoints, and goes on from its last. `SegformerWithContrast.from_pretrained(...)` works too.
+Needs torch, transformers, accelerate and pixcontrast-ext. `python hf_segformer.py [FOLDER]`, or torchrun: the folder
+gets checkpoints, and goes on from its last. `SegformerWithContrast.from_pretrained(...)` works too.
 """
 
+import os
 import sys
 
 import torch
@@ -58,19 +59,15 @@ class Scenes:
 
 
 def main():
-    last = get_last_checkpoint(sys.argv[1])
+    folder = sys.argv[1] if len(sys.argv) > 1 else "runs/segformer"
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     sizes = dict(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4)
     config = SegformerConfig(num_labels=CLASSES, decoder_hidden_size=64, **sizes)
     model = SegformerWithContrast.from_pretrained(last) if last else SegformerWithContrast(config)
-    steps = dict(max_steps=STEPS * (2 if last else 1), logging_steps=5, save_steps=STEPS, learning_rate=3e-3)
-    arguments = TrainingArguments(
-        output_dir=sys.argv[1],
-        per_device_train_batch_size=4,
-        ddp_find_unused_parameters=False,
-        use_cpu=not torch.cuda.is_available(),  # or torchrun's processes train apart
-        report_to=[],
-        **steps,
-    )
+    options = dict(logging_steps=5, save_steps=STEPS, per_device_train_batch_size=4, learning_rate=3e-3)
+    options |= dict(max_steps=STEPS * (2 if last else 1), report_to=[], ddp_find_unused_parameters=False)
+    use_cpu = not torch.cuda.is_available()  # or torchrun's processes train apart
+    arguments = TrainingArguments(folder, use_cpu=use_cpu, **options)
     trainer = Trainer(model, arguments, train_dataset=Scenes(), eval_dataset=Scenes())
     trainer.train(resume_from_checkpoint=last)
     print(trainer.evaluate())

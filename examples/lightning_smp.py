@@ -1,6 +1,6 @@
 """A network of segmentation-models-pytorch with pixel contrast in Lightning.
 
-Needs torch, lightning, segmentation-models-pytorch and pixcontrast-ext. `python lightning_smp.py FOLDER`: the folder
+Needs torch, lightning, segmentation-models-pytorch and pixcontrast-ext. `python lightning_smp.py [FOLDER]`: the folder
 gets a checkpoint, and goes on from the one that it has.
 """
 
@@ -25,8 +25,8 @@ class Segmentation(lightning.LightningModule):
         network = smp.FPN("resnet18", encoder_weights=None, classes=CLASSES)
         head = pc.ProjectionHead(network.segmentation_head[0].in_channels, embed_dim=64)
         self.model = pc.WithEmbeddings(network, "segmentation_head", head)  # what it receives is at stride 4
-        bank = dict(embed_dim=64, region_slots=100, pixel_slots=500)
-        self.criterion = pc.PixelContrastCrossEntropyLoss(CLASSES, warmup_steps=5, min_pixels=5, bank=bank)
+        settings = dict(warmup_steps=5, bank=dict(embed_dim=64, region_slots=100, pixel_slots=500))
+        self.criterion = pc.PixelContrastCrossEntropyLoss(CLASSES, min_pixels=5, **settings)
 
     def training_step(self, batch, _):
         """A step whose parts are logged apart."""
@@ -63,13 +63,13 @@ class Scenes(Dataset):
 
 
 def main():
-    last = Path(sys.argv[1]) / "last.ckpt"
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/lightning")
+    last = folder / "last.ckpt"
     lightning.seed_everything(0)
+    epochs = EPOCHS * (2 if last.exists() else 1)
+    logger = lightning.pytorch.loggers.CSVLogger(folder)
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS * (2 if last.exists() else 1),
-        logger=lightning.pytorch.loggers.CSVLogger(sys.argv[1]),
-        log_every_n_steps=1,
-        enable_checkpointing=False,
+        max_epochs=epochs, logger=logger, log_every_n_steps=1, enable_checkpointing=False
     )
     loaders = [DataLoader(Scenes(), batch_size=4, shuffle=shuffle) for shuffle in (True, False)]
     trainer.fit(Segmentation(), *loaders, ckpt_path=last if last.exists() else None)

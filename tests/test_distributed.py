@@ -211,7 +211,7 @@ def test_fully_sharded_from_meta(runs, ranks):
 @both
 def test_the_guide_on_several_ranks(runs, ranks):
     """Heads, banks and warm-up agree after every step; a NaN during the warm-up stays out of the loss."""
-    found = results(runs[ranks], "readme", ranks)
+    found = results(runs[ranks], "training loop", ranks)
     for losses, heads, criterion in found:
         assert all(equal(a, b) for a, b in zip(heads, found[0][1], strict=True))
         assert equal(criterion, found[0][2])

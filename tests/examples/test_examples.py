@@ -238,6 +238,9 @@ def test_two_ranks(example, package, tmp_path):
         assert numbers(output, "loss")[0] < 2.5  # a mean over the ranks too
     else:
         assert_learns(output)
+        # Two that trained apart would print each line twice.
+        steps = re.findall(r"^(?:epoch \d+ )?step \d+", output, re.M)
+        assert len(steps) == len(set(steps)) > 1
 
 
 def test_two_ranks_by_default(tmp_path):

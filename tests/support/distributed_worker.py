@@ -209,7 +209,7 @@ def fully_sharded(rank):
     return losses, states, state(restored)
 
 
-def readme(rank, *, steps=20, warmup_steps=6):
+def training_loop(rank, *, steps=20, warmup_steps=6):
     """The guide's own lines through a warm-up with a NaN in it. Returns losses, and what all ranks must agree on."""
     lines = plain_torch()
     names = {}
@@ -382,7 +382,7 @@ def main(rank, out, checkpoint=None):
         "anchors_of_all_ranks": lambda: anchors_of_all_ranks(rank),
         "restored_by_broadcast": lambda: restored_by_broadcast(rank),
         "fully_sharded": lambda: fully_sharded(rank),
-        "readme": lambda: readme(rank),
+        "training loop": lambda: training_loop(rank),
         "projecting": lambda: projecting([rank], DistributedDataParallel),
         "training": lambda: training(rank, loss_in_ddp=False),
         "training_in_ddp": lambda: training(rank, loss_in_ddp=True),
