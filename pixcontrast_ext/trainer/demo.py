@@ -11,6 +11,8 @@ from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import load_model
 from pixcontrast_ext.trainer.pictures import draw_curves, draw_panels, draw_tsne, pixel_features
+from pixcontrast_ext.trainer.probe import ProbeConfig, probe_model
+from pixcontrast_ext.trainer.probe import table as probe_table
 from pixcontrast_ext.trainer.train import Result, train
 
 
@@ -28,6 +30,12 @@ class DemoConfig:
     """Images per step."""
     synthetic_images: tuple[int, int] = (400, 96)
     """How many synthetic scenes to train and to validate on."""
+
+
+ENDING = """\
+off is the network without the contrast, bank the same with it: same weights at the start, same scenes, same order.
+Above are the scores of its classifier, below them what its pixel features are worth without it. This is one seed, and
+another gives other differences, of either sign; `compare` trains several and says what can be told from them."""
 
 
 def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
@@ -49,7 +57,7 @@ def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
 
 
 def demo(config: DemoConfig) -> dict[str, Result]:
-    """Train both, draw the pictures, print the table. Returns the results by name: "off" and "bank"."""
+    """Train both, draw the pictures, print the tables. Returns the results by name: "off" and "bank"."""
     configs = {contrast: run_config(config, contrast) for contrast in ("off", "bank")}
     with join_ranks() as ranks:
         for run in configs.values():
@@ -69,12 +77,18 @@ def demo(config: DemoConfig) -> dict[str, Result]:
             "bank: features": pixel_features(models["bank"], scenes, ranks.device),
             "bank: embeddings": pixel_features(models["bank"], scenes, ranks.device, embeddings=True),
         }
+        probes = {
+            name: probe_model(model, configs[name].data, ProbeConfig(images=60), ranks.device, config.steps)[
+                0
+            ]
+            for name, model in models.items()
+        }
         pictures = [
             draw_curves({name: run.out for name, run in configs.items()}, config.out / "curves.png"),
             draw_panels(models, scenes, spec, config.out / "panels.png", ranks.device),
             draw_tsne(clouds, spec, config.out / "tsne.png"),
         ]
-    print(table(results))
+    print(table(results), probe_table(probes), ENDING, sep="\n\n")
     print("\nPictures:", *pictures, sep="\n  ")
     return results
 

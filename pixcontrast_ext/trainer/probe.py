@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pixcontrast_ext.trainer.config import TrainConfig, flatten
+from pixcontrast_ext.trainer.config import DataConfig, TrainConfig, flatten
 from pixcontrast_ext.trainer.data import IGNORE, DatasetSpec, Sample, dataset_spec, stack, to_device
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import load_model
@@ -243,24 +243,36 @@ def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
             first = first or trained
             if trained.data.dataset != first.data.dataset:
                 raise ValueError(f"{runs[0]} is of {first.data.dataset}, {run} of {trained.data.dataset}")
-            spec = dataset_spec(trained.data.dataset)
             data = replace(trained.data, root=config.root or trained.data.root)
-            gallery, queries = (
-                take_pixels(
-                    model, spec.build(data, split), ranks.device,
-                    per_class=per_class, images=config.images, seed=config.seed,
-                )
-                for split, per_class in (("train", config.gallery), (config.split, config.queries))
-            )  # fmt: skip
-            probes[name] = probe_pixels(gallery, queries, spec, step, config.seed)
+            probes[name], queries = probe_model(model, data, config, ranks.device, step)
             clouds[name] = queries.rows["features"], queries.labels
+    assert first is not None
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         record = {name: asdict(each) for name, each in probes.items()}
         write_json(config.out / "probe.json", {**flatten(config), "runs": record})
         draw_probes(probes, config.out / "probe.png")
-        draw_tsne(clouds, spec, config.out / "probe-tsne.png")
+        draw_tsne(clouds, dataset_spec(first.data.dataset), config.out / "probe-tsne.png")
     return probes
+
+
+def probe_model(
+    model: nn.Module, data: DataConfig, config: ProbeConfig, device: torch.device, step: int
+) -> tuple[Probe, Pixels]:
+    """The scores of one model, and the pixels that were told apart."""
+    spec = dataset_spec(data.dataset)
+    gallery, queries = (
+        take_pixels(
+            model,
+            spec.build(data, split),
+            device,
+            per_class=per_class,
+            images=config.images,
+            seed=config.seed,
+        )
+        for split, per_class in (("train", config.gallery), (config.split, config.queries))
+    )
+    return probe_pixels(gallery, queries, spec, step, config.seed), queries
 
 
 def probe_pixels(gallery: Pixels, queries: Pixels, spec: DatasetSpec, step: int, seed: int) -> Probe:

@@ -118,6 +118,8 @@ def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):
     for name, result in results.items():
         assert f"{result.miou:.3f}" in printed
         assert name in printed
+    assert "linear probe" in printed
+    assert "This is one seed" in printed
     for name in ("curves", "panels", "tsne"):
         assert str(config.out / f"{name}.png") in printed
         assert (config.out / f"{name}.png").stat().st_size > 20_000
