@@ -60,42 +60,42 @@ def _mean(values: Tensor, counted: Tensor) -> Tensor:
 
 def of_step(loss: PixelContrastLoss, batch: Batch, anchors: AnchorSample, rows: Tensor) -> dict[str, Tensor]:
     """All that `PixelContrastLoss.diagnostics` returns but the loss itself."""
-    keys, key_labels = (rows, anchors.labels) if loss.bank is None else loss.bank.flat()
-    found = of_rows(rows, anchors.labels, keys, key_labels, loss) | of_anchors(
-        anchors, batch, loss.num_classes
-    )
+    found = of_rows(rows, anchors.labels, loss) | of_anchors(anchors, batch, loss.num_classes)
     if loss.anchors == "random":
         found["hard_share"] = torch.full_like(found["hard_share"], math.nan)  # nobody looked
     return found if loss.bank is None else found | of_bank(loss.bank, batch.labels)
 
 
+def _unit(rows: Tensor) -> Tensor:
+    return F.normalize(rows.float(), dim=1, eps=torch.finfo(torch.float32).tiny)
+
+
+def _sums(bank: MemoryBank) -> Tensor:
+    """The sum of each class's unit keys, [C, D] fp32, without a copy of the bank, whose free slots are zeros."""
+    if bank.normalize:
+        return bank.keys.sum(1, dtype=torch.float32)
+    return torch.stack([_unit(of_class).sum(0) for of_class in bank.keys])
+
+
 def of_rows(
     rows: Tensor,  # [A, D]
     labels: Tensor,  # [A] int32, -1 in padding
-    keys: Tensor,  # [K, D]; the rows themselves without a bank
-    key_labels: Tensor,  # [K] int32
     loss: PixelContrastLoss,
 ) -> dict[str, Tensor]:
     """Cosines, what the loss would be at chance, at these cosines and at best, and the number of keys of each class."""
-    of_class = _count(key_labels, loss.num_classes)
-    some_class = labels.clamp(min=0).long()
-    positives = of_class[some_class] - (
-        1 if loss.bank is None else 0
-    )  # without a bank an anchor is no key of its own
-    negatives = of_class.sum() - of_class[some_class]
+    rows, some_class, bank = _unit(rows), labels.clamp(min=0).long(), loss.bank
+    if bank is None:  # the anchors themselves, each without itself
+        of_class, itself = _count(labels, loss.num_classes), 1
+        where = torch.where(labels >= 0, labels, loss.num_classes).long()
+        sums = rows.new_zeros(loss.num_classes + 1, rows.shape[1]).index_add_(0, where, rows)[:-1]
+    else:
+        of_class, itself = _count(bank.key_labels, loss.num_classes), 0
+        sums = _sums(bank)
+    positives, negatives = of_class[some_class] - itself, of_class.sum() - of_class[some_class]
     contrasted = (labels >= 0) & (positives > 0) & (negatives > 0)
-
-    rows, keys = (
-        F.normalize(each.float(), dim=1, eps=torch.finfo(torch.float32).tiny) for each in (rows, keys)
-    )
-    where = torch.where(key_labels >= 0, key_labels, loss.num_classes).long()
-    sums = rows.new_zeros(loss.num_classes + 1, rows.shape[1]).index_add_(0, where, keys)[
-        :-1
-    ]  # of each class
     own = (rows * sums[some_class]).sum(1)
     others = rows @ sums.sum(0) - own
-    if loss.bank is None:
-        own = own - (rows * rows).sum(1)
+    own = own - itself * (rows * rows).sum(1)
     positive_cosine = _mean(own / positives.clamp(min=1), contrasted)
     negative_cosine = _mean(others / negatives.clamp(min=1), contrasted)
 

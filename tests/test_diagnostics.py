@@ -16,7 +16,8 @@ CLASSES = 4
 
 
 def filled(**settings):
-    bank = bank_of(CLASSES, region_slots=6, pixel_slots=8, pixels_per_image=3)
+    normalize = settings.get("normalize", True)
+    bank = bank_of(CLASSES, region_slots=6, pixel_slots=8, pixels_per_image=3, normalize=normalize)
     loss = pc.PixelContrastLoss(CLASSES, bank=bank, min_pixels=1, max_samples=40, **settings)
     for _ in range(2):
         embeddings, labels, logits = batch(classes=CLASSES)
@@ -40,11 +41,11 @@ def in_loops(anchors, labels, keys, key_labels, temperature, exclude_self):
     return torch.tensor(found, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("with_bank", [True, False])
+@pytest.mark.parametrize("with_bank", [True, "unnormalised", False])
 @pytest.mark.parametrize("base_temperature", [None, 0.07])
 def test_cosines_and_levels_are_those_of_loops(with_bank, base_temperature):
     torch.manual_seed(0)
-    settings = dict(temperature=0.2, base_temperature=base_temperature)
+    settings = dict(temperature=0.2, base_temperature=base_temperature, normalize=with_bank != "unnormalised")
     in_batch = pc.PixelContrastLoss(CLASSES, min_pixels=1, max_samples=40, **settings)
     loss = filled(**settings) if with_bank else in_batch
     embeddings, labels, logits = batch(classes=CLASSES)
