@@ -87,6 +87,9 @@ class LossConfig:
     """Weight of the contrast term."""
     aux_weight: float = 0.4
     """Weight of the cross-entropy of a model's auxiliary head, if it has one."""
+    class_weights: str = "off"
+    """Weights of the classes in the cross-entropy. off: none. auto: by median frequency, counted from the training
+    labels. Or a JSON file of class names and weights, or the name of one that the package has: cityscapes."""
     warmup_steps: int = 0
     """Steps of cross-entropy alone (the bank fills meanwhile)."""
     temperature: float = 0.1

@@ -32,6 +32,7 @@ from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.project import Head
 from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
+from pixcontrast_ext.trainer.balance import median_frequency, read_weights, save_weights
 from pixcontrast_ext.trainer.branch import branch, read_start
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
@@ -73,10 +74,22 @@ class Result:
 class CrossEntropy(nn.Module):
     """Cross-entropy on logits upsampled to the labels, without contrast. 0 if no pixel has a label."""
 
+    class_weights: Tensor | None
+
+    def __init__(self, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", class_weights)
+
     def forward(
         self, logits: Tensor, embeddings: Tensor | None, labels: Tensor, *, return_parts: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        loss = cross_entropy(logits, labels, num_classes=logits.shape[1], ignore_index=IGNORE)
+        loss = cross_entropy(
+            logits,
+            labels,
+            num_classes=logits.shape[1],
+            ignore_index=IGNORE,
+            class_weights=self.class_weights,
+        )
         return (loss, {"cross_entropy": loss.detach()}) if return_parts else loss
 
 
@@ -86,13 +99,15 @@ def build_criterion(
     embed_dim: int,
     generator: torch.Generator | None = None,
     head: Head | None = None,
+    class_weights: Tensor | None = None,
 ) -> nn.Module:
     """The criterion of `--contrast`, called with logits, embeddings and labels; the contrast draws from `generator`.
 
-    With `head`, which it calls, it is given features in place of embeddings.
+    With `head`, which it calls, it is given features in place of embeddings. `class_weights` [C] are those of the
+    cross-entropy.
     """
     if config.contrast == "off":
-        return CrossEntropy()
+        return CrossEntropy(class_weights)
     bank = None
     if config.contrast == "bank":
         bank = MemoryBank(
@@ -111,6 +126,7 @@ def build_criterion(
     return PixelContrastCrossEntropyLoss(
         num_classes,
         weight=config.weight,
+        class_weights=class_weights,
         warmup_steps=config.warmup_steps,
         temperature=config.temperature,
         base_temperature=config.base_temperature,
@@ -235,8 +251,12 @@ class _Run:
         self.model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A stream of its own: with and without contrast, everything else in a step draws the same.
         self.generator = torch.Generator(ranks.device)
-        criterion = build_criterion(config.loss, num_classes, config.net.embed_dim, self.generator, head)
+        weights = self._class_weights()
+        criterion = build_criterion(
+            config.loss, num_classes, config.net.embed_dim, self.generator, head, weights
+        )
         self.criterion = criterion.to(ranks.device)
+        self.auxiliary = CrossEntropy(weights).to(ranks.device)
         self.shared: FeatureTap | None = None
         if config.diagnose_every and config.loss.contrast != "off":
             self.shared = FeatureTap(self.model.backbone, of="output")
@@ -360,7 +380,7 @@ class _Run:
             self._diagnose(step + 1, found, loss, logits, labels)
         total, auxiliary = loss, None
         if "aux" in outputs:
-            auxiliary = CrossEntropy()(outputs["aux"].float(), None, labels)
+            auxiliary = self.auxiliary(outputs["aux"].float(), None, labels)
             total = loss + config.loss.aux_weight * auxiliary
 
         rate = learning_rate(config.optim, step, config.steps)
@@ -458,6 +478,22 @@ class _Run:
             }
             self.checkpoints.save(step, state)
         self.ranks.wait()
+
+    def _class_weights(self) -> Tensor | None:
+        """Those of `--class-weights`. What is counted stands in class_weights.json, and is counted once."""
+        chosen, classes = self.config.loss.class_weights, self.spec.classes
+        if chosen == "off":
+            return None
+        if chosen != "auto":
+            return read_weights(Path(chosen), classes)
+        path = self.config.out / "class_weights.json"
+        if self.ranks.is_first and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_weights(
+                median_frequency(self.train_set, len(classes), self.config.data.workers), classes, path
+            )
+        self.ranks.wait()
+        return read_weights(path, classes)
 
     def _start_from_weights(self) -> None:
         net = self.config.net
