@@ -23,11 +23,13 @@ from pixcontrast_ext.trainer.config import (
     DataConfig,
     InferenceConfig,
     TrainConfig,
+    flags_of,
     flags_of_file,
     flatten,
     parse_flags,
 )
 from pixcontrast_ext.trainer.data import dataset_spec, eval_loader
+from pixcontrast_ext.trainer.datasets.labelled import LabelledFiles
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, export_model, load_model
@@ -70,6 +72,8 @@ class EvalCommand:
     out: Path | None = None
     """Folder for the scores and the confusion matrix (JSON), its picture and panels (PNG); only printed unless
     given."""
+    original_size: bool = False
+    """Score labels as they are in their files, however the images were resized."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 
@@ -80,9 +84,11 @@ class PredictCommand:
     checkpoint: Path
     """A checkpoint file, an exported one, or the folder of a run for its newest."""
     images: Path
-    """Folder of the images."""
+    """Folder of the images; those in it are read too."""
     out: Path
     """Folder for masks (palette PNG), overlays (PNG) and classes.json."""
+    ids: bool = False
+    """Masks hold the dataset's own ids, as for a test server (Cityscapes: labelIds)."""
     device: str = "auto"
     """cuda, cpu, or auto for cuda where there is one."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -155,9 +161,12 @@ def run_eval(args: Sequence[str]) -> None:
     command.inference.validate()
     with join_ranks(command.device) as ranks:
         model, config, step = load_model(command.checkpoint, ranks.device)
+        command = parse_flags(EvalCommand, [*_usual(config), *args], prog=_prog("eval"))
         spec = dataset_spec(config.data.dataset)
         data = replace(config.data, root=command.root or config.data.root)
         dataset = spec.build(data, command.split)
+        if command.original_size and isinstance(dataset, LabelledFiles):
+            dataset.resize = replace(dataset.resize, labels=False)
         loader = eval_loader(
             dataset,
             command.batch_size,
@@ -204,6 +213,7 @@ def run_predict(args: Sequence[str]) -> int:
     _require_one_process("predict")
     with join_ranks(command.device) as ranks:
         model, config, _ = load_model(command.checkpoint, ranks.device)
+        command = parse_flags(PredictCommand, [*_usual(config), *args], prog=_prog("predict"))
         predicted = predict_folder(
             model,
             dataset_spec(config.data.dataset),
@@ -213,6 +223,7 @@ def run_predict(args: Sequence[str]) -> int:
             ranks.device,
             options=command.inference,
             amp=config.amp,
+            ids=command.ids,
         )
     print(f"{predicted.images} images predicted, masks and overlays in {command.out}")
     for problem in predicted.problems:
@@ -326,6 +337,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, CheckpointError, FloatingPointError) as error:
         print(f"error: {_told(error)}", file=sys.stderr)
         return 2
+
+
+def _usual(config: TrainConfig) -> list[str]:
+    """The flags of how a run's images are predicted unless told otherwise."""
+    return flags_of(flatten(config.inference), config.out)
 
 
 def _options_before(config: Path | None, resume: bool, out: Path) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pixcontrast_ext.trainer.files import rename, synced
+from pixcontrast_ext.trainer.files import rename, replacing, synced
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,13 @@ class CheckpointStore:
         kept = [path, *reversed([old for old in self.paths() if step_of(old) < step])][: self.keep]
         for old in set(self.paths()) - set(kept):
             old.unlink()
+        return path
+
+    def save_best(self, state: dict[str, Any]) -> Path:
+        """Write `state` as best.pt beside the folder, in place of an earlier one."""
+        path = self.folder.parent / "best.pt"
+        with replacing(path) as file:
+            torch.save(state, file)
         return path
 
     def load_latest(self) -> tuple[Path, dict[str, Any]] | None:

@@ -40,6 +40,8 @@ class DataConfig:
     """Resize by this factor instead, e.g. 0.5 for half size. Labels are resized to the nearest pixel."""
     short_side: int | None = None
     """Resize so that the shorter side has so many pixels instead."""
+    train_splits: tuple[str, ...] = ("train",)
+    """Splits to train on, as in: train val."""
     train_ids: bool = False
     """Cityscapes: read the *_labelTrainIds.png made beforehand rather than map the *_labelIds.png."""
     data_seed: int = 0
@@ -163,7 +165,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How an image is predicted. Class probabilities are averaged over windows, scales and flips."""
+    """How an image is predicted: what it is averaged over, windows, scales and flips."""
 
     window: tuple[int, int] | None = None
     """Height and width of a window that slides over the image; the whole image at once unless given."""
@@ -173,6 +175,8 @@ class InferenceConfig:
     """Resize the image by each of these factors, e.g. 0.5 0.75 1 1.25 1.5 1.75."""
     flip: bool = False
     """Predict the mirror image too."""
+    average: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged over them."""
 
     def validate(self) -> None:
         """Raises ValueError that names the first option out of range and its value."""
@@ -232,6 +236,8 @@ class TrainConfig:
     net: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How eval and predict predict, unless they are told otherwise. Evaluations on the way take an image as it is."""
 
     @property
     def last_step(self) -> int:
@@ -241,6 +247,7 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises ValueError that names the first option out of range and its value."""
         loss, optim, data = self.loss, self.optim, self.data
+        self.inference.validate()
         at_least_one = {
             "steps": self.steps, "batch-size": self.batch_size, "log-every": self.log_every,
             "eval-every": self.eval_every, "checkpoint-every": self.checkpoint_every,

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from pixcontrast_ext.trainer.config import DataConfig
 from pixcontrast_ext.trainer.datasets import IGNORE, Sample
 from pixcontrast_ext.trainer.datasets.camvid import CamVid
 from pixcontrast_ext.trainer.datasets.cityscapes import Cityscapes
-from pixcontrast_ext.trainer.datasets.coco_stuff import CocoStuff
+from pixcontrast_ext.trainer.datasets.coco_stuff import CocoStuff, CocoStuff10k
 from pixcontrast_ext.trainer.datasets.labelled import Resize, require_split
 from pixcontrast_ext.trainer.datasets.pascal_context import PascalContext
 from pixcontrast_ext.trainer.datasets.synthetic import Synthetic
@@ -35,6 +35,17 @@ class DatasetSpec:
     splits: tuple[str, ...]
     build: Callable[[DataConfig, str], Dataset[Sample]]
     """(options, split) -> dataset"""
+    ids: tuple[int, ...] | None = None
+    """What the dataset's own label files call each class, where that is another number."""
+
+    def training_set(self, options: DataConfig) -> Dataset[Sample]:
+        """The splits to train on, one after the other. Raises ValueError for one that there is not."""
+        for split in options.train_splits:
+            require_split(split, self.splits)
+        if not options.train_splits:
+            raise ValueError("--train-splits is empty, must be at least one")
+        parts = [self.build(options, split) for split in options.train_splits]
+        return parts[0] if len(parts) == 1 else ConcatDataset(parts)
 
 
 def resize_of(config: DataConfig) -> Resize:
@@ -60,6 +71,7 @@ DATASETS: dict[str, DatasetSpec] = {
     "cityscapes": DatasetSpec(
         Cityscapes.CLASSES, Cityscapes.COLOURS, Cityscapes.SPLITS,
         lambda config, split: Cityscapes(config.root, split, resize_of(config), config.train_ids),
+        Cityscapes.IDS,
     ),
     "pascal_context": DatasetSpec(
         PascalContext.CLASSES, PascalContext.COLOURS, PascalContext.SPLITS,
@@ -71,7 +83,11 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "coco_stuff": DatasetSpec(
         CocoStuff.CLASSES, CocoStuff.COLOURS, CocoStuff.SPLITS,
-        lambda config, split: CocoStuff(config.root, split, resize_of(config)),
+        lambda config, split: CocoStuff(config.root, split, resize_of(config)), CocoStuff.IDS,
+    ),
+    "coco_stuff_10k": DatasetSpec(
+        CocoStuff10k.CLASSES, CocoStuff10k.COLOURS, CocoStuff10k.SPLITS,
+        lambda config, split: CocoStuff10k(config.root, split, resize_of(config)), CocoStuff10k.IDS,
     ),
 }  # fmt: skip
 
@@ -192,6 +208,7 @@ __all__ = [
     "CamVid",
     "Cityscapes",
     "CocoStuff",
+    "CocoStuff10k",
     "DatasetSpec",
     "PascalContext",
     "Sample",

@@ -1,6 +1,6 @@
 """What a model says of images: at once or window by window, at several scales, with the mirror image.
 
-What several views of a pixel say is averaged as class probabilities.
+What several views of a pixel say is averaged, as class probabilities or as logits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def class_probabilities(
 
     The mean over scales and, with `flip`, over the image and its mirror image. At each of them the probabilities
     of a sliding window are averaged where windows overlap, and resized to `size` then; those of a whole image are
-    of its resized logits.
+    of its resized logits. With `average` of "logits" it is these that are averaged, and the outcome is their softmax.
     """
     total: Tensor | None = None
     for scale in options.scales:
@@ -58,13 +58,14 @@ def class_probabilities(
         for mirrored in (False, True) if options.flip else (False,):
             view = scaled.flip(3) if mirrored else scaled
             if options.window is None:
-                seen = _upsampled(_logits(model, view, amp), size).softmax(1)
+                seen = _averaged(_upsampled(_logits(model, view, amp), size), options)
             else:
                 seen = _upsampled(_through_windows(model, view, options, amp), size)
             seen = seen.flip(3) if mirrored else seen
             total = seen if total is None else total.add_(seen)
     assert total is not None  # InferenceConfig.validate: there is a scale
-    return total.div_(len(options.scales) * (2 if options.flip else 1))
+    total = total.div_(len(options.scales) * (2 if options.flip else 1))
+    return total.softmax(1) if options.average == "logits" else total
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -74,7 +75,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def _through_windows(model: nn.Module, images: Tensor, options: InferenceConfig, amp: str) -> Tensor:
-    """Probabilities [B, C, H, W] of images [B, 3, H, W], the mean of all windows that see a pixel."""
+    """What is averaged, [B, C, H, W], of images [B, 3, H, W], the mean of all windows that see a pixel."""
     assert options.window is not None
     height, width = images.shape[-2:]
     window = (min(options.window[0], height), min(options.window[1], width))
@@ -84,13 +85,17 @@ def _through_windows(model: nn.Module, images: Tensor, options: InferenceConfig,
     for top in window_starts(height, window[0], stride[0]):
         for left in window_starts(width, window[1], stride[1]):
             place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            seen = _upsampled(_logits(model, images[place], amp), window).softmax(1)
+            seen = _averaged(_upsampled(_logits(model, images[place], amp), window), options)
             if total is None:
                 total = seen.new_zeros(*seen.shape[:2], height, width)
             total[place] += seen
             windows[place] += 1
     assert total is not None
     return total.div_(windows)
+
+
+def _averaged(logits: Tensor, options: InferenceConfig) -> Tensor:
+    return logits if options.average == "logits" else logits.softmax(1)
 
 
 def _logits(model: nn.Module, images: Tensor, amp: str) -> Tensor:

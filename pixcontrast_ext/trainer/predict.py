@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
 from pixcontrast_ext.trainer.data import DatasetSpec, resize_of
-from pixcontrast_ext.trainer.datasets.labelled import files_by_stem, read_image
+from pixcontrast_ext.trainer.datasets.labelled import read_image, require_folder
 from pixcontrast_ext.trainer.files import replacing, write_json
 from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.pictures import colour_table
@@ -42,8 +42,9 @@ def predict_folder(
     *,
     options: InferenceConfig | None = None,
     amp: str = "off",
+    ids: bool = False,
 ) -> Predicted:
-    """Predict every image of a folder, past those that cannot be read, with a progress bar.
+    """Predict every image of a folder and of those in it, past those that cannot be read, with a progress bar.
 
     Writes `out`/masks/NAME.png, the class of every pixel as a palette image of the image's size;
     `out`/overlays/NAME.png, the image with the classes' colours over it; and `out`/classes.json, name and
@@ -53,23 +54,27 @@ def predict_folder(
         model: in eval mode or not, returns logits "seg" for images [1, 3, H, W] in [0, 1] on `device`.
         spec: of the dataset that it was trained on, for classes and colours.
         data: options of that dataset: images are brought to the size that they had in training.
-        images: the folder; folders in it are not read.
+        images: the folder.
         options: how an image is predicted; at once, as it is, unless given.
         amp: mixed precision of the model, as in `TrainConfig`.
+        ids: masks hold the dataset's own ids of the classes, as its test server wants them, without a palette.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no images.
-        ValueError: two images have one name but for the suffix.
+        ValueError: two images have one name but for folder and suffix; `ids` of a dataset that has none.
     """
-    doubled: list[str] = []
-    paths = files_by_stem(images, SUFFIXES, doubled)
-    if doubled:
-        raise ValueError(f"{doubled[0]} but for the suffix: their masks would be one file")
+    if ids and spec.ids is None:
+        raise ValueError("--ids is given, but the classes of this dataset have no other numbers")
+    paths = image_files(images)
     for folder in ("masks", "overlays"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    palette = colour_table(spec)
+    palette, table = colour_table(spec), np.array(spec.ids, np.uint8) if ids else None
     classes = [
-        {"value": value, "name": name, "colour": list(spec.colours[value])}
+        {
+            "value": value if table is None else int(table[value]),
+            "name": name,
+            "colour": list(spec.colours[value]),
+        }
         for value, name in enumerate(spec.classes)
     ]
     write_json(out / "classes.json", classes)
@@ -86,13 +91,37 @@ def predict_folder(
                 model, _network_input(image, data, device), (image.height, image.width), options, amp
             )
             values = labels[0].to(torch.uint8).cpu().numpy()
-            mask = Image.fromarray(values, mode="P")
-            mask.putpalette(palette.tobytes())
+            mask = Image.fromarray(
+                values if table is None else table[values], mode="P" if table is None else "L"
+            )
+            if table is None:
+                mask.putpalette(palette.tobytes())
             overlay = Image.blend(image, Image.fromarray(palette[values]), 0.5)
             for folder, picture in (("masks", mask), ("overlays", overlay)):
                 with replacing(out / folder / f"{name}.png") as file:
                     picture.save(file, format="PNG")
     return Predicted(len(paths) - len(problems), problems)
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The images of a folder and of those in it, by their name without suffix.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no images.
+        ValueError: two images have one name but for folder and suffix.
+    """
+    require_folder(folder)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            if path.stem in found:
+                raise ValueError(
+                    f"{found[path.stem]} and {path} have the same name: their masks would be one file"
+                )
+            found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"folder {folder} holds no {' or '.join(SUFFIXES)} files")
+    return found
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -235,7 +235,7 @@ class _Run:
         self.config, self.ranks = config, ranks
         self.memory = PeakMemory(ranks.device)
         self.spec = dataset_spec(config.data.dataset)
-        self.train_set = self.spec.build(config.data, "train")
+        self.train_set = self.spec.training_set(config.data)
         self.val_set = self.spec.build(config.data, "val")
         num_classes = len(self.spec.classes)
 
@@ -305,6 +305,7 @@ class _Run:
             config.out.mkdir(parents=True, exist_ok=True)
             save_config(config, config.out / "config.json")
             self.log = RunLog(config.out, self.start)
+        self.best = max((row["miou"] for row in read_rows(config.out / "val.csv")), default=-math.inf)
 
     def finish(self) -> Result:
         """Train to the last step, draw the pictures and read the result from the record."""
@@ -462,6 +463,12 @@ class _Run:
         scores = evaluate(self.model, self.val_loader, self.spec.classes, self.ranks, amp=self.config.amp)
         row = {"step": step, "miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
         self._write("val", {**row, **scores.class_iou})
+        if self.ranks.is_first and scores.miou > self.best:
+            self.best = scores.miou
+            model = {name: value.cpu() for name, value in self.model.state_dict().items()}
+            self.checkpoints.save_best(
+                {"step": step, "model": model, "config": flatten(self.config), "miou": scores.miou}
+            )
         if self.ranks.is_first:
             name, steps = self.config.out.name, self.config.last_step
             tqdm.write(f"{name}: step {step} of {steps}, mIoU {scores.miou:.3f} on val", file=sys.stderr)

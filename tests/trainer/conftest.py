@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 import pixcontrast_ext
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
@@ -191,4 +192,19 @@ def coco_stuff(tmp_path: Path, on_disk: Callable[..., None]) -> Path:
                 root / "annotations" / f"{split}2017" / f"{number:012d}.png",
                 values,
             )
+    return root
+
+
+@pytest.fixture
+def coco_stuff_10k(tmp_path: Path) -> Path:
+    """Two images to train on and one to test, whose labels are matrices of every id."""
+    root = tmp_path / "coco10k"
+    for folder in ("images", "annotations", "imageLists"):
+        (root / folder).mkdir(parents=True)
+    ids = np.arange(183, dtype=np.uint16).reshape(3, 61)
+    for name in ("one", "two", "three"):
+        Image.fromarray(np.zeros((3, 61, 3), np.uint8)).save(root / "images" / f"{name}.jpg")
+        savemat(root / "annotations" / f"{name}.mat", {"S": ids, "names": np.array(["a", "b"], object)})
+    (root / "imageLists" / "train.txt").write_text("one\ntwo\n")
+    (root / "imageLists" / "test.txt").write_text("three\n")
     return root

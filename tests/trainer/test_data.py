@@ -162,7 +162,7 @@ def test_camvid_names_an_unreadable_file(camvid):
         CamVid(root, "train")[1]
 
 
-def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, coco_stuff):
+def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, coco_stuff, coco_stuff_10k):
     roots = {
         "synthetic": None,
         "camvid": camvid(),
@@ -170,6 +170,7 @@ def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, co
         "pascal_context": pascal_context,
         "pascal_context_60": pascal_context,
         "coco_stuff": coco_stuff,
+        "coco_stuff_10k": coco_stuff_10k,
     }
     counts = {
         "camvid": 11,
@@ -177,6 +178,7 @@ def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, co
         "pascal_context": 59,
         "pascal_context_60": 60,
         "coco_stuff": 171,
+        "coco_stuff_10k": 171,
     }
     assert DATASETS.keys() == roots.keys()
     for name, spec in DATASETS.items():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
+from pixcontrast_ext.trainer.config import DataConfig
+from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.datasets import IGNORE
+from pixcontrast_ext.trainer.datasets.camvid import CamVid
 from pixcontrast_ext.trainer.datasets.cityscapes import Cityscapes
-from pixcontrast_ext.trainer.datasets.coco_stuff import CocoStuff
+from pixcontrast_ext.trainer.datasets.coco_stuff import CocoStuff, CocoStuff10k
 from pixcontrast_ext.trainer.datasets.colours import voc_colour
-from pixcontrast_ext.trainer.datasets.labelled import UnpairedFilesError
+from pixcontrast_ext.trainer.datasets.labelled import Resize, UnpairedFilesError
 from pixcontrast_ext.trainer.datasets.pascal_context import PascalContext
 
 
@@ -180,3 +186,51 @@ def test_the_voc_colour_map():
     assert {index: voc_colour(index) for index in known} == known
     assert voc_colour(255) == (224, 224, 192)
     assert len({voc_colour(index) for index in range(256)}) == 256
+
+
+def test_coco_stuff_10k_has_the_classes_of_the_164k(coco_stuff_10k):
+    train, val = (CocoStuff10k(coco_stuff_10k, split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (2, 1)
+    image, label = val[0]
+    assert image.shape == (3, 3, 61)
+    of_id = {value + 1: of_class for of_class, value in enumerate(CocoStuff.IDS)}
+    expected = [of_id.get(value, IGNORE) for value in range(183)]
+    assert label.flatten().tolist() == expected
+    assert CocoStuff10k.CLASSES == CocoStuff.CLASSES
+
+
+def test_coco_stuff_10k_names_what_is_wrong(coco_stuff_10k):
+    path = coco_stuff_10k / "annotations" / "three.mat"
+    savemat(path, {"T": np.zeros((3, 61))})
+    with pytest.raises(ValueError, match=r"three\.mat cannot be read as a MATLAB file with a matrix S"):
+        CocoStuff10k(coco_stuff_10k, "val")[0]
+    savemat(path, {"S": np.zeros((3, 61))})
+    with pytest.raises(ValueError, match=r"three\.mat must be a matrix of integers, found float64"):
+        CocoStuff10k(coco_stuff_10k, "val")[0]
+    savemat(path, {"S": np.zeros((2, 61), np.uint8)})
+    with pytest.raises(ValueError, match="is 61x2, its image 61x3"):
+        CocoStuff10k(coco_stuff_10k, "val")[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has three, but there is no .*three\.mat"):
+        CocoStuff10k(coco_stuff_10k, "val")
+
+
+def test_labels_may_keep_their_size(camvid):
+    dataset = CamVid(camvid(), "val", Resize(size=(18, 24), labels=False))
+    image, label = dataset[0]
+    assert image.shape == (3, 18, 24)
+    assert label.shape == (36, 48)
+    assert torch.equal(label, CamVid(dataset.pairs[0][0].parents[1], "val")[0][1])
+
+
+def test_several_splits_to_train_on(camvid):
+    options = DataConfig(dataset="camvid", root=camvid(count=3), train_splits=("train", "val"))
+    spec = dataset_spec("camvid")
+    both = spec.training_set(options)
+    assert len(both) == 6
+    assert torch.equal(both[4][0], spec.build(options, "val")[1][0])
+    assert len(spec.training_set(replace(options, train_splits=("train",)))) == 3
+    with pytest.raises(ValueError, match="split is 'all'"):
+        spec.training_set(replace(options, train_splits=("train", "all")))
+    with pytest.raises(ValueError, match="--train-splits is empty"):
+        spec.training_set(replace(options, train_splits=()))

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from pixcontrast_ext.trainer import train
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
-from pixcontrast_ext.trainer.config import InferenceConfig
+from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
 from pixcontrast_ext.trainer.data import eval_loader
 from pixcontrast_ext.trainer.datasets import IGNORE
 from pixcontrast_ext.trainer.distributed import Ranks
@@ -93,3 +93,27 @@ def test_an_exported_model_is_that_of_the_run_without_what_only_training_needs(t
     with torch.no_grad():
         assert set(model(torch.rand(1, 3, 32, 48))) == {"seg"}
     assert [each.name for each in path.parent.iterdir()] == ["model.pt"]
+
+
+def test_a_run_says_how_it_is_evaluated_and_flags_override_it(tiny, camvid, tmp_path, monkeypatch, capsys):
+    from pixcontrast_ext.trainer import __main__ as command
+
+    views = InferenceConfig(scales=(0.5, 1.0), flip=True, average="logits")
+    data = DataConfig(dataset="camvid", root=camvid(), size=(18, 24))
+    config = tiny("run", "off", steps=1, batch_size=2, data=data, inference=views)
+    train(config)
+    seen, sizes = [], set()
+
+    def watch(model, loader, *args, options, amp):
+        seen.append(options)
+        sizes.update(tuple(labels.shape[-2:]) for stacks in loader for _, labels in stacks)
+        return evaluate(model, loader, *args, options=options, amp=amp)
+
+    monkeypatch.setattr(command, "evaluate", watch)
+    checkpoint = ["--checkpoint", str(config.out / "best.pt")]
+    assert command.main(["eval", *checkpoint]) == 0
+    assert sizes == {(18, 24)}
+    assert command.main(["eval", *checkpoint, "--scales", "1", "--no-flip", "--original-size"]) == 0
+    assert sizes == {(18, 24), (36, 48)}
+    assert seen == [views, InferenceConfig(average="logits")]
+    capsys.readouterr()

@@ -100,6 +100,32 @@ def test_scales_are_averaged_at_the_size_asked_for():
 
 
 @torch.no_grad()
+def test_logits_may_be_averaged_in_place_of_probabilities():
+    model, images = Strided(), torch.rand(1, 3, 24, 32)
+    options = InferenceConfig(scales=(1.0, 0.5), flip=True, average="logits")
+    half = F.interpolate(images, (12, 16), mode="bilinear", align_corners=False, antialias=True)
+    total = 0
+    with torch.no_grad():
+        for view in (images, half):
+            for mirrored in (False, True):
+                logits = model(view.flip(3) if mirrored else view)["seg"]
+                logits = F.interpolate(logits, (24, 32), mode="bilinear", align_corners=False)
+                total = total + (logits.flip(3) if mirrored else logits)
+        found = class_probabilities(model, images, (24, 32), options)
+        of_probabilities = class_probabilities(
+            model, images, (24, 32), InferenceConfig((24, 32), None, (1.0, 0.5), True)
+        )
+    assert torch.allclose(found, (total / 4).softmax(1), atol=1e-6)
+    assert not torch.allclose(found, of_probabilities, atol=1e-2)
+    windows = InferenceConfig(window=(24, 32), average="logits")  # one window, the whole image
+    with torch.no_grad():
+        assert torch.allclose(
+            class_probabilities(model, images, (24, 32), windows),
+            class_probabilities(model, images, (24, 32), InferenceConfig(average="logits")),
+            atol=1e-6,
+        )
+
+
 def test_where_windows_overlap_their_mean_counts():
     model, images = Strided(), torch.rand(1, 3, 17, 30)
     total, seen = torch.zeros(1, 5, 17, 30), torch.zeros(17, 30)

@@ -161,3 +161,26 @@ def test_two_images_of_one_name_are_refused(run, photos, tmp_path, capsys):
         "one.png have the same name but for the suffix: their masks would be one file"
         in capsys.readouterr().err
     )
+
+
+def test_folders_within_are_predicted_and_masks_may_hold_the_datasets_ids(run, tmp_path):
+    """As for Cityscapes: its test images lie in a folder for each city, and its server takes labelIds."""
+    images = tmp_path / "test"
+    rng = np.random.default_rng(0)
+    for city in ("berlin", "bonn"):
+        (images / city).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (32, 48, 3), np.uint8)).save(images / city / f"{city}_0.png")
+    model, config, _ = load_model(run, CPU)
+    spec = replace(dataset_spec("synthetic"), ids=tuple(range(7, 7 + len(dataset_spec("synthetic").classes))))
+    plain, ids = tmp_path / "plain", tmp_path / "ids"
+    assert predict_folder(model, spec, config.data, images, plain, CPU).images == 2
+    assert predict_folder(model, spec, config.data, images, ids, CPU, ids=True).images == 2
+    for name in ("berlin_0", "bonn_0"):
+        assert (mask_of(ids, name) == mask_of(plain, name) + 7).all()
+        assert Image.open(ids / "masks" / f"{name}.png").mode == "L"
+    assert [each["value"] for each in json.loads((ids / "classes.json").read_text())] == list(spec.ids)
+    (images / "bonn" / "berlin_0.png").write_bytes((images / "berlin" / "berlin_0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"berlin_0\.png and .*berlin_0\.png have the same name"):
+        predict_folder(model, spec, config.data, images, plain, CPU)
+    with pytest.raises(ValueError, match="--ids is given"):
+        predict_folder(model, dataset_spec("synthetic"), config.data, images, plain, CPU, ids=True)

@@ -20,7 +20,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
 SCHEDULES = {
     "cityscapes": ((512, 1024), 40_000, 8, 0.01, 5e-4, 2975),
     "pascal_context": ((520, 520), 60_000, 16, 0.001, 1e-4, 4998),
-    "coco_stuff": ((520, 520), 60_000, 16, 0.001, 1e-4, 118_287),
+    "coco_stuff": ((520, 520), 60_000, 16, 0.001, 1e-4, 9000),
     "camvid": ((360, 480), 30_000, 16, 0.001, 1e-4, 367),
     "camvid_bank": ((360, 480), 40_000, 16, 0.01, 5e-4, 367),
 }
@@ -51,7 +51,7 @@ def test_there_is_a_recipe_for_each_experiment():
 def test_recipes_hold_the_numbers_of_their_source(name):
     config = load_config(Path(name))
     config.validate()
-    dataset, loss, optim = config.data.dataset, config.loss, config.optim
+    dataset, loss, optim = config.data.dataset.removesuffix("_10k"), config.loss, config.optim
     assert name.removeprefix(f"{dataset}_").removesuffix("_bank").removesuffix("_paper") == config.net.model
     assert config.net.model in MODELS
     bank, of_paper = loss.contrast == "bank", name.endswith("_paper")
@@ -74,6 +74,10 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     assert config.net.pretrained
     assert config.net.embed_dim == 256
     assert config.data.augment
+    assert config.data.dataset == ("coco_stuff_10k" if dataset == "coco_stuff" else dataset)
+    assert loss.class_weights == ("cityscapes" if dataset == "cityscapes" else "off")
+    views = config.inference
+    assert (views.scales, views.flip, views.average) == ((0.5, 0.75, 1, 1.25, 1.5, 1.75, 2), True, "logits")
     if bank:
         assert loss.region_slots == min(5000, images)
         assert loss.pixel_slots == (10 * images if of_paper else min(5000, 10 * images))

@@ -117,6 +117,27 @@ def test_resuming_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, ca
     assert_same_record(config.out, resumed.out)
 
 
+def test_the_best_checkpoint_is_kept_beside_the_last(tiny, monkeypatch):
+    """Scores that rise and fall, and a run that is cut after the fall."""
+    scores = iter([0.2, 0.5, 0.3, 0.3, 0.4])
+
+    def score(*args, **kwargs):
+        found = evaluate(*args, **kwargs)
+        return replace(found, miou=next(scores))
+
+    monkeypatch.setattr(training, "evaluate", score)
+    config = tiny("run", steps=9, eval_every=3, checkpoint_every=3)
+    train(config)
+    best = read_checkpoint(config.out / "best.pt")
+    assert (best["step"], best["miou"]) == (6, 0.5)
+    assert set(best["model"]) == set(final(config)["model"])
+    _, _, step = load_model(config.out / "best.pt", torch.device("cpu"))
+    assert step == 6
+    keep_until(config, 6)
+    train(config, resume=True)  # 0.3 again, no better
+    assert read_checkpoint(config.out / "best.pt")["step"] == 6
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny):
     config = tiny(contrast="off")
     first = train(config)

@@ -1,8 +1,10 @@
-"""COCO-Stuff 164k, everyday scenes in 80 thing and 91 stuff classes."""
+"""COCO-Stuff, everyday scenes in 80 thing and 91 stuff classes: the 164k images, and the 10k of before."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import numpy as np
 
 from pixcontrast_ext.trainer.datasets import IGNORE
 from pixcontrast_ext.trainer.datasets.colours import voc_colour
@@ -12,6 +14,8 @@ from pixcontrast_ext.trainer.datasets.labelled import (
     class_table,
     files_by_stem,
     pair_files,
+    pair_list,
+    require_folder,
     require_root,
     require_split,
 )
@@ -82,3 +86,52 @@ class CocoStuff(LabelledFiles):
         classes = dict.fromkeys((*range(182), 255), IGNORE)
         classes |= {value: label for label, value in enumerate(self.IDS)}
         super().__init__(pairs, doubled + unpaired, class_table(classes), resize)
+
+
+class CocoStuff10k(LabelledFiles):
+    """COCO-Stuff 10k 1.1: 9000 and 1000 images, with labels as MATLAB files.
+
+    `{root}/imageLists/{train,test}.txt` name the images, `{root}/images/NAME.jpg` are these, and
+    `{root}/annotations/NAME.mat` their labels: a matrix S of 0 for unlabelled, and of COCO's category ids 1-182.
+    Classes, colours and what is ignored are those of `CocoStuff`.
+
+    Args:
+        root: the folder that has imageLists, images and annotations.
+        split: "train", or "val" for the images of test.txt.
+        resize: what to resize images to.
+
+    Raises, besides the errors of `LabelledFiles`:
+        ValueError: no root, a split that there is not, or an empty list.
+        FileNotFoundError: a missing folder or list, by its name.
+    """
+
+    CLASSES, COLOURS = CocoStuff.CLASSES, CocoStuff.COLOURS
+    SPLITS = ("train", "val")
+    IDS = tuple(value + 1 for value in _IDS)
+
+    def __init__(self, root: Path | None, split: str, resize: Resize | None = None) -> None:
+        require_split(split, self.SPLITS)
+        root = require_root("coco_stuff_10k", root)
+        images_folder, labels_folder = root / "images", root / "annotations"
+        require_folder(images_folder)
+        require_folder(labels_folder)
+        names = root / "imageLists" / f"{'train' if split == 'train' else 'test'}.txt"
+        pairs, problems = pair_list(names, images_folder, ".jpg", labels_folder, ".mat")
+        classes = dict.fromkeys(range(183), IGNORE)
+        classes |= {value: label for label, value in enumerate(self.IDS)}
+        super().__init__(pairs, problems, class_table(classes), resize)
+
+    def _read_label(self, path: Path) -> np.ndarray:
+        from scipy.io import loadmat  # here: it takes a second, --help should not
+
+        try:
+            values = loadmat(path, variable_names=["S"])["S"]
+        except Exception as error:  # loadmat raises whatever the damage leads it into
+            raise ValueError(
+                f"label {path} cannot be read as a MATLAB file with a matrix S: {error}"
+            ) from error
+        if values.ndim != 2 or values.dtype.kind not in "iu":
+            raise ValueError(
+                f"label {path} must be a matrix of integers, found {values.dtype} {values.shape}"
+            )
+        return np.asarray(values)

@@ -31,6 +31,8 @@ class Resize:
     """Height and width."""
     scale: float = 1.0
     short_side: int | None = None
+    labels: bool = True
+    """Whether labels are resized with their images; otherwise they keep their size, for scores."""
 
     def extent(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that an image gets."""
@@ -86,21 +88,25 @@ class LabelledFiles(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         image_path, label_path = self.pairs[index]
         image = read_image(image_path).convert("RGB")
-        label = read_image(label_path)
-        if label.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(
-                f"label {label_path} must have one channel of class indices, its mode is {label.mode}"
-            )
-        if label.size != image.size:
-            sizes = ["x".join(map(str, each.size)) for each in (label, image)]
+        values = self._read_label(label_path)
+        if values.shape != (image.height, image.width):
+            sizes = f"{values.shape[1]}x{values.shape[0]}", f"{image.width}x{image.height}"
             raise ValueError(f"label {label_path} is {sizes[0]}, its image {sizes[1]}")
-        classes = self._classes(np.array(label), label_path)
+        classes = self._classes(values, label_path)
         height, width = self.resize.extent(image.height, image.width)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
-            resized = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
-            classes = np.array(resized)
+            if self.resize.labels:
+                resized = Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST)
+                classes = np.array(resized)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(classes)
+
+    def _read_label(self, path: Path) -> np.ndarray:
+        """The values of a label file, [H, W]. Raises ValueError that names one that cannot be read."""
+        label = read_image(path)
+        if label.mode not in ("L", "P", "I", "I;16"):
+            raise ValueError(f"label {path} must have one channel of class indices, its mode is {label.mode}")
+        return np.array(label)
 
     def _classes(self, values: np.ndarray, path: Path) -> np.ndarray:
         """Values of a label file [H, W] as classes [H, W] uint8."""
@@ -137,6 +143,33 @@ def pair_files(
         else:
             problems.append(f"label {labels[name]} has no image {image_of(name)}")
     return [(images[name], labels[name]) for name in sorted(images.keys() & labels.keys())], problems
+
+
+def pair_list(
+    names: Path, images: Path, image_suffix: str, labels: Path, label_suffix: str
+) -> tuple[list[Pair], list[str]]:
+    """Pairs of the files that a list names, in its order, and a problem for each name that lacks one.
+
+    Raises FileNotFoundError or ValueError, naming the list, if it is missing or empty.
+    """
+    pairs, problems = [], []
+    for name in _names(names):
+        pair = images / f"{name}{image_suffix}", labels / f"{name}{label_suffix}"
+        missing = [str(path) for path in pair if not path.is_file()]
+        if missing:
+            problems.append(f"list {names} has {name}, but there is no {' and no '.join(missing)}")
+        else:
+            pairs.append(pair)
+    return pairs, problems
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"list {path} does not exist, expected a name of an image per line")
+    names = path.read_text().split()
+    if not names:
+        raise ValueError(f"list {path} is empty, expected a name of an image per line")
+    return names
 
 
 def files_by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:

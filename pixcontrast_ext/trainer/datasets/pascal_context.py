@@ -10,6 +10,7 @@ from pixcontrast_ext.trainer.datasets.labelled import (
     LabelledFiles,
     Resize,
     class_table,
+    pair_list,
     require_folder,
     require_root,
     require_split,
@@ -65,23 +66,7 @@ class PascalContext(LabelledFiles):
         require_folder(images_folder)
         require_folder(labels_folder)
         names = root / "ImageSets" / "SegmentationContext" / f"{split}.txt"
-        pairs, problems = [], []
-        for name in _names(names):
-            pair = images_folder / f"{name}.jpg", labels_folder / f"{name}.png"
-            missing = [str(path) for path in pair if not path.is_file()]
-            if missing:
-                problems.append(f"list {names} has {name}, but there is no {' and no '.join(missing)}")
-            else:
-                pairs.append(pair)
+        pairs, problems = pair_list(names, images_folder, ".jpg", labels_folder, ".png")
         shift = 0 if background else 1
         table = class_table({0: IGNORE, **{value: value - shift for value in range(shift, 60)}, 255: IGNORE})
         super().__init__(pairs, problems, table, resize)
-
-
-def _names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"list {path} does not exist, expected a name of an image per line")
-    names = path.read_text().split()
-    if not names:
-        raise ValueError(f"list {path} is empty, expected a name of an image per line")
-    return names
