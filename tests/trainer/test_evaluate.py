@@ -101,7 +101,7 @@ def test_a_run_says_how_it_is_evaluated_and_flags_override_it(tiny, camvid, tmp_
     views = InferenceConfig(scales=(0.5, 1.0), flip=True, average="logits")
     data = DataConfig(dataset="camvid", root=camvid(), size=(18, 24))
     config = tiny("run", "off", steps=1, batch_size=2, data=data, inference=views)
-    train(config)
+    train.train(config)
     seen, sizes = [], set()
 
     def watch(model, loader, *args, options, amp):
