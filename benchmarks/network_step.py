@@ -94,7 +94,7 @@ class Inputs:
         if shape.N:
             declare_missing_ops()
             try:
-                return build_model(f"hrnet_w{shape.N}", shape.C, shape.D)
+                return build_model(f"hrnet_w{shape.N}_v2", shape.C, shape.D)
             except ImportError as error:
                 raise Unavailable(str(error)) from None
         return build_model("compact", shape.C, shape.D) if self.device == "cpu" else DeepLab(shape.C, shape.D)

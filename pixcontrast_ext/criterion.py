@@ -26,6 +26,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         weight: of the contrast; may be changed at any time.
         warmup_steps: how many training calls do without contrast.
         class_weights: [C], for the cross-entropy.
+        align_corners: how logits are upsampled for it, as in `torch.nn.functional.interpolate`.
         The others: for `PixelContrastLoss`.
 
     Raises:
@@ -41,6 +42,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         weight: float = 0.1,
         warmup_steps: int = 0,
         class_weights: Tensor | None = None,
+        align_corners: bool = False,
         temperature: float = 0.1,
         base_temperature: float | None = None,
         max_samples: int = 1024,
@@ -90,6 +92,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             raise ValueError(
                 f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
             )
+        self.align_corners = bool(align_corners)
         self.register_buffer("class_weights", class_weights)
         # A copy, for the case that the buffer is given memory that nobody fills.
         known = class_weights is not None and not class_weights.is_meta
@@ -201,6 +204,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             num_classes=contrast.num_classes,
             ignore_index=contrast.ignore_index,
             class_weights=self.class_weights,
+            align_corners=self.align_corners,
         )
         outcome = contrast.take_step(batch)
         loss = entropy + outcome.loss

@@ -129,6 +129,7 @@ def cross_entropy(
     num_classes: int,
     ignore_index: int,
     class_weights: Tensor | None = None,  # [C]
+    align_corners: bool = False,
 ) -> Tensor:
     """Mean over the pixels that count, of logits upsampled bilinearly to the labels; 0 if there are none.
 
@@ -138,7 +139,7 @@ def cross_entropy(
     if labels.numel() == 0:
         return logits.sum() * 0.0
     if logits.shape[2:] != labels.shape[1:]:
-        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=align_corners)
     labels = labels.long()
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -214,7 +214,17 @@ def test_both_losses_have_the_same_options():
     contrast, both = (
         inspect.signature(loss).parameters for loss in (PixelContrastLoss, PixelContrastCrossEntropyLoss)
     )
-    assert set(both) == {*contrast, "class_weights"}
+    assert set(both) == {*contrast, "class_weights", "align_corners"}
     assert all(both[name].default == contrast[name].default for name in contrast if name != "weight")
     with pytest.raises(TypeError, match=r"PixelContrastCrossEntropyLoss.*'temprature'"):
         PixelContrastCrossEntropyLoss(4, temprature=0.1)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_logits_are_upsampled_with_aligned_corners_if_told(align_corners):
+    embeddings, _, logits = batch()
+    labels = torch.randint(0, 4, (2, 33, 20))
+    criterion = PixelContrastCrossEntropyLoss(4, weight=0.0, align_corners=align_corners)
+    upsampled = F.interpolate(logits, (33, 20), mode="bilinear", align_corners=align_corners)
+    found = criterion(logits, embeddings, labels)
+    assert found.item() == pytest.approx(F.cross_entropy(upsampled, labels).item(), rel=1e-6)

@@ -68,7 +68,10 @@ class ModelConfig:
 
     model: str = "compact"
     """compact, or from the extra models: deeplabv3_resnet50, deeplabv3_resnet101, hrnet_w18, hrnet_w48, hrnet_w18_ocr,
-    hrnet_w48_ocr."""
+    hrnet_w48_ocr, as the authors of the contrast built them; deeplabv3_..._torchvision, hrnet_w..._v2 and
+    hrnet_w..._v2_ocr as torchvision and the networks' own papers have them."""
+    align_corners: bool = False
+    """Upsample logits, and HRNet's branches, with aligned corners."""
     weights: Path | None = None
     """File of weights for the backbone to start from."""
     pretrained: bool = False

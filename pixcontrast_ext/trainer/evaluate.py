@@ -105,7 +105,8 @@ def load_model(
         state = read_checkpoint(path)
     config = config_of(state["config"], path)
     num_classes = len(dataset_spec(config.data.dataset).classes)
-    model = build_model(config.net.model, num_classes, config.net.embed_dim, config.net.head)
+    net = config.net
+    model = build_model(net.model, num_classes, net.embed_dim, net.head, align_corners=net.align_corners)
     if not with_embed_head or config.loss.contrast == "off":
         drop_embed_head(model)
     load_weights(model, state["model"])

@@ -36,7 +36,9 @@ def predict(
 ) -> Tensor:
     """Class of every pixel, [B, *size] int64, for images [B, 3, H, W] in [0, 1]."""
     if options is None or options == InferenceConfig():
-        return _upsampled(_logits(model, images, amp), size).argmax(1)  # a softmax would change no maximum
+        return _upsampled(_logits(model, images, amp), size, model).argmax(
+            1
+        )  # a softmax would change no maximum
     return class_probabilities(model, images, size, options, amp).argmax(1)
 
 
@@ -58,9 +60,9 @@ def class_probabilities(
         for mirrored in (False, True) if options.flip else (False,):
             view = scaled.flip(3) if mirrored else scaled
             if options.window is None:
-                seen = _averaged(_upsampled(_logits(model, view, amp), size), options)
+                seen = _averaged(_upsampled(_logits(model, view, amp), size, model), options)
             else:
-                seen = _upsampled(_through_windows(model, view, options, amp), size)
+                seen = _upsampled(_through_windows(model, view, options, amp), size, model)
             seen = seen.flip(3) if mirrored else seen
             total = seen if total is None else total.add_(seen)
     assert total is not None  # InferenceConfig.validate: there is a scale
@@ -85,7 +87,7 @@ def _through_windows(model: nn.Module, images: Tensor, options: InferenceConfig,
     for top in window_starts(height, window[0], stride[0]):
         for left in window_starts(width, window[1], stride[1]):
             place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            seen = _averaged(_upsampled(_logits(model, images[place], amp), window), options)
+            seen = _averaged(_upsampled(_logits(model, images[place], amp), window, model), options)
             if total is None:
                 total = seen.new_zeros(*seen.shape[:2], height, width)
             total[place] += seen
@@ -104,7 +106,8 @@ def _logits(model: nn.Module, images: Tensor, amp: str) -> Tensor:
     return logits
 
 
-def _upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+def _upsampled(maps: Tensor, size: Sequence[int], model: nn.Module) -> Tensor:
     if tuple(size) == tuple(maps.shape[-2:]):
         return maps
-    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+    align_corners = bool(getattr(model, "align_corners", False))  # see build_model
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=align_corners)

@@ -37,11 +37,26 @@ def register(name: str) -> Callable[[Builder], Builder]:
     return add
 
 
-def build_model(name: str, num_classes: int, embed_dim: int = 256, head: str = "convmlp") -> nn.Module:
-    """A model by its name in the registry. Raises ValueError that lists the known ones."""
+def build_model(
+    name: str,
+    num_classes: int,
+    embed_dim: int = 256,
+    head: str = "convmlp",
+    *,
+    align_corners: bool = False,
+) -> nn.Module:
+    """A model by its name in the registry, which upsamples with aligned corners if told.
+
+    Raises ValueError that lists the known ones.
+    """
     if name not in MODELS:
         raise ValueError(f"--model is {name!r}, must be one of {', '.join(MODELS)}")
-    return MODELS[name](num_classes, embed_dim, head)
+    model = MODELS[name](num_classes, embed_dim, head)
+    model.align_corners = align_corners  # type: ignore[assignment]  # of its logits, for whoever upsamples them
+    for module in model.modules():
+        if hasattr(module, "align_corners") and getattr(module, "mode", "bilinear") == "bilinear":
+            module.align_corners = align_corners  # type: ignore[assignment]
+    return model
 
 
 def drop_embed_head(model: nn.Module) -> nn.Module:
@@ -80,36 +95,41 @@ def build_compact(num_classes: int, embed_dim: int, head: str) -> nn.Module:
     return SegmentationModel(CompactBackbone(), num_classes, embed_dim, head)
 
 
-def _deeplabv3(backbone: str, num_classes: int, embed_dim: int, head: str) -> nn.Module:
+def _deeplabv3(backbone: str, wide: bool, num_classes: int, embed_dim: int, head: str) -> nn.Module:
     """DeepLabV3 on a ResNet at stride 8. Needs the extra `models`."""
     from pixcontrast_ext.trainer.networks.backbones import ResNetBackbone
     from pixcontrast_ext.trainer.networks.deeplabv3 import DeepLabV3
 
-    return DeepLabV3(ResNetBackbone(backbone), num_classes, embed_dim, head)
+    return DeepLabV3(ResNetBackbone(backbone), num_classes, embed_dim, head, wide=wide)
 
 
-def _hrnet(backbone: str, num_classes: int, embed_dim: int, head: str) -> nn.Module:
+def _hrnet(backbone: str, wide: bool, num_classes: int, embed_dim: int, head: str) -> nn.Module:
     """HRNetV2 at stride 4. Needs the extra `models`."""
-    from pixcontrast_ext.trainer.networks.backbones import HRNetBackbone, pixel_classifier
+    from pixcontrast_ext.trainer.networks.backbones import HRNetBackbone, v2_classifier, wide_classifier
 
     features = HRNetBackbone(backbone)
-    seg_head = pixel_classifier(features.channels, num_classes)
-    return SegmentationModel(features, num_classes, embed_dim, head, seg_head)
+    classifier = wide_classifier if wide else v2_classifier
+    return SegmentationModel(
+        features, num_classes, embed_dim, head, classifier(features.channels, num_classes)
+    )
 
 
-def _hrnet_ocr(backbone: str, num_classes: int, embed_dim: int, head: str) -> nn.Module:
+def _hrnet_ocr(backbone: str, wide: bool, num_classes: int, embed_dim: int, head: str) -> nn.Module:
     """HRNetV2 with object-contextual representations at stride 4. Needs the extra `models`."""
     from pixcontrast_ext.trainer.networks.backbones import HRNetBackbone
     from pixcontrast_ext.trainer.networks.ocr import OCRModel
 
-    return OCRModel(HRNetBackbone(backbone), num_classes, embed_dim, head)
+    return OCRModel(HRNetBackbone(backbone), num_classes, embed_dim, head, wide=wide)
 
 
+# As the authors of the contrast built them, and under a second name as their own papers or torchvision have them.
 for _name in ("resnet50", "resnet101"):
-    register(f"deeplabv3_{_name}")(partial(_deeplabv3, _name))
+    register(f"deeplabv3_{_name}")(partial(_deeplabv3, _name, True))
+    register(f"deeplabv3_{_name}_torchvision")(partial(_deeplabv3, _name, False))
 for _name in ("hrnet_w18", "hrnet_w48"):
-    register(_name)(partial(_hrnet, _name))
-    register(f"{_name}_ocr")(partial(_hrnet_ocr, _name))
+    for _suffix, _build in (("", _hrnet), ("_ocr", _hrnet_ocr)):
+        register(f"{_name}{_suffix}")(partial(_build, _name, True))
+        register(f"{_name}_v2{_suffix}")(partial(_build, _name, False))
 
 __all__ = [
     "MODELS",

@@ -76,8 +76,9 @@ class CrossEntropy(nn.Module):
 
     class_weights: Tensor | None
 
-    def __init__(self, class_weights: Tensor | None = None) -> None:
+    def __init__(self, class_weights: Tensor | None = None, align_corners: bool = False) -> None:
         super().__init__()
+        self.align_corners = align_corners
         self.register_buffer("class_weights", class_weights)
 
     def forward(
@@ -89,6 +90,7 @@ class CrossEntropy(nn.Module):
             num_classes=logits.shape[1],
             ignore_index=IGNORE,
             class_weights=self.class_weights,
+            align_corners=self.align_corners,
         )
         return (loss, {"cross_entropy": loss.detach()}) if return_parts else loss
 
@@ -100,6 +102,7 @@ def build_criterion(
     generator: torch.Generator | None = None,
     head: Head | None = None,
     class_weights: Tensor | None = None,
+    align_corners: bool = False,
 ) -> nn.Module:
     """The criterion of `--contrast`, called with logits, embeddings and labels; the contrast draws from `generator`.
 
@@ -107,7 +110,7 @@ def build_criterion(
     cross-entropy.
     """
     if config.contrast == "off":
-        return CrossEntropy(class_weights)
+        return CrossEntropy(class_weights, align_corners)
     bank = None
     if config.contrast == "bank":
         bank = MemoryBank(
@@ -127,6 +130,7 @@ def build_criterion(
         num_classes,
         weight=config.weight,
         class_weights=class_weights,
+        align_corners=align_corners,
         warmup_steps=config.warmup_steps,
         temperature=config.temperature,
         base_temperature=config.base_temperature,
@@ -240,7 +244,8 @@ class _Run:
         num_classes = len(self.spec.classes)
 
         seed_all(config.seed)
-        model = build_model(config.net.model, num_classes, config.net.embed_dim, config.net.head)
+        net = config.net
+        model = build_model(net.model, num_classes, net.embed_dim, net.head, align_corners=net.align_corners)
         head: Head | None = None
         if config.loss.contrast == "off":
             drop_embed_head(model)
@@ -253,10 +258,10 @@ class _Run:
         self.generator = torch.Generator(ranks.device)
         weights = self._class_weights()
         criterion = build_criterion(
-            config.loss, num_classes, config.net.embed_dim, self.generator, head, weights
+            config.loss, num_classes, net.embed_dim, self.generator, head, weights, net.align_corners
         )
         self.criterion = criterion.to(ranks.device)
-        self.auxiliary = CrossEntropy(weights).to(ranks.device)
+        self.auxiliary = CrossEntropy(weights, net.align_corners).to(ranks.device)
         self.shared: FeatureTap | None = None
         if config.diagnose_every and config.loss.contrast != "off":
             self.shared = FeatureTap(self.model.backbone, of="output")
@@ -428,13 +433,13 @@ class _Run:
     ) -> None:
         """Write a row of what `criterion.diagnostics` has found, and of the two gradients at the shared features."""
         assert self.shared is not None
-        weights = self.criterion.class_weights
         entropy = cross_entropy(
             logits,
             labels,
             num_classes=logits.shape[1],
             ignore_index=IGNORE,
-            class_weights=weights,  # type: ignore[arg-type]
+            class_weights=self.auxiliary.class_weights,
+            align_corners=self.config.net.align_corners,
         )
         ratio, cosine = compare_gradients(loss - entropy, entropy, self.shared.take())
         found = {**found, "gradient_ratio": ratio, "gradient_cosine": cosine}

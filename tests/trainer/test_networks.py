@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pixcontrast_ext import PixelContrastLoss
-from pixcontrast_ext.trainer import train
+from pixcontrast_ext.trainer import inference, train
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import DataConfig, ModelConfig
@@ -25,6 +25,7 @@ from pixcontrast_ext.trainer.models import (
     drop_embed_head,
     load_weights,
 )
+from pixcontrast_ext.trainer.networks.deeplabv3 import WideASPP
 from pixcontrast_ext.trainer.networks.ocr import ObjectContext
 from pixcontrast_ext.trainer.networks.weights import fetch_backbone, load_backbone
 
@@ -38,7 +39,7 @@ def size_of(module):
 
 @pytest.fixture
 def deeplabv3():
-    return build_model("deeplabv3_resnet50", 21, 16).eval()
+    return build_model("deeplabv3_resnet50_torchvision", 21, 16).eval()
 
 
 @pytest.fixture
@@ -48,16 +49,26 @@ def hrnet():
 
 # Parameters without the projection head. From torchvision's table (21 classes, with the auxiliary head); and in
 # millions, from the papers and their code (19 classes): HRNetV2-W18 9.6, W48 65.8, W48 with OCR 70.3. The number for
-# W18 with OCR was counted here.
+# W18 with OCR was counted here. Those of the contrast's authors, by hand from the blocks of their code (19 classes):
+#   DeepLab  pyramid 2 * 2048*512 + 3 * 9*2048*512 + 9*2560*512 + 6 norms of 2*512     = 42,211,328
+#            then 9*512*512 + 2*512 + 512*19 + 19                                      =  2,370,067
+#            auxiliary 9*1024*256 + 256 + 2*256 + 256*19 + 19                          =  2,364,947
+#   HRNet    9*720*720 + 720 + 2*720 + 720*19 (W18: 270 for 720)                       =  4,681,440
+#   OCR      its own, and in the auxiliary classifier 9*720*720 + 720 for 720*720, and 512 biases of the 3x3 before it
 @pytest.mark.parametrize(
     ("name", "classes", "backbone", "whole"),
     [
-        ("deeplabv3_resnet50", 21, 23_508_032, 42_004_074),
-        ("deeplabv3_resnet101", 21, 42_500_160, 60_996_202),
-        ("hrnet_w18", 19, 9_562_260, 9.6e6),
-        ("hrnet_w48", 19, 65_325_120, 65.8e6),
-        ("hrnet_w18_ocr", 19, 9_562_260, 12_080_036),
-        ("hrnet_w48_ocr", 19, 65_325_120, 70.3e6),
+        ("deeplabv3_resnet50_torchvision", 21, 23_508_032, 42_004_074),
+        ("deeplabv3_resnet101_torchvision", 21, 42_500_160, 60_996_202),
+        ("hrnet_w18_v2", 19, 9_562_260, 9.6e6),
+        ("hrnet_w48_v2", 19, 65_325_120, 65.8e6),
+        ("hrnet_w18_v2_ocr", 19, 9_562_260, 12_080_036),
+        ("hrnet_w48_v2_ocr", 19, 65_325_120, 70.3e6),
+        ("deeplabv3_resnet50", 19, 23_508_032, 23_508_032 + 42_211_328 + 2_370_067 + 2_364_947),
+        ("deeplabv3_resnet101", 19, 42_500_160, 42_500_160 + 42_211_328 + 2_370_067 + 2_364_947),
+        ("hrnet_w18", 19, 9_562_260, 9_562_260 + 9 * 270 * 270 + 3 * 270 + 270 * 19),
+        ("hrnet_w48", 19, 65_325_120, 65_325_120 + 4_681_440),
+        ("hrnet_w18_ocr", 19, 9_562_260, 12_080_036 + 8 * 270 * 270 + 270 + 512),
     ],
 )
 def test_parameters_are_as_many_as_published(name, classes, backbone, whole):
@@ -142,6 +153,59 @@ def test_hrnet_joins_its_branches_and_pads_with_the_mean_colour(hrnet):
         upsampled = F.interpolate(branch, (16, 24), mode="bilinear")[..., :13, :18]
         torch.testing.assert_close(features[:, first : first + branch.shape[1]], upsampled)
         first += branch.shape[1]
+
+
+def test_the_authors_pyramid_is_their_blocks_one_by_one():
+    """Branches of a 1x1 and of 3x3 convolutions at the rates 12, 24, 36, and the mean, joined by a 3x3 one."""
+    pyramid = WideASPP(6).eval()
+    for norm in pyramid.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    features = torch.randn(2, 6, 40, 45)
+
+    def block(of, x, **options):
+        return F.relu(of[1](F.conv2d(x, of[0].weight, **options)))
+
+    with torch.no_grad():
+        parts = [block(pyramid.branches[0], features)]
+        for branch, rate in zip(pyramid.branches[1:], (12, 24, 36), strict=True):
+            parts.append(block(branch, features, padding=rate, dilation=rate))
+        pooled = block(pyramid.pooled, F.adaptive_avg_pool2d(features, 1))
+        parts.append(F.interpolate(pooled, (40, 45), mode="bilinear", align_corners=True))
+        expected = block(pyramid.fuse, torch.cat(parts, 1), padding=1)
+        torch.testing.assert_close(pyramid(features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_authors_heads():
+    model = build_model("deeplabv3_resnet50", 7, 16)
+    assert [type(each).__name__ for each in model.seg_head] == ["WideASPP", "Conv2d", "BatchNorm2d", "Conv2d"]
+    convs = [each for each in model.seg_head.modules() if isinstance(each, nn.Conv2d)]
+    for conv in (*convs, *(each for each in model.embed_head.modules() if isinstance(each, nn.Conv2d))):
+        fan_in = conv.weight[0].numel()
+        assert conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)  # kaiming_normal_
+        assert conv.bias is None or not conv.bias.any()
+    assert not any(isinstance(each, nn.Dropout) for each in model.modules())
+    head = build_model("hrnet_w18", 7, 16).seg_head
+    assert [type(each).__name__ for each in head] == ["Sequential", "Dropout2d", "Conv2d"]
+    assert (head[0][0].kernel_size, head[1].p, head[2].bias) == ((3, 3), 0.1, None)
+
+
+def test_aligned_corners_reach_everything_that_upsamples():
+    model = build_model("hrnet_w18", 7, 16)
+    aligned = build_model("hrnet_w18", 7, 16, align_corners=True)
+    aligned.load_state_dict(model.state_dict())
+    for each, expected in ((model, False), (aligned, True)):
+        ups = [module for module in each.modules() if isinstance(module, nn.Upsample)]
+        assert len(ups) > 10
+        assert {(module.mode, module.align_corners) for module in ups} == {("bilinear", expected)}
+        assert each.backbone.align_corners == each.align_corners == expected
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        one, other = (each.eval()(images)["seg"] for each in (model, aligned))
+        assert not torch.allclose(one, other, atol=1e-3)
+        probabilities = F.interpolate(other, (64, 64), mode="bilinear", align_corners=True)
+        assert torch.equal(inference.predict(aligned, images, (64, 64)), probabilities.argmax(1))
 
 
 def test_object_context_is_the_papers_formulas():

@@ -88,14 +88,18 @@ class ResNetBackbone(TimmBackbone):
 class HRNetBackbone(TimmBackbone):
     """An HRNetV2: four branches, upsampled to stride 4 and concatenated.
 
-    [B, 3, H, W] -> [B, channels, ceil(H / 4), ceil(W / 4)]. Source: arXiv 1908.07919, section 3.3. Between
-    branches timm upsamples to the nearest pixel, as the network was trained on ImageNet, where the authors'
-    segmentation code is bilinear.
+    [B, 3, H, W] -> [B, channels, ceil(H / 4), ceil(W / 4)]. Source: arXiv 1908.07919, section 3.3. It upsamples
+    bilinearly, as the segmentation code of its authors does, where timm takes the nearest pixel.
     """
+
+    align_corners = False
 
     def __init__(self, name: str) -> None:
         super().__init__(name, feature_location="", out_indices=(1, 2, 3, 4))
         self.channels = sum(self.body.feature_info.channels())
+        for module in self.body.modules():
+            if isinstance(module, nn.Upsample):
+                module.mode, module.align_corners = "bilinear", False
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -105,17 +109,33 @@ class HRNetBackbone(TimmBackbone):
         branches = self.body(normal)
         size = branches[0].shape[-2:]
         joined = torch.cat(
-            [F.interpolate(each, size, mode="bilinear", align_corners=False) for each in branches], 1
+            [
+                F.interpolate(each, size, mode="bilinear", align_corners=self.align_corners)
+                for each in branches
+            ],
+            1,
         )
         return joined[..., : -(-height // 4), : -(-width // 4)]
 
 
-def conv_norm_relu(inputs: int, outputs: int, kernel: int = 1) -> nn.Sequential:
+def conv_norm_relu(
+    inputs: int, outputs: int, kernel: int = 1, dilation: int = 1, *, bias: bool = False
+) -> nn.Sequential:
     """A convolution that keeps the size, batch norm and ReLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=bias)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-def pixel_classifier(channels: int, num_classes: int) -> nn.Sequential:
-    """The classifier of HRNetV2: two 1x1 convolutions, features [B, channels, h, w] to logits [B, C, h, w]."""
+def v2_classifier(channels: int, num_classes: int) -> nn.Sequential:
+    """The classifier of HRNetV2's paper: two 1x1 convolutions, features [B, channels, h, w] to logits [B, C, h, w]."""
     return nn.Sequential(conv_norm_relu(channels, channels), nn.Conv2d(channels, num_classes, 1))
+
+
+def wide_classifier(channels: int, num_classes: int) -> nn.Sequential:
+    """The classifier of the contrast's authors: a 3x3 and a 1x1 convolution, with dropout between them."""
+    return nn.Sequential(
+        conv_norm_relu(channels, channels, 3, bias=True),
+        nn.Dropout2d(0.1),
+        nn.Conv2d(channels, num_classes, 1, bias=False),
+    )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pixcontrast_ext.head import ProjectionHead
-from pixcontrast_ext.trainer.networks.backbones import HRNetBackbone, conv_norm_relu, pixel_classifier
+from pixcontrast_ext.trainer.networks.backbones import HRNetBackbone, conv_norm_relu, v2_classifier
 from pixcontrast_ext.trainer.networks.segmentation import ProjectingModel
 
 _WIDTH, _KEY_WIDTH = 512, 256
@@ -58,16 +58,23 @@ class OCRModel(ProjectingModel):
     Args:
         backbone: the HRNet.
         num_classes, embed_dim, head: of the classifiers and of the `ProjectionHead`.
+        wide: a 3x3 convolution in the auxiliary classifier, as the contrast's authors have it, and biases where they
+            have some; otherwise 1x1, as in the code of OCR's authors.
     """
 
-    def __init__(self, backbone: HRNetBackbone, num_classes: int, embed_dim: int, head: str) -> None:
+    def __init__(
+        self, backbone: HRNetBackbone, num_classes: int, embed_dim: int, head: str, *, wide: bool
+    ) -> None:
         super().__init__()
+        channels = backbone.channels
         self.backbone = backbone
-        self.aux_head = pixel_classifier(backbone.channels, num_classes)
-        self.pixels = conv_norm_relu(backbone.channels, _WIDTH, kernel=3)
+        self.aux_head = v2_classifier(channels, num_classes)
+        if wide:
+            self.aux_head[0] = conv_norm_relu(channels, channels, 3, bias=True)
+        self.pixels = conv_norm_relu(channels, _WIDTH, 3, bias=wide)
         self.object_context = ObjectContext()
         self.seg_head = nn.Conv2d(_WIDTH, num_classes, 1)
-        self.embed_head = ProjectionHead(backbone.channels, embed_dim, head)
+        self.embed_head = ProjectionHead(channels, embed_dim, head)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits "seg" and, in training, "aux", and embeddings "embed" where there is a head, at stride 4.
