@@ -404,6 +404,20 @@ def test_the_page_and_the_readme_say_what_the_results_say() -> None:
         assert path.read_text() == text, f"{path.name}: run python -m benchmarks.pages"
 
 
+def test_the_readme_has_the_newest_cpu_and_the_newest_gpu() -> None:
+    def of(name: str, method: str, date: str) -> list[Record]:
+        each = Row("infonce", "", "A4", "fp32", method, "fwd+bwd", "min ms", 1.0)
+        return [Record(each, dataclasses.replace(ABOUT, device=name, date=date))]
+
+    devices = [
+        of("old cpu", "ours (cpu)", "2026-01-01"),
+        of("gpu", "ours (cuda)", "2025-01-01"),
+        of("cpu", "ours (cpu)", "2026-02-01"),
+    ]
+    chosen = [records[0].environment.device for records in pages.newest_of_each_kind(devices)]
+    assert chosen == ["cpu", "gpu"]
+
+
 def test_what_a_step_adds_is_told() -> None:
     def told(shape: Images, **milliseconds: float) -> list[list[str]]:
         names = {"off": "contrast off", "loops": "loops + dense"}
