@@ -127,6 +127,8 @@ def pages(draw: bool) -> dict[Path, str]:
     """The text of BENCHMARKS.md, of the pages of the devices and of the README."""
     PLOTS.mkdir(exist_ok=True)
     files = {path.stem: read(path) for path in sorted(FOLDER.glob("*.csv"))}
+    # What was measured last comes first.
+    files = dict(sorted(files.items(), key=lambda item: newest_of(item[1]).date, reverse=True))
     lines = [INTRO.read_text()]
     for slug, records in files.items():
         lines += device_summary(records, slug, draw)

@@ -338,31 +338,29 @@ class PixelContrastLoss(nn.Module):
 
         Anchors are drawn and contrasted as in a step, in the warm-up too; nothing is enqueued or counted, and the next
         step draws what it would have drawn. Call it before the step, whose batch the bank should not hold yet. A head
-        that is no submodule is called in the mode that it is in. Every value stays on the device. "Positive" and
-        "negative" are of all keys, also with `mining`.
+        that is no submodule is called in the mode that it is in. "Positive" and "negative" are of all keys, also with
+        `mining`. Scalars, NaN where there is nothing to take a mean of:
+
+        - "contrast": the loss, before `weight`.
+        - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it.
+        - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
+        - "floor": the loss if each class were a point, and all as far from each other as can be.
+        - "positive_cosine", "negative_cosine": the mean over the anchors of their mean cosine to positives, negatives.
+        - "anchors", "contrasted": how many anchors, and how many of them have a positive and a negative.
+        - "hard_share": the share of anchors that are mispredicted, or `hard`; NaN with anchors="random".
+
+        Per class, [C]:
+
+        - "anchors_of", "positives_of": how many anchors, how many keys.
+        - With a bank "region_fill_of", "pixel_fill_of": the share of the slots in use.
+        - "region_turnover_of", "pixel_turnover_of": rows that this rank's batch adds, as a share of the slots; one over
+          its mean is the age in steps of a full ring's oldest keys.
 
         Args:
             embeddings, labels, predictions, hard, confidence: see `forward`.
 
         Returns:
-            Scalars, NaN where there is nothing to take a mean of:
-
-            - "contrast": the loss, before `weight`.
-            - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it.
-            - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
-            - "floor": the loss if each class were a point, and all as far from each other as can be.
-            - "positive_cosine", "negative_cosine": the mean over the anchors of their mean cosine to their positives,
-              to their negatives.
-            - "anchors", "contrasted": how many anchors, and how many of them have a positive and a negative.
-            - "hard_share": the share of anchors that are mispredicted, or `hard`; NaN with anchors="random".
-
-            Per class, [C]:
-
-            - "anchors_of": how many anchors.
-            - "positives_of": how many keys.
-            - With a bank "region_fill_of", "pixel_fill_of": the share of the slots in use; "region_turnover_of",
-              "pixel_turnover_of": rows that this rank's batch adds, as a share of the slots; one over its mean is the
-              age in steps of a full ring's oldest keys.
+            The values above by name, all on the device.
 
         Raises:
             TypeError, ValueError: as `forward`.
