@@ -37,8 +37,10 @@ def train() -> None:
 
 
 def main() -> None:
-    repository = Path(__file__).resolve().parents[1]
-    assert not Path(pixcontrast_ext.__file__).is_relative_to(repository), pixcontrast_ext.__file__
+    of_sources = Path(__file__).resolve().parents[1] / "pixcontrast_ext"
+    assert Path(pixcontrast_ext.__file__).resolve().parent != of_sources, (
+        "this is the source tree, not an installation"
+    )
     assert native.unavailable is None, native.unavailable
     torch.testing.assert_close(gradient("cpu"), gradient("reference"), rtol=1e-4, atol=1e-6)
     train()
