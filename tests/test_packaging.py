@@ -264,7 +264,7 @@ def toy(tmp_path):
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
-    for name, text in {**TOY_SOURCES, "pixcontrast_ext/__init__.py": ""}.items():
+    for name, text in {**TOY_SOURCES, "pixcontrast_ext/__init__.py": '__version__ = "0"\n'}.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
     return tree
