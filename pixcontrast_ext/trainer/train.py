@@ -34,7 +34,7 @@ from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.balance import median_frequency, read_weights, save_weights
 from pixcontrast_ext.trainer.branch import branch, read_start
-from pixcontrast_ext.trainer.checkpoints import CheckpointStore
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore, read_checkpoint
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
 from pixcontrast_ext.trainer.data import (
     IGNORE,
@@ -310,7 +310,7 @@ class _Run:
             config.out.mkdir(parents=True, exist_ok=True)
             save_config(config, config.out / "config.json")
             self.log = RunLog(config.out, self.start)
-        self.best = max((row["miou"] for row in read_rows(config.out / "val.csv")), default=-math.inf)
+        self.best = self._best_so_far()
 
     def finish(self) -> Result:
         """Train to the last step, draw the pictures and read the result from the record."""
@@ -506,6 +506,14 @@ class _Run:
             )
         self.ranks.wait()
         return read_weights(path, classes)
+
+    def _best_so_far(self) -> float:
+        """The mIoU of best.pt; nothing if there is none, or if it is of a step that this run is yet to take."""
+        path = self.config.out / "best.pt"
+        if self.start == 0 or not path.exists():
+            return -math.inf
+        state = read_checkpoint(path)
+        return float(state["miou"]) if state["step"] <= self.start else -math.inf
 
     def _start_from_weights(self) -> None:
         net = self.config.net

@@ -119,7 +119,7 @@ def test_resuming_with_a_damaged_checkpoint_goes_on_from_the_one_before(tiny, ca
 
 def test_the_best_checkpoint_is_kept_beside_the_last(tiny, monkeypatch):
     """Scores that rise and fall, and a run that is cut after the fall."""
-    scores = iter([0.2, 0.5, 0.3, 0.3, 0.4])
+    scores = iter([0.2, 0.5, 0.3, 0.3, 0.25, 0.1])
 
     def score(*args, **kwargs):
         found = evaluate(*args, **kwargs)
@@ -136,6 +136,10 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tiny, monkeypatch):
     keep_until(config, 6)
     train(config, resume=True)  # 0.3 again, no better
     assert read_checkpoint(config.out / "best.pt")["step"] == 6
+    keep_until(config, 3)
+    train(config, resume=True)  # the 0.5 is of a step that is taken anew
+    best = read_checkpoint(config.out / "best.pt")
+    assert (best["step"], best["miou"]) == (6, 0.25)
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny):
