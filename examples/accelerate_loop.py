@@ -36,7 +36,8 @@ class Scenes(Dataset):
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     torch.manual_seed(0)
-    accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATE, mixed_precision="bf16")
+    cpu = not torch.cuda.is_available()  # or torchrun's processes train apart
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=ACCUMULATE, mixed_precision="bf16")
     body = [nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
     body += [nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
     network = nn.Sequential(nn.Sequential(*body), nn.Conv2d(64, CLASSES, 1))  # your network goes here
