@@ -73,8 +73,8 @@ class PixelContrastLoss(nn.Module):
         warmup_steps: see above.
         temperature: divides the cosine similarities.
         base_temperature: scales the loss by temperature / base_temperature; None does not scale it.
-        max_samples, max_views, min_pixels: see `hard_anchor_sampling`. A class that occurs again and again and never
-            has `min_pixels` pixels is named in a warning, once, after 50 batches.
+        max_samples, max_views, min_pixels: see `hard_anchor_sampling`. A class that occurs again and again and has
+            `min_pixels` pixels in less than a tenth of its images is named in a warning, once, after 50 batches.
         hard_fraction, anchors: see `hard_anchor_sampling`. The fraction may be changed at any time.
         min_purity: in [0, 1]; a pixel of the embeddings' grid counts, as an anchor and for the bank, only if its label
             is at least this share of the full-size labels under it.

@@ -160,14 +160,18 @@ def test_activation_checkpointing_is_right_or_refused(quick_backend, reentrant):
 def few_batches(monkeypatch):
     """The watch ends after few batches, so that an interpreter reaches its end."""
     monkeypatch.setattr(watch, "BATCHES", 4)
-    monkeypatch.setattr(watch, "OCCURS", 3)
+    monkeypatch.setattr(watch, "OCCURS", 5)
 
 
-def test_a_class_that_never_yields_an_anchor_is_named_once(quick_backend, few_batches):
-    embeddings = torch.randn(2, 5, 8, 8, requires_grad=True)
-    labels = torch.zeros(2, 8, 8, dtype=torch.int64)
+@pytest.mark.parametrize("often", [False, True])
+def test_a_class_that_hardly_yields_an_anchor_is_named_once(quick_backend, few_batches, often):
+    embeddings = torch.randn(11, 5, 8, 8, requires_grad=True)
+    labels = torch.zeros(11, 8, 8, dtype=torch.int64)
     labels[:, 4:] = 1
-    labels[0, 0, :3] = 2  # three pixels in every batch
+    labels[:, 0, :3] = 2  # three pixels in every image, and enough in one, or in two, of eleven
+    labels[: 2 if often else 1, 1, 0] = 2
+    labels[0, 0, 3] = 3  # in four images of four batches
+    labels[:, 7, 7] = 255
     criterion = PixelContrastLoss(4, min_pixels=4, warmup_steps=99, backend=quick_backend)
     with torch.inference_mode():  # the watch ignores validation
         for _ in range(5):
@@ -177,10 +181,15 @@ def test_a_class_that_never_yields_an_anchor_is_named_once(quick_backend, few_ba
         for _ in range(7):
             criterion(embeddings, labels, labels)
 
-    with pytest.warns(UserWarning, match="never gave an anchor") as caught:
+    if often:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            seven_batches()
+        return
+    with pytest.warns(UserWarning, match="in almost none of the images") as caught:
         seven_batches()
     (message,) = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    assert "in the first 4 batches and never gave an anchor: 2 (in 4)." in message
+    assert "of the first 4 batches that they occurred in: 2 (in 4 of 44). A class" in message
     assert "at least min_pixels=4 pixels in an image, at the embeddings' size of 8 x 8" in message
 
 

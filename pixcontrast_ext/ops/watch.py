@@ -1,4 +1,4 @@
-"""Noticing, without a wait for the device, that a class which occurs never yields an anchor."""
+"""Noticing, without a wait for the device, that a class which occurs hardly ever yields an anchor."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from pixcontrast_ext.ops import checks, handles, library
 
 BATCHES = 50  # that are looked at
-OCCURS = 5  # of them a class has to occur in for a word about it
+OCCURS = 10  # images a class has to occur in for a word about it
+SHARE = 0.1  # of these images: a class that may give anchors in fewer is named
 
 
 class ClassWatch(handles.Handle):
-    """Warns once, after the first `BATCHES` batches, of classes that occurred and gave no anchor; then it rests.
+    """Warns once, after the first `BATCHES` batches, of classes that almost no image has enough of; then it rests.
 
     Counts stay on the device. They come to the host by a copy that nobody waits for: the first call that finds it
     done reads it.
@@ -25,19 +26,19 @@ class ClassWatch(handles.Handle):
         self.num_classes, self.ignore_index, self.min_pixels = num_classes, ignore_index, min_pixels
         self.batches, self.done = 0, False
         self.counts: Tensor | None = (
-            None  # [2, C + 1]: batches that each class occurred in, anchors that it gave
+            None  # [2, C + 1]: images that each class occurred in, those with enough pixels of it
         )
         self.copied: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "copied": None}  # an event cannot be copied
 
-    def look(self, labels: Tensor, anchor_labels: Tensor) -> None:
+    def look(self, labels: Tensor) -> None:
         """Count a batch, or read what was counted."""
         if labels.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if self.batches < BATCHES:
-            self._count(labels, anchor_labels)
+            self._count(labels)
             self.batches += 1
             return
         assert self.counts is not None
@@ -56,28 +57,30 @@ class ClassWatch(handles.Handle):
         event.record(torch.cuda.current_stream(counts.device))
         return copied, event
 
-    def _count(self, labels: Tensor, anchor_labels: Tensor) -> None:
-        nowhere, labels = self.num_classes, labels.long()
+    def _count(self, labels: Tensor) -> None:
+        nowhere, images, labels = self.num_classes, len(labels), labels.long()
         if self.counts is None or self.counts.device != labels.device:
             self.counts = torch.zeros(2, nowhere + 1, dtype=torch.int64, device=labels.device)
             self.batches = 0
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
-        labels = torch.where(valid, labels, nowhere).flatten()
-        occurs = torch.zeros_like(self.counts[0])
-        self.counts[0] += occurs.scatter_(0, labels, torch.ones_like(labels))
-        is_class = (anchor_labels >= 0) & (anchor_labels < nowhere)
-        of_anchors = torch.where(is_class, anchor_labels, nowhere).flatten().long()
-        self.counts[1].scatter_add_(0, of_anchors, torch.ones_like(of_anchors))
+        first = torch.arange(0, images * (nowhere + 1), nowhere + 1, device=labels.device)
+        places = (torch.where(valid, labels, nowhere) + first.view(-1, 1, 1)).flatten()
+        pixels = torch.zeros(images * (nowhere + 1), dtype=torch.int64, device=labels.device)
+        pixels = pixels.scatter_add_(0, places, torch.ones_like(places)).view(images, nowhere + 1)
+        self.counts += torch.stack([pixels > 0, pixels >= max(1, self.min_pixels)]).sum(1)
 
     def _judge(self, counts: Tensor, size: tuple[int, ...]) -> None:
-        occurred, anchors = counts[:, : self.num_classes].tolist()
-        silent = [c for c in range(self.num_classes) if occurred[c] >= OCCURS and anchors[c] == 0]
-        if silent:
-            named = ", ".join(f"{c} (in {occurred[c]})" for c in silent)
+        rare = [
+            f"{c} (in {enough} of {occurred})"
+            for c, (occurred, enough) in enumerate(counts[:, : self.num_classes].T.tolist())
+            if occurred >= OCCURS and enough < SHARE * occurred
+        ]
+        if rare:
             warnings.warn(
-                f"of {self.num_classes} classes, these occurred in the first {self.batches} batches and never gave an "
-                f"anchor: {named}. A class needs at least min_pixels={self.min_pixels} pixels in an image, at the "
-                f"embeddings' size of {size[0]} x {size[1]}; with a smaller min_pixels it is contrasted.",
+                f"of {self.num_classes} classes, these could give anchors in almost none of the images of the first "
+                f"{self.batches} batches that they occurred in: {', '.join(rare)}. A class needs at least "
+                f"min_pixels={self.min_pixels} pixels in an image, at the embeddings' size of {size[0]} x {size[1]}; "
+                "with a smaller min_pixels it is contrasted.",
                 stacklevel=2,
             )
 
@@ -87,12 +90,12 @@ def _watch_classes(labels: Tensor, anchor_labels: Tensor, watch: int, changed: s
         checks.refuse_recomputation(changed)
     found = handles.of(watch, ClassWatch)
     if not found.done:
-        found.look(labels, anchor_labels)
+        found.look(labels)
     return anchor_labels.clone()
 
 
 def watch_classes(labels: Tensor, anchor_labels: Tensor, watch: ClassWatch, changed: str) -> Tensor:
-    """Show the labels of a batch and of its anchors to `watch`. Returns the anchors' labels: go on with these.
+    """Show the labels of a batch to `watch`. Returns the anchors' labels: go on with these.
 
     A compiled graph leaves out what has neither an effect nor a result that is used. There, this is also what refuses
     to be recomputed within a backward, if `changed` says what is no longer as it was.
