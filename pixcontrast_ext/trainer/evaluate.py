@@ -16,7 +16,7 @@ from pixcontrast_ext.trainer.data import IGNORE, Sample, dataset_spec, to_device
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.files import replacing
 from pixcontrast_ext.trainer.inference import evaluating, predict
-from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights
+from pixcontrast_ext.trainer.models import build_model, drop_embed_head, load_weights, sisters
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,17 @@ def load_model(
     model = build_model(net.model, num_classes, net.embed_dim, net.head, align_corners=net.align_corners)
     if not with_embed_head or config.loss.contrast == "off":
         drop_embed_head(model)
-    load_weights(model, state["model"])
+    try:
+        load_weights(model, state["model"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}{_sister(net.model)}") from error
     return model.to(device).eval(), config, int(state["step"])
+
+
+def _sister(name: str) -> str:
+    """What to say of weights that do not fit a network of which there is another by a similar name."""
+    others = [other for other in sisters(name) if other != name]
+    return f"; with other heads there is also {', '.join(others)}: was it trained as that?" if others else ""
 
 
 def export_model(checkpoint: Path, out: Path) -> int:

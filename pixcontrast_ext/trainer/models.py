@@ -59,6 +59,12 @@ def build_model(
     return model
 
 
+def sisters(name: str) -> list[str]:
+    """The registered networks that differ from `name` in whose heads they have, itself among them."""
+    plain = name.replace("_v2", "").removesuffix("_torchvision")
+    return [each for each in MODELS if each.replace("_v2", "").removesuffix("_torchvision") == plain]
+
+
 def drop_embed_head(model: nn.Module) -> nn.Module:
     """Take the projection head off: inference, and training without contrast, pay nothing for it."""
     model.embed_head = None  # type: ignore[assignment]
@@ -100,7 +106,7 @@ def _deeplabv3(backbone: str, wide: bool, num_classes: int, embed_dim: int, head
     from pixcontrast_ext.trainer.networks.backbones import ResNetBackbone
     from pixcontrast_ext.trainer.networks.deeplabv3 import DeepLabV3
 
-    return DeepLabV3(ResNetBackbone(backbone), num_classes, embed_dim, head, wide=wide)
+    return DeepLabV3(ResNetBackbone(backbone, deep_stem=wide), num_classes, embed_dim, head, wide=wide)
 
 
 def _hrnet(backbone: str, wide: bool, num_classes: int, embed_dim: int, head: str) -> nn.Module:
@@ -139,4 +145,5 @@ __all__ = [
     "drop_embed_head",
     "load_weights",
     "register",
+    "sisters",
 ]

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pixcontrast_ext import PixelContrastLoss
 from pixcontrast_ext.trainer import inference, train
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
-from pixcontrast_ext.trainer.config import DataConfig, ModelConfig
+from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, flatten
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import load_model
 from pixcontrast_ext.trainer.logs import read_rows
@@ -24,6 +25,7 @@ from pixcontrast_ext.trainer.models import (
     defer_embed_head,
     drop_embed_head,
     load_weights,
+    sisters,
 )
 from pixcontrast_ext.trainer.networks.deeplabv3 import WideASPP
 from pixcontrast_ext.trainer.networks.ocr import ObjectContext
@@ -53,6 +55,8 @@ def hrnet():
 #   DeepLab  pyramid 2 * 2048*512 + 3 * 9*2048*512 + 9*2560*512 + 6 norms of 2*512     = 42,211,328
 #            then 9*512*512 + 2*512 + 512*19 + 19                                      =  2,370,067
 #            auxiliary 9*1024*256 + 256 + 2*256 + 256*19 + 19                          =  2,364,947
+#   stem     27*64 + 576*64 + 576*128 + 2*64 + 2*64 + 2*128 and 128*64 + 128*256 in the block that reads its 128
+#            channels, for 147*64 + 2*64 and 64*64 + 64*256 of the 7x7 one                =    123,776
 #   HRNet    9*720*720 + 720 + 2*720 + 720*19 (W18: 270 for 720)                       =  4,681,440
 #   OCR      its own, and in the auxiliary classifier 9*720*720 + 720 for 720*720, and 512 biases of the 3x3 before it
 @pytest.mark.parametrize(
@@ -64,8 +68,8 @@ def hrnet():
         ("hrnet_w48_v2", 19, 65_325_120, 65.8e6),
         ("hrnet_w18_v2_ocr", 19, 9_562_260, 12_080_036),
         ("hrnet_w48_v2_ocr", 19, 65_325_120, 70.3e6),
-        ("deeplabv3_resnet50", 19, 23_508_032, 23_508_032 + 42_211_328 + 2_370_067 + 2_364_947),
-        ("deeplabv3_resnet101", 19, 42_500_160, 42_500_160 + 42_211_328 + 2_370_067 + 2_364_947),
+        ("deeplabv3_resnet50", 19, 23_631_808, 23_508_032 + 123_776 + 42_211_328 + 2_370_067 + 2_364_947),
+        ("deeplabv3_resnet101", 19, 42_623_936, 42_500_160 + 123_776 + 42_211_328 + 2_370_067 + 2_364_947),
         ("hrnet_w18", 19, 9_562_260, 9_562_260 + 9 * 270 * 270 + 3 * 270 + 270 * 19),
         ("hrnet_w48", 19, 65_325_120, 65_325_120 + 4_681_440),
         ("hrnet_w18_ocr", 19, 9_562_260, 12_080_036 + 8 * 270 * 270 + 270 + 512),
@@ -81,13 +85,37 @@ def test_parameters_are_as_many_as_published(name, classes, backbone, whole):
     assert size_of(model) == pytest.approx(whole, abs=0 if isinstance(whole, int) else 0.1e6)
 
 
+def products_of(module, *arguments):
+    """Multiplications of a forward, each with its addition."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*arguments)
+    return counter.get_total_flops() // 2
+
+
+def test_products_are_as_many_as_published():
+    """HRNetV2-W48 in its paper's table at 1024x2048, in units of 1024^3; DeepLabV3 in torchvision's, at 520x520."""
+    from torchvision.models import segmentation
+
+    with torch.device("meta"):
+        hrnet = drop_embed_head(build_model("hrnet_w48_v2", 19)).eval()
+        assert products_of(hrnet, torch.empty(1, 3, 1024, 2048)) / 1024**3 == pytest.approx(696.2, abs=0.05)
+        images = torch.empty(1, 3, 520, 520)
+        for name in ("ResNet50", "ResNet101"):
+            published = getattr(segmentation, f"DeepLabV3_{name}_Weights").DEFAULT.meta["_ops"]
+            model = drop_embed_head(build_model(f"deeplabv3_{name.lower()}_torchvision", 21)).eval()
+            own = products_of(model, images) + products_of(model.aux_head, model.backbone.stages(images)[0])
+            assert own / 1e9 == pytest.approx(published, abs=5e-4)
+
+
 def test_deeplabv3_without_the_auxiliary_head_is_as_large_as_published(deeplabv3):
     own = size_of(deeplabv3) - size_of(deeplabv3.embed_head) - size_of(deeplabv3.aux_head)
     assert own == 39_638_869  # torchvision's deeplabv3_resnet50 of 21 classes, aux_loss=False
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 90), (1, 1)])
-@pytest.mark.parametrize("name", ["deeplabv3_resnet50", "hrnet_w18", "hrnet_w18_ocr"])
+@pytest.mark.parametrize(
+    "name", ["deeplabv3_resnet50", "deeplabv3_resnet50_torchvision", "hrnet_w18", "hrnet_w18_ocr"]
+)
 def test_outputs_share_one_grid_for_any_size(name, size):
     stride = 8 if name.startswith("deeplabv3") else 4
     model = build_model(name, 7, 24)
@@ -100,7 +128,9 @@ def test_outputs_share_one_grid_for_any_size(name, size):
             assert set(model(images)) == (
                 {"seg", "embed"} if name == "hrnet_w18" else {"seg", "embed", "aux"}
             )
-    grid = (-(-size[0] // stride), -(-size[1] // stride))
+    grid = tuple(-(-length // stride) for length in size)
+    if name == "deeplabv3_resnet50":  # the pooling of the deep stem rounds up
+        grid = tuple(-(-length // 2) // 4 + 1 for length in size)
     assert set(outputs) == {"seg", "embed"}
     assert outputs["seg"].shape == (2, 7, *grid)
     assert outputs["embed"].shape == (2, 24, *grid)
@@ -250,6 +280,22 @@ def test_contrast_leaves_no_trace(name):
         assert torch.equal(outputs["seg"], model(images)["seg"])
 
 
+def test_a_checkpoint_of_other_heads_is_told_what_it_may_be(tiny, tmp_path):
+    state = {
+        "step": 1,
+        "model": build_model("hrnet_w18_v2", 9, 16).state_dict(),
+        "config": flatten(tiny(contrast="off", net=ModelConfig(model="hrnet_w18", embed_dim=16))),
+    }
+    torch.save(state, tmp_path / "old.pt")
+    with pytest.raises(
+        ValueError, match=r"(?s)old\.pt: .* do not fit .*; .* there is also hrnet_w18_v2: was it"
+    ):
+        load_model(tmp_path / "old.pt", CPU)
+    assert sisters("deeplabv3_resnet50") == ["deeplabv3_resnet50", "deeplabv3_resnet50_torchvision"]
+    assert sisters("hrnet_w48_v2_ocr") == ["hrnet_w48_ocr", "hrnet_w48_v2_ocr"]
+    assert sisters("compact") == ["compact"]
+
+
 # Weights
 
 
@@ -274,6 +320,31 @@ def test_weights_of_a_classifier_go_into_the_backbone(deeplabv3, tmp_path, suffi
     load_backbone(deeplabv3, path)
     loaded = deeplabv3.backbone.body.state_dict()
     assert all(torch.equal(loaded[name], theirs[name]) for name in loaded)
+
+
+def test_weights_of_a_deep_stem_go_by_timms_names_and_by_numbers(tmp_path):
+    import timm
+
+    theirs = randomised(timm.create_model("resnet50s"))
+    numbered = {
+        "conv1.0": "conv1",
+        "conv1.1": "bn1",
+        "conv1.3": "conv2",
+        "conv1.4": "bn2",
+        "conv1.6": "conv3",
+        "bn1": "bn3",
+    }
+    renamed = {}
+    for name, value in theirs.items():
+        part = next((part for part in numbered if name.startswith(f"{part}.")), None)
+        renamed[name if part is None else numbered[part] + name.removeprefix(part)] = value
+    assert renamed["bn3.weight"] is theirs["bn1.weight"]
+    for kind, weights in (("timm", theirs), ("numbered", renamed)):
+        fetched = build_model("deeplabv3_resnet50", 5, 16)
+        torch.save(weights, tmp_path / f"{kind}.pth")
+        load_backbone(fetched, tmp_path / f"{kind}.pth")
+        loaded = fetched.backbone.body.state_dict()
+        assert all(torch.equal(loaded[name], theirs[name]) for name in loaded), kind
 
 
 def test_weights_of_hrnet_and_of_ones_own_checkpoint(hrnet, tmp_path):

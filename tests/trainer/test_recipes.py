@@ -14,6 +14,7 @@ from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.models import MODELS
 from pixcontrast_ext.trainer.train import build_criterion
 
+ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
 
 # By data set: (height, width) of the crop, steps, batch, learning rate, weight decay, training images.
@@ -69,7 +70,10 @@ def test_recipes_hold_the_numbers_of_their_source(name):
     assert optim.head_lr == (10.0 if resized and config.net.model.startswith("hrnet") else 1.0)
     assert (loss.contrast, loss.weight, loss.temperature, loss.max_views, loss.warmup_steps) == LOSSES[name]
     base_temperature = None if of_paper else 0.07
-    assert (loss.base_temperature, loss.max_samples, loss.min_pixels) == (base_temperature, 1024, None)
+    assert (loss.base_temperature, loss.min_pixels) == (base_temperature, None)
+    # Theirs are 1,024 on each of four GPUs.
+    anchors = (1024, "rank") if of_paper else (4096, "ranks")
+    assert (loss.max_samples, loss.max_samples_over) == anchors
     assert loss.aux_weight == 0.4
     assert config.net.pretrained
     assert config.net.embed_dim == 256
@@ -131,6 +135,28 @@ def test_recipes_say_where_they_are_from_and_how_they_depart(name):
     source = "arXiv 2101.11939: " if of_paper else "github.com/tfzhou/ContrastiveSeg at 287e5d3: configs/"
     assert options["_source"].startswith(source)
     assert len(options["_departs"]) > 40
+
+
+def test_the_manual_has_all_departures_in_one_table():
+    """Each departure of a recipe is a row of docs/trainer.md with the recipes it is of, and there is no other."""
+    of = {name: json.loads((RECIPES / f"{name}.json").read_text())["_departs"].split("; ") for name in NAMES}
+    scripts = [name for name in NAMES if not name.endswith("_paper")]
+    kinds = {
+        "the authors'": scripts,
+        "the authors' with HRNet": [name for name in scripts if "hrnet" in name],
+        "the authors' without a bank": [name for name in scripts if not name.endswith("_bank")],
+    }
+    rows = []
+    for departure in dict.fromkeys(each for departures in of.values() for each in departures):
+        recipes = [name for name in NAMES if departure in of[name]]
+        kind = next((kind for kind, names in kinds.items() if names == recipes), None)
+        rows.append(
+            (-len(recipes), f"| {departure} | {kind or ', '.join(f'`{name}`' for name in recipes)} |")
+        )
+    table = [row for _, row in sorted(rows, key=lambda row: row[0])]
+    manual = (ROOT / "docs/trainer.md").read_text()
+    start = manual.index("| departure | recipes |\n|---|---|\n")
+    assert manual[start:].split("\n\n")[0].splitlines()[2:] == table, "\n".join(table)
 
 
 def test_a_recipe_is_found_by_its_name_and_flags_override_it(tmp_path, monkeypatch):

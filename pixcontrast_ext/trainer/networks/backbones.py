@@ -74,12 +74,18 @@ class TimmBackbone(nn.Module):
 class ResNetBackbone(TimmBackbone):
     """A ResNet at stride 8, with dilation in its last two stages.
 
-    `stages` are those two, [B, 1024, h, w] and [B, 2048, h, w] with h = ceil(H / 8); the features are the last one.
+    `stages` are those two, [B, 1024, h, w] and [B, 2048, h, w]; the features are the last one.
+
+    Args:
+        name: of the network in timm, with the stem of its paper.
+        deep_stem: take the contrast's authors' stem: three 3x3 convolutions in place of one of 7x7, and a pooling that
+            rounds up, after which h = floor(ceil(H / 2) / 4) + 1. Otherwise h = ceil(H / 8).
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name, output_stride=8, out_indices=(3, 4))
+    def __init__(self, name: str, *, deep_stem: bool = False) -> None:
+        super().__init__(f"{name}s" if deep_stem else name, output_stride=8, out_indices=(3, 4))
         self.middle_channels, self.channels = self.body.feature_info.channels()
+        self.body.maxpool.ceil_mode = deep_stem
 
     def forward(self, images: Tensor) -> Tensor:
         return self.stages(images)[-1]

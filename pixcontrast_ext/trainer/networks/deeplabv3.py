@@ -88,7 +88,7 @@ class DeepLabV3(ProjectingModel):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits "seg" and, in training, "aux", and embeddings "embed" where there is a head, at stride 8.
 
-        Images [B, 3, H, W], RGB in [0, 1]; all maps are [B, ., ceil(H / 8), ceil(W / 8)]. In training the pooled
+        Images [B, 3, H, W], RGB in [0, 1]; all maps have the size that `ResNetBackbone` says. In training the pooled
         branch normalises over the batch alone: one image is a ValueError, unless its ranks share their norms.
         With a deferred head there is "features" in place of "embed", as in `SegmentationModel`.
         """

@@ -29,7 +29,10 @@ def load_backbone(model: nn.Module, path: Path) -> None:
     """
     weights = _read(path)
     weights = {name: value for name, value in weights.items() if not name.startswith(_CLASSIFIER)}
-    _load(_body(model), weights, str(path))
+    body = _body(model)
+    if "conv3.weight" in weights and "conv1.6.weight" in body.state_dict():
+        weights = {_in_deep_stem(name): value for name, value in weights.items()}
+    _load(body, weights, str(path))
 
 
 def fetch_backbone(model: nn.Module) -> None:
@@ -48,6 +51,17 @@ def fetch_backbone(model: nn.Module) -> None:
             "with --weights"
         ) from error
     _load(backbone.body, weights, f"timm's {backbone.name}")
+
+
+_DEEP_STEM = {
+    "conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4", "conv3": "conv1.6", "bn3": "bn1",
+}  # fmt: skip
+"""What timm calls the parts of a stem of three convolutions, by the numbers that other files give them."""
+
+
+def _in_deep_stem(name: str) -> str:
+    part, dot, rest = name.partition(".")
+    return _DEEP_STEM.get(part, part) + dot + rest
 
 
 def _body(model: nn.Module) -> nn.Module:
