@@ -42,6 +42,8 @@ class DataConfig:
     """Resize so that the shorter side has so many pixels instead."""
     train_splits: tuple[str, ...] = ("train",)
     """Splits to train on, as in: train val."""
+    train_fraction: float = 1.0
+    """Share of their images, above 0 to 1, that is trained on; spread evenly: 0.125 is about every eighth."""
     train_ids: bool = False
     """Cityscapes: read the *_labelTrainIds.png made beforehand rather than map the *_labelIds.png."""
     data_seed: int = 0
@@ -284,6 +286,7 @@ class TrainConfig:
         for name, rate in (("lr", optim.lr), ("head-lr", optim.head_lr)):
             _require(math.isfinite(rate) and rate > 0, name, rate, "finite and above 0")
         _require(math.isfinite(data.scale) and data.scale > 0, "scale", data.scale, "finite and above 0")
+        _require(0 < data.train_fraction <= 1, "train-fraction", data.train_fraction, "above 0 and at most 1")
         _require(0 < data.zoom[0] <= data.zoom[1] < math.inf, "zoom", data.zoom, "0 < low <= high")
         _require(min(data.synthetic_images) >= 1, "synthetic-images", data.synthetic_images, "at least 1")
         for name, extent in (("size", data.size), ("crop", data.crop)):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from pixcontrast_ext.trainer.config import DataConfig
 from pixcontrast_ext.trainer.datasets import IGNORE, Sample
@@ -39,13 +39,21 @@ class DatasetSpec:
     """What the dataset's own label files call each class, where that is another number."""
 
     def training_set(self, options: DataConfig) -> Dataset[Sample]:
-        """The splits to train on, one after the other. Raises ValueError for one that there is not."""
+        """The images to train on: of the splits one after the other, a fraction of them all.
+
+        Raises ValueError for a split that there is not.
+        """
         for split in options.train_splits:
             require_split(split, self.splits)
         if not options.train_splits:
             raise ValueError("--train-splits is empty, must be at least one")
         parts = [self.build(options, split) for split in options.train_splits]
-        return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+        whole = parts[0] if len(parts) == 1 else ConcatDataset(parts)
+        if options.train_fraction == 1:
+            return whole
+        length = len(whole)  # type: ignore[arg-type]
+        kept = max(1, round(length * options.train_fraction))
+        return Subset(whole, [place * length // kept for place in range(kept)])
 
 
 def resize_of(config: DataConfig) -> Resize:

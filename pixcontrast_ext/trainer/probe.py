@@ -264,13 +264,16 @@ def probe_model(
     gallery, queries = (
         take_pixels(
             model,
-            spec.build(data, split),
+            pixels,
             device,
             per_class=per_class,
             images=config.images,
             seed=config.seed,
         )
-        for split, per_class in (("train", config.gallery), (config.split, config.queries))
+        for pixels, per_class in (
+            (spec.training_set(data), config.gallery),
+            (spec.build(data, config.split), config.queries),
+        )
     )
     return probe_pixels(gallery, queries, spec, step, config.seed), queries
 

@@ -116,6 +116,7 @@ def test_a_value_of_the_wrong_kind_is_refused(tmp_path, capsys):
         (["--region-views", "-1"], "--region-views is -1, must be at least 1"),
         (["--min-purity", "-0.1"], "--min-purity is -0.1, must be from 0 to 1"),
         (["--min-purity", "nan"], "--min-purity is nan, must be from 0 to 1"),
+        (["--train-fraction", "0"], "--train-fraction is 0.0, must be above 0 and at most 1"),
         (["--synthetic-images", "5", "0"], r"--synthetic-images is \(5, 0\)"),
     ],
 )

@@ -234,3 +234,16 @@ def test_several_splits_to_train_on(camvid):
         spec.training_set(replace(options, train_splits=("train", "all")))
     with pytest.raises(ValueError, match="--train-splits is empty"):
         spec.training_set(replace(options, train_splits=()))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "kept"), [(1.0, 7), (0.5, 4), (1 / 3, 2), (0.125, 1), (0.99, 7), (1e-9, 1)]
+)
+def test_a_fraction_of_the_training_images_is_spread_over_them(camvid, fraction, kept):
+    options = DataConfig(dataset="camvid", root=camvid(count=7), train_fraction=fraction)
+    part, whole = dataset_spec("camvid").training_set(options), dataset_spec("camvid").build(options, "train")
+    found = [next(i for i in range(7) if torch.equal(whole[i][0], image)) for image, _ in part]
+    assert len(found) == kept
+    assert found == sorted(set(found))
+    if fraction == 0.5:
+        assert found == [0, 1, 3, 5]
