@@ -236,16 +236,10 @@ def _environment(**changes: str) -> Iterator[None]:
 def finish(run: TrainConfig, split: str) -> Result:
     """The result of a run, trained to its end if it is not yet, with the scores of `split`."""
     spec = dataset_spec(run.data.dataset)
-    rows, checkpoints = read_rows(run.out / "val.csv"), CheckpointStore(run.out / "checkpoints").paths()
-    if rows and checkpoints and rows[-1]["step"] == step_of(checkpoints[-1]) == run.last_step:
-        result = read_result(run.out, spec.classes)
-    else:
-        result = train(run, resume=(run.out / "config.json").exists())
-    if split == "val":
-        return result
-    path = run.out / f"{split}.json"
+    if not _is_trained(run):
+        train(run, resume=(run.out / "config.json").exists())
     with join_ranks(run.device) as ranks:
-        if not path.exists():
+        if read_finished(run, split) is None:
             model, _, step = load_model(run.out, ranks.device)
             loader = eval_loader(
                 spec.build(run.data, split), max(1, run.batch_size // ranks.world), rank=ranks.rank,
@@ -258,10 +252,33 @@ def finish(run: TrainConfig, split: str) -> Result:
                     "pixel_accuracy": scores.pixel_accuracy,
                     "class_iou": scores.class_iou,
                 }
-                write_json(path, {"step": step, **found})
+                write_json(_scores_of(run, split), {"step": step, **found})
         ranks.wait()
-    scored = read_json(path)
+    result = read_finished(run, split)
+    assert result is not None
+    return result
+
+
+def read_finished(run: TrainConfig, split: str) -> Result | None:
+    """The result of a run with the scores of `split`; None if it is not at its end, or not yet scored on that."""
+    if not _is_trained(run):
+        return None
+    result = read_result(run.out, dataset_spec(run.data.dataset).classes)
+    if split == "val":
+        return result
+    if not _scores_of(run, split).exists():
+        return None
+    scored = read_json(_scores_of(run, split))
     return replace(result, **{name: scored[name] for name in ("miou", "pixel_accuracy", "class_iou")})
+
+
+def _is_trained(run: TrainConfig) -> bool:
+    rows, checkpoints = read_rows(run.out / "val.csv"), CheckpointStore(run.out / "checkpoints").paths()
+    return bool(rows and checkpoints) and rows[-1]["step"] == step_of(checkpoints[-1]) == run.last_step
+
+
+def _scores_of(run: TrainConfig, split: str) -> Path:
+    return run.out / f"{split}.json"
 
 
 def _require_same_options(run: TrainConfig) -> None:

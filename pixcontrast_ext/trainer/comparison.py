@@ -8,6 +8,7 @@ the exact test can say that at all: of 2^6 signs, all alike have a chance of 2/6
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,11 +87,15 @@ class Comparison:
         return paired(self.values(arm, outcome) - self.values(self.baseline, outcome))
 
     def corrected(self) -> dict[tuple[str, str], float]:
-        """P by (arm, outcome), by Holm: over all arms for the primary outcome, over all else for the secondary ones."""
+        """P by (arm, outcome), by Holm: over all arms for the primary outcome, over all else for the secondary ones.
+
+        The A/A arm, which asks nothing of the contrast, is by itself.
+        """
         arms = list(self.results)[1:]
         found: dict[tuple[str, str], float] = {}
-        for family in ((PRIMARY,), self.outcomes[1:]):
-            keys = [(arm, outcome) for arm in arms for outcome in family]
+        groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
+        for group, family in itertools.product(groups, ((PRIMARY,), self.outcomes[1:])):
+            keys = [(arm, outcome) for arm in group for outcome in family]
             found.update(zip(keys, holm([self.difference(*key).p for key in keys]), strict=True))
         return found
 

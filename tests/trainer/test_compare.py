@@ -247,6 +247,8 @@ def test_more_arms_make_it_harder():
     two = replace(one, results=results)
     assert two.corrected()["bank", "mIoU"] == pytest.approx(4 / 64)
     assert not two.differs("bank")
+    control = replace(one, results={**one.results, "aa": one.results["off"]})
+    assert control.corrected()["bank", "mIoU"] == pytest.approx(2 / 64)  # an A/A arm is no question more
 
 
 def test_secondary_outcomes_are_corrected_among_themselves():

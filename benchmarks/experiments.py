@@ -1,0 +1,340 @@
+"""The tables and pictures of docs/experiments.md, from the runs: `python -m benchmarks.experiments`.
+
+benchmarks/results/NAME/ has an experiment's runs.csv, a row for each run, and experiment.json, which says what its arms
+are called and what was asked. `add NAME FOLDER` takes the finished runs of a comparison into it, and probes their
+features; what is there already stays, so that a long experiment is recorded as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pixcontrast_ext.trainer.comparison import FEWEST_PAIRS, LEVEL, Paired, holm, paired
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PLOTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots", ROOT / "docs"
+PAGES = (DOCS / "experiments.md",)
+BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
+
+MIOU, RARE, ACCURACY = "mIoU", "rare classes", "pixel accuracy"
+PROBED = {
+    "features/recall_at_1": "features: R@1",
+    "features/map_at_r": "features: mAP@R",
+    "features/knn": "features: 20-NN",
+    "features/linear": "features: linear probe",
+}
+"""Columns of the probe's scores that are outcomes, and what to call them."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The runs of an experiment, by arm and seed."""
+
+    name: str
+    arms: dict[str, str]
+    """What each arm is called. The first is what the others are compared with."""
+    split: str
+    """What the scores are of."""
+    runs: dict[tuple[str, int], dict[str, float]]
+    """The columns of each run."""
+    rare: tuple[str, ...] = field(default=())
+    """Classes whose mean IoU is an outcome."""
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, seed in self.runs})
+
+    @property
+    def outcomes(self) -> list[str]:
+        """The primary one, then the secondary ones that all runs have."""
+        columns = set.intersection(*(set(run) for run in self.runs.values()))
+        probed = [name for name in PROBED if name in columns]
+        return [
+            MIOU,
+            *([RARE] if self.rare else []),
+            *([ACCURACY] if "pixel_accuracy" in columns else []),
+            *probed,
+        ]
+
+    def value(self, arm: str, seed: int, outcome: str) -> float:
+        run = self.runs[arm, seed]
+        if outcome == RARE:
+            return float(np.nanmean([run[f"iou/{name}"] for name in self.rare]))
+        return run[{MIOU: "miou", ACCURACY: "pixel_accuracy"}.get(outcome, outcome)]
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """The seeds that an arm and the baseline have."""
+        return [seed for seed in self.seeds if {(arm, seed), (self.baseline, seed)} <= self.runs.keys()]
+
+    def values(self, arm: str, outcome: str) -> np.ndarray:
+        return np.array([self.value(arm, seed, outcome) for seed in self.seeds_of(arm)])
+
+    def differences(self, arm: str, outcome: str) -> np.ndarray:
+        """To the baseline, paired by seed."""
+        seeds = self.seeds_of(arm)
+        return np.array([self.value(arm, s, outcome) - self.value(self.baseline, s, outcome) for s in seeds])
+
+    def compared(self) -> dict[tuple[str, str], tuple[Paired, float]]:
+        """By arm and outcome, the difference and its p by Holm.
+
+        It is over all arms for the mIoU, and over everything else for the rest; the A/A arm, which asks nothing of the
+        contrast, is by itself.
+        """
+        arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
+        found: dict[tuple[str, str], tuple[Paired, float]] = {}
+        groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
+        for group, family in itertools.product(groups, ([MIOU], self.outcomes[1:])):
+            keys = [(arm, outcome) for arm in group for outcome in family]
+            pairs = [paired(self.differences(*key)) for key in keys]
+            corrected = holm([pair.p for pair in pairs])
+            found.update(zip(keys, zip(pairs, corrected, strict=True), strict=True))
+        return found
+
+
+def read(name: str) -> Experiment:
+    """An experiment from its folder in benchmarks/results."""
+    folder = RESULTS / name
+    told = json.loads((folder / "experiment.json").read_text())
+    with (folder / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = {
+        (row["arm"], int(row["seed"])): {
+            column: float(text) for column, text in row.items() if column not in ("arm", "seed") and text
+        }
+        for row in rows
+    }
+    return Experiment(name, told["arms"], told["split"], runs, tuple(told.get("rare", ())))
+
+
+# Tables
+
+
+def markdown(header: list[str], lines: Iterable[list[str]]) -> Iterator[str]:
+    for cells in (header, ["---", *("---:" for _ in header[1:])], *lines):
+        yield f"| {' | '.join(cells)} |"
+
+
+def span(pair: Paired) -> str:
+    """A difference with its interval."""
+    return f"{pair.mean:+.4f} ({pair.low:+.4f} to {pair.high:+.4f})"
+
+
+def verdict(pair: Paired, p: float, seeds: int) -> str:
+    """What a difference may be called."""
+    if seeds < FEWEST_PAIRS:
+        return f"cannot be told from {seeds} seeds"
+    differs = (pair.low > 0 or pair.high < 0) and p < LEVEL
+    return f"**{'higher' if pair.mean > 0 else 'lower'}**" if differs else "no difference shown"
+
+
+def tables(experiment: Experiment) -> Iterator[str]:
+    """Each seed, the primary outcome of each arm, and the secondary outcomes."""
+    arms, baseline = experiment.arms, experiment.baseline
+    compared = experiment.compared()
+    yield from markdown(
+        [f"mIoU on {experiment.split}", *arms.values()],
+        (
+            [
+                f"seed {seed}",
+                *(
+                    f"{experiment.value(arm, seed, MIOU):.4f}" if (arm, seed) in experiment.runs else ""
+                    for arm in arms
+                ),
+            ]
+            for seed in experiment.seeds
+        ),
+    )
+    yield ""
+    header = ["", "seeds", arms[baseline], "this", "difference, 95 % interval", "detectable", "p by Holm", ""]
+    lines = []
+    for (arm, outcome), (pair, p) in compared.items():
+        base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
+        seeds, title = len(base), PROBED.get(outcome, outcome)
+        lines.append(
+            [
+                f"{arms[arm]}: {title}", f"{seeds}", f"{np.mean(base):.4f}",
+                f"{experiment.values(arm, outcome).mean():.4f}", span(pair), f"{pair.detectable:.4f}", f"{p:.3f}",
+                verdict(pair, p, seeds),
+            ]
+        )  # fmt: skip
+    yield from markdown(header, lines)
+    costs = list(cost_lines(experiment))
+    if costs:
+        yield ""
+        yield from markdown(["", *arms.values()], costs)
+
+
+def cost_lines(experiment: Experiment) -> Iterator[list[str]]:
+    """What a step takes, and the memory: medians over the runs, and what they are over the baseline."""
+    for column, title, scale in (
+        ("seconds_per_step", "ms a step", 1e3),
+        ("memory_mib", "peak memory, MiB", 1.0),
+    ):
+        found = {
+            arm: [
+                run[column] * scale for (of, _), run in experiment.runs.items() if of == arm and column in run
+            ]
+            for arm in experiment.arms
+        }
+        if all(found.values()):
+            medians = {arm: float(np.median(values)) for arm, values in found.items()}
+            base = medians[experiment.baseline]
+            yield [title, *(f"{median:,.0f} ({median / base:.2f}x)" for median in medians.values())]
+
+
+def draw(experiment: Experiment, path: Path) -> None:
+    """Left, the mIoU of each seed's runs joined by a line; right, the differences of all outcomes, with intervals."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    runs, differences = figure.subplots(1, 2, width_ratios=(2, 3))
+    arms = list(experiment.arms)
+    for seed in experiment.seeds:
+        places = [place for place, arm in enumerate(arms) if (arm, seed) in experiment.runs]
+        values = [experiment.value(arms[place], seed, MIOU) for place in places]
+        runs.plot(places, values, "o-", color="0.6", markersize=4, linewidth=1)
+    for place, arm in enumerate(arms):
+        mean = np.mean([experiment.value(arm, s, MIOU) for of, s in experiment.runs if of == arm])
+        runs.plot([place - 0.15, place + 0.15], [mean, mean], color="C3", linewidth=3)
+    runs.set_xticks(range(len(arms)), list(experiment.arms.values()))
+    runs.set(title=f"mIoU on {experiment.split}: a line a seed, bars the means", xlim=(-0.4, len(arms) - 0.6))
+    compared = experiment.compared()
+    for number, arm in enumerate(arms[1:]):
+        outcomes = [outcome for of, outcome in compared if of == arm]
+        for place, outcome in enumerate(outcomes):
+            pair = compared[arm, outcome][0]
+            height = -place - 0.25 * number
+            half = 0.0 if math.isnan(pair.low) else pair.high - pair.mean
+            label = experiment.arms[arm] if place == 0 else None
+            differences.errorbar(
+                pair.mean, height, xerr=half, fmt="s", color=f"C{number}", capsize=5, label=label
+            )
+    names = [PROBED.get(outcome, outcome) for outcome in experiment.outcomes]
+    differences.set_yticks([-place for place in range(len(names))], names)
+    differences.axvline(0, color="black", linewidth=0.8)
+    differences.set(title=f"difference to {experiment.arms[arms[0]]}, mean and 95 % interval")
+    differences.legend(loc="lower right")
+    for axes in (runs, differences):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+# Recording
+
+
+def run_columns(run: Path, split: str) -> dict[str, float] | None:
+    """The scores of a run's folder; None if it is not finished, or not yet scored on the split."""
+    from pixcontrast_ext.trainer.compare import read_finished
+    from pixcontrast_ext.trainer.config import load_config
+    from pixcontrast_ext.trainer.data import dataset_spec
+    from pixcontrast_ext.trainer.probe import ProbeConfig, probe
+
+    config = replace(load_config(run / "config.json"), out=run)
+    result = read_finished(config, split)
+    if result is None:
+        return None
+    columns = {"steps": float(config.last_step), "miou": result.miou, "pixel_accuracy": result.pixel_accuracy}
+    columns |= {f"iou/{name}": result.class_iou[name] for name in dataset_spec(config.data.dataset).classes}
+    columns |= {"seconds_per_step": result.seconds_per_step, "memory_mib": result.memory_mib}
+    (scores,) = probe([run], ProbeConfig(split=split)).values()
+    for kind, found in scores.scores.items():
+        columns |= {
+            f"{kind}/{measure}": value for measure, value in vars(found).items() if isinstance(value, float)
+        }
+    return columns
+
+
+def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
+    """Take the finished runs of a comparison into an experiment, if it does not have them; returns which were new.
+
+    Raises FileNotFoundError if the folder holds no run of these arms.
+    """
+    target = RESULTS / name / "runs.csv"
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    if target.exists():
+        with target.open(newline="") as file:
+            rows = {(row["arm"], int(row["seed"])): row for row in csv.DictReader(file)}
+    added, seen = [], 0
+    for arm in arms:
+        for run in sorted(folder.glob(f"{arm}-seed*/")):
+            seen += 1
+            seed = int(run.name.removeprefix(f"{arm}-seed"))
+            if (arm, seed) in rows or (found := run_columns(run, split)) is None:
+                continue
+            rows[arm, seed] = {
+                "arm": arm,
+                "seed": seed,
+                **{key: f"{value:.6g}" for key, value in found.items()},
+            }
+            added.append(run.name)
+    if not seen:
+        raise FileNotFoundError(f"{folder} has no run of the arms {', '.join(arms)}")
+    write_rows(target, [rows[key] for key in sorted(rows)])
+    return added
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.getvalue())
+
+
+# The pages
+
+
+def recorded() -> list[str]:
+    return sorted(
+        path.parent.name for path in RESULTS.glob("*/experiment.json") if (path.parent / "runs.csv").exists()
+    )
+
+
+def with_tables(page: str) -> str:
+    """A page with the tables of the experiments that it names."""
+    for name in recorded():
+        begin = BEGIN.format(name)
+        before, found, rest = page.partition(begin)
+        if found:
+            _, _, after = rest.partition(END)
+            page = "\n".join([before + begin, "", *tables(read(name)), "", END]) + after
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    adding = commands.add_parser("add", help="record finished runs")
+    adding.add_argument(
+        "name", help="of the experiment, which benchmarks/results/NAME/experiment.json describes"
+    )
+    adding.add_argument("folder", type=Path, help="of a comparison's runs")
+    given = parser.parse_args()
+    if given.command == "add":
+        told = json.loads((RESULTS / given.name / "experiment.json").read_text())
+        for run in add(given.name, given.folder, told["split"], told["arms"]):
+            print(f"added: {run}")
+    for path in PAGES:
+        path.write_text(with_tables(path.read_text()))
+    for name in recorded():
+        draw(read(name), PLOTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

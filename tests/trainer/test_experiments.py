@@ -1,0 +1,123 @@
+"""The tables of docs/experiments.md are those of the recorded runs, and recording takes each run once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from benchmarks import experiments
+from benchmarks.experiments import ACCURACY, MIOU, RARE, Experiment, add, read, recorded, tables, verdict
+from pixcontrast_ext.trainer.compare import CompareConfig, compare
+from pixcontrast_ext.trainer.comparison import holm, paired
+
+
+def test_pages_hold_the_tables_of_the_recorded_runs():
+    for path in experiments.PAGES:
+        page = path.read_text()
+        assert experiments.with_tables(page) == page, f"{path.name}: run python -m benchmarks.experiments"
+
+
+def test_every_recorded_experiment_has_its_table_and_its_picture():
+    pages = "".join(path.read_text() for path in experiments.PAGES)
+    assert len(recorded()) >= 3
+    for name in recorded():
+        assert experiments.BEGIN.format(name) in pages
+        assert (experiments.PLOTS / f"{name}.png").exists()
+
+
+@pytest.fixture
+def experiment():
+    """Twelve seeds of two arms and six of an A/A arm; the contrast is better in rare classes, and worse in accuracy."""
+    rng, runs = np.random.default_rng(0), {}
+    for seed in range(12):
+        base = 0.4 + 0.05 * rng.standard_normal()
+        for arm in ("off", "contrast", *(["aa"] if seed < 6 else [])):
+            noise, gains = 0.01 * rng.standard_normal(4), arm == "contrast"
+            runs[arm, seed] = {
+                "miou": base + noise[0],
+                "pixel_accuracy": 0.8 + noise[1] - 0.05 * gains,
+                "iou/pole": 0.1 + noise[2] + 0.05 * gains,
+                "iou/sign": 0.2 + noise[3] + 0.05 * gains,
+                "features/linear": 0.5 + noise[0],
+                "seconds_per_step": 0.5 + 0.1 * gains,
+            }
+    arms = {"off": "cross-entropy", "contrast": "contrast", "aa": "A/A"}
+    return Experiment("toy", arms, "test", runs, ("pole", "sign"))
+
+
+def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
+    assert experiment.outcomes == [MIOU, RARE, ACCURACY, "features/linear"]
+    assert experiment.seeds_of("aa") == list(range(6))
+    compared = experiment.compared()
+    for arm, column in (("contrast", "miou"), ("aa", "miou")):
+        pair = compared[arm, MIOU][0]
+        one, other = (
+            [experiment.runs[of, seed][column] for seed in experiment.seeds_of(arm)] for of in (arm, "off")
+        )
+        expected = ttest_rel(one, other).confidence_interval(0.95)
+        assert pair.mean == pytest.approx(np.mean(np.subtract(one, other)))
+        assert (pair.low, pair.high) == pytest.approx((expected.low, expected.high))
+    gain = np.mean([experiment.differences("contrast", f"iou/{name}").mean() for name in ("pole", "sign")])
+    assert compared["contrast", RARE][0].mean == pytest.approx(gain)
+
+
+def test_holm_counts_the_questions_of_an_arm_and_the_control_is_none(experiment):
+    compared = experiment.compared()
+    for arm in ("contrast", "aa"):
+        secondary = [RARE, ACCURACY, "features/linear"]
+        raw = [paired(experiment.differences(arm, outcome)).p for outcome in secondary]
+        assert [compared[arm, outcome][1] for outcome in secondary] == holm(raw)
+        assert compared[arm, MIOU][1] == compared[arm, MIOU][0].p
+
+
+def test_tables_say_what_is_shown_and_what_is_not(experiment):
+    text = "\n".join(tables(experiment))
+    assert "| seed 11 | " in text
+    assert "contrast: rare classes | 12 | " in text
+    (rare,) = [line for line in text.splitlines() if line.startswith("| contrast: rare classes")]
+    (accuracy,) = [line for line in text.splitlines() if line.startswith("| contrast: pixel accuracy")]
+    (miou,) = [line for line in text.splitlines() if line.startswith("| contrast: mIoU")]
+    assert rare.endswith("| **higher** |")
+    assert accuracy.endswith("| **lower** |")
+    assert miou.endswith("| no difference shown |")
+    assert "| ms a step | 500 (1.00x) | 600 (1.20x) | 500 (1.00x) |" in text
+    few = paired(np.full(5, 0.1) + 1e-3 * np.arange(5))
+    assert verdict(few, few.p, 5) == "cannot be told from 5 seeds"
+
+
+def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    run = tiny("compared", steps=2, log_every=1)
+    config = CompareConfig(seeds=(3,), methods=("off", "bank"), split="val", run=run)
+    compare(config)
+    arms = {"off": "without", "bank": "with"}
+    assert add("toy", run.out, "val", arms) == ["off-seed3", "bank-seed3"]
+    assert add("toy", run.out, "val", arms) == []
+    (tmp_path / "results" / "toy" / "experiment.json").write_text(json.dumps({"arms": arms, "split": "val"}))
+    written = json.loads((run.out / "compare.json").read_text())["arms"]
+    found = read("toy")
+    for arm in arms:
+        assert found.runs[arm, 3]["miou"] == pytest.approx(written[arm]["miou"][0], rel=1e-5)
+        assert found.runs[arm, 3]["iou/disc"] == pytest.approx(
+            written[arm]["class_iou"][0]["disc"], rel=1e-5, nan_ok=True
+        )
+        assert 0 <= found.runs[arm, 3]["features/linear"] <= 1
+    # Another seed, of which one arm is not at its end.
+    compare(replace(config, seeds=(3, 4)), resume=True)
+    for checkpoint in (run.out / "bank-seed4" / "checkpoints").glob("*.pt"):
+        checkpoint.unlink()
+    assert add("toy", run.out, "val", arms) == ["off-seed4"]
+    with (tmp_path / "results" / "toy" / "runs.csv").open() as file:
+        assert [(row["arm"], row["seed"]) for row in csv.DictReader(file)] == [
+            ("bank", "3"),
+            ("off", "3"),
+            ("off", "4"),
+        ]
+    assert add("toy", run.out, "test", {"off": "without"}) == []  # none has been scored on it
+    with pytest.raises(FileNotFoundError, match="has no run of the arms other"):
+        add("toy", run.out, "val", {"other": "other"})
