@@ -203,6 +203,9 @@ def rare_classes(run: TrainConfig) -> tuple[str, ...]:
 
 def finish_all(runs: list[TrainConfig], split: str, jobs: int) -> list[Result]:
     """Train what is not finished, `jobs` at a time, and read the results."""
+    finished = [found for run in runs if (found := read_finished(run, split)) is not None]
+    if len(finished) == len(runs):
+        return finished
     if jobs == 1:
         return [finish(run, split) for run in runs]
     threads = max(1, (os.cpu_count() or 1) // jobs)

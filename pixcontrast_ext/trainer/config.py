@@ -217,7 +217,7 @@ class TrainConfig:
     """End after this step of the schedule, for other runs to branch from."""
     branch_from: Path | None = None
     """Checkpoint or folder of a run to go on from at its step, with its weights and its optimiser's state; a head that
-    it lacks is new, and the bank is empty."""
+    it lacks is new, and the bank is empty. Its steps count for the warm-up."""
     amp: Literal["off", "bf16"] = "off"
     """Mixed precision of the model."""
     compile: bool = False

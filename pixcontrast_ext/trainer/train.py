@@ -276,6 +276,10 @@ class _Run:
             self.start = branch(
                 self.model, self.optimizer, read_start(config.branch_from), config.branch_from
             )
+            if isinstance(
+                self.criterion, PixelContrastCrossEntropyLoss
+            ):  # whose warm-up is over as without a branch
+                self.criterion.contrast.step.fill_(min(self.start, config.loss.warmup_steps))
         batches = StepBatches(
             len(self.train_set),  # type: ignore[arg-type]
             config.batch_size,
