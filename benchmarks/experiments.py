@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.comparison import FEWEST_PAIRS, LEVEL, Paired, holm, paired
+from pixcontrast_ext.trainer.comparison import Paired, holm, is_shown, paired
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots", ROOT / "docs"
@@ -101,7 +101,7 @@ class Experiment:
         groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
         for group, family in itertools.product(groups, ([MIOU], self.outcomes[1:])):
             keys = [(arm, outcome) for arm in group for outcome in family]
-            pairs = [paired(self.differences(*key)) for key in keys]
+            pairs = [paired(self.differences(*key), len(keys)) for key in keys]
             corrected = holm([pair.p for pair in pairs])
             found.update(zip(keys, zip(pairs, corrected, strict=True), strict=True))
         return found
@@ -135,12 +135,11 @@ def span(pair: Paired) -> str:
     return f"{pair.mean:+.4f} ({pair.low:+.4f} to {pair.high:+.4f})"
 
 
-def verdict(pair: Paired, p: float, seeds: int) -> str:
-    """What a difference may be called."""
-    if seeds < FEWEST_PAIRS:
-        return f"cannot be told from {seeds} seeds"
-    differs = (pair.low > 0 or pair.high < 0) and p < LEVEL
-    return f"**{'higher' if pair.mean > 0 else 'lower'}**" if differs else "no difference shown"
+def verdict(pair: Paired, p: float) -> str:
+    """What a difference may be called, `p` being by Holm."""
+    if math.isnan(pair.detectable):
+        return f"cannot be told from {pair.pairs} seeds"
+    return f"**{'higher' if pair.mean > 0 else 'lower'}**" if is_shown(pair, p) else "no difference shown"
 
 
 def tables(experiment: Experiment) -> Iterator[str]:
@@ -165,14 +164,11 @@ def tables(experiment: Experiment) -> Iterator[str]:
     lines = []
     for (arm, outcome), (pair, p) in compared.items():
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
-        seeds, title = len(base), PROBED.get(outcome, outcome)
-        lines.append(
-            [
-                f"{arms[arm]}: {title}", f"{seeds}", f"{np.mean(base):.4f}",
-                f"{experiment.values(arm, outcome).mean():.4f}", span(pair), f"{pair.detectable:.4f}", f"{p:.3f}",
-                verdict(pair, p, seeds),
-            ]
-        )  # fmt: skip
+        title = PROBED.get(outcome, outcome)
+        detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
+        means = (f"{np.mean(base):.4f}", f"{experiment.values(arm, outcome).mean():.4f}")
+        numbers = (f"{pair.pairs}", *means, span(pair), detectable, f"{p:.3f}")
+        lines.append([f"{arms[arm]}: {title}", *numbers, verdict(pair, p)])
     yield from markdown(header, lines)
     costs = list(cost_lines(experiment))
     if costs:

@@ -257,7 +257,7 @@ def run_compare(args: Sequence[str]) -> None:
                 options += [word for text in value for word in (flag, text)]
             elif not isinstance(value, list):
                 options += [flag, str(value)]
-            elif value:
+            else:
                 options += [flag, *map(str, value)]
     if options:
         command = parse_flags(CompareCommand, [*options, *args], prog=_prog("compare"))

@@ -7,19 +7,23 @@ far to trust it.
 
 from __future__ import annotations
 
+import ctypes
+import json
 import multiprocessing
 import os
 import shlex
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
 
+from pixcontrast_ext.trainer.balance import read_weights
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore, step_of
 from pixcontrast_ext.trainer.comparison import Comparison, draw_comparison, name_of, record
 from pixcontrast_ext.trainer.config import TrainConfig, flags_of, flatten, load_config, parse_flags
@@ -76,10 +80,10 @@ class CompareConfig:
             name, _, flags = text.partition(" ")
             if not name or not all(letter.isalnum() or letter in "-_." for letter in name) or name[0] in "-.":
                 raise ValueError(f"--arm is called {name!r}, must be of letters, digits, '-', '_' and '.'")
-            if name in found:
+            if name in found or (name == "start" and self.shared_steps):
                 raise ValueError(f"there are two arms called {name!r}")
             found[name] = shlex.split(flags)
-            for flag in ("--seed", "--out", "--steps"):
+            for flag in ("--seed", "--out", "--steps", "--stop-after", "--branch-from"):
                 if any(each == flag or each.startswith(f"{flag}=") for each in found[name]):
                     raise ValueError(f"--arm {name} has {flag}, which all arms have in common")
         return found
@@ -102,10 +106,24 @@ class CompareConfig:
         if self.jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(f"--jobs is {self.jobs}: under torchrun runs come one after the other")
         self.run.validate()
-        if not 0 <= self.shared_steps < self.run.steps:
+        if not 0 <= self.shared_steps < self.run.last_step:
             raise ValueError(
-                f"--shared-steps is {self.shared_steps}, must be from 0 to below --steps {self.run.steps}"
+                f"--shared-steps is {self.shared_steps}, must be from 0 to below the last step {self.run.last_step}"
             )
+        if self.run.branch_from is not None:
+            raise ValueError(
+                f"--branch-from is {self.run.branch_from}: a comparison shares steps by --shared-steps"
+            )
+        for (arm, _), run in self.runs().items():
+            common, own = (flatten(each) for each in (self.run, run))
+            for name in ("batch_size", *(each.name for each in fields(self.run.data))):
+                if own[name] != common[name]:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(
+                        f"--arm {arm} has {flag} {own[name]!r}, but all arms train on the same: {common[name]!r}"
+                    )
+            if run.loss.class_weights not in ("off", "auto"):
+                read_weights(Path(run.loss.class_weights), spec.classes)
 
     def runs(self) -> dict[tuple[str, int], TrainConfig]:
         """The training run of each arm and seed, seed by seed, in a folder of its own."""
@@ -140,13 +158,20 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
 
     Args:
         config: what to compare.
-        resume: go on where an earlier comparison was cut off, or add seeds and arms to it: runs that it finished are
-            not repeated.
+        resume: go on where an earlier comparison was cut off, or add seeds and arms to it: what it has stays, and runs
+            that it finished are not repeated.
 
     Raises:
         ValueError: an option is out of range, or `resume` finds a run that was trained with other options.
-        FileExistsError: the folder holds one of the runs already and `resume` is not set.
+        FileExistsError: the folder holds a comparison or a run already and `resume` is not set.
     """
+    saved = config.run.out / "config.json"
+    if saved.exists():
+        if not resume:
+            raise FileExistsError(
+                f"{config.run.out} holds a comparison or a run already: --resume or choose another --out"
+            )
+        config = _with_saved(config, json.loads(saved.read_text()))
     config.validate()
     runs, starts = config.runs(), config.starts()
     for run in (*starts.values(), *runs.values()):
@@ -170,6 +195,19 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
         if ranks.is_first:
             _leave(config, comparison, ranks.device)
     return comparison
+
+
+def _with_saved(config: CompareConfig, saved: dict[str, Any]) -> CompareConfig:
+    """A comparison with the seeds and arms that it had, and those of `config` after them."""
+    if "_seeds" not in saved:
+        raise FileExistsError(f"{config.run.out} holds a run that is no comparison: choose another --out")
+    arms = {text.partition(" ")[0]: text for text in (*saved["_arm"], *config.arm)}
+    return replace(
+        config,
+        seeds=tuple(dict.fromkeys((*saved["_seeds"], *config.seeds))),
+        methods=tuple(dict.fromkeys((*saved["_methods"], *config.methods))),
+        arm=tuple(arms.values()),
+    )
 
 
 COMPARE_OPTIONS = ("seeds", "methods", "arm", "split", "jobs", "shared_steps", "rare")
@@ -212,7 +250,9 @@ def finish_all(runs: list[TrainConfig], split: str, jobs: int) -> list[Result]:
     # Not a fork: torch's threads do not survive one.
     with (
         _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"),
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        ) as pool,
     ):
         waiting = [pool.submit(finish, run, split) for run in runs]
         try:
@@ -220,6 +260,13 @@ def finish_all(runs: list[TrainConfig], split: str, jobs: int) -> list[Result]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # what runs goes on, and --resume finds it
             raise
+
+
+def _end_with(parent: int) -> None:
+    """Make this process end with its parent, so that nothing trains on in a folder that --resume may take up."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 @contextmanager
@@ -292,5 +339,7 @@ def _require_same_options(run: TrainConfig) -> None:
         for name in now
         if name not in _HARMLESS and before[name] != now[name]
     ]
+    if (before["branch_from"] is None) != (now["branch_from"] is None):
+        changed.append("--shared-steps" if now["branch_from"] is None else "no --shared-steps")
     if changed:
         raise ValueError(f"{run.out} was trained with {'; '.join(changed)}: choose another --out")

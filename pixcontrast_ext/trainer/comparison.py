@@ -1,9 +1,9 @@
 """What a comparison shows: paired differences, how sure they are, and what it could have shown at all.
 
 The difference of the mIoU is the outcome; rare classes and pixel accuracy are secondary. A difference is only called
-one if Student's t and an exact test, which assumes nothing but that the signs of paired differences are as likely
-either way, both say so, after Holm's correction for the number of questions asked. Six pairs are the fewest for which
-the exact test can say that at all: of 2^6 signs, all alike have a chance of 2/64.
+one if Student's t and a test of signs, which assumes nothing but that the signs of paired differences are as likely
+either way, both say so, the latter after Holm's correction for the number of questions asked. Of one question six pairs
+are the fewest for which that can be: of 2^6 signs, all alike have a chance of 2/64. Of more it takes more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ NAMES: dict[str, str] = {
 """What to call the arms that `--methods` names; others have their own name."""
 
 LEVEL = 0.05
-FEWEST_PAIRS = 6
+POWER = 0.8
 PRIMARY, SECONDARY = "mIoU", ("rare classes", "pixel accuracy")
 
 
@@ -47,9 +48,12 @@ class Paired(Interval):
     """A paired difference."""
 
     detectable: float
-    """The smallest true difference that so many pairs of this spread find four times in five; NaN for one pair."""
+    """The smallest true difference that so many pairs of this spread find four times in five, among as many questions;
+    NaN if so few cannot find any."""
     p: float
-    """Of the exact test of signs, two-sided; NaN for one pair."""
+    """Of the test of signs, two-sided; NaN for one pair."""
+    pairs: int
+    """How many there are. One with a NaN is none."""
 
 
 @dataclass(frozen=True)
@@ -82,28 +86,40 @@ class Comparison:
         rows = [[result.class_iou[name] for name in self.rare] for result in self.results[arm]]
         return np.array([np.nanmean(row) if np.isfinite(row).any() else math.nan for row in rows])
 
-    def difference(self, arm: str, outcome: str = PRIMARY) -> Paired:
-        """An outcome over that of the baseline, paired by seed."""
-        return paired(self.values(arm, outcome) - self.values(self.baseline, outcome))
+    def families(self) -> list[list[tuple[str, str]]]:
+        """The questions (arm, outcome) that Holm's correction takes together.
 
-    def corrected(self) -> dict[tuple[str, str], float]:
-        """P by (arm, outcome), by Holm: over all arms for the primary outcome, over all else for the secondary ones.
-
-        The A/A arm, which asks nothing of the contrast, is by itself.
+        All arms' primary outcomes, and all else. The A/A arm, which asks nothing of the contrast, is by itself.
         """
         arms = list(self.results)[1:]
-        found: dict[tuple[str, str], float] = {}
         groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
-        for group, family in itertools.product(groups, ((PRIMARY,), self.outcomes[1:])):
-            keys = [(arm, outcome) for arm in group for outcome in family]
-            found.update(zip(keys, holm([self.difference(*key).p for key in keys]), strict=True))
+        outcomes = ((PRIMARY,), self.outcomes[1:])
+        found = [
+            [(arm, outcome) for arm in group for outcome in of_family]
+            for group, of_family in itertools.product(groups, outcomes)
+        ]
+        return [family for family in found if family]
+
+    def questions(self, arm: str, outcome: str = PRIMARY) -> int:
+        """How many there are in the family of this one."""
+        return next((len(family) for family in self.families() if (arm, outcome) in family), 1)
+
+    def difference(self, arm: str, outcome: str = PRIMARY) -> Paired:
+        """An outcome over that of the baseline, paired by seed."""
+        differences = self.values(arm, outcome) - self.values(self.baseline, outcome)
+        return paired(differences, self.questions(arm, outcome))
+
+    def corrected(self) -> dict[tuple[str, str], float]:
+        """P by (arm, outcome), by Holm over its family."""
+        found: dict[tuple[str, str], float] = {}
+        for family in self.families():
+            found.update(zip(family, holm([self.difference(*key).p for key in family]), strict=True))
         return found
 
     def differs(self, arm: str, outcome: str = PRIMARY) -> bool:
         """Whether the comparison shows a difference to the baseline."""
         difference = self.difference(arm, outcome)
-        outside = difference.low > 0 or difference.high < 0
-        return len(self.seeds) >= FEWEST_PAIRS and outside and self.corrected()[arm, outcome] < LEVEL
+        return is_shown(difference, self.corrected()[arm, outcome])
 
     def seconds(self, arm: str) -> float:
         """Median over the seeds of the seconds that a step takes."""
@@ -125,25 +141,66 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def paired(differences: np.ndarray) -> Paired:
-    """A mean of paired differences, and what these can show."""
-    from scipy.stats import permutation_test, t
+def is_shown(difference: Paired, corrected: float) -> bool:
+    """Whether a difference may be called one, `corrected` being its p by Holm."""
+    return (difference.low > 0 or difference.high < 0) and corrected < LEVEL
 
-    found, count = interval(differences), len(differences)
+
+def fewest_pairs(questions: int) -> int:
+    """The fewest pairs for which a test of signs, all of which are alike, can answer one of so many questions."""
+    return math.floor(math.log2(questions / LEVEL)) + 2
+
+
+def paired(differences: np.ndarray, questions: int = 1) -> Paired:
+    """A mean of paired differences, and what these can show where so many questions are asked. NaNs are left out."""
+    from scipy.stats import permutation_test
+
+    differences = differences[~np.isnan(differences)]
+    count = len(differences)
+    if count == 0:
+        return Paired(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+    found = interval(differences)
     if count < 2:
-        return Paired(found.mean, found.low, found.high, math.nan, math.nan)
-    error = float(np.std(differences, ddof=1) / math.sqrt(count))
-    detectable = float(t.ppf(1 - LEVEL / 2, count - 1) + t.ppf(0.8, count - 1)) * error
+        return Paired(found.mean, found.low, found.high, math.nan, math.nan, count)
+    detectable = float(np.std(differences, ddof=1)) * _detectable(count, questions)
     # All 2^n choices of signs, or of more than 13 pairs some thousands of them, always the same.
     test = permutation_test(
         (differences,),
         np.mean,
         permutation_type="samples",
         n_resamples=9999,
-        vectorized=False,
+        vectorized=True,
         random_state=0,
     )
-    return Paired(found.mean, found.low, found.high, detectable, float(test.pvalue))
+    return Paired(found.mean, found.low, found.high, detectable, float(test.pvalue), count)
+
+
+@lru_cache(maxsize=64)
+def _detectable(pairs: int, questions: int) -> float:
+    """The difference, in standard deviations of a pair, that `is_shown` finds with `POWER`, of normal differences.
+
+    The other questions of the family are taken to have no answer. By trial for so few pairs that the test of signs is
+    coarse; with more it finds what Student's t does.
+    """
+    from scipy.stats import t
+
+    if pairs < fewest_pairs(questions):
+        return math.nan
+    if pairs > 13:
+        half = t.ppf(1 - LEVEL / (2 * questions), pairs - 1)
+        return float(half + t.ppf(POWER, pairs - 1)) / math.sqrt(pairs)
+    noise = np.random.default_rng(0).standard_normal((1000, pairs))
+    signs = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=pairs - 1)])
+    sums, shifts = noise @ signs.T, signs.sum(1)
+    critical = t.ppf(1 - LEVEL / 2, pairs - 1) * np.std(noise, axis=1, ddof=1) * math.sqrt(pairs)
+    low, high = 0.0, 20.0
+    while high - low > 1e-3:
+        effect = (low + high) / 2
+        shifted = np.abs(sums + effect * shifts)  # column 0 is of the signs as they are
+        p = (shifted >= shifted[:, :1] * (1 - 1e-12)).mean(1)
+        found = (shifted[:, 0] > critical) & (p * questions < LEVEL)
+        low, high = (low, effect) if found.mean() >= POWER else (effect, high)
+    return high
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -164,12 +221,13 @@ def record(comparison: Comparison) -> dict[str, object]:
     """A comparison as plain values."""
     corrected, arms = comparison.corrected(), {}
     for arm, results in comparison.results.items():
-        differences = {}
+        differences: dict[str, object] = {}
         for outcome in comparison.outcomes if arm != comparison.baseline else ():
             found = comparison.difference(arm, outcome)
             differences[outcome] = {
                 "mean": found.mean,
                 "interval_95": [found.low, found.high],
+                "pairs": found.pairs,
                 "detectable": found.detectable,
                 "p": found.p,
                 "p_holm": corrected[arm, outcome],
@@ -236,24 +294,27 @@ def findings(comparison: Comparison) -> list[str]:
         return []
     if seeds == 1:
         return ["One seed: how far its difference is to be trusted cannot be told."]
-    if seeds < FEWEST_PAIRS:
-        return [
-            f"{seeds} seeds cannot show a difference, whatever the intervals say: an exact test of signs needs "
-            f"{FEWEST_PAIRS}. --resume with more --seeds adds to this comparison."
-        ]
     lines, base = [], name_of(comparison.baseline)
+    for family in comparison.families():
+        if seeds < (fewest := fewest_pairs(len(family))) and family[0][0] != "aa":
+            of = "the mIoU" if family[0][1] == PRIMARY else "the secondary outcomes"
+            lines.append(
+                f"{seeds} seeds cannot show a difference in {of}, whatever the intervals say: for {len(family)} at "
+                f"once a test of signs needs {fewest}. --resume with more --seeds adds to this comparison."
+            )
     for arm in arms:
         for outcome in comparison.outcomes:
             found = comparison.difference(arm, outcome)
             if comparison.differs(arm, outcome):
                 way = "higher" if found.mean > 0 else "lower"
                 lines.append(f"{name_of(arm)}: {outcome} {way} than {base} by {abs(found.mean):.4f}.")
-            elif outcome == PRIMARY:
+            elif outcome == PRIMARY and not math.isnan(found.detectable):
                 lines.append(
                     f"{name_of(arm)}: no difference in {outcome} is shown; one of {found.detectable:.4f} would have "
                     "been found four times in five."
                 )
-    if "aa" in arms and any(comparison.differs("aa", outcome) for outcome in comparison.outcomes):
+    is_control = comparison.baseline == "off" and "aa" in arms
+    if is_control and any(comparison.differs("aa", outcome) for outcome in comparison.outcomes):
         lines.append("The A/A arm differs, which trains the same loss: nothing here is to be trusted.")
     return lines
 

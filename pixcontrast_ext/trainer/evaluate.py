@@ -44,9 +44,12 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> T
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class, [C] float64; NaN for one that neither truth nor prediction has."""
-    hits = confusion.diagonal().double()
-    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    """Intersection over union of each class, [C] float64, from `confusion_matrix`; NaN for one that the truth lacks.
+
+    So the mean is over the same classes whatever is predicted.
+    """
+    hits, truth = confusion.diagonal().double(), confusion.sum(1)
+    return torch.where(truth > 0, hits / (confusion.sum(0) + truth - hits), torch.nan)
 
 
 def evaluate(

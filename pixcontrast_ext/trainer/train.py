@@ -276,9 +276,12 @@ class _Run:
             self.start = branch(
                 self.model, self.optimizer, read_start(config.branch_from), config.branch_from
             )
-            if isinstance(
-                self.criterion, PixelContrastCrossEntropyLoss
-            ):  # whose warm-up is over as without a branch
+            if self.start >= config.last_step:
+                raise ValueError(
+                    f"--branch-from {config.branch_from} is of step {self.start}, the run ends at {config.last_step}"
+                )
+            # The warm-up is over when it would be without a branch.
+            if isinstance(self.criterion, PixelContrastCrossEntropyLoss):
                 self.criterion.contrast.step.fill_(min(self.start, config.loss.warmup_steps))
         batches = StepBatches(
             len(self.train_set),  # type: ignore[arg-type]
@@ -446,6 +449,7 @@ class _Run:
             align_corners=self.config.net.align_corners,
         )
         ratio, cosine = compare_gradients(loss - entropy, entropy, self.shared.take())
+        self.shared.records = False  # an evaluation now would leave its features there
         found = {**found, "gradient_ratio": ratio, "gradient_cosine": cosine}
         columns: dict[str, Tensor] = {}
         for name, value in found.items():

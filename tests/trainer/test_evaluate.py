@@ -34,6 +34,12 @@ def test_iou_of_a_worked_example():
     iou = class_iou(confusion)
     assert iou[:3].tolist() == pytest.approx([1 / 4, 2 / 4, 0 / 1])
     assert iou[3].isnan()
+    # A class that the truth lacks has no IoU, whether it is predicted somewhere or not.
+    missed = confusion_matrix(
+        labels, torch.where(predictions == 2, 3, predictions).clone().index_fill_(1, torch.tensor([3]), 3), 4
+    )
+    assert missed[:, 3].sum() > 0
+    assert class_iou(missed)[3].isnan()
 
 
 def test_iou_is_that_of_torchmetrics():

@@ -87,7 +87,7 @@ def test_tables_say_what_is_shown_and_what_is_not(experiment):
     assert miou.endswith("| no difference shown |")
     assert "| ms a step | 500 (1.00x) | 600 (1.20x) | 500 (1.00x) |" in text
     few = paired(np.full(5, 0.1) + 1e-3 * np.arange(5))
-    assert verdict(few, few.p, 5) == "cannot be told from 5 seeds"
+    assert verdict(few, few.p) == "cannot be told from 5 seeds"
 
 
 def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):
