@@ -82,7 +82,7 @@ def of_rows(
     labels: Tensor,  # [A] int32, -1 in padding
     loss: PixelContrastLoss,
 ) -> dict[str, Tensor]:
-    """Cosines, what the loss would be at chance, at these cosines and at best, and the number of keys of each class."""
+    """Cosines, the loss at chance, at these cosines and for points, and the number of keys of each class."""
     rows, some_class, bank = _unit(rows), labels.clamp(min=0).long(), loss.bank
     if bank is None:  # the anchors themselves, each without itself
         of_class, itself = _count(labels, loss.num_classes), 1
@@ -140,7 +140,7 @@ def of_bank(bank: MemoryBank, labels: Tensor) -> dict[str, Tensor]:
     """How full each class's rings are, and how much of them this batch [B, H, W] replaces."""
     images, classes = labels.shape[0], bank.num_classes
     first = torch.arange(images, device=labels.device)[:, None, None] * classes
-    valid = (labels >= 0) & (labels < classes)
+    valid = (labels >= 0) & (labels < classes) & (labels != bank.ignore_index)
     pixels = _count(torch.where(valid, first + labels, -1), images * classes).view(images, classes)
     found = {}
     for name, slots, fill, added in (

@@ -344,7 +344,8 @@ class PixelContrastLoss(nn.Module):
         - "contrast": the loss, before `weight`.
         - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it.
         - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
-        - "floor": the loss if each class were a point, and all as far from each other as can be.
+        - "floor": the loss if each class were a point, and all were equally far from each other: the least that
+          there is where classes have equally many anchors.
         - "positive_cosine", "negative_cosine": the mean over the anchors of their mean cosine to positives, negatives.
         - "anchors", "contrasted": how many anchors, and how many of them have a positive and a negative.
         - "hard_share": the share of anchors that are mispredicted, or `hard`; NaN with anchors="random".

@@ -149,6 +149,15 @@ def test_pixels_that_this_batch_adds():
     assert found["pixel_turnover_of"].tolist() == pytest.approx([6 / 8, 2 / 8, 0, 0])
 
 
+def test_an_ignored_class_replaces_nothing():
+    bank = bank_of(CLASSES, region_slots=4, pixel_slots=8, pixels_per_image=3, ignore_index=0)
+    loss = pc.PixelContrastLoss(CLASSES, bank=bank, ignore_index=0)
+    labels = torch.arange(4).repeat(4).view(1, 4, 4)
+    found = loss.diagnostics(torch.randn(1, 12, 4, 4), labels, labels)
+    assert found["region_turnover_of"].tolist() == pytest.approx([0, 1 / 4, 1 / 4, 1 / 4])
+    assert found["pixel_turnover_of"].tolist() == pytest.approx([0, 3 / 8, 3 / 8, 3 / 8])
+
+
 def test_random_anchors_do_not_know_what_is_hard():
     embeddings, labels, _ = batch(classes=CLASSES)
     loss = pc.PixelContrastLoss(CLASSES, min_pixels=1, anchors="random")

@@ -46,10 +46,11 @@ def main() -> None:
     train()
     print(f"pixcontrast_ext {pixcontrast_ext.__version__}, torch {torch.__version__}")
     libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    for path in sorted(
-        path for path in libraries if any(name in path for name in ("libgomp", "libiomp", "libomp"))
-    ):
-        print(f"openmp {path}")
+    runtimes = [path for path in libraries if any(name in path for name in ("libgomp", "libiomp", "libomp"))]
+    print("openmp", *runtimes)
+    assert len(runtimes) <= 1, (
+        "two OpenMP runtimes: each has threads of its own, which wait for those of the other"
+    )
 
 
 if __name__ == "__main__":

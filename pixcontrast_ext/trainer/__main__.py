@@ -158,10 +158,10 @@ def run_eval(args: Sequence[str]) -> None:
     if command.batch_size < 1:
         raise ValueError(f"--batch-size is {command.batch_size}, must be at least 1")
     _check_workers(command.workers)
-    command.inference.validate()
     with join_ranks(command.device) as ranks:
         model, config, step = load_model(command.checkpoint, ranks.device)
-        command = parse_flags(EvalCommand, [*_usual(config), *args], prog=_prog("eval"))
+        command = parse_flags(EvalCommand, [*_usual(config, args), *args], prog=_prog("eval"))
+        command.inference.validate()
         spec = dataset_spec(config.data.dataset)
         data = replace(config.data, root=command.root or config.data.root)
         dataset = spec.build(data, command.split)
@@ -209,11 +209,11 @@ def run_eval(args: Sequence[str]) -> None:
 
 def run_predict(args: Sequence[str]) -> int:
     command = parse_flags(PredictCommand, args, prog=_prog("predict"))
-    command.inference.validate()
     _require_one_process("predict")
     with join_ranks(command.device) as ranks:
         model, config, _ = load_model(command.checkpoint, ranks.device)
-        command = parse_flags(PredictCommand, [*_usual(config), *args], prog=_prog("predict"))
+        command = parse_flags(PredictCommand, [*_usual(config, args), *args], prog=_prog("predict"))
+        command.inference.validate()
         predicted = predict_folder(
             model,
             dataset_spec(config.data.dataset),
@@ -339,9 +339,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _usual(config: TrainConfig) -> list[str]:
-    """The flags of how a run's images are predicted unless told otherwise."""
-    return flags_of(flatten(config.inference), config.out)
+def _usual(config: TrainConfig, args: Sequence[str]) -> list[str]:
+    """The flags of how a run's images are predicted unless `args` tells otherwise; a new window has its own stride."""
+    views = config.inference
+    if any(arg.partition("=")[0] == "--window" for arg in args):
+        views = replace(views, stride=None)
+    return flags_of(flatten(views), config.out)
 
 
 def _options_before(config: Path | None, resume: bool, out: Path) -> list[str]:

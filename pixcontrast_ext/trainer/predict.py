@@ -20,6 +20,7 @@ from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.pictures import colour_table
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+_FOLDERS = ("masks", "overlays")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def predict_folder(
     """
     if ids and spec.ids is None:
         raise ValueError("--ids is given, but the classes of this dataset have no other numbers")
-    paths = image_files(images)
-    for folder in ("masks", "overlays"):
+    paths = image_files(images, besides=out)
+    for folder in _FOLDERS:
         (out / folder).mkdir(parents=True, exist_ok=True)
     palette, table = colour_table(spec), np.array(spec.ids, np.uint8) if ids else None
     classes = [
@@ -97,14 +98,14 @@ def predict_folder(
             if table is None:
                 mask.putpalette(palette.tobytes())
             overlay = Image.blend(image, Image.fromarray(palette[values]), 0.5)
-            for folder, picture in (("masks", mask), ("overlays", overlay)):
+            for folder, picture in zip(_FOLDERS, (mask, overlay), strict=True):
                 with replacing(out / folder / f"{name}.png") as file:
                     picture.save(file, format="PNG")
     return Predicted(len(paths) - len(problems), problems)
 
 
-def image_files(folder: Path) -> dict[str, Path]:
-    """The images of a folder and of those in it, by their name without suffix.
+def image_files(folder: Path, besides: Path | None = None) -> dict[str, Path]:
+    """The images of a folder and of those in it, by their name without suffix, but for what was predicted to `besides`.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no images.
@@ -112,8 +113,9 @@ def image_files(folder: Path) -> dict[str, Path]:
     """
     require_folder(folder)
     found: dict[str, Path] = {}
+    own = set() if besides is None else {(besides / name).resolve() for name in _FOLDERS}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        if path.suffix.lower() in SUFFIXES and path.is_file() and path.parent.resolve() not in own:
             if path.stem in found:
                 raise ValueError(
                     f"{found[path.stem]} and {path} have the same name: their masks would be one file"

@@ -28,6 +28,8 @@ from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.inference import evaluating
 from pixcontrast_ext.trainer.pictures import draw_tsne
 
+_BLOCK = 512
+"""Queries that are compared with the gallery at a time: what that takes is some thirty bytes a pair."""
 NEIGHBOURS = 20
 """That vote in the k-NN score."""
 
@@ -173,16 +175,17 @@ def score(
     to_means, own = queries @ means.T, of_queries[:, None] == known
     between = (means @ means.T)[~np.eye(len(known), dtype=bool)]
 
-    cosines = queries @ gallery.T
-    order = np.argsort(-cosines, axis=1, kind="stable")
-    hits = of_gallery[order] == of_queries[:, None]
-    places = np.arange(1, len(of_gallery) + 1)
-    relevant = hits.sum(1)
-    within = places[None] <= relevant[:, None]
-    precision = hits.cumsum(1) / places
-    average = (precision * hits * within).sum(1) / relevant.clip(1)
-    votes = np.stack([(of_gallery[order[:, :NEIGHBOURS]] == value).sum(1) for value in known], 1)
-
+    blocks = range(0, len(queries), _BLOCK)
+    nearest, average, votes = (
+        np.concatenate(parts)
+        for parts in zip(
+            *(
+                _retrieve(gallery, of_gallery, queries[at : at + _BLOCK], of_queries[at : at + _BLOCK], known)
+                for at in blocks
+            ),
+            strict=True,
+        )
+    )
     guessed = fit_linear(gallery, of_gallery)(queries)
     permuted = np.random.default_rng(seed).permutation(of_gallery)
     return ProbeScores(
@@ -191,7 +194,7 @@ def score(
         if len(known) > 1
         else float("nan"),
         between_cosine=float(between.mean()) if len(between) else float("nan"),
-        recall_at_1=over_classes(hits[:, 0]),
+        recall_at_1=over_classes(nearest),
         map_at_r=over_classes(average),
         knn=over_classes(known[votes.argmax(1)] == of_queries),
         linear=over_classes(guessed == of_queries),
@@ -200,6 +203,25 @@ def score(
             names[value]: float((guessed == value)[of_queries == value].mean()) for value in classes
         },
     )
+
+
+def _retrieve(
+    gallery: np.ndarray,  # [N, D]
+    of_gallery: np.ndarray,  # [N]
+    queries: np.ndarray,  # [B, D]
+    of_queries: np.ndarray,  # [B]
+    known: np.ndarray,  # [C] classes
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each query, whether the nearest is of its class, its average precision at R [B], and the votes [B, C]."""
+    order = np.argsort(-(queries @ gallery.T), axis=1, kind="stable")
+    hits = of_gallery[order] == of_queries[:, None]
+    places = np.arange(1, len(of_gallery) + 1)
+    relevant = hits.sum(1)
+    within = places[None] <= relevant[:, None]
+    precision = hits.cumsum(1) / places
+    average = (precision * hits * within).sum(1) / relevant.clip(1)
+    votes = np.stack([(of_gallery[order[:, :NEIGHBOURS]] == value).sum(1) for value in known], 1)
+    return hits[:, 0], average, votes
 
 
 def fit_linear(rows: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -225,12 +247,12 @@ def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
         config: see `ProbeConfig`.
 
     Raises:
-        ValueError: an option out of range, runs of several datasets, two of one name, or a split without a class that
-            the training images have.
+        ValueError: an option out of range, runs of several datasets, two of one name, a split that one was trained on,
+            or one without a class that the training images have.
         CheckpointError: a run without a whole checkpoint.
     """
     config.validate()
-    names = [run.name for run in runs]
+    names = [_name(run) for run in runs]
     if not runs or len(set(names)) < len(names):
         given = ", ".join(map(str, runs)) or "none"
         raise ValueError(f"the runs are {given}, must be at least one, and no two of one name")
@@ -243,6 +265,8 @@ def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
             first = first or trained
             if trained.data.dataset != first.data.dataset:
                 raise ValueError(f"{runs[0]} is of {first.data.dataset}, {run} of {trained.data.dataset}")
+            if config.split in trained.data.train_splits:
+                raise ValueError(f"--split is {config.split!r}, which {run} was trained on")
             data = replace(trained.data, root=config.root or trained.data.root)
             probes[name], queries = probe_model(model, data, config, ranks.device, step)
             clouds[name] = queries.rows["features"], queries.labels
@@ -254,6 +278,14 @@ def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
         draw_probes(probes, config.out / "probe.png")
         draw_tsne(clouds, dataset_spec(first.data.dataset), config.out / "probe-tsne.png")
     return probes
+
+
+def _name(run: Path) -> str:
+    """That of a run's folder, with the file's for a checkpoint."""
+    if run.is_dir():
+        return run.name
+    folder = run.parent.parent if run.parent.name == "checkpoints" else run.parent
+    return f"{folder.name}/{run.name}"
 
 
 def probe_model(

@@ -32,7 +32,7 @@ from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.project import Head
 from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
-from pixcontrast_ext.trainer.balance import median_frequency, read_weights, save_weights
+from pixcontrast_ext.trainer.balance import count_classes, median_frequency, read_weights, save_weights
 from pixcontrast_ext.trainer.branch import branch, read_start
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore, read_checkpoint
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
@@ -54,6 +54,8 @@ from pixcontrast_ext.trainer.pictures import draw_run
 
 log = logging.getLogger(__name__)
 
+_OF_ALL_RANKS = ("anchors", "contrasted", "region_turnover", "pixel_turnover")
+"""Diagnostics that add up over the ranks; of the others the mean is taken."""
 BANK_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -256,7 +258,7 @@ class _Run:
         self.model = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # A stream of its own: with and without contrast, everything else in a step draws the same.
         self.generator = torch.Generator(ranks.device)
-        weights = self._class_weights()
+        weights = self._class_weights(resume)
         criterion = build_criterion(
             config.loss, num_classes, net.embed_dim, self.generator, head, weights, net.align_corners
         )
@@ -457,7 +459,11 @@ class _Run:
                 [name] if value.dim() == 0 else [f"{name[:-3]}/{of_class}" for of_class in self.spec.classes]
             )
             columns.update(zip(names, value.float().flatten().unbind(), strict=True))
-        values = self.ranks.mean(torch.stack(list(columns.values()))).tolist()
+        own = torch.stack(list(columns.values()))
+        known = ~own.isnan()  # a rank without an anchor knows no mean
+        sums, ranks = self.ranks.sum(torch.stack([own.nan_to_num(), known.float()]))
+        of_all = [name.partition("/")[0].startswith(_OF_ALL_RANKS) for name in columns]
+        values = torch.where(torch.tensor(of_all, device=own.device), sums, sums / ranks).tolist()
         self._write("diagnostics", {"step": step, **dict(zip(columns, values, strict=True))})
 
     def _embed(self, features: Tensor) -> Tensor:
@@ -499,7 +505,7 @@ class _Run:
             self.checkpoints.save(step, state)
         self.ranks.wait()
 
-    def _class_weights(self) -> Tensor | None:
+    def _class_weights(self, resume: bool) -> Tensor | None:
         """Those of `--class-weights`. What is counted stands in class_weights.json, and is counted once."""
         chosen, classes = self.config.loss.class_weights, self.spec.classes
         if chosen == "off":
@@ -507,11 +513,13 @@ class _Run:
         if chosen != "auto":
             return read_weights(Path(chosen), classes)
         path = self.config.out / "class_weights.json"
-        if self.ranks.is_first and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_weights(
-                median_frequency(self.train_set, len(classes), self.config.data.workers), classes, path
-            )
+        if not (resume and path.exists()):  # those of another run are not ours
+            ranks, workers = self.ranks, self.config.data.workers
+            counts = count_classes(self.train_set, len(classes), workers, ranks.rank, ranks.world)
+            weights = median_frequency(*ranks.sum(counts.to(ranks.device)).cpu())
+            if ranks.is_first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_weights(weights, classes, path)
         self.ranks.wait()
         return read_weights(path, classes)
 

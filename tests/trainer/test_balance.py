@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from pixcontrast_ext.trainer import train as training
-from pixcontrast_ext.trainer.balance import WEIGHTS, median_frequency, read_weights, save_weights
+from pixcontrast_ext.trainer.balance import (
+    WEIGHTS,
+    count_classes,
+    median_frequency,
+    read_weights,
+    save_weights,
+)
+from pixcontrast_ext.trainer.checkpoints import CheckpointError
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.train import CrossEntropy, train
@@ -29,11 +36,16 @@ def test_median_frequency_is_that_of_loops():
     frequencies = {0: 8 / 11, 1: 3 / 7}
     median = np.median(list(frequencies.values()))
     expected = [median / frequencies[0], median / frequencies[1], 1]
-    assert median_frequency(images(*labels), 3).tolist() == pytest.approx(expected)
+    counts = count_classes(images(*labels), 3)
+    assert median_frequency(*counts).tolist() == pytest.approx(expected)
+    assert torch.equal(
+        sum(count_classes(images(*labels), 3, rank=rank, world=2) for rank in range(2)), counts
+    )
 
 
 def test_no_label_at_all():
-    assert median_frequency(images([[IGNORE, IGNORE], [IGNORE, IGNORE]]), 3).tolist() == [1, 1, 1]
+    counts = count_classes(images([[IGNORE, IGNORE], [IGNORE, IGNORE]]), 3)
+    assert median_frequency(*counts).tolist() == [1, 1, 1]
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
@@ -83,7 +95,7 @@ def test_cross_entropy_takes_them():
     assert CrossEntropy(weights)(logits, None, labels).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_run_counts_once_and_every_arm_gets_the_same(tiny, monkeypatch):
+def test_a_run_counts_once_and_every_arm_gets_the_same(tiny, tmp_path, monkeypatch):
     counted = []
 
     def count(*args):
@@ -104,6 +116,14 @@ def test_a_run_counts_once_and_every_arm_gets_the_same(tiny, monkeypatch):
     assert len(counted) == 2
     train(replace(config, steps=3), resume=True)
     assert len(counted) == 2
+    # What a run left that failed before its first step is not taken for that of other data.
+    failed = replace(config, out=tmp_path / "failed", branch_from=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError):
+        train(failed)
+    other = replace(failed, branch_from=None, data=replace(config.data, data_seed=7))
+    before = (failed.out / "class_weights.json").read_text()
+    train(other)
+    assert (failed.out / "class_weights.json").read_text() != before
     plain = tiny("plain", "off", steps=1, log_every=1)
     train(plain)
     assert read_rows(plain.out / "train.csv")[0]["cross_entropy"] != first["off"]

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.logs import read_rows
+from pixcontrast_ext.trainer.train import train
 
 TINY = shlex.split("--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures")
 
@@ -79,6 +81,10 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
     assert len(seen) == 1 + 3  # the batch, and a panel for each of three images
     assert f"mIoU            {views['miou']:.4f}" in capsys.readouterr().out
 
+    for command in (["eval"], ["predict", "--images", str(tmp_path), "--out", str(tmp_path / "masks")]):
+        assert main([*command, "--checkpoint", str(moved), "--stride", "3", "3"]) == 2
+        assert capsys.readouterr().err.startswith("error: --stride is (3, 3), must be left out")
+
     assert main(["train", "--out", str(moved), "--resume", "--steps", "4"]) == 0
     assert read_rows(moved / "val.csv")[-1]["step"] == 4
     assert not out.exists()
@@ -93,7 +99,6 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
         (["eval", "--checkpoint", "absent.pt"], "error: checkpoint absent.pt does not exist"),
         (["eval", "--checkpoint", "."], "error: run . has no checkpoint"),
         (["eval", "--checkpoint", ".", "--workers", "-1"], "error: --workers is -1, must be at least 0"),
-        (["eval", "--checkpoint", ".", "--stride", "3", "3"], "error: --stride is (3, 3), must be left out"),
         (["compare", "--seed", "3"], "error: compare takes --seeds, not --seed"),
         (["compare", "--contrast=bank"], "error: compare takes --methods or --arm, not --contrast"),
         (["compare", "--seeds", "1", "1"], "error: --seeds is (1, 1), must be at least one and none twice"),
@@ -104,6 +109,20 @@ def test_bad_input_is_a_message_not_a_traceback(tmp_path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_window_of_eval_is_checked_together_with_the_runs_stride(tiny, tmp_path, capsys):
+    run = tiny("run", "off", steps=1)
+    train(replace(run, inference=InferenceConfig(window=(32, 48), stride=(30, 40))))
+    evaluating = ["eval", "--checkpoint", str(run.out), "--out", str(tmp_path / "scores")]
+    assert main([*evaluating, "--stride", "33", "3"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --stride is (33, 3), must be at most the window, (32, 48)"
+    )
+    assert main([*evaluating, "--stride", "10", "10"]) == 0  # of the run's window
+    assert main([*evaluating, "--window", "8", "8"]) == 0  # not with the run's stride, which leaves gaps
+    views = json.loads((tmp_path / "scores" / "val.json").read_text())
+    assert (views["window"], views["stride"]) == ([8, 8], None)
 
 
 def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):

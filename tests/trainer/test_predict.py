@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,16 @@ def test_two_images_of_one_name_are_refused(run, photos, tmp_path, capsys):
     arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(tmp_path / "out")]
     assert main(["predict", *arguments]) == 2
     assert "one.png have the same name: their masks would be one file" in capsys.readouterr().err
+
+
+def test_what_was_predicted_is_not_predicted_again(run, photos, tmp_path):
+    model, config, _ = load_model(run, CPU)
+    for out in (photos / "predicted", photos):
+        first, again = (
+            predict_folder(model, dataset_spec("synthetic"), config.data, photos, out, CPU) for _ in range(2)
+        )
+        assert first.images == again.images
+        shutil.rmtree(photos / "predicted", ignore_errors=True)
 
 
 def test_folders_within_are_predicted_and_masks_may_hold_the_datasets_ids(run, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from pixcontrast_ext.trainer import probe as probing
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.config import DataConfig
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec
@@ -36,7 +37,9 @@ def a_problem(spread=0.5):
     return rows_of(rng, of_gallery, spread), of_gallery, rows_of(rng, of_queries, spread), of_queries
 
 
-def test_scores_are_those_of_loops():
+@pytest.mark.parametrize("block", [512, 10])
+def test_scores_are_those_of_loops(monkeypatch, block):
+    monkeypatch.setattr(probing, "_BLOCK", block)
     gallery, of_gallery, queries, of_queries = a_problem()
     found = score(gallery, of_gallery, queries, of_queries, NAMES)
     means = {label: unit(gallery[of_gallery == label].mean(0, keepdims=True))[0] for label in range(4)}
@@ -162,6 +165,18 @@ def test_bad_input_is_named(tiny, tmp_path, capsys):
     assert "no two of one name" in capsys.readouterr().err
     assert main(["probe", run, "--queries", "0"]) == 2
     assert "--queries is 0" in capsys.readouterr().err
+    config = tiny("run", "off", steps=1)
+    train(config)
+    assert main(["probe", run, "--split", "train"]) == 2
+    assert "error: --split is 'train', which" in capsys.readouterr().err
+
+
+def test_checkpoints_are_named_by_their_runs(tiny, tmp_path, capsys):
+    for name in ("one", "other"):
+        train(tiny(name, "off", steps=1))
+    few = ["--queries", "5", "--gallery", "5", "--images", "2"]
+    assert main(["probe", *(str(tmp_path / name / "best.pt") for name in ("one", "other")), *few]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["one/best.pt", "other/best.pt"]
 
 
 def test_runs_of_one_dataset(tiny, tmp_path, camvid, capsys):

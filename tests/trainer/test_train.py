@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer import models
 from pixcontrast_ext.trainer import train as training
 from pixcontrast_ext.trainer.__main__ import main
@@ -252,6 +253,21 @@ def test_diagnostics_are_written_and_change_nothing(tiny, project, quick_tsne):
     assert (watched.out / "pictures" / "diagnostics.png").stat().st_size > 0
 
 
+def test_an_evaluation_leaves_no_features_in_the_tap(tiny, monkeypatch):
+    taps = []
+
+    class Watched(FeatureTap):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            taps.append(self)
+
+    monkeypatch.setattr(training, "FeatureTap", Watched)
+    train(tiny(steps=4, diagnose_every=4, eval_every=4))
+    (tap,) = taps
+    with pytest.raises(RuntimeError, match="was not called since"):
+        tap.take()
+
+
 def test_the_gradient_ratio_is_in_proportion_to_the_weight(tiny):
     """The contrast as it is added to the cross-entropy, its weight included."""
     ratios = []
@@ -324,9 +340,12 @@ def test_used_pixels_are_projected_in_the_models_precision(tiny):
 def test_ranks_train_a_head_that_the_loss_calls(tiny, tmp_path):
     """DDP reduces the gradients of a head which its own forward leaves out."""
     config = tiny("used", steps=2, checkpoint_every=1, keep_checkpoints=2)
-    config = replace(config, loss=replace(config.loss, project="used", warmup_steps=0))
+    config = replace(config, diagnose_every=1, loss=replace(config.loss, project="used", warmup_steps=0))
     save_config(config, tmp_path / "used.json")
     forked.ranks(tmp_path, 2, "train", "--config", tmp_path / "used.json")
+    for row in read_rows(config.out / "diagnostics.csv"):  # of both ranks, not of their mean
+        assert row["contrasted"] == int(row["contrasted"])
+        assert 64 < row["anchors"] <= 2 * config.loss.max_samples
     first, last = (
         read_checkpoint(path)["model"] for path in CheckpointStore(config.out / "checkpoints").paths()
     )
