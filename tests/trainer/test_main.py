@@ -116,9 +116,7 @@ def test_a_window_of_eval_is_checked_together_with_the_runs_stride(tiny, tmp_pat
     train(replace(run, inference=InferenceConfig(window=(32, 48), stride=(30, 40))))
     evaluating = ["eval", "--checkpoint", str(run.out), "--out", str(tmp_path / "scores")]
     assert main([*evaluating, "--stride", "33", "3"]) == 2
-    assert capsys.readouterr().err.startswith(
-        "error: --stride is (33, 3), must be at most the window, (32, 48)"
-    )
+    assert "error: --stride is (33, 3), must be at most the window, (32, 48)" in capsys.readouterr().err
     assert main([*evaluating, "--stride", "10", "10"]) == 0  # of the run's window
     assert main([*evaluating, "--window", "8", "8"]) == 0  # not with the run's stride, which leaves gaps
     views = json.loads((tmp_path / "scores" / "val.json").read_text())
