@@ -267,7 +267,8 @@ def telling(records: list[Record]) -> Iterator[list[str]]:
             shape = step.shape
             of_all = "" if step.all is None else f", {step.all:.0%} if it projects every pixel"
             yield [
-                f"training step of the {step.network}: {shape.B} images of {shape.H}x{shape.W}, {shape.A} anchors",
+                f"training step of the {step.network}: {shape.B} images of {shape.H}x{shape.W}, {shape.A} anchors "
+                f"x {shape.K:,} keys, D {shape.D}",
                 device,
                 f"the contrast adds {step.used:.0%} to a step without it{of_all}; by loops and the dense loss it adds "
                 f"{step.loops:.0%}",

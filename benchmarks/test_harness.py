@@ -431,14 +431,16 @@ def test_what_a_step_adds_is_told() -> None:
     ours = {"ours (cpu), all": 140.0, "ours (cpu), used": 107.0}
     assert told(hrnet, off=100.0, **ours, loops=370.0) == [
         [
-            "training step of the HRNet-W48: 4 images of 64x96, 512 anchors",
+            "training step of the HRNet-W48: 4 images of 64x96, 512 anchors x 190,000 keys, D 256",
             "a device",
             "the contrast adds 7% to a step without it, 40% if it projects every pixel; by loops and the dense loss it "
             "adds 270%",
         ]
     ]
     ((what, _, before),) = told(compact, off=100.0, **{"ours (cpu)": 149.0}, loops=370.0)  # had no "used" yet
-    assert what == "training step of the compact model: 8 images of 180x240, 1024 anchors"
+    assert (
+        what == "training step of the compact model: 8 images of 180x240, 1024 anchors x 190,000 keys, D 256"
+    )
     assert before == "the contrast adds 49% to a step without it; by loops and the dense loss it adds 270%"
 
 
