@@ -53,7 +53,7 @@ class MemoryBank(nn.Module):
         embed_dim: D.
         region_slots, pixel_slots: R and P; either may be 0.
         pixels_per_image: the most pixels that one class of one image adds.
-        dtype: of the keys, fp32, fp16 or bf16 (fp64 on the reference backend).
+        dtype: of the keys, fp32, fp16 or bf16 (fp64 on the reference backend), or its name, as "bfloat16".
         ignore_index: label of pixels that do not count.
         normalize: store unit vectors, regions as means of unit vectors; otherwise everything as it comes.
         process_group: "default" for all ranks of an initialised job, a group, or None to keep to this rank.
@@ -77,7 +77,7 @@ class MemoryBank(nn.Module):
         region_slots: int = 5000,
         pixel_slots: int = 5000,
         pixels_per_image: int = 10,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         ignore_index: int = 255,
         normalize: bool = True,
         process_group: dist.ProcessGroup | str | None = "default",
@@ -87,6 +87,10 @@ class MemoryBank(nn.Module):
         checks.check_at_least(
             0, region_slots=region_slots, pixel_slots=pixel_slots, pixels_per_image=pixels_per_image
         )
+        if isinstance(dtype, str):
+            named, dtype = dtype, getattr(torch, dtype.removeprefix("torch."), dtype)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"dtype must be the name of one, as 'bfloat16', got {named!r}")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {_DTYPES}")
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):

@@ -55,7 +55,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         ignore_index: int = 255,
         bank: MemoryBank | Mapping[str, Any] | None = None,
         normalize: bool = True,
-        mining: Mining | Mapping[str, Any] | None = None,
+        mining: Mining | Mapping[str, Any] | str | None = None,
         generator: torch.Generator | None = None,
         head: Head | Mapping[str, Any] | None = None,
         bank_samples: int = 4096,

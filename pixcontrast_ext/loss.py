@@ -84,8 +84,8 @@ class PixelContrastLoss(nn.Module):
         bank: of the same class count; a submodule, so it is saved with the loss. Or settings from which one is made,
             as `dict(embed_dim=256, region_slots=2000)`: classes, `ignore_index` and `normalize` are the loss's.
         normalize: compare unit vectors.
-        mining: which keys an anchor is contrasted with, or the settings of a `Mining`; None means all. Drawn anew in
-            every call, and ranked by cosine, which takes `normalize`.
+        mining: which keys an anchor is contrasted with, a `Mining` or its settings or strategy; None means all. Drawn
+            anew in every call, and ranked by cosine, which takes `normalize`.
         generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
             device of the labels. It is not part of the state dict. None means torch's own.
         head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1]. Or the settings of a
@@ -119,7 +119,7 @@ class PixelContrastLoss(nn.Module):
         ignore_index: int = 255,
         bank: MemoryBank | Mapping[str, Any] | None = None,
         normalize: bool = True,
-        mining: Mining | Mapping[str, Any] | None = None,
+        mining: Mining | Mapping[str, Any] | str | None = None,
         generator: torch.Generator | None = None,
         head: Head | Mapping[str, Any] | None = None,
         bank_samples: int = 4096,
@@ -147,7 +147,7 @@ class PixelContrastLoss(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         bank = bank_for(bank, num_classes=num_classes, ignore_index=ignore_index, normalize=normalize)
-        mining = built("mining", Mining, mining)
+        mining = built("mining", Mining, dict(strategy=mining) if isinstance(mining, str) else mining)
         if mining is not None:
             check_mining(mining)
             if mining.by_cosine and not normalize:
@@ -176,7 +176,8 @@ class PixelContrastLoss(nn.Module):
     @weight.setter
     def weight(self, value: float) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"weight must be a number, got {type(value).__name__}")
+            what = "weight, the factor of the contrast, must be a number (class_weights are those of classes)"
+            raise TypeError(f"{what}, got {type(value).__name__}")
         if not 0 <= value < float("inf"):
             raise ValueError(f"weight must be finite and not negative, got {value!r}")
         self._weight = value

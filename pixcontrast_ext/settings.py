@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
-
 from pixcontrast_ext.bank import MemoryBank
 
 Part = TypeVar("Part")
@@ -15,7 +13,7 @@ Other = TypeVar("Other")
 
 
 def built(name: str, kind: type[Part], value: Other | Mapping[str, Any], **given: Any) -> Part | Other:
-    """`kind(**given, **value)` if `value` is a mapping, else `value` itself. A `dtype` may be a name, as "bfloat16".
+    """`kind(**given, **value)` if `value` is a mapping, else `value` itself.
 
     Raises:
         TypeError, ValueError: settings that `kind` does not have, or has but that are `given`, or that it needs; and
@@ -36,13 +34,6 @@ def built(name: str, kind: type[Part], value: Other | Mapping[str, Any], **given
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in settings and key not in given:
             raise ValueError(f"{name}: {kind.__name__} needs {key}, got {', '.join(settings) or 'nothing'}")
-    if isinstance(settings.get("dtype"), str):
-        dtype = getattr(torch, settings["dtype"].removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(
-                f"{name}: dtype must be the name of one, as 'bfloat16', got {settings['dtype']!r}"
-            )
-        settings["dtype"] = dtype
     return kind(**given, **settings)
 
 
@@ -59,7 +50,7 @@ def bank_for(
     if bank is None:
         return None
     if not isinstance(bank, MemoryBank):
-        raise TypeError(f"bank must be a MemoryBank, got {type(bank).__name__}")
+        raise TypeError(f"bank must be a MemoryBank, or a dict of its settings, got {type(bank).__name__}")
     if bank.num_classes != num_classes:
         raise ValueError(f"the bank has {bank.num_classes} classes, the loss {num_classes}")
     if bank.ignore_index != ignore_index:

@@ -209,6 +209,18 @@ class WithEmbeddings(nn.Module):
             tap.forget()
         return output, self.head(features)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Name the mistake of loading the weights of the network alone, which `strict=False` would pass over."""
+        if not any(key.startswith(f"{prefix}network.") for key in state_dict):
+            bare = [name for name in self.network.state_dict() if f"{prefix}{name}" in state_dict]
+            if bare:
+                error_msgs: list[str] = args[-1]
+                error_msgs.append(
+                    f"these are weights of the network alone ({prefix}{bare[0]}, not {prefix}network.{bare[0]}): load "
+                    "them by model.network.load_state_dict, or before wrapping"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 def _find(network: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
     """The path of a layer in a network, and the layer."""

@@ -277,6 +277,12 @@ def test_links_lead_to_files():
     assert not broken
 
 
+def test_the_mixin_on_the_page_is_the_one_of_the_example():
+    source = (ROOT / "examples/mmseg_config/pixel_contrast.py").read_text()
+    mixin = source[source.index("class WithContrast:") : source.index("@MODELS.register_module()")]
+    assert mixin in (ROOT / "docs/guide/mmsegmentation.md").read_text()
+
+
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120

@@ -248,7 +248,11 @@ def test_backward_after_the_bank_was_written(quick_backend):
         (dict(max_views=0), ValueError, "max_views must be at least 1, got 0"),
         (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
         (dict(bank=bank_of(5)), ValueError, "the bank has 5 classes, the loss 4"),
-        (dict(bank=torch.nn.Identity()), TypeError, "bank must be a MemoryBank, got Identity"),
+        (
+            dict(bank=torch.nn.Identity()),
+            TypeError,
+            "bank must be a MemoryBank, or a dict of its settings, got Identity",
+        ),
         (dict(ignore_index=1.5), TypeError, "ignore_index must be an int, got 1.5"),
         (dict(bank=bank_of(ignore_index=0)), ValueError, "the bank ignores label 0, the loss 255"),
         (

@@ -504,8 +504,11 @@ def test_what_is_no_mining(arguments, kind, message):
 
 
 def test_what_the_loss_refuses():
-    with pytest.raises(TypeError, match="mining must be a Mining, got 'semi-hard'"):
-        PixelContrastLoss(4, mining="semi-hard")
+    with pytest.raises(TypeError, match=r"mining must be a Mining, or in a loss .*, got 7"):
+        PixelContrastLoss(4, mining=7)
+    assert PixelContrastLoss(4, mining="semi-hard").mining == Mining("semi-hard")
+    with pytest.raises(ValueError, match="strategy"):
+        PixelContrastLoss(4, mining="semi-soft")
     with pytest.raises(ValueError, match="mining='hardest' ranks by cosine, got normalize=False"):
         PixelContrastLoss(4, mining=Mining("hardest"), normalize=False)
     PixelContrastLoss(4, mining=Mining("random"), normalize=False)

@@ -71,7 +71,7 @@ def test_mining_and_head_from_their_settings(loss):
             ValueError,
             "bank: normalize is that of the loss, True",
         ),
-        (dict(bank=dict(embed_dim=6, dtype="half-ish")), ValueError, "bank: dtype must be the name of one"),
+        (dict(bank=dict(embed_dim=6, dtype="half-ish")), ValueError, "dtype must be the name of one"),
         (dict(bank=dict(embed_dim=0)), ValueError, "embed_dim must be at least 1, got 0"),
         (
             dict(mining=dict(fractoin=0.1)),

@@ -272,6 +272,21 @@ def test_a_layer_that_is_not_there(arguments, error, message):
         WithEmbeddings(Segmenter(), *arguments, nn.Identity())
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_the_network_alone_are_told_where_they_belong(strict):
+    wrapped = make()
+    old = wrapped.network.state_dict()
+    within = nn.ModuleDict({"inner": wrapped})
+    for model, state in ((wrapped, old), (within, {f"inner.{name}": value for name, value in old.items()})):
+        with pytest.raises(
+            RuntimeError, match=r"weights of the network alone .*: load them by model\.network"
+        ):
+            model.load_state_dict(state, strict=strict)
+    wrapped.network.load_state_dict(old)
+    wrapped.load_state_dict(wrapped.state_dict(), strict=strict)
+    wrapped.load_state_dict({}, strict=False)
+
+
 def test_a_layer_within_a_wrapper_is_the_nearest():
     with pytest.raises(ValueError, match=r"its nearest are '0.classifier.1'"):
         WithEmbeddings(nn.Sequential(Segmenter()), "classifier.1", nn.Identity())

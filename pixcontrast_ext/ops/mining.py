@@ -134,7 +134,9 @@ def draw_keys(
 def check_mining(mining: Mining) -> None:
     """Raise TypeError unless it is one."""
     if not isinstance(mining, Mining):
-        raise TypeError(f"mining must be a Mining, got {mining!r}")
+        raise TypeError(
+            f"mining must be a Mining, or in a loss a strategy or a dict of settings, got {mining!r}"
+        )
 
 
 def drawn_of(

@@ -346,8 +346,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
     arms = list(comparison.results)
     differences.axhline(0, color="black", linewidth=0.8)
     differences.set(
-        title=f"Difference on {comparison.split} at the last step, paired by seed\n"
-        "(dots: seeds; square: mean, 95 % interval)",
+        title=f"Difference on {comparison.split} at the last step\n(dots: seeds; square: mean, 95 % interval)",
         ylabel=f"mIoU over {name_of(arms[0])}",
         xlim=(0.5, max(1, len(arms) - 1) + 0.5),
     )

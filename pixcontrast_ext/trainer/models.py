@@ -97,7 +97,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 @register("compact")
 def build_compact(num_classes: int, embed_dim: int, head: str) -> nn.Module:
-    """1.8 M parameters, output stride 4, any input size: trains on a CPU."""
+    """1.7 M parameters without projection head, output stride 4, any input size: trains on a CPU."""
     return SegmentationModel(CompactBackbone(), num_classes, embed_dim, head)
 
 

@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 _OF_ALL_RANKS = ("anchors", "contrasted", "region_turnover", "pixel_turnover")
 """Diagnostics that add up over the ranks; of the others the mean is taken."""
+_SECONDS = 60
+"""Between two lines of a log, where there is no terminal to draw a bar on."""
 BANK_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -326,7 +328,8 @@ class _Run:
         config = self.config
         self.model.train()
         self.criterion.train()
-        window_start, window_steps = time.perf_counter(), 0
+        told = window_start = time.perf_counter()
+        window_steps = 0
         progress = tqdm(
             total=config.last_step,
             initial=self.start,
@@ -346,6 +349,12 @@ class _Run:
                 row["memory_mib"] = self.memory.mib()
                 self._write("train", row)
                 progress.set_postfix(loss=f"{row['loss']:.3f}")
+                if progress.disable and self.ranks.is_first and time.perf_counter() - told > _SECONDS:
+                    told = time.perf_counter()
+                    line = f"step {done} of {config.last_step}, loss {row['loss']:.3f}"
+                    print(
+                        f"{config.out.name}: {line}, {row['seconds_per_step']:.3f} s a step", file=sys.stderr
+                    )
             if logs or evaluates or saves:
                 if evaluates:
                     self._evaluate(done)
@@ -412,7 +421,7 @@ class _Run:
         if not measure:
             return {}
         cross_entropy = parts["cross_entropy"]
-        terms = {"loss": total, "cross_entropy": cross_entropy, "contrast": loss - cross_entropy}
+        terms = {"loss": total, "cross_entropy": cross_entropy, "contrast": parts.get("contrast", 0 * loss)}
         if auxiliary is not None:
             terms["auxiliary"] = auxiliary
         terms["gradient_norm"] = norm

@@ -535,7 +535,7 @@ def test_a_run_with_an_auxiliary_head(tiny):
     config = replace(config, loss=replace(config.loss, warmup_steps=0, aux_weight=0.25))
     train.train(config)
     for row in read_rows(config.out / "train.csv"):
-        parts = row["cross_entropy"] + row["contrast"] + 0.25 * row["auxiliary"]
+        parts = row["cross_entropy"] + config.loss.weight * row["contrast"] + 0.25 * row["auxiliary"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
         assert row["auxiliary"] > 0
     saved = CheckpointStore(config.out / "checkpoints").load_latest()[1]
