@@ -62,7 +62,7 @@ test-emulator:
 	PIXCONTRAST_TEST_SCHEDULES="$(SCHEDULES)" PIXCONTRAST_TEST_BACKENDS=reference,cpu,cuda $(BIN)/python -m pytest tests/test_emulator.py
 
 test-training:
-	PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer
+	PIXCONTRAST_TEST_SHARE=$(NATIVE_SHARE) PIXCONTRAST_TEST_BACKENDS=reference,cpu $(BIN)/python -m pytest tests/trainer
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 test-triton test-oldest-triton: export PIXCONTRAST_TEST_BACKENDS = triton
