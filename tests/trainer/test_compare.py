@@ -168,7 +168,7 @@ def test_jobs_end_with_the_comparison(environment, tmp_path):
     assert sizes() == before
 
 
-def test_from_the_command_line(tmp_path, capsys):
+def test_from_the_command_line(tmp_path, capsys, quick_tsne):
     out = tmp_path / "out"
     options = tmp_path / "options.json"
     options.write_text(
@@ -530,7 +530,7 @@ def test_without_a_known_peak_the_table_leaves_memory_out(comparison):
 def test_two_ranks_compare(tmp_path):
     out = tmp_path / "out"
     options = ["--seeds", 0, "--methods", "off", "bank", "--out", out]
-    told = forked.ranks(tmp_path, 2, "compare", *options, *FLAGS.split())
+    told = forked.ranks(tmp_path, 2, "compare", *options, *FLAGS.split(), "--no-pictures")
     assert told.count("mIoU on val") == 1
     written = json.loads((out / "compare.json").read_text())
     assert all(0 <= found["miou"][0] <= 1 for found in written["arms"].values())
