@@ -132,7 +132,7 @@ def markdown(header: list[str], lines: Iterable[list[str]]) -> Iterator[str]:
 
 def span(pair: Paired) -> str:
     """A difference with its interval."""
-    return f"{pair.mean:+.4f} ({pair.low:+.4f} to {pair.high:+.4f})"
+    return f"{pair.mean:+.4f}" + ("" if math.isnan(pair.low) else f" ({pair.low:+.4f} to {pair.high:+.4f})")
 
 
 def verdict(pair: Paired, p: float) -> str:
@@ -167,7 +167,7 @@ def tables(experiment: Experiment) -> Iterator[str]:
         title = PROBED.get(outcome, outcome)
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
         means = (f"{np.mean(base):.4f}", f"{experiment.values(arm, outcome).mean():.4f}")
-        numbers = (f"{pair.pairs}", *means, span(pair), detectable, f"{p:.3f}")
+        numbers = (f"{pair.pairs}", *means, span(pair), detectable, "" if math.isnan(p) else f"{p:.3f}")
         lines.append([f"{arms[arm]}: {title}", *numbers, verdict(pair, p)])
     yield from markdown(header, lines)
     costs = list(cost_lines(experiment))
@@ -204,8 +204,9 @@ def draw(experiment: Experiment, path: Path) -> None:
         values = [experiment.value(arms[place], seed, MIOU) for place in places]
         runs.plot(places, values, "o-", color="0.6", markersize=4, linewidth=1)
     for place, arm in enumerate(arms):
-        mean = np.mean([experiment.value(arm, s, MIOU) for of, s in experiment.runs if of == arm])
-        runs.plot([place - 0.15, place + 0.15], [mean, mean], color="C3", linewidth=3)
+        found = [experiment.value(arm, s, MIOU) for of, s in experiment.runs if of == arm]
+        if found:  # of an experiment that goes on an arm may have none yet
+            runs.plot([place - 0.15, place + 0.15], [np.mean(found)] * 2, color="C3", linewidth=3)
     runs.set_xticks(range(len(arms)), list(experiment.arms.values()))
     runs.set(title=f"mIoU on {experiment.split}: a line a seed, bars the means", xlim=(-0.4, len(arms) - 0.6))
     compared = experiment.compared()
