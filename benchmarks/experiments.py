@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.comparison import Paired, holm, is_shown, paired
+from pixcontrast_ext.trainer.comparison import Paired, families, holm, is_shown, paired
+
+from .pages import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots", ROOT / "docs"
@@ -91,16 +92,10 @@ class Experiment:
         return np.array([self.value(arm, s, outcome) - self.value(self.baseline, s, outcome) for s in seeds])
 
     def compared(self) -> dict[tuple[str, str], tuple[Paired, float]]:
-        """By arm and outcome, the difference and its p by Holm.
-
-        It is over all arms for the mIoU, and over everything else for the rest; the A/A arm, which asks nothing of the
-        contrast, is by itself.
-        """
+        """By arm and outcome, the difference and its p by Holm over its family, see `families`."""
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
         found: dict[tuple[str, str], tuple[Paired, float]] = {}
-        groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
-        for group, family in itertools.product(groups, ([MIOU], self.outcomes[1:])):
-            keys = [(arm, outcome) for arm in group for outcome in family]
+        for keys in families(arms, self.outcomes):
             pairs = [paired(self.differences(*key), len(keys)) for key in keys]
             corrected = holm([pair.p for pair in pairs])
             found.update(zip(keys, zip(pairs, corrected, strict=True), strict=True))
@@ -125,11 +120,6 @@ def read(name: str) -> Experiment:
 # Tables
 
 
-def markdown(header: list[str], lines: Iterable[list[str]]) -> Iterator[str]:
-    for cells in (header, ["---", *("---:" for _ in header[1:])], *lines):
-        yield f"| {' | '.join(cells)} |"
-
-
 def span(pair: Paired) -> str:
     """A difference with its interval."""
     return f"{pair.mean:+.4f}" + ("" if math.isnan(pair.low) else f" ({pair.low:+.4f} to {pair.high:+.4f})")
@@ -148,7 +138,7 @@ def tables(experiment: Experiment) -> Iterator[str]:
     compared = experiment.compared()
     yield from markdown(
         [f"mIoU on {experiment.split}", *arms.values()],
-        (
+        [
             [
                 f"seed {seed}",
                 *(
@@ -157,7 +147,7 @@ def tables(experiment: Experiment) -> Iterator[str]:
                 ),
             ]
             for seed in experiment.seeds
-        ),
+        ],
     )
     yield ""
     header = ["", "seeds", arms[baseline], "this", "difference, 95 % interval", "detectable", "p by Holm", ""]

@@ -87,18 +87,8 @@ class Comparison:
         return np.array([np.nanmean(row) if np.isfinite(row).any() else math.nan for row in rows])
 
     def families(self) -> list[list[tuple[str, str]]]:
-        """The questions (arm, outcome) that Holm's correction takes together.
-
-        All arms' primary outcomes, and all else. The A/A arm, which asks nothing of the contrast, is by itself.
-        """
-        arms = list(self.results)[1:]
-        groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
-        outcomes = ((PRIMARY,), self.outcomes[1:])
-        found = [
-            [(arm, outcome) for arm in group for outcome in of_family]
-            for group, of_family in itertools.product(groups, outcomes)
-        ]
-        return [family for family in found if family]
+        """See `families`."""
+        return families(list(self.results)[1:], self.outcomes)
 
     def questions(self, arm: str, outcome: str = PRIMARY) -> int:
         """How many there are in the family of this one."""
@@ -201,6 +191,19 @@ def _detectable(pairs: int, questions: int) -> float:
         found = (shifted[:, 0] > critical) & (p * questions < LEVEL)
         low, high = (low, effect) if found.mean() >= POWER else (effect, high)
     return high
+
+
+def families(arms: Sequence[str], outcomes: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """The questions (arm, outcome) that Holm's correction takes together; the first outcome is the primary one.
+
+    All arms' primary outcomes, and all else. The A/A arm, which asks nothing of the contrast, is by itself.
+    """
+    groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
+    found = [
+        [(arm, outcome) for arm in group for outcome in of_family]
+        for group, of_family in itertools.product(groups, (outcomes[:1], outcomes[1:]))
+    ]
+    return [family for family in found if family]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
