@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import json
 import math
@@ -91,6 +92,7 @@ class Experiment:
         seeds = self.seeds_of(arm)
         return np.array([self.value(arm, s, outcome) - self.value(self.baseline, s, outcome) for s in seeds])
 
+    @functools.cached_property
     def compared(self) -> dict[tuple[str, str], tuple[Paired, float]]:
         """By arm and outcome, the difference and its p by Holm over its family, see `families`."""
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
@@ -104,15 +106,10 @@ class Experiment:
 
 def read(name: str) -> Experiment:
     """An experiment from its folder in benchmarks/results."""
-    folder = RESULTS / name
-    told = json.loads((folder / "experiment.json").read_text())
-    with (folder / "runs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    told = json.loads((RESULTS / name / "experiment.json").read_text())
     runs = {
-        (row["arm"], int(row["seed"])): {
-            column: float(text) for column, text in row.items() if column not in ("arm", "seed") and text
-        }
-        for row in rows
+        key: {column: float(text) for column, text in row.items() if column not in ("arm", "seed") and text}
+        for key, row in read_rows(RESULTS / name / "runs.csv").items()
     }
     return Experiment(name, told["arms"], told["split"], runs, tuple(told.get("rare", ())))
 
@@ -135,7 +132,6 @@ def verdict(pair: Paired, p: float) -> str:
 def tables(experiment: Experiment) -> Iterator[str]:
     """Each seed, the primary outcome of each arm, and the secondary outcomes."""
     arms, baseline = experiment.arms, experiment.baseline
-    compared = experiment.compared()
     yield from markdown(
         [f"mIoU on {experiment.split}", *arms.values()],
         [
@@ -152,7 +148,7 @@ def tables(experiment: Experiment) -> Iterator[str]:
     yield ""
     header = ["", "seeds", arms[baseline], "this", "difference, 95 % interval", "detectable", "p by Holm", ""]
     lines = []
-    for (arm, outcome), (pair, p) in compared.items():
+    for (arm, outcome), (pair, p) in experiment.compared.items():
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
         title = PROBED.get(outcome, outcome)
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
@@ -199,7 +195,7 @@ def draw(experiment: Experiment, path: Path) -> None:
             runs.plot([place - 0.15, place + 0.15], [np.mean(found)] * 2, color="C3", linewidth=3)
     runs.set_xticks(range(len(arms)), list(experiment.arms.values()))
     runs.set(title=f"mIoU on {experiment.split}: a line a seed, bars the means", xlim=(-0.4, len(arms) - 0.6))
-    compared = experiment.compared()
+    compared = experiment.compared
     for number, arm in enumerate(arms[1:]):
         outcomes = [outcome for of, outcome in compared if of == arm]
         for place, outcome in enumerate(outcomes):
@@ -251,10 +247,7 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     Raises FileNotFoundError if the folder holds no run of these arms.
     """
     target = RESULTS / name / "runs.csv"
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    if target.exists():
-        with target.open(newline="") as file:
-            rows = {(row["arm"], int(row["seed"])): row for row in csv.DictReader(file)}
+    rows: dict[tuple[str, int], dict[str, Any]] = {**read_rows(target)} if target.exists() else {}
     added, seen = [], 0
     for arm in arms:
         for run in sorted(folder.glob(f"{arm}-seed*/")):
@@ -274,6 +267,12 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     return added
 
 
+def read_rows(path: Path) -> dict[tuple[str, int], dict[str, str]]:
+    """The text of a runs.csv, by arm and seed."""
+    with path.open(newline="") as file:
+        return {(row["arm"], int(row["seed"])): row for row in csv.DictReader(file)}
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO()
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -287,20 +286,20 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 # The pages
 
 
-def recorded() -> list[str]:
-    return sorted(
-        path.parent.name for path in RESULTS.glob("*/experiment.json") if (path.parent / "runs.csv").exists()
-    )
+def recorded() -> list[Experiment]:
+    """All that have a run."""
+    folders = sorted(path.parent for path in RESULTS.glob("*/experiment.json"))
+    return [read(folder.name) for folder in folders if (folder / "runs.csv").exists()]
 
 
-def with_tables(page: str) -> str:
-    """A page with the tables of the experiments that it names."""
-    for name in recorded():
-        begin = BEGIN.format(name)
+def with_tables(page: str, experiments: list[Experiment]) -> str:
+    """A page with the tables of those experiments that it names."""
+    for experiment in experiments:
+        begin = BEGIN.format(experiment.name)
         before, found, rest = page.partition(begin)
         if found:
             _, _, after = rest.partition(END)
-            page = "\n".join([before + begin, "", *tables(read(name)), "", END]) + after
+            page = "\n".join([before + begin, "", *tables(experiment), "", END]) + after
     return page
 
 
@@ -317,10 +316,11 @@ def main() -> None:
         told = json.loads((RESULTS / given.name / "experiment.json").read_text())
         for run in add(given.name, given.folder, told["split"], told["arms"]):
             print(f"added: {run}")
+    experiments = recorded()
     for path in PAGES:
-        path.write_text(with_tables(path.read_text()))
-    for name in recorded():
-        draw(read(name), PLOTS / f"{name}.png")
+        path.write_text(with_tables(path.read_text(), experiments))
+    for experiment in experiments:
+        draw(experiment, PLOTS / f"{experiment.name}.png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.batch import Batch
+from pixcontrast_ext.ops.class_counts import count_classes, count_per_image
 from pixcontrast_ext.ops.sampling import AnchorSample
 
 if TYPE_CHECKING:
@@ -43,14 +44,6 @@ def compare_gradients(loss: Tensor, other: Tensor, shared: Tensor) -> tuple[Tens
     )
     lengths = first.norm(), second.norm()
     return lengths[0] / lengths[1], torch.dot(first, second) / (lengths[0] * lengths[1])
-
-
-def _count(labels: Tensor, num_classes: int) -> Tensor:
-    """How often each class occurs, [C] int64; other labels do not count. `torch.bincount` would wait for the device."""
-    valid = (labels >= 0) & (labels < num_classes)
-    where = torch.where(valid, labels, num_classes).flatten().long()
-    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
-    return counts.index_add_(0, where, torch.ones_like(where))[:-1]
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
@@ -85,11 +78,11 @@ def of_rows(
     """Cosines, the loss at chance, at these cosines and for points, and the number of keys of each class."""
     rows, some_class, bank = _unit(rows), labels.clamp(min=0).long(), loss.bank
     if bank is None:  # the anchors themselves, each without itself
-        of_class, itself = _count(labels, loss.num_classes), 1
+        of_class, itself = count_classes(labels, loss.num_classes), 1
         where = torch.where(labels >= 0, labels, loss.num_classes).long()
         sums = rows.new_zeros(loss.num_classes + 1, rows.shape[1]).index_add_(0, where, rows)[:-1]
     else:
-        of_class, itself = _count(bank.key_labels, loss.num_classes), 0
+        of_class, itself = count_classes(bank.key_labels, loss.num_classes), 0
         sums = _sums(bank)
     positives, negatives = of_class[some_class] - itself, of_class.sum() - of_class[some_class]
     contrasted = (labels >= 0) & (positives > 0) & (negatives > 0)
@@ -132,16 +125,13 @@ def of_anchors(anchors: AnchorSample, batch: Batch, num_classes: int) -> dict[st
     return {
         "anchors": chosen.sum(),
         "hard_share": _mean(hard.float(), chosen),
-        "anchors_of": _count(anchors.labels, num_classes),
+        "anchors_of": count_classes(anchors.labels, num_classes),
     }
 
 
 def of_bank(bank: MemoryBank, labels: Tensor) -> dict[str, Tensor]:
     """How full each class's rings are, and how much of them this batch [B, H, W] replaces."""
-    images, classes = labels.shape[0], bank.num_classes
-    first = torch.arange(images, device=labels.device)[:, None, None] * classes
-    valid = (labels >= 0) & (labels < classes) & (labels != bank.ignore_index)
-    pixels = _count(torch.where(valid, first + labels, -1), images * classes).view(images, classes)
+    pixels = count_per_image(labels, bank.num_classes, bank.ignore_index)
     found = {}
     for name, slots, fill, added in (
         ("region", bank.region_slots, bank.region_fill, (pixels > 0).sum(0)),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext.ops import checks, handles, library
+from pixcontrast_ext.ops.class_counts import count_per_image
 
 BATCHES = 50  # that are looked at
 OCCURS = 10  # images a class has to occur in for a word about it
@@ -26,7 +27,7 @@ class ClassWatch(handles.Handle):
         self.num_classes, self.ignore_index, self.min_pixels = num_classes, ignore_index, min_pixels
         self.batches, self.done = 0, False
         self.counts: Tensor | None = (
-            None  # [2, C + 1]: images that each class occurred in, those with enough pixels of it
+            None  # [2, C]: images that each class occurred in, those with enough pixels of it
         )
         self.copied: tuple[Tensor, torch.cuda.Event | None] | None = None
 
@@ -58,21 +59,16 @@ class ClassWatch(handles.Handle):
         return copied, event
 
     def _count(self, labels: Tensor) -> None:
-        nowhere, images, labels = self.num_classes, len(labels), labels.long()
         if self.counts is None or self.counts.device != labels.device:
-            self.counts = torch.zeros(2, nowhere + 1, dtype=torch.int64, device=labels.device)
+            self.counts = torch.zeros(2, self.num_classes, dtype=torch.int64, device=labels.device)
             self.batches = 0
-        valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
-        first = torch.arange(0, images * (nowhere + 1), nowhere + 1, device=labels.device)
-        places = (torch.where(valid, labels, nowhere) + first.view(-1, 1, 1)).flatten()
-        pixels = torch.zeros(images * (nowhere + 1), dtype=torch.int64, device=labels.device)
-        pixels = pixels.scatter_add_(0, places, torch.ones_like(places)).view(images, nowhere + 1)
+        pixels = count_per_image(labels, self.num_classes, self.ignore_index)
         self.counts += torch.stack([pixels > 0, pixels >= max(1, self.min_pixels)]).sum(1)
 
     def _judge(self, counts: Tensor, size: tuple[int, ...]) -> None:
         rare = [
             f"{c} (in {enough} of {occurred})"
-            for c, (occurred, enough) in enumerate(counts[:, : self.num_classes].T.tolist())
+            for c, (occurred, enough) in enumerate(counts.T.tolist())
             if occurred >= OCCURS and enough < SHARE * occurred
         ]
         if rare:

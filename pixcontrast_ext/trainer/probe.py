@@ -175,17 +175,9 @@ def score(
     to_means, own = queries @ means.T, of_queries[:, None] == known
     between = (means @ means.T)[~np.eye(len(known), dtype=bool)]
 
-    blocks = range(0, len(queries), _BLOCK)
-    nearest, average, votes = (
-        np.concatenate(parts)
-        for parts in zip(
-            *(
-                _retrieve(gallery, of_gallery, queries[at : at + _BLOCK], of_queries[at : at + _BLOCK], known)
-                for at in blocks
-            ),
-            strict=True,
-        )
-    )
+    blocks = [slice(at, at + _BLOCK) for at in range(0, len(queries), _BLOCK)]
+    retrieved = [_retrieve(gallery, of_gallery, queries[b], of_queries[b], known) for b in blocks]
+    nearest, average, votes = (np.concatenate(parts) for parts in zip(*retrieved, strict=True))
     guessed = fit_linear(gallery, of_gallery)(queries)
     permuted = np.random.default_rng(seed).permutation(of_gallery)
     return ProbeScores(

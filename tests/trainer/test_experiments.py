@@ -19,15 +19,17 @@ from pixcontrast_ext.trainer.comparison import holm, paired
 def test_pages_hold_the_tables_of_the_recorded_runs():
     for path in experiments.PAGES:
         page = path.read_text()
-        assert experiments.with_tables(page) == page, f"{path.name}: run python -m benchmarks.experiments"
+        assert experiments.with_tables(page, recorded()) == page, (
+            f"{path.name}: run python -m benchmarks.experiments"
+        )
 
 
 def test_every_recorded_experiment_has_its_table_and_its_picture():
     pages = "".join(path.read_text() for path in experiments.PAGES)
     assert len(recorded()) >= 3
-    for name in recorded():
-        assert experiments.BEGIN.format(name) in pages
-        assert (experiments.PLOTS / f"{name}.png").exists()
+    for each in recorded():
+        assert experiments.BEGIN.format(each.name) in pages
+        assert (experiments.PLOTS / f"{each.name}.png").exists()
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def experiment():
 def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
     assert experiment.outcomes == [MIOU, RARE, ACCURACY, "features/linear"]
     assert experiment.seeds_of("aa") == list(range(6))
-    compared = experiment.compared()
+    compared = experiment.compared
     for arm, column in (("contrast", "miou"), ("aa", "miou")):
         pair = compared[arm, MIOU][0]
         one, other = (
@@ -67,7 +69,7 @@ def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
 
 
 def test_holm_counts_the_questions_of_an_arm_and_the_control_is_none(experiment):
-    compared = experiment.compared()
+    compared = experiment.compared
     for arm in ("contrast", "aa"):
         secondary = [RARE, ACCURACY, "features/linear"]
         raw = [paired(experiment.differences(arm, outcome)).p for outcome in secondary]
