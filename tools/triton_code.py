@@ -359,10 +359,10 @@ def launch_maps(
     backend.enqueue_write(Write(*collected, region_ptr, region_fill, pixel_ptr, pixel_fill, slots))
 
 
-def smallest_jobs(arch: int) -> list[Job]:
+def smallest_jobs(arch: int, mined: bool) -> list[Job]:
     """Nearly everything once at the smallest sizes, since Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
-        launch_infonce(torch.float32, 1, a=1, k=1, m=1)
+        launch_infonce(torch.float32, 1, a=1, k=1, m=1, mined=mined)
         launch_maps(
             torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
         )
@@ -519,7 +519,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
     jobs = [job for arch in arguments.archs for job in all_jobs(arch, tuple(arguments.widths))]
-    jobs = list(dict.fromkeys(jobs + smallest_jobs(arguments.archs[-1])))
+    jobs = list(dict.fromkeys(jobs + smallest_jobs(arguments.archs[-1], mined=len(arguments.widths) > 1)))
     codes = compile_all(jobs)
     selection = (("--widths", arguments.widths), ("--archs", arguments.archs))
     text = table(codes, " ".join(f"{name} {' '.join(map(str, chosen))}" for name, chosen in selection))
