@@ -56,7 +56,7 @@ def test_2_labels_of_another_size_are_picked_where_the_embeddings_are(quick_back
     labels = torch.randint(0, 4, (2, 32, 32))
     at_embeddings = F.interpolate(labels[:, None].float(), size, mode="nearest").squeeze(1).long()
     bank = MemoryBank(4, 4, region_slots=8, pixel_slots=64)
-    criterion = PixelContrastLoss(4, bank=bank, min_pixels=1, backend=quick_backend)
+    criterion = PixelContrastLoss(4, bank=bank, min_pixels=1, max_samples=96, backend=quick_backend)
     criterion(coded(at_embeddings, 4), labels, labels)
     keys, key_labels = used(bank)
     assert bank.region_fill.tolist() == [2] * 4
@@ -94,7 +94,7 @@ def test_4_class_0_is_a_class_like_any_other(backend):
     assert (key_labels == 0).sum() == 5
     assert (keys.norm(dim=1) > 0.99).all()
 
-    criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend).eval()
+    criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, max_samples=96, backend=backend).eval()
     anchor = torch.tensor([[math.cos(0.4), math.sin(0.4)]])  # of class 0
     loss = criterion(
         anchor.view(1, 2, 1, 1),
@@ -124,7 +124,7 @@ def test_5_no_key_of_a_bank_is_taken_for_the_anchor_itself(backend):
 
     labels = torch.arange(2).repeat(8).view(1, 4, 4)
     bank = MemoryBank(2, 4, region_slots=1, pixel_slots=0)
-    criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend)
+    criterion = PixelContrastLoss(2, bank=bank, min_pixels=1, max_samples=96, backend=backend)
     embeddings = torch.randn(1, 4, 4, 4)
     criterion(embeddings, labels, labels)
     # 16 anchors and 2 keys, and every pair counts.
@@ -146,7 +146,9 @@ def test_6_slots_that_nobody_filled_take_no_part(backend):
         bank.enqueue(embeddings, labels, backend=backend)
         bank.keys[bank.key_labels < 0] = math.nan  # what an unused slot holds must not matter
         losses.append(
-            PixelContrastLoss(2, bank=bank, min_pixels=1, backend=backend).eval()(embeddings, labels, labels)
+            PixelContrastLoss(2, bank=bank, min_pixels=1, max_samples=96, backend=backend).eval()(
+                embeddings, labels, labels
+            )
         )
     assert losses[0] > 0
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
@@ -163,18 +165,20 @@ def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
     few = torch.full((1, 4, 4), 255)
     few[0, 0, :2] = torch.tensor([0, 1])
     for labels, min_pixels in ((torch.full((1, 4, 4), 255), 1), (few, None), (few, 1)):
-        criterion = PixelContrastLoss(3, bank=bank(), min_pixels=min_pixels, backend=backend)
+        criterion = PixelContrastLoss(3, bank=bank(), min_pixels=min_pixels, max_samples=96, backend=backend)
         loss = criterion(embeddings, labels, labels)  # nothing to contrast, no eligible class, no positive
         (grad,) = torch.autograd.grad(loss, embeddings)
         assert loss.item() == 0
         assert (grad == 0).all()
 
     labels = torch.randint(0, 3, (1, 4, 4))
-    criterion = PixelContrastLoss(3, bank=bank(), min_pixels=1, backend=backend)
+    criterion = PixelContrastLoss(3, bank=bank(), min_pixels=1, max_samples=96, backend=backend)
     criterion(embeddings, labels, labels)
     assert criterion(embeddings, labels, labels).isfinite()
 
-    criterion = PixelContrastCrossEntropyLoss(3, warmup_steps=1, bank=bank(), min_pixels=1, backend=backend)
+    criterion = PixelContrastCrossEntropyLoss(
+        3, warmup_steps=1, bank=bank(), min_pixels=1, max_samples=96, backend=backend
+    )
     broken = torch.full((1, 4, 4, 4), math.nan, requires_grad=True)
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     loss = criterion(logits, broken, labels)

@@ -435,7 +435,7 @@ def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
     assert main(["compare", "--resume", "--out", out]) == 0  # with the same arms, split and jobs
     assert capsys.readouterr().out == told
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/checkpoints/*.pt")}
-    assert main(["compare", "--resume", "--seeds", "1", "2", "--out", out]) == 0
+    assert main(["compare", "--resume", "--seeds", "1", "2", "--jobs", "1", "--out", out]) == 0
     told = capsys.readouterr().out
     assert "seed 2" in told
     assert "2 seeds cannot show a difference" in told
