@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import math
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,8 +126,9 @@ def span(pair: Paired) -> str:
 def verdict(pair: Paired, p: float) -> str:
     """What a difference may be called, `p` being by Holm."""
     if math.isnan(pair.detectable):
-        return f"cannot be told from {pair.pairs} seeds"
-    return f"**{'higher' if pair.mean > 0 else 'lower'}**" if is_shown(pair, p) else "no difference shown"
+        return "cannot be told from " + ("one seed" if pair.pairs == 1 else f"{pair.pairs} seeds")
+    word = f"**{'higher' if pair.mean > 0 else 'lower'}**" if is_shown(pair, p) else "no difference shown"
+    return f"{word}, {pair.pairs} seeds"
 
 
 def tables(experiment: Experiment) -> Iterator[str]:
@@ -146,15 +148,14 @@ def tables(experiment: Experiment) -> Iterator[str]:
         ],
     )
     yield ""
-    header = ["", "seeds", arms[baseline], "this", "difference, 95 % interval", "detectable", "p by Holm", ""]
+    header = [f"compared with {arms[baseline]}", "means", "difference, 95 % interval", "detectable", "p", ""]
     lines = []
     for (arm, outcome), (pair, p) in experiment.compared.items():
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
-        title = PROBED.get(outcome, outcome)
+        means = f"{np.mean(base):.4f}, {experiment.values(arm, outcome).mean():.4f}"
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
-        means = (f"{np.mean(base):.4f}", f"{experiment.values(arm, outcome).mean():.4f}")
-        numbers = (f"{pair.pairs}", *means, span(pair), detectable, "" if math.isnan(p) else f"{p:.3f}")
-        lines.append([f"{arms[arm]}: {title}", *numbers, verdict(pair, p)])
+        numbers = (means, span(pair), detectable, "" if math.isnan(p) else f"{p:.3f}")
+        lines.append([f"{arms[arm]}: {PROBED.get(outcome, outcome)}", *numbers, verdict(pair, p)])
     yield from markdown(header, lines)
     costs = list(cost_lines(experiment))
     if costs:
@@ -193,7 +194,7 @@ def draw(experiment: Experiment, path: Path) -> None:
         found = [experiment.value(arm, s, MIOU) for of, s in experiment.runs if of == arm]
         if found:  # of an experiment that goes on an arm may have none yet
             runs.plot([place - 0.15, place + 0.15], [np.mean(found)] * 2, color="C3", linewidth=3)
-    runs.set_xticks(range(len(arms)), list(experiment.arms.values()))
+    runs.set_xticks(range(len(arms)), [textwrap.fill(title, 14) for title in experiment.arms.values()])
     runs.set(title=f"mIoU on {experiment.split}: a line a seed, bars the means", xlim=(-0.4, len(arms) - 0.6))
     compared = experiment.compared
     for number, arm in enumerate(arms[1:]):
@@ -208,6 +209,7 @@ def draw(experiment: Experiment, path: Path) -> None:
             )
     names = [PROBED.get(outcome, outcome) for outcome in experiment.outcomes]
     differences.set_yticks([-place for place in range(len(names))], names)
+    differences.set_ylim(-len(names) - 0.25 * len(arms[2:]), 0.5)
     differences.axvline(0, color="black", linewidth=0.8)
     differences.set(title=f"difference to {experiment.arms[arms[0]]}, mean and 95 % interval")
     differences.legend(loc="lower right")
