@@ -126,9 +126,9 @@ def span(pair: Paired) -> str:
 def verdict(pair: Paired, p: float) -> str:
     """What a difference may be called, `p` being by Holm."""
     if math.isnan(pair.detectable):
-        return "cannot be told from " + ("one seed" if pair.pairs == 1 else f"{pair.pairs} seeds")
+        return "one seed is too few" if pair.pairs == 1 else f"{pair.pairs} seeds are too few"
     word = f"**{'higher' if pair.mean > 0 else 'lower'}**" if is_shown(pair, p) else "no difference shown"
-    return f"{word}, {pair.pairs} seeds"
+    return f"{word} ({pair.pairs} seeds)"
 
 
 def tables(experiment: Experiment) -> Iterator[str]:
@@ -148,7 +148,14 @@ def tables(experiment: Experiment) -> Iterator[str]:
         ],
     )
     yield ""
-    header = [f"compared with {arms[baseline]}", "means", "difference, 95 % interval", "detectable", "p", ""]
+    header = [
+        f"compared with {arms[baseline]}",
+        "means of both",
+        "difference, 95 % interval",
+        "detectable",
+        "p",
+        "",
+    ]
     lines = []
     for (arm, outcome), (pair, p) in experiment.compared.items():
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
@@ -291,7 +298,8 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def recorded() -> list[Experiment]:
     """All that have a run."""
     folders = sorted(path.parent for path in RESULTS.glob("*/experiment.json"))
-    return [read(folder.name) for folder in folders if (folder / "runs.csv").exists()]
+    found = [read(folder.name) for folder in folders if (folder / "runs.csv").exists()]
+    return [experiment for experiment in found if experiment.runs]
 
 
 def with_tables(page: str, experiments: list[Experiment]) -> str:

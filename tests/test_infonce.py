@@ -116,7 +116,7 @@ def test_anchor_alone_with_itself_has_no_positive(backend):
 @pytest.mark.parametrize("order", [BANK, RANDOM, BLOCKS])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_rows_without_a_label_may_hold_anything(backend, order, value):
-    inputs = draw_rows(130, 500, 16, 5, order=order, unlabelled=0.3)
+    inputs = draw_rows(130, 1030, 16, 5, order=order, unlabelled=0.3)
     expected = run(inputs, backend, exclude_self=True)
     anchors, anchor_labels, keys, key_labels = inputs
     anchors, keys = anchors.clone(), keys.clone()
@@ -212,7 +212,7 @@ def test_non_contiguous_inputs(backend):
 
 
 def test_anchors_in_any_order(backend):
-    anchors, anchor_labels, keys, key_labels = draw_rows(200, 300, 24, 9, order=BANK)
+    anchors, anchor_labels, keys, key_labels = draw_rows(200, 600, 24, 9, order=BANK)
     expected = run((anchors, anchor_labels, keys, key_labels), backend)
     shuffle = torch.randperm(200)
     found = run((anchors[shuffle], anchor_labels[shuffle], keys, key_labels), backend)

@@ -46,7 +46,7 @@ def test_nearest_is_the_rule_of_interpolate(dtype):
 def test_labels_and_logits_of_another_size_are_picked(quick_backend):
     embeddings, labels, _ = batch(labels_size=(55, 40))
     logits = torch.randn(2, 4, 28, 18)
-    criterion = PixelContrastLoss(4, min_pixels=1, max_samples=96, backend=quick_backend)
+    criterion = PixelContrastLoss(4, min_pixels=1, max_samples=256, backend=quick_backend)
     torch.manual_seed(1)
     found = criterion(embeddings, labels, logits)
     at = lambda x: F.interpolate(x.float(), size=(14, 9), mode="nearest")  # noqa: E731
@@ -91,7 +91,7 @@ def test_base_temperature_scales(quick_backend):
     for base in (None, 0.05):
         torch.manual_seed(0)
         criterion = PixelContrastLoss(
-            4, temperature=0.2, base_temperature=base, min_pixels=1, max_samples=96, backend=quick_backend
+            4, temperature=0.2, base_temperature=base, min_pixels=1, max_samples=256, backend=quick_backend
         )
         losses.append(criterion(embeddings, labels, logits))
     torch.testing.assert_close(losses[1], 4 * losses[0])
@@ -99,7 +99,7 @@ def test_base_temperature_scales(quick_backend):
 
 def test_enqueues_after_the_loss_and_in_training_only(quick_backend):
     embeddings, labels, logits = batch()
-    criterion = PixelContrastLoss(4, min_pixels=1, max_samples=96, bank=bank_of(), backend=quick_backend)
+    criterion = PixelContrastLoss(4, min_pixels=1, max_samples=256, bank=bank_of(), backend=quick_backend)
     # The bank is still empty, and the batch is not contrasted with itself.
     assert criterion(embeddings, labels, logits) == 0
     filled = criterion.bank.region_fill.clone()
@@ -112,11 +112,13 @@ def test_enqueues_after_the_loss_and_in_training_only(quick_backend):
 @pytest.mark.parametrize("bank_dtype", [None, torch.float32, torch.float16, torch.bfloat16])
 def test_any_dtype_of_map_and_bank(backend, dtype, bank_dtype):
     embeddings, labels, logits = batch()
-    exact = PixelContrastLoss(4, min_pixels=1, max_samples=96, bank=None if bank_dtype is None else bank_of())
+    exact = PixelContrastLoss(
+        4, min_pixels=1, max_samples=256, bank=None if bank_dtype is None else bank_of()
+    )
     criterion = PixelContrastLoss(
         4,
         min_pixels=1,
-        max_samples=96,
+        max_samples=256,
         bank=None if bank_dtype is None else bank_of(dtype=bank_dtype),
         backend=backend,
     )
@@ -144,7 +146,7 @@ def test_autocast_takes_the_products_in_its_dtype(quick_backend, mining):
         criterion = PixelContrastLoss(
             4,
             min_pixels=1,
-            max_samples=96,
+            max_samples=256,
             bank=bank.to(dtype),
             mining=mining,
             generator=generator,
@@ -227,7 +229,7 @@ def test_unnormalised_maps_of_any_scale(backend):
     for scale in (1.0, 1e-6, 1e6):
         torch.manual_seed(0)
         losses.append(
-            PixelContrastLoss(4, min_pixels=1, max_samples=96, backend=backend)(
+            PixelContrastLoss(4, min_pixels=1, max_samples=256, backend=backend)(
                 embeddings * scale, labels, logits
             )
         )
@@ -243,7 +245,7 @@ def test_backward_after_the_bank_was_written(quick_backend):
         criterion = PixelContrastLoss(
             4,
             min_pixels=1,
-            max_samples=96,
+            max_samples=256,
             bank=bank_of(region_slots=1, pixel_slots=1),
             backend=quick_backend,
         )
@@ -346,7 +348,7 @@ def test_default_dtype_does_not_matter(backend, dtype, with_bank):
     losses = []
     for default in (torch.float32, dtype):
         bank = bank_of(dtype=torch.float32) if with_bank else None
-        criterion = PixelContrastLoss(4, min_pixels=1, max_samples=96, bank=bank, backend=backend)
+        criterion = PixelContrastLoss(4, min_pixels=1, max_samples=256, bank=bank, backend=backend)
         torch.set_default_dtype(default)
         try:
             for seed in (0, 1):
@@ -362,7 +364,9 @@ def test_default_dtype_does_not_matter(backend, dtype, with_bank):
 
 def test_bank_of_another_width_is_named(backend):
     embeddings, labels, logits = batch()
-    criterion = PixelContrastLoss(4, min_pixels=1, max_samples=96, bank=bank_of(channels=13), backend=backend)
+    criterion = PixelContrastLoss(
+        4, min_pixels=1, max_samples=256, bank=bank_of(channels=13), backend=backend
+    )
     with pytest.raises(
         ValueError, match=r"embeddings \(2, 12, 14, 9\) do not fit the bank, which is 13 wide"
     ):
@@ -387,7 +391,7 @@ def test_any_integer_labels_that_hold_the_classes(dtype, num_classes):
     """Even if the dtype cannot hold the number of classes itself."""
     embeddings, labels, _ = batch(ignored=0.0)
     predictions = torch.zeros_like(labels)
-    criterion = PixelContrastLoss(num_classes, min_pixels=1, max_samples=96, ignore_index=-100)
+    criterion = PixelContrastLoss(num_classes, min_pixels=1, max_samples=256, ignore_index=-100)
     losses = []
     for kind in (torch.int64, dtype):
         torch.manual_seed(0)
@@ -448,5 +452,5 @@ def test_rows_too_wide_to_contrast_leave_the_rest_to_the_first_backend(monkeypat
     )
     embeddings, labels = torch.randn(2, 4, 5, 5, dtype=torch.float64), torch.zeros(2, 5, 5, dtype=torch.int64)
     bank = MemoryBank(3, 4, region_slots=2, pixel_slots=2)
-    PixelContrastLoss(3, min_pixels=1, max_samples=96, bank=bank)(embeddings, labels, labels)
+    PixelContrastLoss(3, min_pixels=1, max_samples=256, bank=bank)(embeddings, labels, labels)
     assert asked == [("enqueue_collect", "reference"), ("infonce", "cpu")]

@@ -23,11 +23,13 @@ def test_a_compiled_criterion_can_be_pickled():
 
 def test_is_cross_entropy_plus_weighted_contrast(backend):
     embeddings, labels, logits = batch(labels_size=(28, 27))
-    criterion = PixelContrastCrossEntropyLoss(4, weight=0.3, min_pixels=1, max_samples=96, backend=backend)
+    criterion = PixelContrastCrossEntropyLoss(4, weight=0.3, min_pixels=1, max_samples=256, backend=backend)
     torch.manual_seed(2)
     found = criterion(logits, embeddings, labels)
     torch.manual_seed(2)
-    contrast = PixelContrastLoss(4, min_pixels=1, max_samples=96, backend=backend)(embeddings, labels, logits)
+    contrast = PixelContrastLoss(4, min_pixels=1, max_samples=256, backend=backend)(
+        embeddings, labels, logits
+    )
     upsampled = F.interpolate(logits, size=(28, 27), mode="bilinear", align_corners=False)
     expected = F.cross_entropy(upsampled, labels, ignore_index=255) + 0.3 * contrast
     torch.testing.assert_close(found, expected)
@@ -48,7 +50,7 @@ def test_class_weights_and_ignore_index(ignore_index):
 def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(quick_backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastCrossEntropyLoss(
-        4, warmup_steps=2, min_pixels=1, max_samples=96, bank=bank_of(), backend=quick_backend
+        4, warmup_steps=2, min_pixels=1, max_samples=256, bank=bank_of(), backend=quick_backend
     )
     poisoned = embeddings.detach().clone()
     poisoned[0, 0, 0, 0] = math.nan  # 0 * NaN would be NaN
@@ -65,12 +67,12 @@ def test_warm_up_counts_training_steps_only_and_survives_a_checkpoint(quick_back
     embeddings, labels, logits = batch()
     entropy = F.cross_entropy(logits, labels, ignore_index=255)
     criterion = PixelContrastCrossEntropyLoss(
-        4, warmup_steps=2, min_pixels=1, max_samples=96, bank=bank_of(), backend=quick_backend
+        4, warmup_steps=2, min_pixels=1, max_samples=256, bank=bank_of(), backend=quick_backend
     )
     criterion(logits, embeddings, labels)
     torch.testing.assert_close(criterion.eval()(logits, embeddings, labels), entropy)  # as in training
     resumed = PixelContrastCrossEntropyLoss(
-        4, warmup_steps=2, min_pixels=1, max_samples=96, bank=bank_of(), backend=quick_backend
+        4, warmup_steps=2, min_pixels=1, max_samples=256, bank=bank_of(), backend=quick_backend
     )
     resumed.load_state_dict(criterion.state_dict())
     copied = copy.deepcopy(criterion).train()
@@ -112,7 +114,7 @@ def test_any_integer_labels(quick_backend, dtype):
     losses = []
     for kind in (torch.int64, dtype):
         torch.manual_seed(0)
-        criterion = PixelContrastCrossEntropyLoss(4, min_pixels=1, max_samples=96, backend=quick_backend)
+        criterion = PixelContrastCrossEntropyLoss(4, min_pixels=1, max_samples=256, backend=quick_backend)
         losses.append(criterion(logits, embeddings, labels.to(kind)))
     assert torch.equal(*losses)
 
@@ -121,7 +123,7 @@ def test_bf16_autocast(quick_backend):
     embeddings, labels, logits = batch()
     head = ProjectionHead(12, 12)
     criterion = PixelContrastCrossEntropyLoss(
-        4, min_pixels=1, max_samples=96, bank=bank_of(), backend=quick_backend
+        4, min_pixels=1, max_samples=256, bank=bank_of(), backend=quick_backend
     )
     criterion(logits, embeddings, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,7 +187,7 @@ def test_parts_add_up_and_are_detached(quick_backend):
         weight=0.3,
         warmup_steps=1,
         min_pixels=1,
-        max_samples=96,
+        max_samples=256,
         max_views=3,
         bank=bank_of(),
         backend=quick_backend,

@@ -403,7 +403,7 @@ def test_nothing_to_contrast(backend, instruction_set, empty):
 
 
 def test_repeats_give_the_same_bits(backend):
-    inputs = unit_rows(70, 500, 65, 19)
+    inputs = unit_rows(70, 1100, 65, 19)
     mining = Mining("semi-hard", negatives=50, positives=9)
     results = []
     for _ in range(2):

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixcontrast_ext import MemoryBank, PixelContrastLoss
 from pixcontrast_ext.backends import device as devices
+from pixcontrast_ext.ops.class_counts import count_classes, count_per_image
 from tests.support.backends import GPU_BACKENDS
 from tests.support.op_cases import SIZES, cases
 
@@ -497,7 +498,19 @@ def test_what_a_watch_counts_may_be_anything():
     ):
         found = torch.ops.pixcontrast.watch_classes(labels, anchor_labels, watch.number, "")
         assert torch.equal(found, anchor_labels)
-    assert (watch.counts[:, :3] == 0).all()
+    assert (watch.counts == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint16, torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [-1, 3, 255])
+def test_pixels_of_a_class_are_counted_whatever_the_type_of_labels(dtype, ignore_index):
+    """In 8 bits, 256 classes would be none, and -1 the label 255."""
+    most = min(torch.iinfo(dtype).max, 255)
+    labels = torch.tensor([[[0, 3, 3, most]], [[most, most, 1, 1]]]).to(dtype)
+    counted = count_per_image(labels, 256, ignore_index).tolist()
+    for (row,), found in zip(labels.tolist(), counted, strict=True):
+        assert found == [0 if c == ignore_index else row.count(c) for c in range(256)]
+    assert count_classes(labels, 256).sum() == 8
 
 
 def test_the_write_of_all_ranks_checks_as_the_write_does():

@@ -54,7 +54,7 @@ def walks(kernels):
 def test_everything_that_multiplies_was_compiled(found):
     """Every kernel with products, for each architecture, width and kind of arithmetic.
 
-    Of one width fp16 is left out, and mining in fp32.
+    Of one width fp16 is left out, and mining in fp32 and at the smallest sizes.
 
     The kernels are two of the shift; the negatives and the positives with and without a gradient, and the backward with
     and without the mirror, each of all pairs and mined; and the counts of either kind.

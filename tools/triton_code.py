@@ -360,7 +360,7 @@ def launch_maps(
 
 
 def smallest_jobs(arch: int, mined: bool) -> list[Job]:
-    """Nearly everything once at the smallest sizes, since Triton makes constants of arguments that are 1."""
+    """Everything, or all but mining, at the smallest sizes: Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
         launch_infonce(torch.float32, 1, a=1, k=1, m=1, mined=mined)
         launch_maps(

@@ -434,6 +434,7 @@ def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
 
     assert main(["compare", "--resume", "--out", out]) == 0  # with the same arms, split and jobs
     assert capsys.readouterr().out == told
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["_jobs"] == 2
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/checkpoints/*.pt")}
     assert main(["compare", "--resume", "--seeds", "1", "2", "--jobs", "1", "--out", out]) == 0
     told = capsys.readouterr().out

@@ -83,12 +83,12 @@ def test_tables_say_what_is_shown_and_what_is_not(experiment):
     (rare,) = [line for line in text.splitlines() if line.startswith("| contrast: rare classes")]
     (accuracy,) = [line for line in text.splitlines() if line.startswith("| contrast: pixel accuracy")]
     (miou,) = [line for line in text.splitlines() if line.startswith("| contrast: mIoU")]
-    assert rare.endswith("| **higher**, 12 seeds |")
-    assert accuracy.endswith("| **lower**, 12 seeds |")
-    assert miou.endswith("| no difference shown, 12 seeds |")
+    assert rare.endswith("| **higher** (12 seeds) |")
+    assert accuracy.endswith("| **lower** (12 seeds) |")
+    assert miou.endswith("| no difference shown (12 seeds) |")
     assert "| ms a step | 500 (1.00x) | 600 (1.20x) | 500 (1.00x) |" in text
     few = paired(np.full(5, 0.1) + 1e-3 * np.arange(5))
-    assert verdict(few, few.p) == "cannot be told from 5 seeds"
+    assert verdict(few, few.p) == "5 seeds are too few"
 
 
 def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):
