@@ -21,13 +21,15 @@ def test_a_compiled_criterion_can_be_pickled():
     assert pickle.loads(pickle.dumps(criterion)).state_dict().keys() == criterion.state_dict().keys()
 
 
-def test_is_cross_entropy_plus_weighted_contrast(backend):
+def test_is_cross_entropy_plus_weighted_contrast(quick_backend):
     embeddings, labels, logits = batch(labels_size=(28, 27))
-    criterion = PixelContrastCrossEntropyLoss(4, weight=0.3, min_pixels=1, max_samples=256, backend=backend)
+    criterion = PixelContrastCrossEntropyLoss(
+        4, weight=0.3, min_pixels=1, max_samples=256, backend=quick_backend
+    )
     torch.manual_seed(2)
     found = criterion(logits, embeddings, labels)
     torch.manual_seed(2)
-    contrast = PixelContrastLoss(4, min_pixels=1, max_samples=256, backend=backend)(
+    contrast = PixelContrastLoss(4, min_pixels=1, max_samples=256, backend=quick_backend)(
         embeddings, labels, logits
     )
     upsampled = F.interpolate(logits, size=(28, 27), mode="bilinear", align_corners=False)

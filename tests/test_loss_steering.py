@@ -142,14 +142,14 @@ def by_hand(criterion, embeddings, labels, predictions, backend, confidence=None
     return loss, has_positive, sample
 
 
-def test_with_defaults_it_is_what_it_was(backend):
+def test_with_defaults_it_is_what_it_was(quick_backend):
     """To the bit: half of the anchors hard, and the plain mean over those that have a positive."""
     embeddings, labels, logits = batch()
-    criterion = PixelContrastLoss(**settings_of(backend, bank=filled())).eval()
+    criterion = PixelContrastLoss(**settings_of(quick_backend, bank=filled())).eval()
     torch.manual_seed(3)
     found = criterion(embeddings, labels, logits)
     torch.manual_seed(3)
-    loss, has_positive, sample = by_hand(criterion, embeddings, labels, logits.argmax(1), backend)
+    loss, has_positive, sample = by_hand(criterion, embeddings, labels, logits.argmax(1), quick_backend)
     assert torch.equal(found, loss.sum() / has_positive.sum())
     torch.manual_seed(3)
     priority = torch.randint(2**31 - 1, labels.shape, dtype=torch.int32)
@@ -177,18 +177,18 @@ def test_settings_reach_the_sampling(quick_backend, given):
             plain.hard_fraction = -1
 
 
-def test_hard_and_confidence_reach_the_sampling_and_the_mean(backend):
+def test_hard_and_confidence_reach_the_sampling_and_the_mean(quick_backend):
     """Maps of another size are picked at the nearest pixel; the mean is weighted by the confidence of the anchors."""
     embeddings, labels, _ = batch()
     hard, confidence = torch.rand(2, 28, 30) < 0.3, torch.rand(2, 21, 9)
     confidence[torch.rand(confidence.shape) < 0.3] = 0
-    criterion = PixelContrastLoss(**settings_of(backend, bank=filled())).eval()
+    criterion = PixelContrastLoss(**settings_of(quick_backend, bank=filled())).eval()
     torch.manual_seed(3)
     found = criterion(embeddings, labels, None, hard=hard, confidence=confidence.requires_grad_())
     torch.manual_seed(3)
     at = resize_nearest(confidence.detach(), (14, 9))
     loss, has_positive, sample = by_hand(
-        criterion, embeddings, labels, None, backend, confidence=at, hard=resize_nearest(hard, (14, 9))
+        criterion, embeddings, labels, None, quick_backend, confidence=at, hard=resize_nearest(hard, (14, 9))
     )
     weights = at.flatten()[sample.indices] * has_positive
     torch.testing.assert_close(found, (loss * weights).sum() / weights.sum())

@@ -155,7 +155,7 @@ def test_6_slots_that_nobody_filled_take_no_part(backend):
 
 
 @pytest.mark.parametrize("with_bank", [True, False])
-def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
+def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(quick_backend, with_bank):
     """#68: no eligible class crashed; no positive gave 0 / 0, the warm-up 0 * NaN, unnormalised embeddings NaN."""
 
     def bank():
@@ -165,19 +165,21 @@ def test_7_nothing_to_contrast_is_zero_and_nan_stays_out(backend, with_bank):
     few = torch.full((1, 4, 4), 255)
     few[0, 0, :2] = torch.tensor([0, 1])
     for labels, min_pixels in ((torch.full((1, 4, 4), 255), 1), (few, None), (few, 1)):
-        criterion = PixelContrastLoss(3, bank=bank(), min_pixels=min_pixels, max_samples=96, backend=backend)
+        criterion = PixelContrastLoss(
+            3, bank=bank(), min_pixels=min_pixels, max_samples=96, backend=quick_backend
+        )
         loss = criterion(embeddings, labels, labels)  # nothing to contrast, no eligible class, no positive
         (grad,) = torch.autograd.grad(loss, embeddings)
         assert loss.item() == 0
         assert (grad == 0).all()
 
     labels = torch.randint(0, 3, (1, 4, 4))
-    criterion = PixelContrastLoss(3, bank=bank(), min_pixels=1, max_samples=96, backend=backend)
+    criterion = PixelContrastLoss(3, bank=bank(), min_pixels=1, max_samples=96, backend=quick_backend)
     criterion(embeddings, labels, labels)
     assert criterion(embeddings, labels, labels).isfinite()
 
     criterion = PixelContrastCrossEntropyLoss(
-        3, warmup_steps=1, bank=bank(), min_pixels=1, max_samples=96, backend=backend
+        3, warmup_steps=1, bank=bank(), min_pixels=1, max_samples=96, backend=quick_backend
     )
     broken = torch.full((1, 4, 4, 4), math.nan, requires_grad=True)
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)

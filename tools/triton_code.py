@@ -359,10 +359,11 @@ def launch_maps(
     backend.enqueue_write(Write(*collected, region_ptr, region_fill, pixel_ptr, pixel_fill, slots))
 
 
-def smallest_jobs(arch: int, mined: bool) -> list[Job]:
-    """Everything, or all but mining, at the smallest sizes: Triton makes constants of arguments that are 1."""
+def smallest_jobs(arch: int, with_infonce: bool) -> list[Job]:
+    """The ops on maps, or everything, at the smallest sizes: Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
-        launch_infonce(torch.float32, 1, a=1, k=1, m=1, mined=mined)
+        if with_infonce:
+            launch_infonce(torch.float32, 1, a=1, k=1, m=1)
         launch_maps(
             torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
         )
@@ -373,7 +374,10 @@ def smallest_jobs(arch: int, mined: bool) -> list[Job]:
 
 
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
-    """Every configuration that ships for a device, for rows of these widths: of one without fp16 and fp32 mining."""
+    """Every configuration that ships for a device, for rows of these widths.
+
+    Of one width they are bf16, mined and not, and fp32 in two planes.
+    """
     with recording(arch) as jobs:
         if len(widths) > 1:
             launch_infonce(torch.bfloat16, 65)
@@ -382,7 +386,7 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
             # fp16 has the tiles of bf16 and fewer products.
             for dtype in (torch.bfloat16, torch.float16)[: len(widths)]:
                 launch_infonce(dtype, channels)
-            for precision in ("tf32", "ieee"):
+            for precision in ("ieee", "tf32")[: len(widths)]:
                 before = torch.backends.cuda.matmul.fp32_precision
                 torch.backends.cuda.matmul.fp32_precision = precision
                 try:
@@ -519,7 +523,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
     jobs = [job for arch in arguments.archs for job in all_jobs(arch, tuple(arguments.widths))]
-    jobs = list(dict.fromkeys(jobs + smallest_jobs(arguments.archs[-1], mined=len(arguments.widths) > 1)))
+    smallest = smallest_jobs(arguments.archs[-1], with_infonce=len(arguments.widths) > 1)
+    jobs = list(dict.fromkeys(jobs + smallest))
     codes = compile_all(jobs)
     selection = (("--widths", arguments.widths), ("--archs", arguments.archs))
     text = table(codes, " ".join(f"{name} {' '.join(map(str, chosen))}" for name, chosen in selection))
