@@ -54,6 +54,8 @@ class Experiment:
     """The columns of each run."""
     rare: tuple[str, ...] = field(default=())
     """Classes whose mean IoU is an outcome."""
+    timed: bool = True
+    """Whether the machine had nothing else to do, so that the times of its steps say something."""
 
     @property
     def baseline(self) -> str:
@@ -112,7 +114,9 @@ def read(name: str) -> Experiment:
         key: {column: float(text) for column, text in row.items() if column not in ("arm", "seed") and text}
         for key, row in read_rows(RESULTS / name / "runs.csv").items()
     }
-    return Experiment(name, told["arms"], told["split"], runs, tuple(told.get("rare", ())))
+    return Experiment(
+        name, told["arms"], told["split"], runs, tuple(told.get("rare", ())), told.get("timed", True)
+    )
 
 
 # Tables
@@ -172,10 +176,8 @@ def tables(experiment: Experiment) -> Iterator[str]:
 
 def cost_lines(experiment: Experiment) -> Iterator[list[str]]:
     """What a step takes, and the memory: medians over the runs, and what they are over the baseline."""
-    for column, title, scale in (
-        ("seconds_per_step", "ms a step", 1e3),
-        ("memory_mib", "peak memory, MiB", 1.0),
-    ):
+    time, memory = ("seconds_per_step", "ms a step", 1e3), ("memory_mib", "peak memory, MiB", 1.0)
+    for column, title, scale in (time, memory) if experiment.timed else (memory,):
         found = {
             arm: [
                 run[column] * scale for (of, _), run in experiment.runs.items() if of == arm and column in run

@@ -87,6 +87,7 @@ def test_tables_say_what_is_shown_and_what_is_not(experiment):
     assert accuracy.endswith("| **lower** (12 seeds) |")
     assert miou.endswith("| no difference shown (12 seeds) |")
     assert "| ms a step | 500 (1.00x) | 600 (1.20x) | 500 (1.00x) |" in text
+    assert "ms a step" not in "\n".join(tables(replace(experiment, timed=False)))
     few = paired(np.full(5, 0.1) + 1e-3 * np.arange(5))
     assert verdict(few, few.p) == "5 seeds are too few"
 
