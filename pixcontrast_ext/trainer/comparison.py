@@ -1,19 +1,21 @@
 """What a comparison shows: paired differences, how sure they are, and what it could have shown at all.
 
 The difference of the mIoU is the outcome; rare classes and pixel accuracy are secondary. A difference is only called
-one if Student's t and a test of signs, which assumes nothing but that the signs of paired differences are as likely
-either way, both say so, the latter after Holm's correction for the number of questions asked. Of one question six pairs
-are the fewest for which that can be: of 2^6 signs, all alike have a chance of 2/64. Of more it takes more.
+one if Student's t and the sign-flip test (the permutation test of pairs, which assumes that differences are symmetric
+about their mean, and no more) both say so, the latter after Holm's correction for the number of questions asked. Of one
+question six pairs are the fewest for which that can be: of 2^6 choices of signs, two are as extreme as all alike. Of
+more it takes more.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,6 +30,9 @@ NAMES: dict[str, str] = {
     "aa": "A/A",
 }
 """What to call the arms that `--methods` names; others have their own name."""
+
+Question = tuple[str, str]
+"""An arm, and the outcome in which it may differ from the baseline."""
 
 LEVEL = 0.05
 POWER = 0.8
@@ -51,9 +56,18 @@ class Paired(Interval):
     """The smallest true difference that so many pairs of this spread find four times in five, among as many questions;
     NaN if so few cannot find any."""
     p: float
-    """Of the test of signs, two-sided; NaN for one pair."""
+    """Of the sign-flip test, two-sided; NaN for one pair."""
     pairs: int
     """How many there are. One with a NaN is none."""
+    questions: int = 1
+    """How many are asked at once."""
+    p_holm: float = math.nan
+    """`p` corrected for their number."""
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it may be called a difference."""
+        return (self.low > 0 or self.high < 0) and self.p_holm < LEVEL
 
 
 @dataclass(frozen=True)
@@ -86,30 +100,21 @@ class Comparison:
         rows = [[result.class_iou[name] for name in self.rare] for result in self.results[arm]]
         return np.array([np.nanmean(row) if np.isfinite(row).any() else math.nan for row in rows])
 
-    def families(self) -> list[list[tuple[str, str]]]:
-        """See `families`."""
-        return families(list(self.results)[1:], self.outcomes)
-
-    def questions(self, arm: str, outcome: str = PRIMARY) -> int:
-        """How many there are in the family of this one."""
-        return next((len(family) for family in self.families() if (arm, outcome) in family), 1)
+    @cached_property
+    def answers(self) -> dict[Question, Paired]:
+        """See `answers`."""
+        arms = list(self.results)[1:]
+        return answers(
+            {
+                (arm, outcome): self.values(arm, outcome) - self.values(self.baseline, outcome)
+                for arm in arms
+                for outcome in self.outcomes
+            }
+        )
 
     def difference(self, arm: str, outcome: str = PRIMARY) -> Paired:
         """An outcome over that of the baseline, paired by seed."""
-        differences = self.values(arm, outcome) - self.values(self.baseline, outcome)
-        return paired(differences, self.questions(arm, outcome))
-
-    def corrected(self) -> dict[tuple[str, str], float]:
-        """P by (arm, outcome), by Holm over its family."""
-        found: dict[tuple[str, str], float] = {}
-        for family in self.families():
-            found.update(zip(family, holm([self.difference(*key).p for key in family]), strict=True))
-        return found
-
-    def differs(self, arm: str, outcome: str = PRIMARY) -> bool:
-        """Whether the comparison shows a difference to the baseline."""
-        difference = self.difference(arm, outcome)
-        return is_shown(difference, self.corrected()[arm, outcome])
+        return self.answers[arm, outcome]
 
     def seconds(self, arm: str) -> float:
         """Median over the seeds of the seconds that a step takes."""
@@ -131,14 +136,28 @@ def interval(values: Sequence[float] | np.ndarray) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def is_shown(difference: Paired, corrected: float) -> bool:
-    """Whether a difference may be called one, `corrected` being its p by Holm."""
-    return (difference.low > 0 or difference.high < 0) and corrected < LEVEL
-
-
 def fewest_pairs(questions: int) -> int:
-    """The fewest pairs for which a test of signs, all of which are alike, can answer one of so many questions."""
+    """The fewest pairs for which the sign-flip test can answer one of so many questions: if all have one sign."""
     return math.floor(math.log2(questions / LEVEL)) + 2
+
+
+def answers(differences: Mapping[Question, np.ndarray]) -> dict[Question, Paired]:
+    """What paired differences show, those of a question being corrected for the others of its family.
+
+    The first outcome is the primary one. There are four families: of all arms that outcome, and everything else, and
+    the same of the A/A arm, which asks nothing of the contrast. A question of fewer than two pairs is not asked.
+    """
+    primary = next((outcome for _, outcome in differences), PRIMARY)
+    families: dict[tuple[bool, bool], list[Question]] = {}
+    for arm, outcome in differences:
+        families.setdefault((arm == "aa", outcome == primary), []).append((arm, outcome))
+    found = {}
+    for family in families.values():
+        asked = sum(int(np.isfinite(differences[question]).sum() > 1) for question in family)
+        pairs = [paired(differences[question], asked) for question in family]
+        for question, pair, p in zip(family, pairs, holm([pair.p for pair in pairs]), strict=True):
+            found[question] = replace(pair, p_holm=p)
+    return {question: found[question] for question in differences}
 
 
 def paired(differences: np.ndarray, questions: int = 1) -> Paired:
@@ -148,10 +167,10 @@ def paired(differences: np.ndarray, questions: int = 1) -> Paired:
     differences = differences[~np.isnan(differences)]
     count = len(differences)
     if count == 0:
-        return Paired(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+        return Paired(math.nan, math.nan, math.nan, math.nan, math.nan, 0, questions)
     found = interval(differences)
     if count < 2:
-        return Paired(found.mean, found.low, found.high, math.nan, math.nan, count)
+        return Paired(found.mean, found.low, found.high, math.nan, math.nan, count, questions)
     detectable = float(np.std(differences, ddof=1)) * _detectable(count, questions)
     # All 2^n choices of signs, or of more than 13 pairs some thousands of them, always the same.
     test = permutation_test(
@@ -162,14 +181,14 @@ def paired(differences: np.ndarray, questions: int = 1) -> Paired:
         vectorized=True,
         random_state=0,
     )
-    return Paired(found.mean, found.low, found.high, detectable, float(test.pvalue), count)
+    return Paired(found.mean, found.low, found.high, detectable, float(test.pvalue), count, questions)
 
 
 @lru_cache(maxsize=64)
 def _detectable(pairs: int, questions: int) -> float:
     """The difference, in standard deviations of a pair, that `is_shown` finds with `POWER`, of normal differences.
 
-    The other questions of the family are taken to have no answer. By trial for so few pairs that the test of signs is
+    The other questions of the family are taken to have no answer. By trial for so few pairs that the sign-flip test is
     coarse; with more it finds what Student's t does.
     """
     from scipy.stats import t
@@ -193,19 +212,6 @@ def _detectable(pairs: int, questions: int) -> float:
     return high
 
 
-def families(arms: Sequence[str], outcomes: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """The questions (arm, outcome) that Holm's correction takes together; the first outcome is the primary one.
-
-    All arms' primary outcomes, and all else. The A/A arm, which asks nothing of the contrast, is by itself.
-    """
-    groups = [[arm for arm in arms if arm != "aa"], [arm for arm in arms if arm == "aa"]]
-    found = [
-        [(arm, outcome) for arm in group for outcome in of_family]
-        for group, of_family in itertools.product(groups, (outcomes[:1], outcomes[1:]))
-    ]
-    return [family for family in found if family]
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """P values corrected for their number (Holm 1979). NaN stays NaN and does not count."""
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
@@ -222,7 +228,7 @@ def name_of(arm: str) -> str:
 
 def record(comparison: Comparison) -> dict[str, object]:
     """A comparison as plain values."""
-    corrected, arms = comparison.corrected(), {}
+    arms = {}
     for arm, results in comparison.results.items():
         differences: dict[str, object] = {}
         for outcome in comparison.outcomes if arm != comparison.baseline else ():
@@ -233,8 +239,8 @@ def record(comparison: Comparison) -> dict[str, object]:
                 "pairs": found.pairs,
                 "detectable": found.detectable,
                 "p": found.p,
-                "p_holm": corrected[arm, outcome],
-                "differs": comparison.differs(arm, outcome),
+                "p_holm": found.p_holm,
+                "differs": found.is_shown,
             }
         arms[arm] = {
             "miou": [result.miou for result in results],
@@ -256,7 +262,6 @@ def record(comparison: Comparison) -> dict[str, object]:
 def table(comparison: Comparison) -> str:
     """A comparison as a table, a column per arm, and below it what it shows."""
     arms, several = list(comparison.results), len(comparison.seeds) > 1
-    corrected = comparison.corrected()
     rows = [[f"mIoU on {comparison.split}", *map(name_of, arms)]]
     for place, seed in enumerate(comparison.seeds):
         rows.append([f"  seed {seed}", *(f"{comparison.values(arm)[place]:.4f}" for arm in arms)])
@@ -266,14 +271,14 @@ def table(comparison: Comparison) -> str:
     if several:
         rows.append(["  95 % interval", "", *(f"{each.low:+.4f} to {each.high:+.4f}" for each in found)])
         rows.append(["  detectable", "", *(f"{each.detectable:.4f}" for each in found)])
-        rows.append(["  p by Holm", "", *(f"{corrected[arm, PRIMARY]:.3f}" for arm in arms[1:])])
+        rows.append(["  p by Holm", "", *(f"{each.p_holm:.3f}" for each in found)])
     for outcome in comparison.outcomes[1:]:
         title = f"{outcome} ({len(comparison.rare)})" if outcome == "rare classes" else outcome
         rows.append([title, *(f"{np.mean(comparison.values(arm, outcome)):.4f}" for arm in arms)])
-        means = (f"{comparison.difference(arm, outcome).mean:+.4f}" for arm in arms[1:])
-        rows.append(["  difference", "", *means])
+        found = [comparison.difference(arm, outcome) for arm in arms[1:]]
+        rows.append(["  difference", "", *(f"{each.mean:+.4f}" for each in found)])
         if several:
-            rows.append(["  p by Holm", "", *(f"{corrected[arm, outcome]:.3f}" for arm in arms[1:])])
+            rows.append(["  p by Holm", "", *(f"{each.p_holm:.3f}" for each in found)])
     base_seconds, base_memory = (
         of(comparison.baseline) for of in (comparison.seconds, comparison.memory_mib)
     )
@@ -298,17 +303,20 @@ def findings(comparison: Comparison) -> list[str]:
     if seeds == 1:
         return ["One seed: how far its difference is to be trusted cannot be told."]
     lines, base = [], name_of(comparison.baseline)
-    for family in comparison.families():
-        if seeds < (fewest := fewest_pairs(len(family))) and family[0][0] != "aa":
-            of = "the mIoU" if family[0][1] == PRIMARY else "the secondary outcomes"
+    asked: dict[str, int] = {}
+    for (arm, outcome), found in comparison.answers.items():
+        what = "the mIoU" if outcome == PRIMARY else "the secondary outcomes"
+        asked[what + (" of the A/A arm" if arm == "aa" else "")] = found.questions
+    for what, questions in asked.items():
+        if questions and seeds < (fewest := fewest_pairs(questions)):
             lines.append(
-                f"{seeds} seeds cannot show a difference in {of}, whatever the intervals say: for {len(family)} at "
-                f"once a test of signs needs {fewest}. --resume with more --seeds adds to this comparison."
+                f"{seeds} seeds cannot show a difference in {what}, whatever the intervals say: for {questions} at "
+                f"once the sign-flip test needs {fewest}. --resume with more --seeds adds to this comparison."
             )
     for arm in arms:
         for outcome in comparison.outcomes:
             found = comparison.difference(arm, outcome)
-            if comparison.differs(arm, outcome):
+            if found.is_shown:
                 way = "higher" if found.mean > 0 else "lower"
                 lines.append(f"{name_of(arm)}: {outcome} {way} than {base} by {abs(found.mean):.4f}.")
             elif outcome == PRIMARY and not math.isnan(found.detectable):
@@ -317,9 +325,19 @@ def findings(comparison: Comparison) -> list[str]:
                     "been found four times in five."
                 )
     is_control = comparison.baseline == "off" and "aa" in arms
-    if is_control and any(comparison.differs("aa", outcome) for outcome in comparison.outcomes):
-        lines.append("The A/A arm differs, which trains the same loss: nothing here is to be trusted.")
+    if is_control and any(comparison.difference("aa", outcome).is_shown for outcome in comparison.outcomes):
+        lines.append(
+            "The A/A arm differs, which trains the same loss. Chance does that in at most one comparison of ten; more "
+            "often something but the loss is not alike in the arms, and then nothing here is to be trusted."
+        )
     return lines
+
+
+def mark_of(found: Interval, bar: str = "yerr") -> dict[str, Any]:
+    """How `errorbar` draws a mean: with its interval, or hollow where there is none."""
+    if math.isnan(found.low):
+        return {"fmt": "s", "markerfacecolor": "none"}
+    return {"fmt": "s", bar: found.high - found.mean}
 
 
 def draw_comparison(comparison: Comparison, path: Path) -> Path:
@@ -342,8 +360,7 @@ def draw_comparison(comparison: Comparison, path: Path) -> Path:
         points = comparison.values(arm) - comparison.values(comparison.baseline)
         found = comparison.difference(arm)
         differences.plot(np.full(len(points), number - 0.12), points, "o", color=colour, alpha=0.5)
-        half = 0.0 if math.isnan(found.low) else found.high - found.mean
-        differences.errorbar(number + 0.12, found.mean, half, fmt="s", color=colour, capsize=6)
+        differences.errorbar(number + 0.12, found.mean, **mark_of(found), color=colour, capsize=6)
     curves.set(title="Mean IoU, validation", xlabel="step", ylabel="mIoU", ylim=(0, None))
     curves.legend()
     arms = list(comparison.results)
