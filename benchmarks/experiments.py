@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.comparison import Paired, families, holm, is_shown, paired
+from pixcontrast_ext.trainer.comparison import Paired, Question, answers, mark_of
 
 from .pages import markdown
 
@@ -55,7 +56,7 @@ class Experiment:
     rare: tuple[str, ...] = field(default=())
     """Classes whose mean IoU is an outcome."""
     timed: bool = True
-    """Whether the machine had nothing else to do, so that the times of its steps say something."""
+    """Whether the times of the arms' steps may be compared: whatever else the machine did, it did beside all alike."""
 
     @property
     def baseline(self) -> str:
@@ -67,15 +68,14 @@ class Experiment:
 
     @property
     def outcomes(self) -> list[str]:
-        """The primary one, then the secondary ones that all runs have."""
-        columns = set.intersection(*(set(run) for run in self.runs.values()))
-        probed = [name for name in PROBED if name in columns]
-        return [
-            MIOU,
-            *([RARE] if self.rare else []),
-            *([ACCURACY] if "pixel_accuracy" in columns else []),
-            *probed,
-        ]
+        """The primary one, then the secondary ones. Raises ValueError for one that only some of the runs have."""
+        found = [MIOU, *([RARE] if self.rare else [])]
+        for column, outcome in {"pixel_accuracy": ACCURACY, **{name: name for name in PROBED}}.items():
+            lacking = [f"{arm}-seed{seed}" for (arm, seed), run in self.runs.items() if column not in run]
+            if lacking and len(lacking) < len(self.runs):
+                raise ValueError(f"{self.name}: {', '.join(lacking)} lacks {column}, which other runs have")
+            found += [] if lacking else [outcome]
+        return found
 
     def value(self, arm: str, seed: int, outcome: str) -> float:
         run = self.runs[arm, seed]
@@ -96,15 +96,11 @@ class Experiment:
         return np.array([self.value(arm, s, outcome) - self.value(self.baseline, s, outcome) for s in seeds])
 
     @functools.cached_property
-    def compared(self) -> dict[tuple[str, str], tuple[Paired, float]]:
-        """By arm and outcome, the difference and its p by Holm over its family, see `families`."""
+    def answers(self) -> dict[Question, Paired]:
+        """What each arm that has runs shows in each outcome, primary outcomes first."""
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
-        found: dict[tuple[str, str], tuple[Paired, float]] = {}
-        for keys in families(arms, self.outcomes):
-            pairs = [paired(self.differences(*key), len(keys)) for key in keys]
-            corrected = holm([pair.p for pair in pairs])
-            found.update(zip(keys, zip(pairs, corrected, strict=True), strict=True))
-        return found
+        asked = [(arm, MIOU) for arm in arms] + [(arm, each) for arm in arms for each in self.outcomes[1:]]
+        return answers({question: self.differences(*question) for question in asked})
 
 
 def read(name: str) -> Experiment:
@@ -127,11 +123,11 @@ def span(pair: Paired) -> str:
     return f"{pair.mean:+.4f}" + ("" if math.isnan(pair.low) else f" ({pair.low:+.4f} to {pair.high:+.4f})")
 
 
-def verdict(pair: Paired, p: float) -> str:
-    """What a difference may be called, `p` being by Holm."""
+def verdict(pair: Paired) -> str:
+    """What a difference may be called."""
     if math.isnan(pair.detectable):
         return "one seed is too few" if pair.pairs == 1 else f"{pair.pairs} seeds are too few"
-    word = f"**{'higher' if pair.mean > 0 else 'lower'}**" if is_shown(pair, p) else "no difference shown"
+    word = f"**{'higher' if pair.mean > 0 else 'lower'}**" if pair.is_shown else "no difference shown"
     return f"{word} ({pair.pairs} seeds)"
 
 
@@ -161,12 +157,12 @@ def tables(experiment: Experiment) -> Iterator[str]:
         "",
     ]
     lines = []
-    for (arm, outcome), (pair, p) in experiment.compared.items():
+    for (arm, outcome), pair in experiment.answers.items():
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
         means = f"{np.mean(base):.4f}, {experiment.values(arm, outcome).mean():.4f}"
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
-        numbers = (means, span(pair), detectable, "" if math.isnan(p) else f"{p:.3f}")
-        lines.append([f"{arms[arm]}: {PROBED.get(outcome, outcome)}", *numbers, verdict(pair, p)])
+        numbers = (means, span(pair), detectable, "" if math.isnan(pair.p_holm) else f"{pair.p_holm:.3f}")
+        lines.append([f"{arms[arm]}: {PROBED.get(outcome, outcome)}", *numbers, verdict(pair)])
     yield from markdown(header, lines)
     costs = list(cost_lines(experiment))
     if costs:
@@ -175,23 +171,26 @@ def tables(experiment: Experiment) -> Iterator[str]:
 
 
 def cost_lines(experiment: Experiment) -> Iterator[list[str]]:
-    """What a step takes, and the memory: medians over the runs, and what they are over the baseline."""
+    """What a step takes, and the memory: medians over the seeds that an arm and the baseline have, and their ratio."""
     time, memory = ("seconds_per_step", "ms a step", 1e3), ("memory_mib", "peak memory, MiB", 1.0)
     for column, title, scale in (time, memory) if experiment.timed else (memory,):
-        found = {
-            arm: [
-                run[column] * scale for (of, _), run in experiment.runs.items() if of == arm and column in run
-            ]
-            for arm in experiment.arms
-        }
-        if all(found.values()):
-            medians = {arm: float(np.median(values)) for arm, values in found.items()}
-            base = medians[experiment.baseline]
-            yield [title, *(f"{median:,.0f} ({median / base:.2f}x)" for median in medians.values())]
+        if not all(column in run for run in experiment.runs.values()):
+            continue
+        cells = []
+        for arm in experiment.arms:
+            own, base = (
+                [experiment.runs[of, seed][column] * scale for seed in experiment.seeds_of(arm)]
+                for of in (arm, experiment.baseline)
+            )
+            cells.append(f"{np.median(own):,.0f} ({np.median(own) / np.median(base):.2f}x)" if own else "")
+        yield [title, *cells]
 
 
 def draw(experiment: Experiment, path: Path) -> None:
-    """Left, the mIoU of each seed's runs joined by a line; right, the differences of all outcomes, with intervals."""
+    """Left, the mIoU of each seed's runs joined by a line; right, the differences of all outcomes, with intervals.
+
+    The picture knows the runs that it shows, see `fingerprint`.
+    """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     runs, differences = figure.subplots(1, 2, width_ratios=(2, 3))
     arms = list(experiment.arms)
@@ -199,22 +198,22 @@ def draw(experiment: Experiment, path: Path) -> None:
         places = [place for place, arm in enumerate(arms) if (arm, seed) in experiment.runs]
         values = [experiment.value(arms[place], seed, MIOU) for place in places]
         runs.plot(places, values, "o-", color="0.6", markersize=4, linewidth=1)
-    for place, arm in enumerate(arms):
-        found = [experiment.value(arm, s, MIOU) for of, s in experiment.runs if of == arm]
-        if found:  # of an experiment that goes on an arm may have none yet
-            runs.plot([place - 0.15, place + 0.15], [np.mean(found)] * 2, color="C3", linewidth=3)
+    have_all = [seed for seed in experiment.seeds if all((arm, seed) in experiment.runs for arm in arms)]
+    for place, arm in enumerate(arms if have_all else []):
+        mean = np.mean([experiment.value(arm, seed, MIOU) for seed in have_all])
+        runs.plot([place - 0.15, place + 0.15], [mean] * 2, color="C3", linewidth=3)
     runs.set_xticks(range(len(arms)), [textwrap.fill(title, 14) for title in experiment.arms.values()])
-    runs.set(title=f"mIoU on {experiment.split}: a line a seed, bars the means", xlim=(-0.4, len(arms) - 0.6))
-    compared = experiment.compared
+    of_bars = "" if len(have_all) == len(experiment.seeds) else f" of the {len(have_all)} that all have"
+    title = f"mIoU on {experiment.split}: a line a seed, bars the means{of_bars}"
+    runs.set_title(title, fontsize="medium")
+    runs.set_xlim(-0.4, len(arms) - 0.6)
     for number, arm in enumerate(arms[1:]):
-        outcomes = [outcome for of, outcome in compared if of == arm]
-        for place, outcome in enumerate(outcomes):
-            pair = compared[arm, outcome][0]
+        pairs = [pair for (of, _), pair in experiment.answers.items() if of == arm]
+        for place, pair in enumerate(pairs):
             height = -place - 0.25 * number
-            half = 0.0 if math.isnan(pair.low) else pair.high - pair.mean
             label = experiment.arms[arm] if place == 0 else None
             differences.errorbar(
-                pair.mean, height, xerr=half, fmt="s", color=f"C{number}", capsize=5, label=label
+                pair.mean, height, **mark_of(pair, "xerr"), color=f"C{number}", capsize=5, label=label
             )
     names = [PROBED.get(outcome, outcome) for outcome in experiment.outcomes]
     differences.set_yticks([-place for place in range(len(names))], names)
@@ -224,7 +223,18 @@ def draw(experiment: Experiment, path: Path) -> None:
     differences.legend(loc="lower right")
     for axes in (runs, differences):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Source": fingerprint(experiment)})
+
+
+def fingerprint(experiment: Experiment) -> str:
+    """Of all that a picture of the experiment shows."""
+    return hashlib.sha256(repr(experiment).encode()).hexdigest()
+
+
+def pictures(experiments: list[Experiment], pages: str) -> dict[Path, Experiment]:
+    """The pictures that some text shows."""
+    paths = {PLOTS / f"{experiment.name}.png": experiment for experiment in experiments}
+    return {path: experiment for path, experiment in paths.items() if f"plots/{path.name}" in pages}
 
 
 # Recording
@@ -331,8 +341,8 @@ def main() -> None:
     experiments = recorded()
     for path in PAGES:
         path.write_text(with_tables(path.read_text(), experiments))
-    for experiment in experiments:
-        draw(experiment, PLOTS / f"{experiment.name}.png")
+    for picture, experiment in pictures(experiments, PAGES[0].read_text()).items():
+        draw(experiment, picture)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+import re
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.stats import ttest_rel
 
 from benchmarks import experiments
-from benchmarks.experiments import ACCURACY, MIOU, RARE, Experiment, add, read, recorded, tables, verdict
+from benchmarks.experiments import (
+    ACCURACY,
+    MIOU,
+    RARE,
+    Experiment,
+    add,
+    draw,
+    fingerprint,
+    read,
+    recorded,
+    tables,
+    verdict,
+)  # fmt: skip
 from pixcontrast_ext.trainer.compare import CompareConfig, compare
-from pixcontrast_ext.trainer.comparison import holm, paired
+from pixcontrast_ext.trainer.comparison import holm, mark_of, paired
 
 
 def test_pages_hold_the_tables_of_the_recorded_runs():
@@ -24,12 +38,25 @@ def test_pages_hold_the_tables_of_the_recorded_runs():
         )
 
 
-def test_every_recorded_experiment_has_its_table_and_its_picture():
+def test_every_recorded_experiment_has_its_table():
     pages = "".join(path.read_text() for path in experiments.PAGES)
     assert len(recorded()) >= 3
     for each in recorded():
         assert experiments.BEGIN.format(each.name) in pages
-        assert (experiments.PLOTS / f"{each.name}.png").exists()
+
+
+def test_pictures_are_of_the_recorded_runs():
+    pages = "".join(path.read_text() for path in (*experiments.PAGES, experiments.ROOT / "README.md"))
+    shown = experiments.pictures(recorded(), pages)
+    assert len(shown) >= 2
+    for path, experiment in shown.items():
+        assert Image.open(path).text["Source"] == fingerprint(experiment), (
+            f"{path.name}: run python -m benchmarks.experiments"
+        )
+    named = {f"plots/{path.name}" for path in shown}
+    assert set(re.findall(r"plots/\d{4}-\d\d-\d\d-[\w.-]+\.png", pages)) == named
+    stored = {f"plots/{path.name}" for path in experiments.PLOTS.glob("20*.png")}
+    assert stored == named, "a picture that no page shows"
 
 
 @pytest.fixture
@@ -55,9 +82,9 @@ def experiment():
 def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
     assert experiment.outcomes == [MIOU, RARE, ACCURACY, "features/linear"]
     assert experiment.seeds_of("aa") == list(range(6))
-    compared = experiment.compared
+    compared = experiment.answers
     for arm, column in (("contrast", "miou"), ("aa", "miou")):
-        pair = compared[arm, MIOU][0]
+        pair = compared[arm, MIOU]
         one, other = (
             [experiment.runs[of, seed][column] for seed in experiment.seeds_of(arm)] for of in (arm, "off")
         )
@@ -65,16 +92,54 @@ def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
         assert pair.mean == pytest.approx(np.mean(np.subtract(one, other)))
         assert (pair.low, pair.high) == pytest.approx((expected.low, expected.high))
     gain = np.mean([experiment.differences("contrast", f"iou/{name}").mean() for name in ("pole", "sign")])
-    assert compared["contrast", RARE][0].mean == pytest.approx(gain)
+    assert compared["contrast", RARE].mean == pytest.approx(gain)
 
 
 def test_holm_counts_the_questions_of_an_arm_and_the_control_is_none(experiment):
-    compared = experiment.compared
+    compared = experiment.answers
     for arm in ("contrast", "aa"):
         secondary = [RARE, ACCURACY, "features/linear"]
         raw = [paired(experiment.differences(arm, outcome)).p for outcome in secondary]
-        assert [compared[arm, outcome][1] for outcome in secondary] == holm(raw)
-        assert compared[arm, MIOU][1] == compared[arm, MIOU][0].p
+        assert [compared[arm, outcome].p_holm for outcome in secondary] == holm(raw)
+        assert compared[arm, MIOU].p_holm == compared[arm, MIOU].p
+
+
+def test_an_arm_that_has_hardly_begun_takes_nothing_from_another(experiment):
+    """Recorded as it goes, an experiment has arms of one seed; costs and means are of the seeds that both have."""
+    alone = replace(
+        experiment, runs={key: run for key, run in experiment.runs.items() if key[0] != "aa" and key[1] < 6}
+    )
+    slow = {**experiment.runs["contrast", 0], "seconds_per_step": 0.75}
+    begun = replace(alone, arms={**alone.arms, "cold": "cold"}, runs={**alone.runs, ("cold", 0): slow})
+    for question, pair in alone.answers.items():
+        assert astuple(begun.answers[question]) == pytest.approx(astuple(pair), nan_ok=True)
+    text = "\n".join(tables(begun))
+    assert "one seed is too few" in text
+    faster = {**begun.runs["off", 0], "seconds_per_step": 0.25}
+    text = "\n".join(tables(replace(begun, runs={**begun.runs, ("off", 0): faster})))
+    assert "| 500 (1.00x) | 600 (1.20x) |  | 750 (3.00x) |" in text
+
+
+def test_an_outcome_that_some_runs_lack_is_an_error(experiment):
+    runs = {key: {**run} for key, run in experiment.runs.items()}
+    del runs["contrast", 3]["features/linear"]
+    with pytest.raises(ValueError, match="toy: contrast-seed3 lacks features/linear"):
+        _ = replace(experiment, runs=runs).outcomes
+
+
+@pytest.mark.parametrize("seeds", [12, 1])
+def test_the_picture_is_drawn_with_what_there_is(experiment, tmp_path, seeds):
+    runs = {key: run for key, run in experiment.runs.items() if key[1] < seeds}
+    shown = replace(experiment, runs=runs)
+    draw(shown, tmp_path / "drawn.png")
+    picture = Image.open(tmp_path / "drawn.png")
+    assert picture.text["Source"] == fingerprint(shown) != fingerprint(replace(shown, split="val"))
+    pair = shown.answers["contrast", MIOU]
+    bar = {"xerr": pair.high - pair.mean} if seeds == 12 else {"markerfacecolor": "none"}
+    assert mark_of(pair, "xerr") == {
+        "fmt": "s",
+        **bar,
+    }  # what has no interval must not look as if it had one of 0
 
 
 def test_tables_say_what_is_shown_and_what_is_not(experiment):
@@ -88,8 +153,7 @@ def test_tables_say_what_is_shown_and_what_is_not(experiment):
     assert miou.endswith("| no difference shown (12 seeds) |")
     assert "| ms a step | 500 (1.00x) | 600 (1.20x) | 500 (1.00x) |" in text
     assert "ms a step" not in "\n".join(tables(replace(experiment, timed=False)))
-    few = paired(np.full(5, 0.1) + 1e-3 * np.arange(5))
-    assert verdict(few, few.p) == "5 seeds are too few"
+    assert verdict(paired(np.full(5, 0.1) + 1e-3 * np.arange(5))) == "5 seeds are too few"
 
 
 def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):
