@@ -343,12 +343,12 @@ def test_map_without_pixels(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("with_bank", [False, True])
-def test_default_dtype_does_not_matter(quick_backend, dtype, with_bank):
+def test_default_dtype_does_not_matter(backend, dtype, with_bank):
     embeddings, labels, logits = batch()
     losses = []
     for default in (torch.float32, dtype):
         bank = bank_of(dtype=torch.float32) if with_bank else None
-        criterion = PixelContrastLoss(4, min_pixels=1, max_samples=256, bank=bank, backend=quick_backend)
+        criterion = PixelContrastLoss(4, min_pixels=1, max_samples=256, bank=bank, backend=backend)
         torch.set_default_dtype(default)
         try:
             for seed in (0, 1):

@@ -359,11 +359,10 @@ def launch_maps(
     backend.enqueue_write(Write(*collected, region_ptr, region_fill, pixel_ptr, pixel_fill, slots))
 
 
-def smallest_jobs(arch: int, with_infonce: bool) -> list[Job]:
-    """The ops on maps, or everything, at the smallest sizes: Triton makes constants of arguments that are 1."""
+def smallest_jobs(arch: int, with_mining: bool) -> list[Job]:
+    """Everything, or all but mining, at the smallest sizes: Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
-        if with_infonce:
-            launch_infonce(torch.float32, 1, a=1, k=1, m=1)
+        launch_infonce(torch.float32, 1, a=1, k=1, m=1, mined=with_mining)
         launch_maps(
             torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
         )
@@ -378,19 +377,22 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
 
     Of one width they are bf16, mined and not, and fp32 in two planes.
     """
+    whole = len(widths) > 1
+    # fp16 has the tiles of bf16 and fewer products.
+    halves = (torch.bfloat16, torch.float16) if whole else (torch.bfloat16,)
+    precisions = ("ieee", "tf32") if whole else ("ieee",)
     with recording(arch) as jobs:
-        if len(widths) > 1:
+        if whole:
             launch_infonce(torch.bfloat16, 65)
             launch_infonce(torch.bfloat16, 256, begin=1)
         for channels in widths:
-            # fp16 has the tiles of bf16 and fewer products.
-            for dtype in (torch.bfloat16, torch.float16)[: len(widths)]:
+            for dtype in halves:
                 launch_infonce(dtype, channels)
-            for precision in ("ieee", "tf32")[: len(widths)]:
+            for precision in precisions:
                 before = torch.backends.cuda.matmul.fp32_precision
                 torch.backends.cuda.matmul.fp32_precision = precision
                 try:
-                    launch_infonce(torch.float32, channels, mined=len(widths) > 1)
+                    launch_infonce(torch.float32, channels, mined=whole)
                 finally:
                     torch.backends.cuda.matmul.fp32_precision = before
             for layout in (torch.contiguous_format, torch.channels_last) if channels in MAP_WIDTHS else ():
@@ -523,7 +525,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
     jobs = [job for arch in arguments.archs for job in all_jobs(arch, tuple(arguments.widths))]
-    smallest = smallest_jobs(arguments.archs[-1], with_infonce=len(arguments.widths) > 1)
+    smallest = smallest_jobs(arguments.archs[-1], with_mining=len(arguments.widths) > 1)
     jobs = list(dict.fromkeys(jobs + smallest))
     codes = compile_all(jobs)
     selection = (("--widths", arguments.widths), ("--archs", arguments.archs))
