@@ -12,6 +12,7 @@ MAKEFILE = """
 good:
 \t@echo "tests/test_a.py ..... [ 50%]"
 \t@echo "tests/test_b.py ..... [100%]"
+\t@echo "34.56s call     tests/test_b.py::test_slow"
 \t@echo "SKIPPED [1] tests/test_b.py:3: there is no device"
 \t@echo "======== 10 passed, 1 skipped, 4 deselected in 3.21s ========"
 \t@echo "7 passed in 0.50s"
@@ -44,6 +45,7 @@ def test_progress_and_the_sum_of_all_parts(tmp_path):
     assert done.stdout.count("--- good passed in") == 2
     assert "the whole story" not in done.stdout
     assert done.stdout.count("SKIPPED [1] tests/test_b.py:3: there is no device") == 2
+    assert done.stdout.count("34.56s call     tests/test_b.py::test_slow") == 2
     assert "2 parts: 34 passed, 2 skipped, 8 deselected; " in done.stdout
 
 

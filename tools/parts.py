@@ -3,7 +3,7 @@
     python -m tools.parts test-rest test-triton
 
 It prints a line whenever a part has completed another tenth, and at least once a minute. A part that passes shows what
-it skipped; one that fails shows all of its output. The outcomes of all parts together come last.
+it skipped and its slowest tests; one that fails shows all of its output. The outcomes of all parts together come last.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Part:
         return self.percent // 10 != before // 10
 
     def report(self) -> str:
-        """All of its output if it failed, otherwise what it skipped."""
+        """All of its output if it failed, otherwise what it skipped and its slowest tests."""
         text = "".join(self.output)
         if self.returned == 0:
-            text = "".join(re.findall(r"^(?:SKIPPED|XFAIL).*\n", text, re.M))
+            text = "".join(re.findall(r"^(?:SKIPPED|XFAIL|[\d.]+s (?:setup|call|teardown) ).*\n", text, re.M))
         verdict = "passed" if self.returned == 0 else f"FAILED (make returned {self.returned})"
         return f"--- {self.name} {verdict} in {self.seconds:.0f} s: {said(self.outcomes)}\n{text}"
 
