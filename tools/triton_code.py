@@ -359,10 +359,10 @@ def launch_maps(
     backend.enqueue_write(Write(*collected, region_ptr, region_fill, pixel_ptr, pixel_fill, slots))
 
 
-def smallest_jobs(arch: int, with_mining: bool) -> list[Job]:
-    """Everything, or all but mining, at the smallest sizes: Triton makes constants of arguments that are 1."""
+def smallest_jobs(arch: int, whole: bool) -> list[Job]:
+    """Everything, or all but mining and planes, at the smallest sizes: Triton makes constants of arguments that are 1."""
     with recording(arch) as jobs:
-        launch_infonce(torch.float32, 1, a=1, k=1, m=1, mined=with_mining)
+        launch_infonce(torch.float32 if whole else torch.bfloat16, 1, a=1, k=1, m=1, mined=whole)
         launch_maps(
             torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
         )
@@ -375,7 +375,8 @@ def smallest_jobs(arch: int, with_mining: bool) -> list[Job]:
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
     """Every configuration that ships for a device, for rows of these widths.
 
-    Of one width they are bf16, mined and not, and fp32 in two planes, of 128 channels at most: more take a minute.
+    Of one width they are bf16, mined and not, fp32 in two planes (of 128 channels at most: more take a minute), and maps of
+    either layout in one dtype.
     """
     whole = len(widths) > 1
     # fp16 has the tiles of bf16 and fewer products.
@@ -397,7 +398,8 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
                     torch.backends.cuda.matmul.fp32_precision = before
             for layout in (torch.contiguous_format, torch.channels_last) if channels in MAP_WIDTHS else ():
                 for dtype in (torch.float32, torch.bfloat16):
-                    launch_maps(dtype, layout, channels)
+                    if whole or (dtype == torch.bfloat16) == (layout == torch.channels_last):
+                        launch_maps(dtype, layout, channels)
     return list(jobs)
 
 
@@ -525,7 +527,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was found there")
     arguments = parser.parse_args()
     jobs = [job for arch in arguments.archs for job in all_jobs(arch, tuple(arguments.widths))]
-    smallest = smallest_jobs(arguments.archs[-1], with_mining=len(arguments.widths) > 1)
+    smallest = smallest_jobs(arguments.archs[-1], whole=len(arguments.widths) > 1)
     jobs = list(dict.fromkeys(jobs + smallest))
     codes = compile_all(jobs)
     selection = (("--widths", arguments.widths), ("--archs", arguments.archs))
