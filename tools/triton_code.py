@@ -360,7 +360,7 @@ def launch_maps(
 
 
 def smallest_jobs(arch: int, whole: bool) -> list[Job]:
-    """Everything, or all but mining and planes, at the smallest sizes: Triton makes constants of arguments that are 1."""
+    """Everything at the smallest sizes, or all but mining and planes: Triton makes constants of what is 1."""
     with recording(arch) as jobs:
         launch_infonce(torch.float32 if whole else torch.bfloat16, 1, a=1, k=1, m=1, mined=whole)
         launch_maps(
@@ -375,8 +375,8 @@ def smallest_jobs(arch: int, whole: bool) -> list[Job]:
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
     """Every configuration that ships for a device, for rows of these widths.
 
-    Of one width they are bf16, mined and not, fp32 in two planes (of 128 channels at most: more take a minute), and maps of
-    either layout in one dtype.
+    Of one width they are bf16, mined and not, fp32 in two planes (of 128 channels at most: more take a minute), and maps
+    of either layout in one dtype.
     """
     whole = len(widths) > 1
     # fp16 has the tiles of bf16 and fewer products.
