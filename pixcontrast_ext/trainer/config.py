@@ -8,12 +8,13 @@ comments: a key that begins with an underscore is one.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -308,7 +309,15 @@ def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
 
 def parse_flags(command: type[Config], args: Sequence[str], *, prog: str | None = None) -> Config:
     """The dataclass `command` from command-line flags. Prints usage and exits on a flag that does not fit."""
-    return tyro.cli(command, args=list(args), prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+    parsed: Config = _parsed(cast(Any, command), tuple(args), prog)
+    return parsed
+
+
+@functools.lru_cache(
+    maxsize=256
+)  # it takes a tenth of a second, and a comparison asks for each run several times
+def _parsed(command: Any, args: tuple[str, ...], prog: str | None) -> Any:
+    return tyro.cli(command, args=args, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def flatten(config: Any) -> dict[str, Any]:
