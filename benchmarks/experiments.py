@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.comparison import Paired, Question, answers, mark_of
+from pixcontrast_ext.trainer.comparison import ACCURACY, PRIMARY, RARE, Paired, Question, answers, mark_of
 
 from .pages import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PLOTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots", ROOT / "docs"
 PAGES = (DOCS / "experiments.md",)
+SHOWN_ON = (*PAGES, ROOT / "README.md")
 BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
 
-MIOU, RARE, ACCURACY = "mIoU", "rare classes", "pixel accuracy"
 PROBED = {
     "features/recall_at_1": "features: R@1",
     "features/map_at_r": "features: mAP@R",
@@ -69,19 +69,25 @@ class Experiment:
     @property
     def outcomes(self) -> list[str]:
         """The primary one, then the secondary ones. Raises ValueError for one that only some of the runs have."""
-        found = [MIOU, *([RARE] if self.rare else [])]
-        for column, outcome in {"pixel_accuracy": ACCURACY, **{name: name for name in PROBED}}.items():
-            lacking = [f"{arm}-seed{seed}" for (arm, seed), run in self.runs.items() if column not in run]
-            if lacking and len(lacking) < len(self.runs):
-                raise ValueError(f"{self.name}: {', '.join(lacking)} lacks {column}, which other runs have")
-            found += [] if lacking else [outcome]
-        return found
+        others = {"pixel_accuracy": ACCURACY, **{name: name for name in PROBED}}
+        return [
+            PRIMARY,
+            *([RARE] if self.rare else []),
+            *(outcome for column, outcome in others.items() if self.has(column)),
+        ]
+
+    def has(self, column: str) -> bool:
+        """Whether all runs have it or none. Raises ValueError for one that only some of them have."""
+        lacking = [f"{arm}-seed{seed}" for (arm, seed), run in self.runs.items() if column not in run]
+        if lacking and len(lacking) < len(self.runs):
+            raise ValueError(f"{self.name}: {', '.join(lacking)} lacks {column}, which other runs have")
+        return not lacking
 
     def value(self, arm: str, seed: int, outcome: str) -> float:
         run = self.runs[arm, seed]
         if outcome == RARE:
             return float(np.nanmean([run[f"iou/{name}"] for name in self.rare]))
-        return run[{MIOU: "miou", ACCURACY: "pixel_accuracy"}.get(outcome, outcome)]
+        return run[{PRIMARY: "miou", ACCURACY: "pixel_accuracy"}.get(outcome, outcome)]
 
     def seeds_of(self, arm: str) -> list[int]:
         """The seeds that an arm and the baseline have."""
@@ -99,7 +105,7 @@ class Experiment:
     def answers(self) -> dict[Question, Paired]:
         """What each arm that has runs shows in each outcome, primary outcomes first."""
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
-        asked = [(arm, MIOU) for arm in arms] + [(arm, each) for arm in arms for each in self.outcomes[1:]]
+        asked = [(arm, PRIMARY) for arm in arms] + [(arm, each) for arm in arms for each in self.outcomes[1:]]
         return answers({question: self.differences(*question) for question in asked})
 
 
@@ -140,7 +146,7 @@ def tables(experiment: Experiment) -> Iterator[str]:
             [
                 f"seed {seed}",
                 *(
-                    f"{experiment.value(arm, seed, MIOU):.4f}" if (arm, seed) in experiment.runs else ""
+                    f"{experiment.value(arm, seed, PRIMARY):.4f}" if (arm, seed) in experiment.runs else ""
                     for arm in arms
                 ),
             ]
@@ -174,7 +180,7 @@ def cost_lines(experiment: Experiment) -> Iterator[list[str]]:
     """What a step takes, and the memory: medians over the seeds that an arm and the baseline have, and their ratio."""
     time, memory = ("seconds_per_step", "ms a step", 1e3), ("memory_mib", "peak memory, MiB", 1.0)
     for column, title, scale in (time, memory) if experiment.timed else (memory,):
-        if not all(column in run for run in experiment.runs.values()):
+        if not experiment.has(column):
             continue
         cells = []
         for arm in experiment.arms:
@@ -186,25 +192,25 @@ def cost_lines(experiment: Experiment) -> Iterator[list[str]]:
         yield [title, *cells]
 
 
-def draw(experiment: Experiment, path: Path) -> None:
-    """Left, the mIoU of each seed's runs joined by a line; right, the differences of all outcomes, with intervals.
-
-    The picture knows the runs that it shows, see `fingerprint`.
-    """
+def draw(experiment: Experiment) -> Figure:
+    """Left, the mIoU of each seed's runs joined by a line; right, the differences of all outcomes, with intervals."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     runs, differences = figure.subplots(1, 2, width_ratios=(2, 3))
     arms = list(experiment.arms)
     for seed in experiment.seeds:
         places = [place for place, arm in enumerate(arms) if (arm, seed) in experiment.runs]
-        values = [experiment.value(arms[place], seed, MIOU) for place in places]
+        values = [experiment.value(arms[place], seed, PRIMARY) for place in places]
         runs.plot(places, values, "o-", color="0.6", markersize=4, linewidth=1)
     have_all = [seed for seed in experiment.seeds if all((arm, seed) in experiment.runs for arm in arms)]
-    for place, arm in enumerate(arms if have_all else []):
-        mean = np.mean([experiment.value(arm, seed, MIOU) for seed in have_all])
+    for place, arm in enumerate(arms if len(have_all) > 1 else []):
+        mean = np.mean([experiment.value(arm, seed, PRIMARY) for seed in have_all])
         runs.plot([place - 0.15, place + 0.15], [mean] * 2, color="C3", linewidth=3)
     runs.set_xticks(range(len(arms)), [textwrap.fill(title, 14) for title in experiment.arms.values()])
-    of_bars = "" if len(have_all) == len(experiment.seeds) else f" of the {len(have_all)} that all have"
-    title = f"mIoU on {experiment.split}: a line a seed, bars the means{of_bars}"
+    title = f"mIoU on {experiment.split}: a line a seed"
+    if len(have_all) > 1:
+        title += ", bars the means" + (
+            f" of {len(have_all)}" if len(have_all) < len(experiment.seeds) else ""
+        )
     runs.set_title(title, fontsize="medium")
     runs.set_xlim(-0.4, len(arms) - 0.6)
     for number, arm in enumerate(arms[1:]):
@@ -219,16 +225,23 @@ def draw(experiment: Experiment, path: Path) -> None:
     differences.set_yticks([-place for place in range(len(names))], names)
     differences.set_ylim(-len(names) - 0.25 * len(arms[2:]), 0.5)
     differences.axvline(0, color="black", linewidth=0.8)
-    differences.set(title=f"difference to {experiment.arms[arms[0]]}, mean and 95 % interval")
+    differences.set_title(
+        f"difference to {experiment.arms[arms[0]]}, mean and 95 % interval", fontsize="medium"
+    )
     differences.legend(loc="lower right")
     for axes in (runs, differences):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110, metadata={"Source": fingerprint(experiment)})
+    return figure
 
 
 def fingerprint(experiment: Experiment) -> str:
-    """Of all that a picture of the experiment shows."""
-    return hashlib.sha256(repr(experiment).encode()).hexdigest()
+    """Of the names and numbers that a picture of the experiment shows; it is kept in the file."""
+    scores = {key: f"{experiment.value(*key, PRIMARY):.6f}" for key in experiment.runs}
+    answered = {
+        question: f"{pair.mean:.6f} {pair.low:.6f} {pair.high:.6f}"
+        for question, pair in experiment.answers.items()
+    }
+    return hashlib.sha256(repr((experiment.arms, experiment.split, scores, answered)).encode()).hexdigest()
 
 
 def pictures(experiments: list[Experiment], pages: str) -> dict[Path, Experiment]:
@@ -341,8 +354,9 @@ def main() -> None:
     experiments = recorded()
     for path in PAGES:
         path.write_text(with_tables(path.read_text(), experiments))
-    for picture, experiment in pictures(experiments, PAGES[0].read_text()).items():
-        draw(experiment, picture)
+    shown = "".join(path.read_text() for path in SHOWN_ON)
+    for picture, experiment in pictures(experiments, shown).items():
+        draw(experiment).savefig(picture, dpi=110, metadata={"Source": fingerprint(experiment)})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What a comparison shows: paired differences, how sure they are, and what it could have shown at all.
 
 The difference of the mIoU is the outcome; rare classes and pixel accuracy are secondary. A difference is only called
-one if Student's t and the sign-flip test (the permutation test of pairs, which assumes that differences are symmetric
-about their mean, and no more) both say so, the latter after Holm's correction for the number of questions asked. Of one
-question six pairs are the fewest for which that can be: of 2^6 choices of signs, two are as extreme as all alike. Of
-more it takes more.
+one if Student's t and the sign-flip test (the permutation test of pairs, which assumes no more than that pairs are
+independent and, without an effect, of either sign alike) both say so, the latter after Holm's correction for the number
+of questions asked. Of one question six pairs are the fewest for which that can be: of 2^6 choices of signs, two are as
+extreme as all alike. Of more it takes more.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Question = tuple[str, str]
 
 LEVEL = 0.05
 POWER = 0.8
-PRIMARY, SECONDARY = "mIoU", ("rare classes", "pixel accuracy")
+PRIMARY, RARE, ACCURACY = "mIoU", "rare classes", "pixel accuracy"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Paired(Interval):
     questions: int = 1
     """How many are asked at once."""
     p_holm: float = math.nan
-    """`p` corrected for their number."""
+    """`p` corrected for their number: by Holm from `answers`, by Bonferroni from `paired`, which knows no other p."""
 
     @property
     def is_shown(self) -> bool:
@@ -89,13 +89,13 @@ class Comparison:
     @property
     def outcomes(self) -> tuple[str, ...]:
         """The primary one and the secondary ones that there are."""
-        return (PRIMARY, *(name for name in SECONDARY if self.rare or name != "rare classes"))
+        return (PRIMARY, *([RARE] if self.rare else []), ACCURACY)
 
     def values(self, arm: str, outcome: str = PRIMARY) -> np.ndarray:
         """An outcome at the last step, for each seed."""
         if outcome == PRIMARY:
             return np.array([result.miou for result in self.results[arm]])
-        if outcome == "pixel accuracy":
+        if outcome == ACCURACY:
             return np.array([result.pixel_accuracy for result in self.results[arm]])
         rows = [[result.class_iou[name] for name in self.rare] for result in self.results[arm]]
         return np.array([np.nanmean(row) if np.isfinite(row).any() else math.nan for row in rows])
@@ -144,13 +144,12 @@ def fewest_pairs(questions: int) -> int:
 def answers(differences: Mapping[Question, np.ndarray]) -> dict[Question, Paired]:
     """What paired differences show, those of a question being corrected for the others of its family.
 
-    The first outcome is the primary one. There are four families: of all arms that outcome, and everything else, and
-    the same of the A/A arm, which asks nothing of the contrast. A question of fewer than two pairs is not asked.
+    There are four families: of all arms the primary outcome, and everything else, and the same of the A/A arm, which
+    asks nothing of the contrast. A question of fewer than two pairs is not asked.
     """
-    primary = next((outcome for _, outcome in differences), PRIMARY)
     families: dict[tuple[bool, bool], list[Question]] = {}
     for arm, outcome in differences:
-        families.setdefault((arm == "aa", outcome == primary), []).append((arm, outcome))
+        families.setdefault((arm == "aa", outcome == PRIMARY), []).append((arm, outcome))
     found = {}
     for family in families.values():
         asked = sum(int(np.isfinite(differences[question]).sum() > 1) for question in family)
@@ -181,7 +180,8 @@ def paired(differences: np.ndarray, questions: int = 1) -> Paired:
         vectorized=True,
         random_state=0,
     )
-    return Paired(found.mean, found.low, found.high, detectable, float(test.pvalue), count, questions)
+    p = float(test.pvalue)
+    return Paired(found.mean, found.low, found.high, detectable, p, count, questions, min(1.0, p * questions))
 
 
 @lru_cache(maxsize=64)
@@ -273,7 +273,7 @@ def table(comparison: Comparison) -> str:
         rows.append(["  detectable", "", *(f"{each.detectable:.4f}" for each in found)])
         rows.append(["  p by Holm", "", *(f"{each.p_holm:.3f}" for each in found)])
     for outcome in comparison.outcomes[1:]:
-        title = f"{outcome} ({len(comparison.rare)})" if outcome == "rare classes" else outcome
+        title = f"{outcome} ({len(comparison.rare)})" if outcome == RARE else outcome
         rows.append([title, *(f"{np.mean(comparison.values(arm, outcome)):.4f}" for arm in arms)])
         found = [comparison.difference(arm, outcome) for arm in arms[1:]]
         rows.append(["  difference", "", *(f"{each.mean:+.4f}" for each in found)])
@@ -311,7 +311,8 @@ def findings(comparison: Comparison) -> list[str]:
         if questions and seeds < (fewest := fewest_pairs(questions)):
             lines.append(
                 f"{seeds} seeds cannot show a difference in {what}, whatever the intervals say: for {questions} at "
-                f"once the sign-flip test needs {fewest}. --resume with more --seeds adds to this comparison."
+                f"once the sign-flip test needs {fewest}. --resume with --seeds up to that number adds to this "
+                "comparison."
             )
     for arm in arms:
         for outcome in comparison.outcomes:
@@ -327,8 +328,8 @@ def findings(comparison: Comparison) -> list[str]:
     is_control = comparison.baseline == "off" and "aa" in arms
     if is_control and any(comparison.difference("aa", outcome).is_shown for outcome in comparison.outcomes):
         lines.append(
-            "The A/A arm differs, which trains the same loss. Chance does that in at most one comparison of ten; more "
-            "often something but the loss is not alike in the arms, and then nothing here is to be trusted."
+            "The A/A arm differs, which trains the same loss. Chance does that in at most one comparison of ten; "
+            "otherwise the arms differ in something besides the loss, and nothing here is to be trusted."
         )
     return lines
 

@@ -14,9 +14,6 @@ from scipy.stats import ttest_rel
 
 from benchmarks import experiments
 from benchmarks.experiments import (
-    ACCURACY,
-    MIOU,
-    RARE,
     Experiment,
     add,
     draw,
@@ -25,9 +22,9 @@ from benchmarks.experiments import (
     recorded,
     tables,
     verdict,
-)  # fmt: skip
+)
 from pixcontrast_ext.trainer.compare import CompareConfig, compare
-from pixcontrast_ext.trainer.comparison import holm, mark_of, paired
+from pixcontrast_ext.trainer.comparison import ACCURACY, PRIMARY, RARE, holm, paired
 
 
 def test_pages_hold_the_tables_of_the_recorded_runs():
@@ -46,7 +43,7 @@ def test_every_recorded_experiment_has_its_table():
 
 
 def test_pictures_are_of_the_recorded_runs():
-    pages = "".join(path.read_text() for path in (*experiments.PAGES, experiments.ROOT / "README.md"))
+    pages = "".join(path.read_text() for path in experiments.SHOWN_ON)
     shown = experiments.pictures(recorded(), pages)
     assert len(shown) >= 2
     for path, experiment in shown.items():
@@ -80,11 +77,11 @@ def experiment():
 
 
 def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
-    assert experiment.outcomes == [MIOU, RARE, ACCURACY, "features/linear"]
+    assert experiment.outcomes == [PRIMARY, RARE, ACCURACY, "features/linear"]
     assert experiment.seeds_of("aa") == list(range(6))
     compared = experiment.answers
     for arm, column in (("contrast", "miou"), ("aa", "miou")):
-        pair = compared[arm, MIOU]
+        pair = compared[arm, PRIMARY]
         one, other = (
             [experiment.runs[of, seed][column] for seed in experiment.seeds_of(arm)] for of in (arm, "off")
         )
@@ -101,7 +98,7 @@ def test_holm_counts_the_questions_of_an_arm_and_the_control_is_none(experiment)
         secondary = [RARE, ACCURACY, "features/linear"]
         raw = [paired(experiment.differences(arm, outcome)).p for outcome in secondary]
         assert [compared[arm, outcome].p_holm for outcome in secondary] == holm(raw)
-        assert compared[arm, MIOU].p_holm == compared[arm, MIOU].p
+        assert compared[arm, PRIMARY].p_holm == compared[arm, PRIMARY].p
 
 
 def test_an_arm_that_has_hardly_begun_takes_nothing_from_another(experiment):
@@ -127,19 +124,32 @@ def test_an_outcome_that_some_runs_lack_is_an_error(experiment):
         _ = replace(experiment, runs=runs).outcomes
 
 
-@pytest.mark.parametrize("seeds", [12, 1])
-def test_the_picture_is_drawn_with_what_there_is(experiment, tmp_path, seeds):
-    runs = {key: run for key, run in experiment.runs.items() if key[1] < seeds}
-    shown = replace(experiment, runs=runs)
-    draw(shown, tmp_path / "drawn.png")
-    picture = Image.open(tmp_path / "drawn.png")
-    assert picture.text["Source"] == fingerprint(shown) != fingerprint(replace(shown, split="val"))
-    pair = shown.answers["contrast", MIOU]
-    bar = {"xerr": pair.high - pair.mean} if seeds == 12 else {"markerfacecolor": "none"}
-    assert mark_of(pair, "xerr") == {
-        "fmt": "s",
-        **bar,
-    }  # what has no interval must not look as if it had one of 0
+def test_the_picture_shows_what_there_is(experiment):
+    """Of the seeds that all arms have, the means; and an interval only where there is one."""
+    runs, differences = draw(experiment).axes
+    assert runs.get_title().endswith("bars the means of 6")
+    bars = [line.get_ydata()[0] for line in runs.lines if line.get_color() == "C3"]
+    means = [np.mean([experiment.value(arm, seed, PRIMARY) for seed in range(6)]) for arm in experiment.arms]
+    assert bars == pytest.approx(means)
+    assert len(differences.containers) == 2 * 4
+    assert all(each.has_xerr for each in differences.containers)
+
+    begun = replace(experiment, runs={key: run for key, run in experiment.runs.items() if key[1] < 1})
+    runs, differences = draw(begun).axes
+    assert "means" not in runs.get_title()
+    assert not [line for line in runs.lines if line.get_color() == "C3"]
+    for each in differences.containers:
+        assert not each.has_xerr
+        assert each.lines[0].get_markerfacecolor() == "none"
+
+
+def test_a_picture_knows_what_it_shows(experiment):
+    before = fingerprint(experiment)
+    assert fingerprint(replace(experiment, timed=False)) == before
+    assert fingerprint(replace(experiment, split="val")) != before
+    for column in ("miou", "iou/pole"):
+        runs = {**experiment.runs, ("off", 11): {**experiment.runs["off", 11], column: 0.5}}
+        assert fingerprint(replace(experiment, runs=runs)) != before
 
 
 def test_tables_say_what_is_shown_and_what_is_not(experiment):
