@@ -35,8 +35,8 @@ class DemoConfig:
 ENDING = """\
 off is the network without the contrast, bank the same with it: same weights at the start, same scenes, same order.
 Above are the scores of its classifier, below them what its pixel features are worth without it. This is one seed:
-another gives another difference in mIoU, of either sign. Twice eight seeds of 40 scenes and 400 steps showed better
-features, and a mIoU higher by 0.002 and 0.004 (docs/experiments.md); `compare` trains several seeds of yours."""
+another gives another difference in mIoU, of either sign. Two repeats of eight seeds with 40 scenes and 400 steps
+showed better features, one of them a mIoU higher by 0.004 (docs/experiments.md); `compare` trains several of yours."""
 
 
 def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
