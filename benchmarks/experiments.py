@@ -69,11 +69,11 @@ class Experiment:
     @property
     def outcomes(self) -> list[str]:
         """The primary one, then the secondary ones. Raises ValueError for one that only some of the runs have."""
-        others = {"pixel_accuracy": ACCURACY, **{name: name for name in PROBED}}
         return [
             PRIMARY,
             *([RARE] if self.rare else []),
-            *(outcome for column, outcome in others.items() if self.has(column)),
+            *([ACCURACY] if self.has("pixel_accuracy") else []),
+            *filter(self.has, PROBED),
         ]
 
     def has(self, column: str) -> bool:

@@ -152,7 +152,7 @@ def answers(differences: Mapping[Question, np.ndarray]) -> dict[Question, Paired
         families.setdefault((arm == "aa", outcome == PRIMARY), []).append((arm, outcome))
     found = {}
     for family in families.values():
-        asked = sum(int(np.isfinite(differences[question]).sum() > 1) for question in family)
+        asked = sum(int((~np.isnan(differences[question])).sum() > 1) for question in family)
         pairs = [paired(differences[question], asked) for question in family]
         for question, pair, p in zip(family, pairs, holm([pair.p for pair in pairs]), strict=True):
             found[question] = replace(pair, p_holm=p)

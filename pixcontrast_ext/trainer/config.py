@@ -313,9 +313,8 @@ def parse_flags(command: type[Config], args: Sequence[str], *, prog: str | None 
     return parsed
 
 
-@functools.lru_cache(
-    maxsize=256
-)  # it takes a tenth of a second, and a comparison asks for each run several times
+# Tyro takes a tenth of a second, and a comparison asks for each run several times.
+@functools.lru_cache(maxsize=256)
 def _parsed(command: Any, args: tuple[str, ...], prog: str | None) -> Any:
     return tyro.cli(command, args=args, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
