@@ -290,9 +290,13 @@ def launch_infonce(
     k: int = 95_008,
     m: int = 20_480,
     begin: int = 0,
+    whole: bool = True,
     mined: bool = True,
 ) -> None:
-    """Launches all passes over rows that begin `begin` elements after an aligned address, and those of mining."""
+    """Launches the passes over rows that begin `begin` elements after an aligned address, and those of mining.
+
+    The forward is launched with and without a gradient, or only with it: that is the longer code of the two.
+    """
     anchors, keys, drawn = (
         torch.empty(n * channels + begin, dtype=dtype)[begin:].view(n, channels) for n in (a, k, m)
     )
@@ -304,7 +308,7 @@ def launch_infonce(
     counts = torch.empty(2, a, SCORE_BINS, dtype=torch.int32)
     if mined:
         backend.score_counts(ScoreCounts(*rows, *negatives, False, *counts))
-    for with_grad in (False, True):
+    for with_grad in (False, True) if whole else (True,):
         outputs = loss, neg_lse, weight, count, grad
         settings = 0.1, with_grad, with_grad
         backend.infonce_forward(InfonceForward(*rows, *settings, *outputs))
@@ -362,7 +366,7 @@ def launch_maps(
 def smallest_jobs(arch: int, whole: bool) -> list[Job]:
     """Everything at the smallest sizes, or all but mining and planes: Triton makes constants of what is 1."""
     with recording(arch) as jobs:
-        launch_infonce(torch.float32 if whole else torch.bfloat16, 1, a=1, k=1, m=1, mined=whole)
+        launch_infonce(torch.float32 if whole else torch.bfloat16, 1, a=1, k=1, m=1, whole=whole, mined=whole)
         launch_maps(
             torch.float32, torch.contiguous_format, 1, 1, 1, 1, classes=1, samples=1, per_image=1, slots=1
         )
@@ -375,7 +379,8 @@ def smallest_jobs(arch: int, whole: bool) -> list[Job]:
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
     """Every configuration that ships for a device, for rows of these widths.
 
-    Of one width they are bf16, mined and not, fp32 in two planes, and maps of either layout in one dtype.
+    Of one width they are bf16, mined and not, fp32 in two planes, each with a gradient, and maps of either layout in one
+    dtype.
     """
     whole = len(widths) > 1
     # fp16 has the tiles of bf16 and fewer products.
@@ -387,12 +392,12 @@ def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
             launch_infonce(torch.bfloat16, 256, begin=1)
         for channels in widths:
             for dtype in halves:
-                launch_infonce(dtype, channels)
+                launch_infonce(dtype, channels, whole=whole)
             for precision in precisions:
                 before = torch.backends.cuda.matmul.fp32_precision
                 torch.backends.cuda.matmul.fp32_precision = precision
                 try:
-                    launch_infonce(torch.float32, channels, mined=whole)
+                    launch_infonce(torch.float32, channels, whole=whole, mined=whole)
                 finally:
                     torch.backends.cuda.matmul.fp32_precision = before
             for layout in (torch.contiguous_format, torch.channels_last) if channels in MAP_WIDTHS else ():
