@@ -104,13 +104,14 @@ __global__ void __launch_bounds__(Tile::kThreads)
           });
         });
       });
-  if (!kInShared) return;
-  for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) {
-    const unsigned both = unsigned(words[i]), first = both & kMostOfBin, second = both >> 16;
-    if (both == 0) continue;
-    int* to = counts_of(i / kWordsOfRow) + i % kWordsOfRow * 2;
-    if (first != 0) atomic_add(to, int(first));
-    if (second != 0) atomic_add(to + 1, int(second));
+  if constexpr (kInShared) {
+    for (int i = int(threadIdx.x); i < kWords; i += Tile::kThreads) {
+      const unsigned both = unsigned(words[i]), first = both & kMostOfBin, second = both >> 16;
+      if (both == 0) continue;
+      int* to = counts_of(i / kWordsOfRow) + i % kWordsOfRow * 2;
+      if (first != 0) atomic_add(to, int(first));
+      if (second != 0) atomic_add(to + 1, int(second));
+    }
   }
 }
 
