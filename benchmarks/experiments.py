@@ -23,7 +23,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pixcontrast_ext.trainer.comparison import ACCURACY, PRIMARY, RARE, Paired, Question, answers, mark_of
+from pixcontrast_ext.trainer.comparison import (
+    ACCURACY,
+    PRIMARY,
+    RARE,
+    Paired,
+    Question,
+    answers,
+    mark_of,
+    mean_iou,
+)
 
 from .pages import markdown
 
@@ -86,7 +95,7 @@ class Experiment:
     def value(self, arm: str, seed: int, outcome: str) -> float:
         run = self.runs[arm, seed]
         if outcome == RARE:
-            return float(np.nanmean([run[f"iou/{name}"] for name in self.rare]))
+            return mean_iou([run[f"iou/{name}"] for name in self.rare])
         return run[{PRIMARY: "miou", ACCURACY: "pixel_accuracy"}.get(outcome, outcome)]
 
     def seeds_of(self, arm: str) -> list[int]:

@@ -379,8 +379,8 @@ def smallest_jobs(arch: int, whole: bool) -> list[Job]:
 def all_jobs(arch: int, widths: tuple[int, ...]) -> list[Job]:
     """Every configuration that ships for a device, for rows of these widths.
 
-    Of one width they are bf16, mined and not, fp32 in two planes, each with a gradient, and maps of either layout in one
-    dtype.
+    Of one width they are bf16, mined and not, fp32 in two planes, all with a gradient, and maps of either layout in
+    one dtype.
     """
     whole = len(widths) > 1
     # fp16 has the tiles of bf16 and fewer products.

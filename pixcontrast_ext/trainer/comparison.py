@@ -98,7 +98,7 @@ class Comparison:
         if outcome == ACCURACY:
             return np.array([result.pixel_accuracy for result in self.results[arm]])
         rows = [[result.class_iou[name] for name in self.rare] for result in self.results[arm]]
-        return np.array([np.nanmean(row) if np.isfinite(row).any() else math.nan for row in rows])
+        return np.array([mean_iou(row) for row in rows])
 
     @cached_property
     def answers(self) -> dict[Question, Paired]:
@@ -123,6 +123,12 @@ class Comparison:
     def memory_mib(self, arm: str) -> float:
         """Most memory that training took in a run, NaN if it cannot be known."""
         return float(np.max([result.memory_mib for result in self.results[arm]]))
+
+
+def mean_iou(of_classes: Sequence[float]) -> float:
+    """Mean over the classes that were scored: one with neither a pixel nor a prediction is NaN. NaN if none was."""
+    scored = [iou for iou in of_classes if not math.isnan(iou)]
+    return float(np.mean(scored)) if scored else math.nan
 
 
 def interval(values: Sequence[float] | np.ndarray) -> Interval:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from dataclasses import astuple, replace
 
@@ -90,6 +91,16 @@ def test_differences_are_paired_by_the_seeds_that_both_have(experiment):
         assert (pair.low, pair.high) == pytest.approx((expected.low, expected.high))
     gain = np.mean([experiment.differences("contrast", f"iou/{name}").mean() for name in ("pole", "sign")])
     assert compared["contrast", RARE].mean == pytest.approx(gain)
+
+
+def test_classes_that_were_not_scored_are_left_out_of_their_mean(experiment):
+    """And a seed that scored none of the rare ones has none."""
+    runs = {key: {**run} for key, run in experiment.runs.items()}
+    runs["contrast", 3]["iou/pole"] = runs["off", 4]["iou/pole"] = runs["off", 4]["iou/sign"] = math.nan
+    fewer = replace(experiment, runs=runs)
+    assert fewer.value("contrast", 3, RARE) == runs["contrast", 3]["iou/sign"]
+    assert math.isnan(fewer.value("off", 4, RARE))
+    assert fewer.answers["contrast", RARE].pairs == 11
 
 
 def test_holm_counts_the_questions_of_an_arm_and_the_control_is_none(experiment):
