@@ -38,6 +38,7 @@ class _Control:
         self.store = dist.distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         self.limit = _time_limit(group)
         self.group: Any = None  # a ProcessGroupGloo, once all ranks are there
+        self.exchanges = 0  # of all banks together
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> _Control:
@@ -46,20 +47,23 @@ class _Control:
         return cls._of[group]
 
     def all_gather(self, numbers: Tensor, call: int) -> list[Tensor]:
-        """The numbers of every rank.
+        """The numbers of every rank, in a bank's call of this number.
 
         Raises:
             RuntimeError: a rank does not come: within the time limit of the group, or, naming it, within
                 PIXCONTRAST_RANK_TIMEOUT.
         """
+        self.exchanges += 1
         patience = os.environ.get(TIMEOUT_VARIABLE)
         try:
             if patience:
-                self._wait_for_all(datetime.timedelta(seconds=float(patience)), call)
+                self._wait_for_all(datetime.timedelta(seconds=float(patience)))
             if self.group is None:
                 self.group = dist.ProcessGroupGloo(self.store, self.rank, self.world, self.limit)
             gathered = [torch.empty_like(numbers) for _ in range(self.world)]
             self.group.allgather([gathered], [numbers]).wait()
+            if patience:  # nobody waits for it any longer
+                self.store.delete_key(self._arrival_of(self.rank))
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} waits in its call {call} of MemoryBank.enqueue for ranks that do not come: every "
@@ -68,9 +72,13 @@ class _Control:
             ) from error
         return gathered
 
-    def _wait_for_all(self, patience: datetime.timedelta, call: int) -> None:
-        self.store.set(f"{call}/{self.rank}", "here")
-        keys = [f"{call}/{rank}" for rank in range(self.world)]
+    def _arrival_of(self, rank: int) -> str:
+        """What a rank sets in the store once it has come to this exchange."""
+        return f"{self.exchanges}/{rank}"
+
+    def _wait_for_all(self, patience: datetime.timedelta) -> None:
+        self.store.set(self._arrival_of(self.rank), "here")
+        keys = [self._arrival_of(rank) for rank in range(self.world)]
         try:
             self.store.wait(keys, patience)
         except RuntimeError:

@@ -325,17 +325,18 @@ def projecting(ranks, wrap=lambda model: model):
     return found
 
 
-def leaves_out_a_step(rank, missing, left_out):
-    """One rank calls the loss once less than the other and goes on with something else."""
-    loss = PixelContrastLoss(CLASSES, bank=make_bank())
+def leaves_out_a_step(rank, missing, left_out, of):
+    """One rank calls one of two losses once less than the other does and goes on with something else."""
+    losses = [PixelContrastLoss(CLASSES, bank=make_bank()) for _ in range(2)]
     for step in range(3):
-        if step == left_out:
-            os.environ[exchange.TIMEOUT_VARIABLE] = "3"
-            if rank == missing:
-                time.sleep(processes.LIMIT)  # killed once the other rank has failed
-                return
         embeddings, labels, _ = batch(rank, step, 2)
-        loss(embeddings, labels, labels)
+        for number, loss in enumerate(losses):
+            if step == left_out:
+                os.environ[exchange.TIMEOUT_VARIABLE] = "3"
+                if (rank, number) == (missing, of):
+                    time.sleep(processes.LIMIT)  # killed once the other rank has failed
+                    return
+            loss(embeddings, labels, labels)
 
 
 def begins_anew(rank, out):
