@@ -253,7 +253,7 @@ def test_a_job_that_is_ended_and_begun_anew(tmp_path):
 
 @pytest.mark.parametrize(("missing", "step", "of"), [(0, 2, 0), (1, 2, 1), (1, 0, 0)])
 def test_a_rank_that_leaves_out_a_step_is_named(tmp_path, missing, step, of):
-    """Within the seconds set in the environment, even at its first call, before ranks know each other, and with two banks.
+    """Within the seconds set in the environment, even at the first call, and of several banks.
 
     The calls of each bank are counted apart, so what the ranks leave in the store may not be known by that count.
     """
