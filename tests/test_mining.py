@@ -203,6 +203,27 @@ def test_bins_have_exact_edges(backend, instruction_set):
     assert not nothing.any()
 
 
+def test_a_label_below_minus_one_is_none(backend, instruction_set):
+    """As -1 is; rows without a label count nothing, nor do those that a tile has beyond the last."""
+    anchors, anchor_labels, keys, key_labels = unit_rows(7, 300, 8, 3, order=RANDOM)
+    anchor_labels[2::3] = key_labels[5::7] = -1
+    others, other_labels = keys[:200].clone(), key_labels[:200].clone()
+    all_labels = anchor_labels, key_labels, other_labels
+    expected = torch.ops.pixcontrast.mining_counts(
+        anchors, anchor_labels, keys, key_labels, others, other_labels, False, backend
+    )
+    assert not any(counts[2::3].any() for counts in expected)
+    odd = (
+        torch.where(labels < 0, torch.tensor([-2, -(2**31), -100])[torch.arange(len(labels)) % 3], labels)
+        for labels in all_labels
+    )
+    anchor_labels, key_labels, other_labels = (labels.int() for labels in odd)
+    found = torch.ops.pixcontrast.mining_counts(
+        anchors, anchor_labels, keys, key_labels, others, other_labels, False, backend
+    )
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_a_cosine_below_an_edge_is_counted_below_it_in_double_precision():
     anchors, labels = torch.eye(2, dtype=torch.float64)[:1], torch.zeros(1, dtype=torch.int32)
     below = 0.5 - 1e-9

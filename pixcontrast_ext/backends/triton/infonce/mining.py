@@ -56,7 +56,7 @@ def infonce_counts_negatives_kernel(
 ):
     place = tl.program_id(0) * WALK.rows + tl.arange(0, WALK.rows)
     inside = place < num_anchors
-    own = tl.load(sides.anchor_labels + place, mask=inside, other=-1)
+    own = tl.maximum(tl.load(sides.anchor_labels + place, mask=inside, other=-1), -1)
     index = tl.load(sides.order + place, mask=inside, other=0)
     split, splits = tl.program_id(1), tl.num_programs(1)
     listed = tl.load(plan.counts + 2)
@@ -69,7 +69,7 @@ def infonce_counts_negatives_kernel(
     tile = tl.load(plan.columns + split + splits, mask=split + splits < listed, other=0)
     for i in tl.range(split, listed, splits, disable_licm=not WALK.hoist):
         key = load_rows(sides.keys, column, label >= 0, first, WALK, GUARDED)
-        here_label = label
+        here_label = tl.maximum(label, -1)
         column = tile * WALK.columns + tl.arange(0, WALK.columns)
         label = tl.load(sides.key_labels + column, mask=column < num_keys, other=-1)
         tile = tl.load(plan.columns + i + 2 * splits, mask=i + 2 * splits < listed, other=0)
