@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -276,6 +278,29 @@ def test_scores_beyond_all_room_for_a_shift(gpu_backend, dtype, channels):
         a = rows[:20].to(kind, copy=True).requires_grad_()
         loss = infonce(a, labels[:20], rows.to(kind, copy=True), labels, temperature=0.1, backend=backend)
         into += [loss.detach(), torch.autograd.grad(loss, a)[0]]
+    for ours, truth in zip(found, expected, strict=True):
+        assert error(ours, truth) <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [2.0**11, 2.0**12, 2.0**13])
+def test_scores_that_are_few_numbers_apart(gpu_backend, dtype, size):
+    """From 2^24 to 2^28 every 2nd to 16th is an fp32 number: a shift that lags behind by 8 has no room for a bias of 7.
+
+    Scores, in log2, rise by 8 from time to time, however the tiles of keys are split.
+    """
+    anchors = torch.tensor([[2 * size, 1.0, 0.0], [2 * size, 0.5, 1.0]]).to(dtype)
+    steps = torch.arange(2048) // 1024 * 8.0
+    keys = torch.stack([torch.full_like(steps, size), steps, torch.zeros_like(steps)], dim=1)
+    keys = torch.cat([keys, torch.tensor([[0.0, 0.0, 1.0]])]).to(dtype)
+    labels = torch.zeros(2).int(), torch.cat([torch.ones(2048), torch.zeros(1)]).int()
+    found, expected = [], []
+    for backend, into, kind in ((gpu_backend, found, dtype), ("reference", expected, torch.float64)):
+        rows = anchors.to(kind, copy=True).requires_grad_()
+        loss = infonce(
+            rows, labels[0], keys.to(kind), labels[1], temperature=math.log2(math.e), backend=backend
+        )
+        into += [loss.detach(), torch.autograd.grad(loss, rows)[0]]
     for ours, truth in zip(found, expected, strict=True):
         assert error(ours, truth) <= 2e-3
 

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_fwd_n
           }
           highest *= scale;
           rescale[f][half] = 1.f;
-          if (highest > shift[f][half] + kSlack) {
+          // Exact for numbers that are so near; their sum with the slack is not, from 2^24 on.
+          if (highest - shift[f][half] >= kSlack) {
             rescale[f][half] = exp2_approx(shift[f][half] - highest);
             shift[f][half] = highest;
             sum[f][half] *= rescale[f][half];

@@ -13,7 +13,7 @@ constexpr float kLn2 = 0.693147180559945309f;
 // Of scores: -inf times 0 would be NaN.
 constexpr float kSmallestScale = 1e-37f;
 
-// The shift of pass 1 may lag behind the maximum by this much, so that few tiles have to rescale the output.
+// The shift of pass 1 lags behind the maximum by less than this, so that few tiles rescale the output.
 constexpr float kSlack = 8.f;
 
 // Weights and planes of fp16 are at most 2^kHalfExponent.
