@@ -308,6 +308,26 @@ def test_labels_beyond_int32_do_not_wrap(backend):
     assert negative == 0  # a label far below 0 is not a class either
 
 
+def test_a_label_below_minus_one_is_none(backend):
+    """In any integer dtype; of anchors as of keys, and with a gradient."""
+    anchors, anchor_labels, keys, key_labels = draw_rows(70, 300, 24, 4)
+    anchor_labels[::5] = key_labels[::7] = -1
+    odd = torch.tensor([-2, -100, -128])
+    results = []
+    for dtype in (None, torch.int32, torch.int8):
+        rows = [x.clone().requires_grad_() for x in (anchors, keys)]
+        labels = [anchor_labels, key_labels]
+        if dtype is not None:
+            labels = [torch.where(x < 0, odd[torch.arange(len(x)) % 3], x).to(dtype) for x in labels]
+        loss = infonce(
+            rows[0], labels[0], rows[1], labels[1], temperature=0.1, reduction="none", backend=backend
+        )
+        results.append([loss.detach(), *torch.autograd.grad(loss.sum(), rows)])
+    for found in results[1:]:
+        for ours, theirs in zip(found, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_double_needs_the_reference():
     rows = torch.zeros(3, 4, dtype=torch.float64)
     assert infonce(rows, _LABELS, rows.clone(), _LABELS, temperature=0.1).dtype == torch.float64
