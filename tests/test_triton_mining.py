@@ -109,6 +109,24 @@ def test_pairs_at_a_threshold(monkeypatch, poison, arithmetic, major, a, k, m, c
     compare_backward((*sides[:2], *sides[4:]), terms, (kept[0], -nowhere), bar, 1.0, False)
 
 
+def test_a_positive_that_only_some_programs_keep(monkeypatch, poison):
+    """Each program adds up the chunks of a score in an order of its own, so its last bit may fall beside the threshold.
+
+    Whatever they keep, nothing is read that none has written. The thresholds are scores, and numbers next to them.
+    """
+    monkeypatch.setattr(devices.gpu, "capability", lambda device: (8, 0))
+    anchors, keys = (torch.randn(10, 500).div(25).bfloat16() for _ in range(2))
+    labels = torch.arange(10, dtype=torch.int32)  # each has one positive
+    scores = (anchors.float() * keys.float()).sum(1)
+    for offset in (-1, 0, 1):
+        kept = -torch.full((10,), torch.inf), (scores.view(torch.int32) + offset).view(torch.float32)
+        _, _, _, pos_count, anchor_grad = torch.ops.pixcontrast.mining_forward(
+            anchors, labels, keys, labels, keys, labels, *kept, 1.0, False, True, "triton"
+        )
+        assert anchor_grad.isfinite().all()
+        assert not anchor_grad[pos_count == 0].any()
+
+
 @pytest.mark.parametrize("channels", [20, 300])
 @pytest.mark.parametrize("others", ["keys", "anchors", "copies of the anchors"])
 def test_negatives_that_are_other_rows_already(poison, arithmetic, others, channels):

@@ -87,7 +87,7 @@ def sigma_scale(WALK: tl.constexpr):
 
 @triton.jit
 def differ(column_labels, row_labels):
-    """Whether two labels differ and the columns' is one, [rows, columns]; the rows' must be."""
+    """Whether two labels differ and are both one, [rows, columns]. All rows have to have one, or what is none be -1."""
     return (column_labels[None, :] ^ row_labels[:, None]) > 0
 
 
@@ -360,7 +360,10 @@ def infonce_fwd_positives_kernel(
         tl.store(parts.pos_weight + part, pos_weight, mask=written)
         tl.store(parts.pos_count + part, pos_count, mask=written)
         if WITH_GRAD:
-            store_rows(parts.towards, part, inside & (pos_count > 0), outputs, first, WALK)
+            # Not where it counted positives itself: the last bit of a score is each program's own, and beside a
+            # threshold the one that stores its count may have kept others.
+            stored = inside & (place < tl.where(tl.sum(of_class, 0) > 0, num_anchors, 0))
+            store_rows(parts.towards, part, stored, outputs, first, WALK)
 
 
 @triton.jit(do_not_specialize=["num_anchors", "splits"])
