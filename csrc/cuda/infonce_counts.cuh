@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
   int row_labels[Tile::kFragments][2];
   each_row<Tile>([&](int f, int half) {
-    row_labels[f][half] = max(label_at(anchors, engine.first_row + engine.local_row(f, half)), -1);
+    row_labels[f][half] = label_at(anchors, engine.first_row + engine.local_row(f, half));
+    if (kPass == Pass::kNegatives) row_labels[f][half] = max(row_labels[f][half], -1);
   });
   const LabelRange own = range_of_labelled(anchors, engine.first_row, Tile::kBlockA, engine.lane);
   Walk<kPass, Tile> walk(p.label_ranges, keys.count, own, int(blockIdx.y), int(gridDim.y), engine.lane);
@@ -83,9 +84,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
           }
           each_score<Tile>([&](int n, int e) {
             const int column = engine.local_column(n) + e;
-            const int label = max(key_labels[stage * Tile::kBlockK + column], -1);
+            const int label = key_labels[stage * Tile::kBlockK + column];
             // Exclusive or is positive of two labels that differ, and of nothing else, if what is none is -1.
-            const bool counted = kPass == Pass::kNegatives ? (label ^ row_label) > 0
+            const bool counted = kPass == Pass::kNegatives ? (max(label, -1) ^ row_label) > 0
                                                            : label == row_label && label >= 0 &&
                                                                  first_column + unsigned(column) != excluded;
             const int i = 2 * half + e;
