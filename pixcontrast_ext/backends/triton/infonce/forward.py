@@ -360,9 +360,12 @@ def infonce_fwd_positives_kernel(
         tl.store(parts.pos_weight + part, pos_weight, mask=written)
         tl.store(parts.pos_count + part, pos_count, mask=written)
         if WITH_GRAD:
-            # Not where it counted positives itself: the last bit of a score is each program's own, and beside a
-            # threshold the one that stores its count may have kept others.
-            stored = inside & (place < tl.where(tl.sum(of_class, 0) > 0, num_anchors, 0))
+            stored = inside & (pos_count > 0)
+            if MINED:
+                # Wherever it looked: the last bit of a score is each program's own, so beside a threshold the one that
+                # stores its count may have kept another positive.
+                looked = low * PIECES + split < high * PIECES
+                stored = inside & (place < tl.where(looked, num_anchors, 0))
             store_rows(parts.towards, part, stored, outputs, first, WALK)
 
 
