@@ -22,6 +22,7 @@ struct BFloat16 {
 
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr size_t kReservedShared = 1024;  // bytes that a multiprocessor takes for itself of every block's
 
 // Bytes of a block's shared memory that an array of `count` elements takes.
 template <class T>
@@ -62,7 +63,7 @@ inline std::string runtime_problem() {
   return std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
 }
 
-// Bytes of shared memory that a multiprocessor has for its blocks; each takes 1 KB more than it asks for.
+// Bytes of shared memory that a multiprocessor has for its blocks, kReservedShared of each included.
 inline size_t shared_of_multiprocessor(int device) {
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),

@@ -124,7 +124,7 @@ std::vector<int64_t> tiles_of(const int32_t* labels, int64_t num_keys) {
   }
 }
 
-// The first of the keys, which begin there too, are other negatives.
+// A prefix of the keys has their address, so sizes are compared too.
 bool negatives_are_keys(const ContrastRows& call) {
   return call.num_negatives == call.num_keys && call.negatives.data == call.keys.data &&
          call.negative_labels == call.key_labels;

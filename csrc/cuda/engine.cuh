@@ -27,30 +27,30 @@ struct Visit {
 
 // Loops over a thread's registers, unrolled: an index known only at run time would force them into local
 // memory.
-template <class Tile, class Visit>
-__device__ __forceinline__ void each_row(Visit visit) {
+template <class Tile, class Body>
+__device__ __forceinline__ void each_row(Body body) {
 #pragma unroll
   for (int f = 0; f < Tile::kFragments; ++f) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) visit(f, half);
+    for (int half = 0; half < 2; ++half) body(f, half);
   }
 }
-template <class Tile, class Visit>
-__device__ __forceinline__ void each_score(Visit visit) {  // columns within a row
+template <class Tile, class Body>
+__device__ __forceinline__ void each_score(Body body) {  // columns within a row
 #pragma unroll
   for (int n = 0; n < Tile::kScoreCols; ++n) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) visit(n, e);
+    for (int e = 0; e < 2; ++e) body(n, e);
   }
 }
-template <class Tile, class Visit>
-__device__ __forceinline__ void each_output(Visit visit) {
+template <class Tile, class Body>
+__device__ __forceinline__ void each_output(Body body) {
 #pragma unroll
   for (int f = 0; f < Tile::kFragments; ++f) {
 #pragma unroll
     for (int n = 0; n < Tile::kOutputCols; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) visit(f, n, i);
+      for (int i = 0; i < 4; ++i) body(f, n, i);
     }
   }
 }
@@ -161,7 +161,8 @@ struct Engine {
   }
 
   // Visits the tiles of a walk and calls weigh(stage, mixed, first column) for each, with the tile in shared
-  // memory. load_extra(stage, first column) starts the copies that accompany a tile.
+  // memory. load_extra(stage, first column) starts the copies that accompany a tile. With nothing to visit it
+  // returns at once: what threads wrote before is shown to all by its first barrier, or to nobody.
   template <class Walk, class LoadExtra, class Weigh>
   __device__ __forceinline__ void run(Walk& walk, LoadExtra load_extra, Weigh weigh) const {
     Visit visit = walk.next();

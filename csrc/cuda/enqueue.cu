@@ -41,8 +41,8 @@ RegionTile region_tile_within(const CollectParams& p, size_t most) {
 // adds up.
 template <class In, bool kChannelsLast>
 RegionTile region_tile_of(const CollectParams& p) {
-  constexpr size_t kReserved = 1024;  // by the device, of every block
-  const size_t alone = shared_of_block(p.device), beside = shared_of_multiprocessor(p.device) / 2 - kReserved;
+  const size_t alone = shared_of_block(p.device);
+  const size_t beside = shared_of_multiprocessor(p.device) / 2 - kReservedShared;
   RegionTile tile = region_tile_within<In, kChannelsLast>(p, alone);
   const RegionTile smaller = region_tile_within<In, kChannelsLast>(p, std::min(alone, beside));
   if (smaller.slice == tile.slice && smaller.sums_in_shared == tile.sums_in_shared) tile = smaller;

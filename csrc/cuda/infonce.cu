@@ -4,30 +4,24 @@
 namespace pxc::cuda {
 namespace {
 
-// The shared memory of a block, if a row has `row_stride` bytes there.
-template <class Tile>
-size_t shared_bytes_of(Pass pass, int64_t row_stride) {
-  switch (pass) {
-    case Pass::kNegatives:
-      return negatives_bytes<Tile, false>(row_stride);
-    case Pass::kPositives:
-      return positives_bytes<Tile>(row_stride);
-    default:
-      return backward_bytes<Tile, false>(row_stride);
-  }
+// The shared memory of a block of the forward, if a row has `row_stride` bytes there.
+template <class Tile, Pass kPass>
+size_t forward_bytes(int64_t row_stride) {
+  if constexpr (kPass == Pass::kNegatives) return negatives_bytes<Tile, false>(row_stride);
+  return positives_bytes<Tile>(row_stride);
 }
 
 // Calls visit with the tile for a pass of the forward: rows of the usual lengths have a tile of their own,
 // and a larger one where a multiprocessor has room for it.
 template <class Math, Pass kPass, class Visit>
 auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_t num_keys, Visit visit) {
-  const auto fits = [&](auto use) {
+  const auto has_room = [&](auto use) {
     using Tile = typename decltype(use)::type;
-    const size_t block =
-        shared_bytes_of<Tile>(kPass, Tile::kMaxRowBytes) + 1024;  // the device reserves 1 KB per block
-    return Tile::kResident * block <= shared_of_multiprocessor(device);
+    return fits<Tile>(device, forward_bytes<Tile, kPass>(Tile::kMaxRowBytes));
   };
-  const auto larger_or = [&](auto larger, auto other) { return fits(larger) ? visit(larger) : visit(other); };
+  const auto larger_or = [&](auto larger, auto other) {
+    return has_room(larger) ? visit(larger) : visit(other);
+  };
   if constexpr (Math::kPlanes == 1) {
     if (channels == 64) return visit(Use<Tile<Math, 64, true, 2>>{});
     if (channels == 128) return visit(Use<Tile<Math, 128, true, 2>>{});
@@ -41,7 +35,7 @@ auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_
         using Wide = Tile<Math, 256, true, 4, true>;
         const int64_t tiles = blocks_of(num_anchors, Wide::kBlockA) * blocks_of(num_keys, Wide::kBlockK);
         const bool pays = num_anchors > Wide::kBlockA / 2 && tiles >= multiprocessors(device);
-        if (pays && fits(Use<Wide>{})) return visit(Use<Wide>{});
+        if (pays && has_room(Use<Wide>{})) return visit(Use<Wide>{});
         return larger_or(Use<Tile<Math, 256, true, 2>>{}, Use<Tile<Math, 256, true>>{});
       }
     }
@@ -54,32 +48,31 @@ auto with_forward_tile(int device, int64_t channels, int64_t num_anchors, int64_
   return with_channels<Math>(channels, visit);
 }
 
-}  // namespace
-
-InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
-                                   int64_t num_anchors, int64_t num_keys) {
+template <Pass kPass>
+InfonceTile forward_tile(int device, int32_t dtype, bool full_float32, int64_t channels, int64_t num_anchors,
+                         int64_t num_keys) {
   return with_math(DType(dtype), full_float32, [&](auto math) {
-    constexpr Pass kPass = Pass::kNegatives;
     using Math = typename decltype(math)::type;
     return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile, InfonceForwardParams>,
-                            shared_bytes_of<Tile>(kPass, row_stride_of<Tile>(channels)));
+      constexpr auto kKernel = kPass == Pass::kNegatives
+                                   ? infonce_fwd_negatives_kernel<Tile, InfonceForwardParams>
+                                   : infonce_fwd_positives_kernel<Tile, InfonceForwardParams>;
+      return describe<Tile>(device, kKernel, forward_bytes<Tile, kPass>(row_stride_of<Tile>(channels)));
     });
   });
 }
 
+}  // namespace
+
+InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
+                                   int64_t num_anchors, int64_t num_keys) {
+  return forward_tile<Pass::kNegatives>(device, dtype, full_float32, channels, num_anchors, num_keys);
+}
+
 InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
                                    int64_t num_anchors, int64_t num_keys) {
-  return with_math(DType(dtype), full_float32, [&](auto math) {
-    constexpr Pass kPass = Pass::kPositives;
-    using Math = typename decltype(math)::type;
-    return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
-      using Tile = typename decltype(use)::type;
-      return describe<Tile>(device, infonce_fwd_positives_kernel<Tile, InfonceForwardParams>,
-                            shared_bytes_of<Tile>(kPass, row_stride_of<Tile>(channels)));
-    });
-  });
+  return forward_tile<Pass::kPositives>(device, dtype, full_float32, channels, num_anchors, num_keys);
 }
 
 InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
@@ -87,7 +80,7 @@ InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, 
     return with_channels<typename decltype(math)::type>(channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       return describe<Tile>(device, infonce_bwd_keys_kernel<Tile, InfonceBackwardParams>,
-                            shared_bytes_of<Tile>(Pass::kBackward, row_stride_of<Tile>(channels)));
+                            backward_bytes<Tile, false>(row_stride_of<Tile>(channels)));
     });
   });
 }
@@ -102,7 +95,7 @@ void infonce_forward(const InfonceForwardParams& given) {
       order_anchors<Tile::S::kColumns>(p, p.keys.data != nullptr);  // pass 2 has pieces of the same length
       launch(p, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile, InfonceForwardParams>,
              dim3(unsigned(blocks_of(p.num_anchors, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(Pass::kNegatives, row_stride_of<Tile>(p.channels)), p);
+             forward_bytes<Tile, Pass::kNegatives>(row_stride_of<Tile>(p.channels)), p);
     });
     with_forward_tile<Math, Pass::kPositives>(p.device, p.channels, p.num_anchors, p.num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
@@ -110,26 +103,12 @@ void infonce_forward(const InfonceForwardParams& given) {
       // pieces of work.
       launch(p, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile, InfonceForwardParams>,
              dim3(unsigned(p.positive_blocks)), Tile::kThreads,
-             shared_bytes_of<Tile>(Pass::kPositives, row_stride_of<Tile>(p.channels)), p);
+             forward_bytes<Tile, Pass::kPositives>(row_stride_of<Tile>(p.channels)), p);
     });
     finish_forward<Math>(p);
   });
 }
 
-void infonce_backward(const InfonceBackwardParams& given) {
-  const int64_t num_rows = given.keys.data == nullptr ? given.num_anchors : given.num_keys;
-  with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
-    using Math = typename decltype(math)::type;
-    const InfonceBackwardParams p = with_planes<Math>(given);
-    with_channels<Math>(p.channels, [&](auto use) {
-      using Tile = typename decltype(use)::type;
-      order_anchors<Tile::S::kColumns>(p, false);
-      launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile, InfonceBackwardParams>,
-             dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             shared_bytes_of<Tile>(Pass::kBackward, row_stride_of<Tile>(p.channels)), p);
-    });
-  });
-  finish_backward(given, num_rows);
-}
+void infonce_backward(const InfonceBackwardParams& given) { launch_backward(given); }
 
 }  // namespace pxc::cuda

@@ -20,8 +20,8 @@
 // Rows and columns come in the order of their class where that is known. Most tiles of pass 1 then hold no
 // positive of their block and take a path without masks. In pass 2, if the keys are grouped by class, a new
 // tile of rows begins with every class and meets only the keys of that class. Several blocks share the walk
-// of one row tile, each with a partial result of its own, and a second stage combines those in a fixed order:
-// nothing is atomic, and a repeat gives the same bits.
+// of one row tile, each with a partial result of its own, and a second stage combines those in a fixed order.
+// Nothing is atomic but the histograms' integers, so a repeat gives the same bits.
 //
 // Rows of fp32 are split into fp16 numbers and the remainders that those leave, stored one after the other
 // like a row of twice the length. Three products of such planes keep fp32's accuracy; one has that of TF32.

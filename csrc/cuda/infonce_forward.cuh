@@ -178,12 +178,9 @@ using PositivesEngine = Engine<Tile, kWeightParts<Tile>>;
 // The shared memory of a block of pass 2, mined or not.
 template <class Tile>
 size_t positives_bytes(int64_t row_stride) {
-  // The backward keeps more beside the engine, and pass 2 asks for as much.
-  constexpr size_t kBytes = shared_bytes<float4>(2 * Tile::kBlockK + Tile::kBlockA);
-  static_assert(shared_bytes<int>(kClassTileScratch) + shared_bytes<int>(2 * Tile::kBlockK) +
-                    shared_bytes<RowOfPositives>(Tile::kBlockA) + shared_bytes<float>(Tile::kBlockA) <=
-                kBytes);
-  return PositivesEngine<Tile>::bytes(row_stride) + kBytes;
+  return PositivesEngine<Tile>::bytes(row_stride) + shared_bytes<int>(kClassTileScratch) +
+         shared_bytes<int>(2 * Tile::kBlockK) + shared_bytes<RowOfPositives>(Tile::kBlockA) +
+         shared_bytes<float>(Tile::kBlockA);  // the last for a bound of each row
 }
 
 template <class Tile>

@@ -26,6 +26,13 @@ auto with_channels(int64_t channels, Visit visit) {
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+// Whether as many blocks as the tile is made for fit into a multiprocessor.
+template <class Tile>
+bool fits(int device, size_t block) {
+  return Tile::kResident * (block + kReservedShared) <= shared_of_multiprocessor(device) &&
+         block <= shared_of_block(device);
+}
+
 // The bytes of a row of so many channels in shared memory.
 template <class Tile>
 int64_t row_stride_of(int64_t channels) {
@@ -45,10 +52,16 @@ auto with_math(DType dtype, bool full_float32, Visit visit) {
   }
 }
 
+constexpr int64_t kPlaneUnit = 64;  // the engine reads planes in pieces of so many
+
 // Splits fp32 rows into planes, which then take the place of the rows.
 template <class Math, class Params>
 Params with_planes(Params p) {
   if (p.anchors.dtype != DType::kFloat32) return p;
+  if (p.channels % kPlaneUnit != 0) {
+    throw std::invalid_argument("a plane has a multiple of " + std::to_string(kPlaneUnit) +
+                                " channels, got " + std::to_string(p.channels));
+  }
   const dim3 grid(unsigned(p.plane_blocks), p.keys.data == nullptr ? 1 : 2);
   for (const bool again : {false, true}) {
     launch(p, "infonce_planes_kernel", infonce_planes_kernel<Math::kPlanes, Params>, grid, kPlaneThreads,
@@ -98,13 +111,25 @@ void finish_forward(const Params& p) {
          kWeightBias<Math>, float(kSigmaBias<Math>));
 }
 
-// The last launch of the backward, if blocks have shared its walks.
+// The backward, of all pairs or of those that mining keeps.
 template <class Params>
-void finish_backward(const Params& p, int64_t num_rows) {
-  if (p.grad_parts == nullptr) return;
-  launch(p, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel<Params>,
-         dim3(unsigned(blocks_of(num_rows * p.grad_channels, kBackwardFinishThreads))),
-         kBackwardFinishThreads, 0, p);
+void launch_backward(const Params& given) {
+  const int64_t num_rows = given.keys.data == nullptr ? given.num_anchors : given.num_keys;
+  with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
+    using Math = typename decltype(math)::type;
+    const Params p = with_planes<Math>(given);
+    with_channels<Math>(p.channels, [&](auto use) {
+      using Tile = typename decltype(use)::type;
+      order_anchors<Tile::S::kColumns>(p, false);
+      launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile, Params>,
+             dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
+             backward_bytes<Tile, kMined<Params>>(row_stride_of<Tile>(p.channels)), p);
+    });
+  });
+  if (given.grad_parts == nullptr) return;  // else blocks have shared a walk
+  launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel<Params>,
+         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kBackwardFinishThreads))),
+         kBackwardFinishThreads, 0, given);
 }
 
 }  // namespace pxc::cuda

@@ -7,14 +7,6 @@
 namespace pxc::cuda {
 namespace {
 
-// Whether as many blocks as the tile is made for fit into a multiprocessor.
-template <class Tile>
-bool fits(int device, size_t block) {
-  constexpr size_t kReserved = 1024;  // by the device, of every block
-  return Tile::kResident * (block + kReserved) <= shared_of_multiprocessor(device) &&
-         block <= shared_of_block(device);
-}
-
 // Calls visit with the tile of a pass, or of the counts. Rows of 256 channels have larger ones where there is
 // room. Whatever the tile, a score is the same to the bit: the histograms and the passes agree about it.
 template <class Math, class Visit>
@@ -130,11 +122,13 @@ void mined_forward(const MinedForwardParams& given) {
     with_usual_tile<Math>(given.channels, [&](auto use) {
       using Tile = typename decltype(use)::type;
       const auto sides = prepare<Math, Tile::S::kColumns>(given);
-      with_negatives_tile<Math>(given.device, given.channels, [&](auto use) {
-        using Tile = typename decltype(use)::type;
-        launch(given, "infonce_fwd_negatives_kernel", infonce_fwd_negatives_kernel<Tile, MinedForwardParams>,
-               dim3(unsigned(blocks_of(given.num_anchors, Tile::kBlockA)), unsigned(given.splits)),
-               Tile::kThreads, negatives_bytes<Tile, true>(row_stride_of<Tile>(given.channels)),
+      with_negatives_tile<Math>(given.device, given.channels, [&](auto of_negatives) {
+        using NegativesTile = typename decltype(of_negatives)::type;
+        launch(given, "infonce_fwd_negatives_kernel",
+               infonce_fwd_negatives_kernel<NegativesTile, MinedForwardParams>,
+               dim3(unsigned(blocks_of(given.num_anchors, NegativesTile::kBlockA)), unsigned(given.splits)),
+               NegativesTile::kThreads,
+               negatives_bytes<NegativesTile, true>(row_stride_of<NegativesTile>(given.channels)),
                sides.negatives);
       });
       launch(given, "infonce_fwd_positives_kernel", infonce_fwd_positives_kernel<Tile, MinedForwardParams>,
@@ -145,21 +139,7 @@ void mined_forward(const MinedForwardParams& given) {
   });
 }
 
-void mined_backward(const MinedBackwardParams& given) {
-  const int64_t num_rows = given.keys.data == nullptr ? given.num_anchors : given.num_keys;
-  with_math(given.anchors.dtype, given.full_float32, [&](auto math) {
-    using Math = typename decltype(math)::type;
-    const MinedBackwardParams p = with_planes<Math>(given);
-    with_channels<Math>(p.channels, [&](auto use) {
-      using Tile = typename decltype(use)::type;
-      order_anchors<Tile::S::kColumns>(p, false);
-      launch(p, "infonce_bwd_keys_kernel", infonce_bwd_keys_kernel<Tile, MinedBackwardParams>,
-             dim3(unsigned(blocks_of(num_rows, Tile::kBlockA)), unsigned(p.splits)), Tile::kThreads,
-             backward_bytes<Tile, true>(row_stride_of<Tile>(p.channels)), p);
-    });
-  });
-  finish_backward(given, num_rows);
-}
+void mined_backward(const MinedBackwardParams& given) { launch_backward(given); }
 
 void score_counts(const ScoreCountsParams& given) {
   if (given.num_anchors == 0) return;

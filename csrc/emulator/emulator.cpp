@@ -688,7 +688,7 @@ void multiply_warp(Fiber* lanes) {
 
 size_t shared_of_multiprocessor() {
   const char* text = std::getenv("PXC_EMULATOR_SHARED");
-  if (!text || !*text) return kMaxShared + 1024;
+  if (!text || !*text) return kMaxShared + kReservedShared;
   char* end;
   const unsigned long kilobytes = std::strtoul(text, &end, 10);
   if (*end || kilobytes < 100 || kilobytes > 228) {
@@ -707,7 +707,7 @@ void run(const char* name, dim3 grid, int threads, size_t shared, Body body, con
     refuse(name, "a grid of (%u, %u, %u) blocks is too large: y and z go to %u", grid.x, grid.y, grid.z,
            kMaxGridYZ);
   }
-  if (const size_t most = shared_of_multiprocessor() - 1024; shared > most) {
+  if (const size_t most = shared_of_multiprocessor() - kReservedShared; shared > most) {
     refuse(name, "a block can have %zu bytes of shared memory, not %zu", most, shared);
   }
 

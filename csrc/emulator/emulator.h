@@ -184,12 +184,12 @@ T value_of(uint64_t bits) {
 
 inline std::string runtime_problem() { return {}; }
 inline size_t shared_of_multiprocessor(int) { return emulator::shared_of_multiprocessor(); }
-inline size_t shared_of_block(int) { return emulator::shared_of_multiprocessor() - 1024; }
+inline size_t shared_of_block(int) { return emulator::shared_of_multiprocessor() - kReservedShared; }
 inline int multiprocessors(int) { return 1; }
 
 template <class... Parameters>
 int resident_blocks(int, const char*, void (*)(Parameters...), int, size_t shared) {
-  return int(emulator::shared_of_multiprocessor() / (shared + 1024));
+  return int(emulator::shared_of_multiprocessor() / (shared + kReservedShared));
 }
 
 template <class... Parameters, class... Arguments>
