@@ -36,10 +36,11 @@ class MemoryBank(nn.Module):
 
     In a distributed job every rank must call `enqueue` at every step, with a batch of any size, also none, and several
     banks in the same order; candidates are exchanged in rank order and all banks stay bit-identical. A rank that leaves
-    a step out keeps the others waiting until the process group's time limit, or, if it calls at the next step, until
-    the numbers of calls part. With PIXCONTRAST_RANK_TIMEOUT=20 in the environment a rank that is more than 20 seconds
-    late ends the job, with an error that names it. Keep the bank outside of `DistributedDataParallel`, which would send
-    all of it to all ranks in every forward, where all have it already.
+    a step out keeps the others waiting until the process group's time limit. If it calls again at the next step, its
+    rows join the wrong step, and the others wait at the end, one call ahead. With PIXCONTRAST_RANK_TIMEOUT=20 in the
+    environment a rank that is more than 20 seconds late ends the job, with an error that names it. Keep the bank
+    outside of `DistributedDataParallel`, which would send all of it to all ranks in every forward, where all have it
+    already.
 
     Keep the bank out of averages of weights (EMA) as well: the mean of what a slot held at different times is the
     embedding of no pixel. Rows that were averaged come back to unit norm when such a state is loaded, with a warning; a

@@ -25,7 +25,8 @@ def compare_gradients(loss: Tensor, other: Tensor, shared: Tensor) -> tuple[Tens
     """How strongly one loss pulls at a tensor beside another, and whether both pull the same way.
 
     For the contrast beside the cross-entropy, with `shared` the features that classifier and projection head both read:
-    a ratio below 0.05 says that the weight of the contrast is too small to matter, one above 2 that it decides alone.
+    by a rule of thumb a ratio below 0.05 says that the contrast's weight is too small to matter, one above 2 that it
+    overrules the other.
     Both graphs are kept, and no parameter's gradient is touched.
 
     Args:

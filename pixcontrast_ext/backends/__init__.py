@@ -32,7 +32,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT_VARIABLE = "PIXCONTRAST_BACKEND"
 
 # Tried in this order when none is named. CUDA's kernels come first because they need no compiler where they run;
-# README says which is faster at what.
+# docs/backends.md says which is faster at what.
 _BY_DEVICE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _override: ContextVar[str | None] = ContextVar("pixcontrast_backend", default=None)

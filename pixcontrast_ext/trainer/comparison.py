@@ -126,7 +126,7 @@ class Comparison:
 
 
 def mean_iou(of_classes: Sequence[float]) -> float:
-    """Mean over the classes that were scored: one with neither a pixel nor a prediction is NaN. NaN if none was."""
+    """Mean over the classes that were scored; one that the truth lacks is NaN, and so is the mean if it lacks all."""
     scored = [iou for iou in of_classes if not math.isnan(iou)]
     return float(np.mean(scored)) if scored else math.nan
 

@@ -32,7 +32,7 @@ class DataConfig:
 
     dataset: str = "synthetic"
     """synthetic (generated, needs no files), camvid, cityscapes, pascal_context (59 classes), pascal_context_60 (with
-    background) or coco_stuff."""
+    background), coco_stuff or coco_stuff_10k."""
     root: Path | None = None
     """Folder of a dataset that is read from files."""
     size: tuple[int, int] | None = None

@@ -26,7 +26,7 @@ class Scores:
     miou: float
     """Mean of the IoUs that are not NaN."""
     class_iou: dict[str, float]
-    """Intersection over union of each class; NaN for one that neither truth nor prediction has."""
+    """Intersection over union of each class; NaN for one that the truth lacks."""
     pixel_accuracy: float
     """Share of the labelled pixels that are predicted right; NaN if there are none."""
     confusion: Tensor
