@@ -2,7 +2,8 @@
 
 benchmarks/results/NAME/ has an experiment's runs.csv, a row for each run, and experiment.json, which says what its arms
 are called and what was asked. `add NAME FOLDER` takes the finished runs of a comparison into it, and probes their
-features; what is there already stays, so that a long experiment is recorded as it goes.
+features; what is there already stays, so that a long experiment is recorded as it goes. settings.json, which it writes,
+has the settings of each arm, and a run of others is refused.
 """
 
 from __future__ import annotations
@@ -261,6 +262,28 @@ def pictures(experiments: list[Experiment], pages: str) -> dict[Path, Experiment
 
 # Recording
 
+OF_A_RUN = frozenset(
+    [
+        "out",
+        "seed",
+        "data_seed",
+        "root",
+        "branch_from",
+        "workers",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "pictures",
+    ]
+)
+"""Settings in which the runs of an arm may differ: they are the run's own, or change none of its numbers."""
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """What the runs of an arm have in common."""
+    told = json.loads((run / "config.json").read_text())
+    return {name: value for name, value in told.items() if name not in OF_A_RUN}
+
 
 def run_columns(run: Path, split: str) -> dict[str, float] | None:
     """The scores of a run's folder; None if it is not finished, or not yet scored on the split."""
@@ -287,17 +310,27 @@ def run_columns(run: Path, split: str) -> dict[str, float] | None:
 def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     """Take the finished runs of a comparison into an experiment, if it does not have them; returns which were new.
 
-    Raises FileNotFoundError if the folder holds no run of these arms.
+    Raises FileNotFoundError if the folder holds no run of these arms, ValueError if one was trained with other settings
+    than those of its arm that are recorded.
     """
-    target = RESULTS / name / "runs.csv"
+    target, described = RESULTS / name / "runs.csv", RESULTS / name / "settings.json"
     rows: dict[tuple[str, int], dict[str, Any]] = {**read_rows(target)} if target.exists() else {}
+    settings = json.loads(described.read_text()) if described.exists() else {}
     added, seen = [], 0
     for arm in arms:
         for run in sorted(folder.glob(f"{arm}-seed*/")):
             seen += 1
             seed = int(run.name.removeprefix(f"{arm}-seed"))
-            if (arm, seed) in rows or (found := run_columns(run, split)) is None:
+            if (arm, seed) in rows:
                 continue
+            own = settings_of(run)
+            known = settings.get(arm, own)
+            if unlike := [each for each in own if each in known and own[each] != known[each]]:
+                told = ", ".join(f"{each} {own[each]} (recorded: {known[each]})" for each in unlike)
+                raise ValueError(f"{run.name} is no run of the {arm} of {name}: {told}")
+            if (found := run_columns(run, split)) is None:
+                continue
+            settings[arm] = known
             rows[arm, seed] = {
                 "arm": arm,
                 "seed": seed,
@@ -307,6 +340,7 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     if not seen:
         raise FileNotFoundError(f"{folder} has no run of the arms {', '.join(arms)}")
     write_rows(target, [rows[key] for key in sorted(rows)])
+    described.write_text(json.dumps(settings, indent=1) + "\n")
     return added
 
 
@@ -358,8 +392,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "add":
         told = json.loads((RESULTS / given.name / "experiment.json").read_text())
-        for run in add(given.name, given.folder, told["split"], told["arms"]):
-            print(f"added: {run}")
+        try:
+            added = add(given.name, given.folder, told["split"], told["arms"])
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
+        print(*(f"added: {run}" for run in added), sep="\n")
     experiments = recorded()
     for path in PAGES:
         path.write_text(with_tables(path.read_text(), experiments))

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -205,6 +206,17 @@ def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monk
             ("off", "3"),
             ("off", "4"),
         ]
+    settings = json.loads((tmp_path / "results" / "toy" / "settings.json").read_text())
+    assert (settings["off"]["contrast"], settings["bank"]["contrast"]) == ("off", "bank")
+    assert not [value for arm in settings.values() for value in arm.values() if str(tmp_path) in str(value)]
+    longer = tmp_path / "longer"
+    shutil.copytree(run.out / "off-seed4", longer / "off-seed5")
+    told = json.loads((longer / "off-seed5" / "config.json").read_text())
+    (longer / "off-seed5" / "config.json").write_text(json.dumps(told | {"seed": 5, "lr": 0.5}))
+    with pytest.raises(
+        ValueError, match=r"off-seed5 is no run of the off of toy: lr 0.5 \(recorded: 0.02\)$"
+    ):
+        add("toy", longer, "val", arms)
     assert add("toy", run.out, "test", {"off": "without"}) == []  # none has been scored on it
     with pytest.raises(FileNotFoundError, match="has no run of the arms other"):
         add("toy", run.out, "val", {"other": "other"})
