@@ -55,10 +55,12 @@ InfonceTile forward_tile(int device, int32_t dtype, bool full_float32, int64_t c
     using Math = typename decltype(math)::type;
     return with_forward_tile<Math, kPass>(device, channels, num_anchors, num_keys, [&](auto use) {
       using Tile = typename decltype(use)::type;
-      constexpr auto kKernel = kPass == Pass::kNegatives
-                                   ? infonce_fwd_negatives_kernel<Tile, InfonceForwardParams>
-                                   : infonce_fwd_positives_kernel<Tile, InfonceForwardParams>;
-      return describe<Tile>(device, kKernel, forward_bytes<Tile, kPass>(row_stride_of<Tile>(channels)));
+      const size_t shared = forward_bytes<Tile, kPass>(row_stride_of<Tile>(channels));
+      if constexpr (kPass == Pass::kNegatives) {  // each pass has tiles that the other is not compiled for
+        return describe<Tile>(device, infonce_fwd_negatives_kernel<Tile, InfonceForwardParams>, shared);
+      } else {
+        return describe<Tile>(device, infonce_fwd_positives_kernel<Tile, InfonceForwardParams>, shared);
+      }
     });
   });
 }
