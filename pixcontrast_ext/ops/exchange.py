@@ -62,14 +62,14 @@ class _Control:
                 self.group = dist.ProcessGroupGloo(self.store, self.rank, self.world, self.limit)
             gathered = [torch.empty_like(numbers) for _ in range(self.world)]
             self.group.allgather([gathered], [numbers]).wait()
-            if patience:  # nobody waits for it any longer
-                self.store.delete_key(self._arrival_of(self.rank))
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {self.rank} waits in its call {call} of MemoryBank.enqueue for ranks that do not come: every "
                 "rank has to call the loss in training mode at every step, with labels that are all ignored if it has "
                 f"nothing to contrast. {TIMEOUT_VARIABLE}=20 names those that are more than 20 seconds late. {error}"
             ) from error
+        if patience:  # nobody waits for it any longer
+            self.store.delete_key(self._arrival_of(self.rank))
         return gathered
 
     def _arrival_of(self, rank: int) -> str:
