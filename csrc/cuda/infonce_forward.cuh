@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_fwd_n
           for (int warp = 0; warp < Tile::kColWarps; ++warp) {
             highest = fmaxf(highest, engine.exchange[warp * Tile::kBlockA + engine.local_row(f, half)]);
           }
-          highest *= scale;
+          highest = rounded_product(highest, scale);  // as the weights' scores are
           rescale[f][half] = 1.f;
           // Exact for numbers that are so near; their sum with the slack is not, from 2^24 on.
           if (highest - shift[f][half] >= kSlack) {
