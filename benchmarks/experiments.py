@@ -316,31 +316,28 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     target, described = RESULTS / name / "runs.csv", RESULTS / name / "settings.json"
     rows: dict[tuple[str, int], dict[str, Any]] = {**read_rows(target)} if target.exists() else {}
     settings = json.loads(described.read_text()) if described.exists() else {}
-    added, seen = [], 0
-    for arm in arms:
-        for run in sorted(folder.glob(f"{arm}-seed*/")):
-            seen += 1
-            seed = int(run.name.removeprefix(f"{arm}-seed"))
-            if (arm, seed) in rows:
-                continue
-            own = settings_of(run)
-            known = settings.get(arm, own)
-            if unlike := [each for each in own if each in known and own[each] != known[each]]:
-                told = ", ".join(f"{each} {own[each]} (recorded: {known[each]})" for each in unlike)
-                raise ValueError(f"{run.name} is no run of the {arm} of {name}: {told}")
-            if (found := run_columns(run, split)) is None:
-                continue
-            settings[arm] = known
-            rows[arm, seed] = {
-                "arm": arm,
-                "seed": seed,
-                **{key: f"{value:.6g}" for key, value in found.items()},
-            }
-            added.append(run.name)
-    if not seen:
+    runs = {
+        (arm, int(run.name.removeprefix(f"{arm}-seed"))): run
+        for arm in arms
+        for run in sorted(folder.glob(f"{arm}-seed*/"))
+    }
+    if not runs:
         raise FileNotFoundError(f"{folder} has no run of the arms {', '.join(arms)}")
+    for (arm, _), run in runs.items():  # all of them before any is probed, which takes a while
+        own = settings_of(run)
+        known = settings.setdefault(arm, own)
+        if unlike := [each for each in own if each in known and own[each] != known[each]]:
+            told = ", ".join(f"{each} {own[each]} (recorded: {known[each]})" for each in unlike)
+            raise ValueError(f"{run.name} is no run of the {arm} of {name}: {told}")
+    added = []
+    for (arm, seed), run in runs.items():
+        if (arm, seed) in rows or (found := run_columns(run, split)) is None:
+            continue
+        rows[arm, seed] = {"arm": arm, "seed": seed, **{key: f"{value:.6g}" for key, value in found.items()}}
+        added.append(run.name)
     write_rows(target, [rows[key] for key in sorted(rows)])
-    described.write_text(json.dumps(settings, indent=1) + "\n")
+    begun = {arm: settings[arm] for arm in settings if any(arm == each for each, _ in rows)}
+    described.write_text(json.dumps(begun, indent=1) + "\n")
     return added
 
 
@@ -392,11 +389,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "add":
         told = json.loads((RESULTS / given.name / "experiment.json").read_text())
-        try:
-            added = add(given.name, given.folder, told["split"], told["arms"])
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-        print(*(f"added: {run}" for run in added), sep="\n")
+        for run in add(given.name, given.folder, told["split"], told["arms"]):
+            print(f"added: {run}")
     experiments = recorded()
     for path in PAGES:
         path.write_text(with_tables(path.read_text(), experiments))
