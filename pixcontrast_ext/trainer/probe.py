@@ -1,8 +1,8 @@
 """What a trained network's pixel features are worth, apart from its classifier.
 
 The contrast shapes the features, and a classifier that gives rare classes nothing can hide that from the mIoU. So
-pixels of a split, up to as many of each class, are told apart by pixels of the training images: by the nearest
-ones, by class means and by a linear classifier that weighs classes alike.
+pixels of a split, of each class up to the same number, are told apart by pixels of the training images: by the
+nearest ones, by class means and by a linear classifier that weighs classes alike.
 """
 
 from __future__ import annotations

@@ -87,7 +87,10 @@ def sigma_scale(WALK: tl.constexpr):
 
 @triton.jit
 def differ(column_labels, row_labels):
-    """Whether two labels differ and are both one, [rows, columns]. All rows have to have one, or what is none be -1."""
+    """Whether two labels differ and both are one, [rows, columns].
+
+    Right for rows that have a label, and for the others if whatever is none is -1.
+    """
     return (column_labels[None, :] ^ row_labels[:, None]) > 0
 
 
