@@ -238,7 +238,7 @@ MUTANTS = [
     Mutant(
         "rows without a label are counted",
         "infonce_counts.cuh",
-        "(label ^ row_label) > 0",
+        "(max(label, -1) ^ row_label) > 0",
         "label >= 0 && label != row_label",
     ),
     Mutant(
