@@ -20,8 +20,8 @@ OLDEST_TESTS  := compile sampling gather enqueue properties infonce infonce_accu
 APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_sanitizers.py
 QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
 PYTHONS       ?= $(PYTHON)
-SHARE         ?= 120
-NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,8)
+SHARE         ?= 180
+NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,12)
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
@@ -38,9 +38,9 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
-# is run, of the other backends one in eight, and the newest Triton compiles the kernels for one width and one architecture; the
-# emulated kernels meet the sanitizers under one schedule. SHARE=1 WIDTHS= SCHEDULES= ARCHS= runs and compiles all. Waiting
-# threads give their core away (OMP_WAIT_POLICY).
+# is run, of the other backends one in twelve, and the newest Triton compiles the kernels for one width and one architecture; the
+# emulated kernels meet the sanitizers under one schedule, ThreadSanitizer in half of their calls. SHARE=1 WIDTHS= SCHEDULES=
+# ARCHS= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tools.parts \
 	    test-apart test-rest test-triton test-training test-emulator test-oldest-triton

@@ -1,13 +1,14 @@
 """Repeats the calls that record.py wrote down, in a process that may run under a sanitizer: it imports no torch.
 
-    python -m tools.emulator.replay FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
+    python -m tools.emulator.replay [--every N] FOLDER_OF_A_BUILD RECORDING [SCHEDULE ...]
 
 Every buffer is an allocation of its own with exactly the size of the storage that it stands for. Each call must leave
-in them, bit for bit, what the recorded call left.
+in them, bit for bit, what the recorded call left. `--every 2` leaves out every other call.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -50,13 +51,13 @@ def replay(kernels: ModuleType, call: dict[str, Any], arrays: Any, index: int) -
             _libc.free(buffer)
 
 
-def main(folder: Path, recording: Path, schedules: tuple[str, ...] = SCHEDULES) -> int:
+def main(folder: Path, recording: Path, schedules: list[str], every: int) -> int:
     kernels = load(folder).cuda
     arrays = dict(np.load(recording))
     calls = json.loads(arrays["calls"].tobytes())
     for schedule in schedules:
         os.environ["PXC_EMULATOR_SCHEDULE"] = schedule
-        for index, call in enumerate(calls):
+        for index, call in list(enumerate(calls))[::every]:
             where = f"call {index}, {call['kernel']}({call['scalars']}), schedule {schedule}"
             os.environ["PXC_EMULATOR_SHARED"] = call["shared"]
             print(where, file=sys.stderr, flush=True)  # names the call that a sanitizer's report is about
@@ -68,9 +69,14 @@ def main(folder: Path, recording: Path, schedules: tuple[str, ...] = SCHEDULES) 
             if differing:
                 print(f"DIFFERS: {where}: {', '.join(differing)}")
                 return 2
-    print(f"{len(calls)} calls under {len(schedules)} schedules")
+    print(f"{len(calls[::every])} calls under {len(schedules)} schedules")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3:]) or SCHEDULES))
+    parser = argparse.ArgumentParser(description="Repeat the recorded calls of a build's kernels.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("schedules", nargs="*", default=list(SCHEDULES))
+    parser.add_argument("--every", type=int, default=1, metavar="N")
+    sys.exit(main(**vars(parser.parse_args())))
