@@ -5,8 +5,9 @@
         return SegmentationModel(MyBackbone(), num_classes, embed_dim, head)
 
 A builder may return any module that keeps the contract of `SegmentationModel.forward` and has `backbone`, which maps
-images to one feature map, and `embed_head`. In training it may return "aux" as well, logits of an auxiliary head:
-the trainer adds their cross-entropy. `--project used` takes a `ProjectingModel`, or what has `defers_head` like one.
+images to one feature map and which `forward` calls, and `embed_head`. In training it may return "aux" as well, logits
+of an auxiliary head: the trainer adds their cross-entropy. `--project used` takes a `ProjectingModel`, or what has
+`defers_head` like one.
 """
 
 from __future__ import annotations

@@ -468,6 +468,7 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
     config = tiny(
         steps=2,
         batch_size=2,
+        diagnose_every=2,
         data=DataConfig(size=size, synthetic_images=(4, 1)),
         net=ModelConfig(model=name, embed_dim=32),
     )
@@ -484,6 +485,8 @@ def test_the_large_ones_train_on_the_cpu(tiny, name, size):
         assert weight.grad.isfinite().all(), weight_name
         assert weight.grad.abs().sum() > 0, weight_name
     assert (run.criterion.contrast.bank.key_labels >= 0).any()
+    (diagnosed,) = read_rows(config.out / "diagnostics.csv")
+    assert diagnosed["gradient_ratio"] > 0
 
 
 @pytest.mark.parametrize("name", ["compact", "deeplabv3_resnet50", "hrnet_w18", "hrnet_w18_ocr"])

@@ -87,8 +87,10 @@ class ResNetBackbone(TimmBackbone):
         self.middle_channels, self.channels = self.body.feature_info.channels()
         self.body.maxpool.ceil_mode = deep_stem
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.stages(images)[-1]
+    def forward(self, images: Tensor, *, with_middle: bool = False) -> Any:
+        """The features, or with those of the stage before them a pair (middle, features)."""
+        middle, features = self.stages(images)
+        return (middle, features) if with_middle else features
 
 
 class HRNetBackbone(TimmBackbone):

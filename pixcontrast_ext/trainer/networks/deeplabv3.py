@@ -94,7 +94,7 @@ class DeepLabV3(ProjectingModel):
         """
         if self.training and len(images) < 2 and not self._shares_norms():
             raise ValueError("DeepLabV3 trains on at least two images at a time, got 1: raise --batch-size")
-        middle, features = self.backbone.stages(images)
+        middle, features = self.backbone(images, with_middle=True)
         outputs = {"seg": self.seg_head(features), **self.embedded(features)}
         if self.training:
             outputs["aux"] = self.aux_head(middle)
