@@ -83,7 +83,7 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "pascal_context": DatasetSpec(
         PascalContext.CLASSES, PascalContext.COLOURS, PascalContext.SPLITS,
-        lambda config, split: PascalContext(config.root, split, resize_of(config)),
+        lambda config, split: PascalContext(config.root, split, resize_of(config)), PascalContext.IDS,
     ),
     "pascal_context_60": DatasetSpec(
         PascalContext.CLASSES_60, PascalContext.COLOURS_60, PascalContext.SPLITS,

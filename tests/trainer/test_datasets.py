@@ -114,6 +114,8 @@ def test_pascal_context_has_59_classes_or_60(pascal_context):
     assert [pair[0].stem for pair in fewer.pairs] == ["2008_000003", "2008_000002"]  # the order of the list
     assert classes_of(fewer, range(60)) == {0: IGNORE, **{value: value - 1 for value in range(1, 60)}}
     assert classes_of(more, range(60)) == {value: value for value in range(60)}
+    of_value = classes_of(fewer, range(60))
+    assert [of_value[value] for value in dataset_spec("pascal_context").ids] == list(range(59))
     assert PascalContext.CLASSES_60[:3] == ("background", "aeroplane", "bag")
     assert PascalContext.CLASSES_60[37] == "person"
     assert PascalContext.CLASSES_60[59] == "wood"

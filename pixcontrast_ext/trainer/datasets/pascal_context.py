@@ -49,6 +49,8 @@ class PascalContext(LabelledFiles):
     CLASSES = CLASSES_60[1:]
     COLOURS_60 = (voc_colour(255), *(voc_colour(value) for value in range(1, 60)))
     COLOURS = COLOURS_60[1:]
+    IDS = tuple(range(1, 60))
+    """The value of each of the 59 classes; with the background, a class is its value."""
     SPLITS = ("train", "val")
 
     def __init__(
