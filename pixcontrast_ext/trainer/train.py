@@ -277,9 +277,13 @@ class _Run:
         if self.start == 0:
             self._start_from_weights()
         if self.start == 0 and config.branch_from is not None:
-            self.start = branch(
-                self.model, self.optimizer, read_start(config.branch_from), config.branch_from
-            )
+            state = read_start(config.branch_from)
+            before, now = state["config"].get("optimizer"), config.optim.optimizer
+            if before != now:
+                raise ValueError(
+                    f"--optimizer is {now!r}, but {config.branch_from} was trained with {before!r}"
+                )
+            self.start = branch(self.model, self.optimizer, state, config.branch_from)
             if self.start >= config.last_step:
                 raise ValueError(
                     f"--branch-from {config.branch_from} is of step {self.start}, the run ends at {config.last_step}"
@@ -568,6 +572,12 @@ class _Run:
         if "optimizer" in changed:
             before, now = changed["optimizer"]
             raise ValueError(f"--optimizer is {now!r}, but {path} was trained with {before!r}")
+        weights = [
+            "off" if each is None else each.tolist()
+            for each in (self.auxiliary.class_weights, state["criterion"].get("class_weights"))
+        ]
+        if weights[0] != weights[1]:
+            raise ValueError(f"--class-weights are {weights[0]}, but {path} was trained with {weights[1]}")
         load_weights(self.model, state["model"])
         options = [
             {name: value for name, value in group.items() if name != "params"}

@@ -116,6 +116,16 @@ def test_a_run_counts_once_and_every_arm_gets_the_same(tiny, tmp_path, monkeypat
     assert len(counted) == 2
     train(replace(config, steps=3), resume=True)
     assert len(counted) == 2
+    of_other_values = replace(
+        config, steps=4, loss=replace(config.loss, class_weights=str(tmp_path / "other.json"))
+    )
+    (tmp_path / "other.json").write_text(json.dumps(written | {dataset_spec("synthetic").classes[0]: 7.0}))
+    with pytest.raises(
+        ValueError, match=r"--class-weights are \[7.0, .*, but .*step-00000003.* was trained with \["
+    ):
+        train(of_other_values, resume=True)
+    with pytest.raises(ValueError, match=r"--class-weights are off, but .* was trained with"):
+        train(replace(config, steps=4, loss=replace(config.loss, class_weights="off")), resume=True)
     # What a run left that failed before its first step is not taken for that of other data.
     failed = replace(config, out=tmp_path / "failed", branch_from=tmp_path / "nowhere")
     with pytest.raises(CheckpointError):
