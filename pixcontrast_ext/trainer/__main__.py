@@ -148,6 +148,10 @@ def run_train(args: Sequence[str]) -> None:
     options = _options_before(command.config, command.resume, command.run.out)
     if options:
         command = parse_flags(TrainCommand, [*options, *args], prog=_prog("train"))
+    elif command.resume and replace(command.run, out=TrainConfig().out) == TrainConfig():
+        raise ValueError(
+            f"{command.run.out} has no run to resume, which has a config.json, and no option says what to train"
+        )
     result = train(command.run, resume=command.resume)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"mIoU {result.miou:.4f} on val, {result.seconds_per_step:.3f} s per step, all in {result.out}")
@@ -246,12 +250,13 @@ def run_compare(args: Sequence[str]) -> None:
     command = parse_flags(CompareCommand, args, prog=_prog("compare"))
     out = command.compare.run.out
     options = _options_before(command.config, command.resume, out)
-    if command.config is None and options:
-        saved = json.loads((out / "config.json").read_text())
+    before = out / "config.json" if command.config is None else command.config
+    if options and before.is_file():  # a recipe is of one run
+        saved = json.loads(before.read_text())
         given = {arg.partition("=")[0] for arg in args}
         for name in COMPARE_OPTIONS:
-            flag, value = f"--{name.replace('_', '-')}", saved.get(f"_{name}", getattr(command.compare, name))
-            if flag in given:  # and not the saved one: of --arm both would count
+            flag, value = f"--{name.replace('_', '-')}", saved.get(f"_{name}")
+            if value is None or flag in given:  # given, it replaces the saved one: of --arm both would count
                 continue
             if name == "arm":
                 options += [word for text in value for word in (flag, text)]

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from scipy.stats import ttest_rel
 
+from pixcontrast_ext.trainer import __main__ as entry
 from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointError, CheckpointStore
 from pixcontrast_ext.trainer.compare import CompareConfig, compare, finish_all, rare_classes
@@ -168,7 +169,7 @@ def test_jobs_end_with_the_comparison(environment, tmp_path):
     assert sizes() == before
 
 
-def test_from_the_command_line(tmp_path, capsys, quick_tsne):
+def test_from_the_command_line(tmp_path, capsys, quick_tsne, monkeypatch, comparison):
     out = tmp_path / "out"
     options = tmp_path / "options.json"
     options.write_text(
@@ -179,6 +180,12 @@ def test_from_the_command_line(tmp_path, capsys, quick_tsne):
     told = capsys.readouterr().out
     assert main(["compare", "--resume", "--out", str(out)]) == 0  # nothing has changed
     assert capsys.readouterr().out == told
+    # Its config.json begins another of the same seeds and arms.
+    monkeypatch.setattr(entry, "compare", lambda config, resume: given.append(config) or found)
+    given, found = [], comparison
+    assert main(["compare", "--config", str(out / "config.json"), "--out", str(tmp_path / "again")]) == 0
+    assert (given[0].seeds, given[0].methods) == ((1,), ("off", "bank"))
+    assert (given[0].run.out, given[0].run.loss.temperature) == (tmp_path / "again", 0.2)
     miou = read_rows(out / "bank-seed1" / "val.csv")[-1]["miou"]
     assert f"{miou:.4f}" in told
     assert "One seed" in told
@@ -509,9 +516,11 @@ def test_a_checkpoint_to_branch_from_has_to_fit(tiny):
     with pytest.raises(ValueError, match="is of step 2, the run ends at 2"):
         train(tiny("late", "off", steps=2, branch_from=tiny("start").out))
     other = tiny("other", "off", branch_from=tiny("start").out)
-    other = replace(other, optim=replace(other.optim, optimizer="adamw", lr=1e-3))
     with pytest.raises(ValueError, match="does not fit this run"):
         train(replace(other, net=ModelConfig(model="hrnet_w18")))
+    adam = replace(other.optim, optimizer="adamw", lr=1e-3)
+    with pytest.raises(ValueError, match=r"--optimizer is 'adamw', but .*start was trained with 'sgd'"):
+        train(replace(other, out=other.out.with_name("adam"), optim=adam))
     with pytest.raises(CheckpointError, match="no checkpoint to branch from"):
         train(tiny("third", "off", branch_from=tiny("nothing").out.parent))
 

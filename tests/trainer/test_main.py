@@ -96,6 +96,10 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
         (["train", "--dataset", "camvid"], "error: camvid is read from files: give its folder with --root"),
         (["train", "--steps", "0"], "error: --steps is 0, must be at least 1"),
         (["train", "--config", "absent.json"], "error: config file absent.json does not exist"),
+        (
+            ["train", "--resume", "--out", "absent"],
+            "error: absent has no run to resume, which has a config.json,",
+        ),
         (["eval", "--checkpoint", "absent.pt"], "error: checkpoint absent.pt does not exist"),
         (["eval", "--checkpoint", "."], "error: run . has no checkpoint"),
         (["eval", "--checkpoint", ".", "--workers", "-1"], "error: --workers is -1, must be at least 0"),
