@@ -3,7 +3,8 @@
 benchmarks/results/NAME/ has an experiment's runs.csv, a row for each run, and experiment.json, which says what its arms
 are called and what was asked. `add NAME FOLDER` takes the finished runs of a comparison into it, and probes their
 features; what is there already stays, so that a long experiment is recorded as it goes. settings.json, which it writes,
-has the settings of each arm, and a run of others is refused.
+has the settings of each arm, and a run of others is refused. If the plan says after how many seeds it looks at an arm,
+experiment.json has that as "looks", and before them the tables call nothing a difference.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import ttest_1samp
 
 from pixcontrast_ext.trainer.comparison import (
     ACCURACY,
@@ -34,6 +36,7 @@ from pixcontrast_ext.trainer.comparison import (
     mark_of,
     mean_iou,
 )
+from pixcontrast_ext.trainer.files import write_json, write_text
 
 from .pages import markdown
 
@@ -67,6 +70,9 @@ class Experiment:
     """Classes whose mean IoU is an outcome."""
     timed: bool = True
     """Whether the times of the arms' steps may be compared: whatever else the machine did, it did beside all alike."""
+    looks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """After how many seeds the plan looks at an arm, and how large |t| of its primary outcome has to be then to end the
+    experiment; the last look ends it anyway. An arm without a plan is looked at whenever it is shown."""
 
     @property
     def baseline(self) -> str:
@@ -111,6 +117,17 @@ class Experiment:
         seeds = self.seeds_of(arm)
         return np.array([self.value(arm, s, outcome) - self.value(self.baseline, s, outcome) for s in seeds])
 
+    def next_look(self, arm: str) -> int | None:
+        """After how many seeds an arm is to be looked at; None if it may be now."""
+        looks = {int(seeds): least for seeds, least in self.looks.get(arm, {}).items()}
+        differences = self.differences(arm, PRIMARY)
+        pairs = len(differences)
+        if not looks or pairs >= max(looks):
+            return None
+        if pairs in looks and abs(ttest_1samp(differences, 0).statistic) > looks[pairs]:
+            return None
+        return min(seeds for seeds in looks if seeds > pairs)
+
     @functools.cached_property
     def answers(self) -> dict[Question, Paired]:
         """What each arm that has runs shows in each outcome, primary outcomes first."""
@@ -126,9 +143,8 @@ def read(name: str) -> Experiment:
         key: {column: float(text) for column, text in row.items() if column not in ("arm", "seed") and text}
         for key, row in read_rows(RESULTS / name / "runs.csv").items()
     }
-    return Experiment(
-        name, told["arms"], told["split"], runs, tuple(told.get("rare", ())), told.get("timed", True)
-    )
+    rare, timed, looks = tuple(told.get("rare", ())), told.get("timed", True), told.get("looks", {})
+    return Experiment(name, told["arms"], told["split"], runs, rare, timed, looks)
 
 
 # Tables
@@ -141,10 +157,11 @@ def span(pair: Paired) -> str:
 
 def verdict(pair: Paired) -> str:
     """What a difference may be called."""
+    if pair.is_shown:
+        return f"**{'higher' if pair.mean > 0 else 'lower'}** ({pair.pairs} seeds)"
     if math.isnan(pair.detectable):
         return "one seed is too few" if pair.pairs == 1 else f"{pair.pairs} seeds are too few"
-    word = f"**{'higher' if pair.mean > 0 else 'lower'}**" if pair.is_shown else "no difference shown"
-    return f"{word} ({pair.pairs} seeds)"
+    return f"no difference shown ({pair.pairs} seeds)"
 
 
 def tables(experiment: Experiment) -> Iterator[str]:
@@ -177,8 +194,11 @@ def tables(experiment: Experiment) -> Iterator[str]:
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
         means = f"{np.mean(base):.4f}, {experiment.values(arm, outcome).mean():.4f}"
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
-        numbers = (means, span(pair), detectable, "" if math.isnan(pair.p_holm) else f"{pair.p_holm:.3f}")
-        lines.append([f"{arms[arm]}: {PROBED.get(outcome, outcome)}", *numbers, verdict(pair)])
+        p, told = "" if math.isnan(pair.p_holm) else f"{pair.p_holm:.3f}", verdict(pair)
+        if (due := experiment.next_look(arm)) is not None:
+            p, told = "", f"not asked before {due} seeds"
+        title = f"{arms[arm]}: {PROBED.get(outcome, outcome)}"
+        lines.append([title, means, span(pair), detectable, p, told])
     yield from markdown(header, lines)
     costs = list(cost_lines(experiment))
     if costs:
@@ -280,9 +300,15 @@ OF_A_RUN = frozenset(
 
 
 def settings_of(run: Path) -> dict[str, Any]:
-    """What the runs of an arm have in common."""
-    told = json.loads((run / "config.json").read_text())
-    return {name: value for name, value in told.items() if name not in OF_A_RUN}
+    """What the runs of an arm have in common; `shared_steps` are those of the beginning that it shares with others."""
+    told, shared = json.loads((run / "config.json").read_text()), 0
+    if told["branch_from"] is not None:
+        start = Path(told["branch_from"])
+        beside = run.parent / start.name  # where a comparison has it, wherever that was moved
+        shared = json.loads(((beside if beside.exists() else start) / "config.json").read_text())[
+            "stop_after"
+        ]
+    return {name: value for name, value in told.items() if name not in OF_A_RUN} | {"shared_steps": shared}
 
 
 def run_columns(run: Path, split: str) -> dict[str, float] | None:
@@ -311,10 +337,10 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     """Take the finished runs of a comparison into an experiment, if it does not have them; returns which were new.
 
     Raises FileNotFoundError if the folder holds no run of these arms, ValueError if one was trained with other settings
-    than those of its arm that are recorded.
+    than those of its arm that are recorded, or on other generated scenes than another arm of its seed.
     """
     target, described = RESULTS / name / "runs.csv", RESULTS / name / "settings.json"
-    rows: dict[tuple[str, int], dict[str, Any]] = {**read_rows(target)} if target.exists() else {}
+    rows = read_rows(target)
     settings = json.loads(described.read_text()) if described.exists() else {}
     runs = {
         (arm, int(run.name.removeprefix(f"{arm}-seed"))): run
@@ -323,38 +349,46 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     }
     if not runs:
         raise FileNotFoundError(f"{folder} has no run of the arms {', '.join(arms)}")
-    for (arm, _), run in runs.items():  # all of them before any is probed, which takes a while
+    data_seeds: dict[int, int] = {}
+    for (arm, seed), run in runs.items():  # all of them before any is probed, which takes a while
+        data_seed = json.loads((run / "config.json").read_text())["data_seed"]
+        if (of_others := data_seeds.setdefault(seed, data_seed)) != data_seed:
+            raise ValueError(
+                f"{run.name} is of --data-seed {data_seed}, another arm of its seed of {of_others}"
+            )
         own = settings_of(run)
         known = settings.setdefault(arm, own)
         if unlike := [each for each in own if each in known and own[each] != known[each]]:
             told = ", ".join(f"{each} {own[each]} (recorded: {known[each]})" for each in unlike)
             raise ValueError(f"{run.name} is no run of the {arm} of {name}: {told}")
-    added = []
+    added: dict[tuple[str, int], dict[str, str]] = {}
     for (arm, seed), run in runs.items():
         if (arm, seed) in rows or (found := run_columns(run, split)) is None:
             continue
-        rows[arm, seed] = {"arm": arm, "seed": seed, **{key: f"{value:.6g}" for key, value in found.items()}}
-        added.append(run.name)
+        scores = {key: f"{value:.6g}" for key, value in found.items()}
+        added[arm, seed] = {"arm": arm, "seed": str(seed), **scores}
+    rows = {**read_rows(target), **added}  # read again: others may have been recorded meanwhile
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_rows(target, [rows[key] for key in sorted(rows)])
-    begun = {arm: settings[arm] for arm in settings if any(arm == each for each, _ in rows)}
-    described.write_text(json.dumps(begun, indent=1) + "\n")
-    return added
+    write_json(described, {arm: settings[arm] for arm in settings if any(arm == each for each, _ in rows)})
+    return [runs[key].name for key in added]
 
 
 def read_rows(path: Path) -> dict[tuple[str, int], dict[str, str]]:
-    """The text of a runs.csv, by arm and seed."""
+    """The text of a runs.csv, by arm and seed; nothing if there is none."""
+    if not path.exists():
+        return {}
     with path.open(newline="") as file:
         return {(row["arm"], int(row["seed"])): row for row in csv.DictReader(file)}
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     text = io.StringIO()
     columns = list(dict.fromkeys(column for row in rows for column in row))
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.getvalue())
+    write_text(path, text.getvalue())
 
 
 # The pages

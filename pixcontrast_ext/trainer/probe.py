@@ -7,6 +7,7 @@ nearest ones, by class means and by a linear classifier that weighs classes alik
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from pixcontrast_ext.trainer.evaluate import load_model
 from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.inference import evaluating
 from pixcontrast_ext.trainer.pictures import draw_tsne
+
+log = logging.getLogger(__name__)
 
 _BLOCK = 512
 """Queries that are compared with the gallery at a time: what that takes is some thirty bytes a pair."""
@@ -231,6 +234,18 @@ def fit_linear(rows: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], n
     return predict
 
 
+_PIXELS_OF = (
+    "size",
+    "scale",
+    "short_side",
+    "train_splits",
+    "train_fraction",
+    "data_seed",
+    "synthetic_images",
+)
+"""Options that say which pixels a run is scored with."""
+
+
 def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
     """Probe the newest checkpoint of each run, and leave probe.json, probe.png and probe-tsne.png in `config.out`.
 
@@ -259,6 +274,13 @@ def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
                 raise ValueError(f"{runs[0]} is of {first.data.dataset}, {run} of {trained.data.dataset}")
             if config.split in trained.data.train_splits:
                 raise ValueError(f"--split is {config.split!r}, which {run} was trained on")
+            chosen, of_first = flatten(trained.data), flatten(first.data)
+            unlike = [each for each in _PIXELS_OF if chosen[each] != of_first[each]]
+            if unlike:
+                told = ", ".join(f"--{each.replace('_', '-')} {chosen[each]}" for each in unlike)
+                log.warning(
+                    "%s is scored with other pixels than %s: it was trained with %s", run, runs[0], told
+                )
             data = replace(trained.data, root=config.root or trained.data.root)
             probes[name], queries = probe_model(model, data, config, ranks.device, step)
             clouds[name] = queries.rows["features"], queries.labels

@@ -12,7 +12,7 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from benchmarks import experiments
 from benchmarks.experiments import (
@@ -176,6 +176,37 @@ def test_tables_say_what_is_shown_and_what_is_not(experiment):
     assert "| ms a step | 500 (1.00x) | 600 (1.20x) | 500 (1.00x) |" in text
     assert "ms a step" not in "\n".join(tables(replace(experiment, timed=False)))
     assert verdict(paired(np.full(5, 0.1) + 1e-3 * np.arange(5))) == "5 seeds are too few"
+    alike = paired(np.full(6, 0.1) + 1e-3 * np.arange(6))
+    assert (
+        verdict(replace(alike, detectable=math.nan)) == "**higher** (6 seeds)"
+    )  # beside arms with more seeds
+
+
+def test_an_arm_is_judged_when_its_plan_says_so(experiment):
+    """At the first look only if the primary outcome is clear, at the last whatever it is; each arm by its own looks."""
+    t = {
+        arm: abs(ttest_1samp(experiment.differences(arm, PRIMARY), 0).statistic) for arm in ("contrast", "aa")
+    }
+
+    def marks(arm, looks, runs=experiment.runs):
+        planned = replace(experiment, looks=looks, runs=runs)
+        lines = [line for line in tables(planned) if line.startswith(f"| {experiment.arms[arm]}: ")]
+        assert len(lines) == 4
+        return {line.split(" | ")[-1].strip(" |") for line in lines}, {
+            line.split(" | ")[-2] for line in lines
+        }
+
+    judged = marks("contrast", {})
+    assert "**higher** (12 seeds)" in judged[0]
+    assert "" not in judged[1]
+    for looks in ({"12": t["contrast"] * 0.9, "24": 0}, {"6": 0}, {"6": 1e9, "12": 1e9}):
+        assert marks("contrast", {"contrast": looks, "aa": {"24": 0}}) == judged
+    for looks, due in (({"12": t["contrast"] * 1.1, "24": 0}, 24), ({"6": 0, "14": 4, "24": 0}, 14)):
+        assert marks("contrast", {"contrast": looks}) == ({f"not asked before {due} seeds"}, {""})
+    assert marks("aa", {"contrast": {"24": 0}}) == marks("aa", {})
+    assert marks("aa", {"aa": {"8": 0}}) == ({"not asked before 8 seeds"}, {""})
+    one = {key: run for key, run in experiment.runs.items() if key[1] == 0}
+    assert marks("contrast", {"contrast": {"12": 4, "24": 0}}, one)[0] == {"not asked before 12 seeds"}
 
 
 def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):
@@ -217,6 +248,23 @@ def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monk
         ValueError, match=r"off-seed5 is no run of the off of toy: lr 0.5 \(recorded: 0.02\)$"
     ):
         add("toy", longer, "val", arms)
+    # Another beginning than the others', and scenes that the other arm of the seed has not seen.
+    branched = tmp_path / "branched"
+    shutil.copytree(run.out / "off-seed3", branched / "start-seed6")
+    for name, changes in (
+        ("start-seed6", dict(stop_after=1)),
+        ("off-seed6", dict(seed=6, branch_from="elsewhere/start-seed6")),
+    ):
+        shutil.copytree(run.out / "off-seed3", branched / name, dirs_exist_ok=True)
+        (branched / name / "config.json").write_text(json.dumps(told | changes))
+    with pytest.raises(ValueError, match=r"off-seed6 is no run .* shared_steps 1 \(recorded: 0\)$"):
+        add("toy", branched, "val", arms)
+    (run.out / "bank-seed4" / "config.json").write_text(
+        json.dumps(json.loads((run.out / "bank-seed4" / "config.json").read_text()) | {"data_seed": 9})
+    )
+    with pytest.raises(ValueError, match="bank-seed4 is of --data-seed 9, another arm of its seed of 0"):
+        add("toy", run.out, "val", arms)
+    shutil.rmtree(run.out / "bank-seed4")
     assert add("toy", run.out, "test", {"off": "without"}) == []  # none has been scored on it
     with pytest.raises(FileNotFoundError, match="has no run of the arms other"):
         add("toy", run.out, "val", {"other": "other"})

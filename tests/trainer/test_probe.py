@@ -179,6 +179,19 @@ def test_checkpoints_are_named_by_their_runs(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.split()[:2] == ["one/best.pt", "other/best.pt"]
 
 
+def test_runs_that_are_scored_with_other_pixels_are_named(tiny, tmp_path, caplog):
+    runs = [tiny(name, "off", steps=1) for name in ("one", "alike", "fewer")]
+    runs[2] = replace(runs[2], data=replace(runs[2].data, train_fraction=0.5))
+    for run in runs:
+        train(run)
+    few = ["--queries", "5", "--gallery", "5", "--images", "2"]
+    assert main(["probe", *(str(run.out) for run in runs), *few]) == 0
+    (told,) = [record.getMessage() for record in caplog.records if "other pixels" in record.getMessage()]
+    assert told == (
+        f"{runs[2].out} is scored with other pixels than {runs[0].out}: it was trained with --train-fraction 0.5"
+    )
+
+
 def test_runs_of_one_dataset(tiny, tmp_path, camvid, capsys):
     train(tiny("one", "off", steps=1))
     data = DataConfig(dataset="camvid", root=camvid(), size=(32, 48))
