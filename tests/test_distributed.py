@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pixcontrast_ext.ops import exchange
 from tests.support import distributed_worker as worker
 from tools import processes
 
@@ -150,9 +151,19 @@ def test_rows_without_a_map_are_exchanged(runs, ranks):
 
 @both
 def test_banks_that_differ_are_named_on_every_rank(runs, ranks):
-    for message in results(runs[ranks], "other_banks", ranks):
-        assert "ranks must have the same banks" in message
-        assert "(4, 6, 4) on rank 0, (4, 6, 2) on rank 1" in message
+    for dtypes, slots in results(runs[ranks], "other_banks", ranks):
+        assert "ranks must have the same banks" in dtypes
+        assert "(4, 6, bfloat16, 4, 3) on rank 0, (4, 6, float16, 4, 3) on rank 1" in dtypes
+        assert "(4, 6, float32, 4, 3) on rank 0, (4, 6, float32, 2, 3) on rank 1" in slots
+
+
+@pytest.mark.parametrize("told", ["20s", "0", "-1", "nan", "inf"])
+def test_a_patience_that_is_none_is_named(monkeypatch, told):
+    monkeypatch.setenv(exchange.TIMEOUT_VARIABLE, told)
+    with pytest.raises(ValueError, match=f"PIXCONTRAST_RANK_TIMEOUT is '{told}', must be a positive number"):
+        exchange._patience()
+    monkeypatch.setenv(exchange.TIMEOUT_VARIABLE, "2.5")
+    assert exchange._patience().total_seconds() == 2.5
 
 
 @both

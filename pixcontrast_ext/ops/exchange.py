@@ -7,7 +7,9 @@ size on any rank, the device is not waited for, and none of it can be taken for 
 from __future__ import annotations
 
 import datetime
+import math
 import os
+import threading
 import weakref
 from typing import Any, ClassVar
 
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from pixcontrast_ext.ops import handles, library
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of a bank."""
 TIMEOUT_VARIABLE = "PIXCONTRAST_RANK_TIMEOUT"  # seconds
 
 
@@ -54,10 +58,10 @@ class _Control:
                 PIXCONTRAST_RANK_TIMEOUT.
         """
         self.exchanges += 1
-        patience = os.environ.get(TIMEOUT_VARIABLE)
+        patience = _patience()
         try:
-            if patience:
-                self._wait_for_all(datetime.timedelta(seconds=float(patience)))
+            if patience is not None:
+                self._wait_for_all(patience)
             if self.group is None:
                 self.group = dist.ProcessGroupGloo(self.store, self.rank, self.world, self.limit)
             gathered = [torch.empty_like(numbers) for _ in range(self.world)]
@@ -68,7 +72,7 @@ class _Control:
                 "rank has to call the loss in training mode at every step, with labels that are all ignored if it has "
                 f"nothing to contrast. {TIMEOUT_VARIABLE}=20 names those that are more than 20 seconds late. {error}"
             ) from error
-        if patience:  # nobody waits for it any longer
+        if patience is not None:  # nobody waits for it any longer
             self.store.delete_key(self._arrival_of(self.rank))
         return gathered
 
@@ -85,6 +89,20 @@ class _Control:
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             seconds = patience.total_seconds()
             raise RuntimeError(f"Missing after {seconds:g} seconds: ranks {missing}.") from None
+
+
+def _patience() -> datetime.timedelta | None:
+    """That of PIXCONTRAST_RANK_TIMEOUT. Raises ValueError for what is no number of seconds."""
+    told = os.environ.get(TIMEOUT_VARIABLE)
+    if not told:
+        return None
+    try:
+        seconds = float(told)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ValueError(f"{TIMEOUT_VARIABLE} is {told!r}, must be a positive number of seconds, as 20")
+    return datetime.timedelta(seconds=seconds)
 
 
 def _time_limit(group: dist.ProcessGroup) -> datetime.timedelta:
@@ -129,45 +147,49 @@ class Exchange(handles.Handle):
         group = dist.group.WORLD if isinstance(self.process_group, str) else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def gather(self, rows: Tensor, row_labels: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, rows: Tensor, row_labels: Tensor, slots: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """All ranks' candidates, in rank order.
 
         Args:
             rows: [N, C, 1 + k, D]; N and k may differ between the ranks.
             row_labels: [N, C, 1 + k].
+            slots: a class's region and pixel slots in the bank.
 
         Raises:
-            ValueError: on every rank, if their banks differ.
+            ValueError: on every rank, if their banks differ in classes, width, dtype or slots.
             RuntimeError: a rank does not come.
         """
         group = self.group()
         if group is None:
             return rows, row_labels
-        shapes = self._shapes(rows, group)
+        shapes = self._shapes(rows, slots, group)
         images, candidates = (max(shape[i] for shape in shapes) - rows.shape[i] for i in (0, 2))
         if images or candidates:  # ranks send alike: fill up with rows that nobody stores
             rows = F.pad(rows, (0, 0, 0, candidates, 0, 0, 0, images))
             row_labels = F.pad(row_labels, (0, candidates, 0, 0, 0, images), value=-1)
         return _all_gather(rows, len(shapes), group), _all_gather(row_labels, len(shapes), group)
 
-    def _shapes(self, rows: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
+    def _shapes(self, rows: Tensor, slots: tuple[int, int], group: dist.ProcessGroup) -> list[list[int]]:
         """The shape of what each rank brings."""
         self.calls += 1
-        own = torch.tensor([*rows.shape, rows.element_size()])
-        of_ranks = _Control.of(group).all_gather(own, self.calls)
-        shapes: list[list[int]] = torch.stack(of_ranks).tolist()
-        banks = [(classes, width, size) for _, classes, _, width, size in shapes]
+        own = torch.tensor([*rows.shape, DTYPES.index(rows.dtype), *slots])
+        of_ranks: list[list[int]] = torch.stack(_Control.of(group).all_gather(own, self.calls)).tolist()
+        banks = [
+            f"({classes}, {width}, {str(DTYPES[dtype]).removeprefix('torch.')}, {regions}, {pixels})"
+            for _, classes, _, width, dtype, regions, pixels in of_ranks
+        ]
         if len(set(banks)) > 1:
             raise ValueError(
-                "ranks must have the same banks; their (num_classes, embed_dim, bytes of an element) are "
+                "ranks must have the same banks; their (num_classes, embed_dim, dtype, region_slots, pixel_slots) are "
                 f"{', '.join(f'{bank} on rank {rank}' for rank, bank in enumerate(banks))}"
             )
-        return shapes
+        return [shape[:4] for shape in of_ranks]
 
 
 def _exchange_and_write(rows: Tensor, row_labels: Tensor, *bank: Any) -> None:
     *state, region_slots, exchange, backend = bank
-    rows, row_labels = handles.of(exchange, Exchange).gather(rows, row_labels)
+    slots = region_slots, state[0].shape[1] - region_slots
+    rows, row_labels = handles.of(exchange, Exchange).gather(rows, row_labels, slots)
     torch.ops.pixcontrast.enqueue_write(rows, row_labels, *state, region_slots, backend)
 
 
