@@ -94,8 +94,9 @@ def of_rows(
     negative_cosine = _mean(others / negatives.clamp(min=1), contrasted)
 
     taken = negatives.float()
-    if loss.mining is not None:
-        taken = taken.clamp(max=loss.mining.negatives)
+    drawn = None if loss.mining is None else loss.mining.drawn(loss.mining.negatives)
+    if drawn is not None:  # of equal cosines mining keeps all that were drawn, on average these
+        taken = taken * (drawn / of_class.sum().clamp(min=1)).clamp(max=1)
     classes = (of_class > 0).sum()
     least = -1 / (classes - 1).clamp(
         min=1

@@ -182,15 +182,24 @@ def test_no_pixel_with_a_label(mining):
     assert found["contrast"] == 0
 
 
-def test_mining_counts_the_negatives_that_it_takes():
-    embeddings, labels, logits = batch(classes=CLASSES)
-    torch.manual_seed(0)
+@pytest.mark.parametrize("strategy", ["random", "semi-hard", "hardest"])
+@pytest.mark.parametrize("with_bank", [True, False])
+def test_mining_is_at_chance_where_all_cosines_are_equal(strategy, with_bank):
+    """It then keeps all that it has drawn, on average: bins of cosines are taken whole."""
+    labels = torch.randint(0, CLASSES, (2, 24, 24))
+    bank = dict(embed_dim=3, region_slots=0, pixel_slots=100, pixels_per_image=100) if with_bank else None
     loss = pc.PixelContrastLoss(
-        CLASSES, min_pixels=1, mining=dict(strategy="random", negatives=5, positives=5)
+        CLASSES,
+        min_pixels=1,
+        max_samples=400,
+        max_views=200,
+        bank=bank,
+        mining=dict(strategy=strategy, negatives=32, positives=32),
     )
-    assert loss.diagnostics(embeddings, labels, logits)["chance"].item() == pytest.approx(
-        math.log(6), rel=1e-5
-    )
+    if with_bank:
+        loss.bank.enqueue(torch.ones(2, 3, 24, 24), labels)
+    found = loss.diagnostics(torch.ones(2, 3, 24, 24), labels, labels)
+    assert found["contrast"].item() == pytest.approx(found["chance"].item(), rel=0.05)
 
 
 def test_bad_input_is_an_error_as_in_a_step():
