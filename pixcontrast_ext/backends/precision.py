@@ -33,8 +33,10 @@ def full_float32_products() -> Iterator[None]:
     if before in ("none", full):
         yield
         return
+    # A setting that is "none" reads as the one above it: as that, it would no longer follow it.
+    inherits = setting is not None and before == torch.backends.mkldnn.fp32_precision
     put(full)
     try:
         yield
     finally:
-        put(before)
+        put("none" if inherits else before)
