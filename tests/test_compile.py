@@ -7,7 +7,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
+from pixcontrast_ext import (
+    MemoryBank,
+    PixelContrastCrossEntropyLoss,
+    PixelContrastLoss,
+    ProjectionHead,
+    infonce,
+)
 from tests.support.backends import BACKENDS
 from tests.support.op_cases import cases
 
@@ -146,6 +152,19 @@ def check_any_size(backend, with_bank, training, dynamic):
     for (name, a), b in zip(eager.named_buffers(), compiled.buffers(), strict=True):
         assert torch.equal(a, b), name
     assert counter.frame_count <= 3
+
+
+def test_rows_that_are_anchors_and_keys_may_have_two_tensors_of_labels():
+    torch._dynamo.reset()
+    rows, labels = torch.randn(12, 8), torch.arange(12) % 3
+    some = torch.where(torch.arange(12) < 9, labels, -1)
+    compiled = torch.compile(infonce, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (infonce, compiled):
+        leaf = rows.clone().requires_grad_()
+        loss = call(leaf, labels, leaf, some, temperature=0.1)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("order", ["checkpoint of compiled", "compiled checkpoint"])

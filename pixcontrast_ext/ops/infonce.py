@@ -298,9 +298,12 @@ def contrast_rows(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`infonce` of what has been checked, by a backend that serves it: loss [A] and |P| [A]."""
-    keys, key_labels = others or (None, None)
     outputs: tuple[Tensor, Tensor] = BlockwiseInfoNCE.apply(  # type: ignore[no-untyped-call]
-        anchors, anchor_labels, keys, key_labels, temperature, exclude_self, torch.is_grad_enabled(), backend
+        *_distinct(anchors, anchor_labels, *(others or (None, None))),
+        temperature,
+        exclude_self,
+        torch.is_grad_enabled(),
+        backend,
     )
     return outputs
 
@@ -322,6 +325,8 @@ def mean_of(loss: Tensor, pos_count: Tensor, anchor_weights: Tensor | None = Non
 
 
 def check_temperature(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+    """Raise TypeError or ValueError unless `value` is a positive and finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be an int or a float, got {value!r}")
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
