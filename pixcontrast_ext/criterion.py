@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.loss import PixelContrastLoss
 from pixcontrast_ext.maps import cross_entropy
+from pixcontrast_ext.ops import checks
 from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.project import Head
 
@@ -86,12 +87,9 @@ class PixelContrastCrossEntropyLoss(nn.Module):
             region_views=region_views,
             backend=backend,
         )
-        if class_weights is not None and not isinstance(class_weights, Tensor):
-            raise TypeError(f"class_weights must be a tensor, got {type(class_weights).__name__}")
-        if class_weights is not None and tuple(class_weights.shape) != (num_classes,):
-            raise ValueError(
-                f"class_weights must have shape ({num_classes},), got {tuple(class_weights.shape)}"
-            )
+        if class_weights is not None:
+            device = class_weights.device if isinstance(class_weights, Tensor) else torch.device("cpu")
+            checks.check_weights("class_weights", class_weights, (num_classes,), device)
         self.align_corners = bool(align_corners)
         self.register_buffer("class_weights", class_weights)
         # A copy, for the case that the buffer is given memory that nobody fills.

@@ -122,6 +122,16 @@ def _under(size: int, target: int, device: torch.device) -> tuple[Tensor, Tensor
     return positions.clamp(max=size - 1), positions < end
 
 
+def check_classes(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise ValueError on the CPU for a label that is neither a class nor `ignore_index`."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise bad_class(name, place, int(labels[tuple(place)]), num_classes, ignore_index)
+
+
 def cross_entropy(
     logits: Tensor,  # [B, C, h, w]
     labels: Tensor,  # [B, H, W], any integer dtype
@@ -141,13 +151,13 @@ def cross_entropy(
     if logits.shape[2:] != labels.shape[1:]:
         logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=align_corners)
     labels = labels.long()
+    check_classes("labels", labels, num_classes, ignore_index)
     valid = (labels >= 0) & (labels < num_classes) & (labels != ignore_index)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ~valid & (labels != ignore_index)
-        if wrong.any():
-            place = wrong.nonzero()[0].tolist()
-            raise bad_class("labels", place, int(labels[tuple(place)]), num_classes, ignore_index)
     labels = torch.where(valid, labels, -1)
+    if logits.dtype in (torch.float16, torch.bfloat16):  # the sum of many pixels is past fp16's range
+        logits = logits.float()
+    if class_weights is not None:
+        class_weights = class_weights.to(logits.dtype)
     total = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=-1, reduction="sum")
     count = valid.sum() if class_weights is None else (class_weights[labels.clamp(min=0)] * valid).sum()
     return total / torch.where(count > 0, count, 1)

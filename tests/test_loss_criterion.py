@@ -49,6 +49,19 @@ def test_class_weights_and_ignore_index(ignore_index):
     torch.testing.assert_close(criterion(logits, torch.randn(2, 12, 14, 9), labels), expected)
 
 
+def test_sums_and_class_weights_of_any_dtype():
+    """The sum over the pixels is past the range of fp16."""
+    labels = torch.randint(0, 4, (2, 256, 256))
+    logits, weights = torch.randn(2, 4, 64, 64), torch.tensor([1.0, 0.5, 3.0, 0.1])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for weights_dtype in (torch.float32, torch.float64):
+            criterion = PixelContrastCrossEntropyLoss(4, weight=0.0, class_weights=weights.to(weights_dtype))
+            found = criterion(logits.to(dtype), torch.randn(2, 12, 64, 64), labels)
+            upsampled = F.interpolate(logits.to(dtype), size=(256, 256), mode="bilinear")
+            expected = F.cross_entropy(upsampled.double(), labels, weight=weights.double())
+            assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_warm_up_does_not_compute_the_contrast_while_the_bank_fills(quick_backend):
     embeddings, labels, logits = batch()
     criterion = PixelContrastCrossEntropyLoss(
@@ -145,6 +158,10 @@ def test_bf16_autocast(quick_backend):
         (dict(weight=math.nan), "weight must be finite and not negative, got nan"),
         (dict(warmup_steps=-1), "warmup_steps must be at least 0, got -1"),
         (dict(class_weights=torch.ones(3)), r"class_weights must have shape \(4,\), got \(3,\)"),
+        (
+            dict(class_weights=torch.tensor([1.0, -1.0, 1.0, 1.0])),
+            r"class_weights\[1\] is -1.0, expected 0 <= weight < inf",
+        ),
         (dict(temperature=-1), "temperature must be positive and finite, got -1"),
     ],
 )
