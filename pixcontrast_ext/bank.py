@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import backends
-from pixcontrast_ext.maps import check_map, pick_labels, resize_nearest
+from pixcontrast_ext.maps import check_classes, check_map, pick_labels, resize_nearest
 from pixcontrast_ext.ops import checks, enqueue, steering
 from pixcontrast_ext.ops.exchange import Exchange
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
@@ -94,8 +94,7 @@ class MemoryBank(nn.Module):
                 raise ValueError(f"dtype must be the name of one, as 'bfloat16', got {named!r}")
         if dtype not in _DTYPES:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {_DTYPES}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        checks.check_ignore_index(ignore_index)
         outside: Any = dist.GroupMember.NON_GROUP_MEMBER
         if process_group == outside:  # what new_group gives the ranks outside of it
             process_group = None
@@ -254,6 +253,10 @@ class MemoryBank(nn.Module):
             checks.check_weights("confidence", confidence, tuple(labels.shape), embeddings.device)
             confidence = resize_nearest(confidence, size)
         labels = pick_labels(labels, size, min_purity, self.ignore_index)
+        if min_purity > 0:
+            check_classes(
+                f"labels, resized to {height}x{width}, ", labels, self.num_classes, self.ignore_index
+            )
         if priority is None:
             priority = draw_priority(labels, generator)
         check_priority(priority, labels)
@@ -436,6 +439,11 @@ class MemoryBank(nn.Module):
         wrong = (~keys.isfinite()).nonzero()
         if len(wrong):
             problems.append(f"keys: {len(wrong)} values are not finite, the first at {wrong[0].tolist()}")
+        wrong = ((labels >= 0) & (keys == 0).all(-1)).nonzero()
+        if self.normalize and len(wrong):
+            problems.append(
+                f"keys: {len(wrong)} with a label are 0, which no bank holds, the first at {wrong[0].tolist()}"
+            )
         own_class = torch.arange(self.num_classes, device=labels.device)[:, None]
         wrong = ((labels != own_class) & (labels != -1)).nonzero()
         if len(wrong):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pixcontrast_ext.bank import MemoryBank
-from pixcontrast_ext.maps import check_map, pick_confidence, pick_labels
+from pixcontrast_ext.maps import check_classes, check_map, pick_confidence, pick_labels
 from pixcontrast_ext.ops import checks, steering
 
 
@@ -64,6 +64,7 @@ def checked_keys(
     check_map("labels of keys_from", labels, 3, embeddings)
     size = (embeddings.shape[2], embeddings.shape[3])
     labels = pick_labels(labels, size, min_purity, ignore_index)
+    check_classes("labels of keys_from", labels, bank.num_classes, ignore_index)
     if not confidences:
         return Keys(embeddings, labels, None)
     confidence = pick_confidence("confidence of keys_from", confidences[0], embeddings)

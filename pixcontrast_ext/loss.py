@@ -8,12 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pixcontrast_ext import backends, diagnostics
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.batch import Batch, Keys, Outcome, checked_keys, zero_of
 from pixcontrast_ext.head import ProjectionHead
-from pixcontrast_ext.maps import check_map, pick_confidence, pick_labels, pick_predictions, resize_nearest
+from pixcontrast_ext.maps import (
+    check_classes,
+    check_map,
+    pick_confidence,
+    pick_labels,
+    pick_predictions,
+    resize_nearest,
+)
 from pixcontrast_ext.ops import checks, steering
 from pixcontrast_ext.ops.autocast import product_dtype
 from pixcontrast_ext.ops.gather import gather
@@ -21,6 +29,7 @@ from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, draw_a
 from pixcontrast_ext.ops.mining import Mining, check_mining
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority, same_draws
 from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, part_of_samples, sample, share_of
+from pixcontrast_ext.ops.signature import INT32_MAX
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
 from pixcontrast_ext.project import Candidates, Head, Source, draw_candidates, project
 from pixcontrast_ext.settings import bank_for, built
@@ -127,8 +136,9 @@ class PixelContrastLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.check_at_least(1, num_classes=num_classes, max_samples=max_samples, max_views=max_views)
-        checks.check_at_least(1, bank_samples=bank_samples, region_views=region_views)
+        checks.check_at_least(1, max_views=max_views, region_views=region_views)
+        counts = dict(num_classes=num_classes, max_samples=max_samples, bank_samples=bank_samples)
+        checks.check_at_least(1, at_most=INT32_MAX, **counts)
         head = built("head", ProjectionHead, head)
         if head is not None and not callable(head):
             raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
@@ -142,8 +152,7 @@ class PixelContrastLoss(nn.Module):
         check_temperature("temperature", temperature)
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        checks.check_ignore_index(ignore_index)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         bank = bank_for(bank, num_classes=num_classes, ignore_index=ignore_index, normalize=normalize)
@@ -308,6 +317,11 @@ class PixelContrastLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`.
         """
+        lazy = [name for name, each in (*self.named_parameters(), *self.named_buffers()) if is_lazy(each)]
+        if lazy:
+            raise ValueError(
+                f"{', '.join(lazy)} of the head are made in its first call: call the loss once before"
+            )
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         modes = [(module, module.training) for module in self.modules()]
         watch, self._watch = self._watch, ClassWatch(self.num_classes, self.ignore_index, 0)
@@ -343,7 +357,8 @@ class PixelContrastLoss(nn.Module):
         `mining`. Scalars, NaN where there is nothing to take a mean of:
 
         - "contrast": the loss, before `weight`.
-        - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it.
+        - "chance": the loss if all cosines were equal, log(1 + negatives), of which mining then keeps all that it has
+          drawn. An untrained network is near it; with mining by cosine it is above it, as near negatives are kept.
         - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
         - "floor": the loss if each class were a point, and all were equally far from each other: the least that
           there is where classes have equally many anchors.
@@ -415,10 +430,15 @@ class PixelContrastLoss(nn.Module):
             )
         check_map("labels", labels, 3, embeddings, of)
         size = (embeddings.shape[2], embeddings.shape[3])
+        resized = labels.shape[1:] != size
         if self.min_purity > 0:
             labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
         else:
             labels = resize_nearest(labels, size).long()
+        if resized:  # else whoever takes the pixels says it, of the place that the caller knows
+            check_classes(
+                f"labels, resized to {size[0]}x{size[1]}, ", labels, self.num_classes, self.ignore_index
+            )
         if confidence is not None:
             confidence = pick_confidence("confidence", confidence, embeddings, of)
             labels = steering.only_drawn(labels, confidence, self.ignore_index)

@@ -244,6 +244,7 @@ DAMAGE = [
     ("region_fill", put(-1, 0), r"region_fill: expected 0 <= fill <= 4, got \[-1, "),
     ("pixel_fill", put(7, 1), r"pixel_fill: expected 0 <= fill <= 6, got \[\d, 7, "),
     ("keys", put(math.nan, 2, 1, 3), r"keys: 1 values are not finite, the first at \[2, 1, 3\]"),
+    ("keys", put(0.0, 1, 9), r"keys: 1 with a label are 0, which no bank holds, the first at \[1, 9\]"),
     ("keys", put(-math.inf, 0, 9), r"keys: 5 values are not finite, the first at \[0, 9, 0\]"),
     ("key_labels", put(2, 1, 3), r"key_labels: \[1, 3\] is 2, expected 1 or -1 \(1 such\)"),
     ("key_labels", put(-2, 0), r"key_labels: \[0, 0\] is -2, expected 0 or -1 \(10 such\)"),

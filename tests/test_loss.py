@@ -264,7 +264,17 @@ def test_backward_after_the_bank_was_written(quick_backend):
         (dict(temperature=0.0), ValueError, "temperature must be positive and finite, got 0.0"),
         (dict(temperature=math.nan), ValueError, "temperature must be positive and finite, got nan"),
         (dict(base_temperature=-1), ValueError, "base_temperature must be positive and finite, got -1"),
+        (dict(temperature="0.1"), TypeError, "temperature must be an int or a float, got '0.1'"),
         (dict(max_samples=0), ValueError, "max_samples must be at least 1, got 0"),
+        (dict(max_samples=2**31), ValueError, "max_samples must be at most 2147483647, got 2147483648"),
+        (dict(num_classes=2**32), ValueError, "num_classes must be at most 2147483647, got 4294967296"),
+        (
+            dict(max_views=2**63 - 1),
+            ValueError,
+            "max_views must be at most 9223372036854775806, got 9223372036854775807",
+        ),
+        (dict(min_pixels=2**70), ValueError, "min_pixels must be at most 9223372036854775806, got 1180"),
+        (dict(ignore_index=2**70), ValueError, "ignore_index must be from -9223372036854775806 to 92"),
         (dict(max_views=0), ValueError, "max_views must be at least 1, got 0"),
         (dict(min_pixels=-1), ValueError, "min_pixels must be at least 0, got -1"),
         (dict(bank=bank_of(5)), ValueError, "the bank has 5 classes, the loss 4"),
@@ -406,6 +416,15 @@ def test_bad_label_is_named_with_its_place(careful_backend, value):
     message = rf"labels\[0, 0, 0\] is {value}, expected 0 <= label < num_classes=4"
     with pytest.raises(ValueError, match=message):
         PixelContrastLoss(4, backend=careful_backend)(*arguments)
+
+
+def test_bad_label_of_a_larger_map_is_named_with_its_place_in_the_smaller_one():
+    labels, loss = torch.zeros(1, 8, 8).long(), PixelContrastLoss(4, min_pixels=1)
+    labels[0, 6, 6] = 77
+    with pytest.raises(
+        ValueError, match=r"labels, resized to 4x4, \[0, 3, 3\] is 77, expected 0 <= label < num_cl"
+    ):
+        loss(torch.randn(1, 12, 4, 4), labels, torch.zeros(1, 4, 4).long())
 
 
 # ProjectionHead

@@ -392,6 +392,11 @@ MAP, LABELS = torch.zeros(2, 12, 5, 5), torch.zeros(2, 5, 5).long()
         (dict(confidence=MAP[:, 0] - 1), ValueError, r"confidence\[0, 0, 0\] is -1.0, expected 0 <="),
         (dict(keys_from=MAP), TypeError, r"keys_from must be \(embeddings, labels\) or .*, got Tensor"),
         (dict(keys_from=(MAP,)), TypeError, r"keys_from must be \(embeddings, labels\) or .*, got 1"),
+        (
+            dict(keys_from=(MAP, torch.full_like(LABELS, 9))),
+            ValueError,
+            r"labels of keys_from\[0, 0, 0\] is 9, expected 0 <= label < num_classes=4",
+        ),
         (dict(keys_from=(MAP[:, :7], LABELS)), ValueError, "embeddings of keys_from must be 12 wide"),
         (dict(keys_from=(MAP, LABELS[:1])), ValueError, r"labels of keys_from \(1, 5, 5\) do not fit"),
         (dict(keys_from=(MAP, MAP[:, 0])), TypeError, "labels of keys_from must be an integer tensor"),

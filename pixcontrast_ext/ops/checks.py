@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_MOST = 2**63 - 2  # of a count, to which a kernel may add 1
+
 
 def refuse_recomputation(why: str) -> None:
     """Raise RuntimeError if a backward is running, in which only activation checkpointing calls a loss."""
@@ -84,10 +86,20 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
 
 
-def check_at_least(minimum: int, **values: int | None) -> None:
-    """Raise TypeError or ValueError for the first value that is not an integer of at least `minimum`."""
+def check_at_least(minimum: int, *, at_most: int = _MOST, **values: int | None) -> None:
+    """Raise TypeError or ValueError for the first value that is not an integer from `minimum` to `at_most`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        if isinstance(value, int) and value > at_most:
+            raise ValueError(f"{name} must be at most {at_most}, got {value}")
+
+
+def check_ignore_index(value: int) -> None:
+    """Raise TypeError or ValueError unless this may be a label: an integer of 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an int, got {value!r}")
+    if not -_MOST <= value <= _MOST:
+        raise ValueError(f"ignore_index must be from {-_MOST} to {_MOST}, got {value}")

@@ -53,10 +53,7 @@ class Mining:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
-        checks.check_at_least(1, negatives=self.negatives, positives=self.positives)
-        for name, count in (("negatives", self.negatives), ("positives", self.positives)):
-            if count > INT32_MAX:
-                raise ValueError(f"{name} must be at most {INT32_MAX}, got {count}")
+        checks.check_at_least(1, at_most=INT32_MAX, negatives=self.negatives, positives=self.positives)
         if isinstance(self.fraction, bool) or not isinstance(self.fraction, (int, float)):
             raise TypeError(f"fraction must be a number, got {self.fraction!r}")
         if not 0 < self.fraction <= 1:
