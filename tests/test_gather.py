@@ -22,6 +22,20 @@ def embed(shape, layout, dtype):
     return embeddings
 
 
+def test_subnormal_numbers_count_where_fp32_ones_are_flushed():
+    """fp16 ones are ordinary numbers; threads that had begun before the flag read them, and the others 0."""
+    embeddings = torch.full((1, 33, 16, 8), 3e-5, dtype=torch.float16)
+    embeddings[0, 0] = -6e-8
+    gather_embeddings(embeddings, torch.arange(128), normalize=False, backend="cpu")  # starts the threads
+    if not torch.set_flush_denormal(True):
+        pytest.skip("the processor cannot flush")
+    try:
+        rows = gather_embeddings(embeddings, torch.arange(128), normalize=False, backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(rows, embeddings[0].flatten(1).T)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("normalize", [True, False])
