@@ -12,7 +12,7 @@ from pixcontrast_ext import infonce
 from pixcontrast_ext.backends import native, reference
 from pixcontrast_ext.backends.cpu import infonce as on_cpu
 from tests.support.checks import error
-from tests.support.contrast import exact, run, weight_rounding
+from tests.support.contrast import exact, fused_dtype, run, weight_rounding
 from tests.support.inputs import BANK, BLOCKS, RANDOM, draw_rows
 
 
@@ -118,7 +118,7 @@ def test_digits_do_not_fade_with_the_number_of_keys(instruction_set):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_products_do_not_depend_on_threads(instruction_set, dtype):
-    if native.fused_dtype(dtype) is None:
+    if fused_dtype(dtype) is None:
         pytest.skip(f"{instruction_set} leaves the products to torch")
     before, results = torch.get_num_threads(), []
     for order in (BANK, RANDOM):
@@ -178,7 +178,7 @@ def test_few_anchors_of_a_class_take_keys_as_they_lie(instruction_set):
 @pytest.mark.whole
 def test_few_anchors_in_all_get_the_bits_of_many(instruction_set, poison):
     """Up to 96 anchors multiply fp32 keys as they lie, of tiles without a gap; more pack them first."""
-    if native.fused_dtype(torch.float32) is None:
+    if fused_dtype(torch.float32) is None:
         pytest.skip(f"{instruction_set} leaves the products to torch")
     for size, classes, order in ((96, 3, BANK), (61, 2, BLOCKS), (96, 19, RANDOM), (17, 1, BANK)):
         anchors, anchor_labels, keys, key_labels = draw_rows(size, 1500, 64, classes, order=order)
@@ -195,7 +195,7 @@ def test_few_anchors_in_all_get_the_bits_of_many(instruction_set, poison):
 @pytest.mark.whole
 def test_few_anchors_in_all_do_not_depend_on_threads(instruction_set):
     """From tile to tile an anchor may be another thread's, and of keys as they lie there is nothing to wait for."""
-    if native.fused_dtype(torch.float32) is None:
+    if fused_dtype(torch.float32) is None:
         pytest.skip(f"{instruction_set} leaves the products to torch")
     anchors, labels, keys, key_labels = draw_rows(64, 20_000, 32, 19, order=BANK)
     arguments = anchors, labels.int(), keys, key_labels.int(), 0.1, False, True, "cpu"

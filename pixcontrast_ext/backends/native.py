@@ -98,9 +98,3 @@ def launch(kernel: str, call: Call | None = None, **fields: Any) -> None:
 def has_fused() -> bool:
     """Whether the instruction set has the fused kernels of InfoNCE, which make the products as well."""
     return bool(_C.has_fused())
-
-
-def fused_dtype(keys_dtype: torch.dtype) -> torch.dtype | None:
-    """What the fused kernels multiply rows of this dtype in; None if there are none."""
-    code = _C.fused_dtype(DTYPE_CODES[keys_dtype])
-    return None if code < 0 else DTYPES[code]

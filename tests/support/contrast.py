@@ -32,9 +32,15 @@ def exact(inputs, *, temperature=0.1, exclude_self=False, weights=None):
     return loss.detach(), anchors.grad, keys.grad
 
 
+def fused_dtype(keys_dtype):
+    """What the fused CPU kernels multiply rows of this dtype in; None if torch makes the products."""
+    code = native._C.fused_dtype(native.DTYPE_CODES[keys_dtype])
+    return None if code < 0 else native.DTYPES[code]
+
+
 def weight_rounding(backend, dtype):
     """The error that a backend may add to the anchors' gradient by rounding the weights of its second product."""
     if dtype == torch.float32:
         return 1e-6
-    on_bf16_words = backend == "cpu" and native.fused_dtype(dtype) == torch.bfloat16
+    on_bf16_words = backend == "cpu" and fused_dtype(dtype) == torch.bfloat16
     return 1e-3 if on_bf16_words or backend in GPU_BACKENDS else 1e-6
