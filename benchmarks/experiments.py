@@ -121,12 +121,12 @@ class Experiment:
         """After how many seeds an arm is to be looked at; None if it may be now."""
         looks = {int(seeds): least for seeds, least in self.looks.get(arm, {}).items()}
         differences = self.differences(arm, PRIMARY)
-        pairs = len(differences)
-        if not looks or pairs >= max(looks):
-            return None
-        if pairs in looks and abs(ttest_1samp(differences, 0).statistic) > looks[pairs]:
-            return None
-        return min(seeds for seeds in looks if seeds > pairs)
+        for seeds, least in sorted(looks.items()):
+            if len(differences) < seeds:
+                return seeds
+            if abs(ttest_1samp(differences[:seeds], 0).statistic) > least:
+                return None
+        return None
 
     @functools.cached_property
     def answers(self) -> dict[Question, Paired]:
@@ -300,14 +300,20 @@ OF_A_RUN = frozenset(
 
 
 def settings_of(run: Path) -> dict[str, Any]:
-    """What the runs of an arm have in common; `shared_steps` are those of the beginning that it shares with others."""
+    """What the runs of an arm have in common; `shared_steps` are those of the beginning that it shares with others.
+
+    Raises ValueError if that beginning is no longer there.
+    """
     told, shared = json.loads((run / "config.json").read_text()), 0
     if told["branch_from"] is not None:
-        start = Path(told["branch_from"])
-        beside = run.parent / start.name  # where a comparison has it, wherever that was moved
-        shared = json.loads(((beside if beside.exists() else start) / "config.json").read_text())[
-            "stop_after"
-        ]
+        start = (
+            run.parent / Path(told["branch_from"]).name
+        )  # where a comparison has it, wherever that was moved
+        if not (start / "config.json").is_file():
+            raise ValueError(
+                f"{run} goes on from {start}, which is not there: nobody knows how many steps it shares"
+            )
+        shared = json.loads((start / "config.json").read_text())["stop_after"]
     return {name: value for name, value in told.items() if name not in OF_A_RUN} | {"shared_steps": shared}
 
 
@@ -337,11 +343,10 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     """Take the finished runs of a comparison into an experiment, if it does not have them; returns which were new.
 
     Raises FileNotFoundError if the folder holds no run of these arms, ValueError if one was trained with other settings
-    than those of its arm that are recorded, or on other generated scenes than another arm of its seed.
+    than those of its arm that are recorded, or on other generated scenes than one of its seed beside it.
     """
     target, described = RESULTS / name / "runs.csv", RESULTS / name / "settings.json"
     rows = read_rows(target)
-    settings = json.loads(described.read_text()) if described.exists() else {}
     runs = {
         (arm, int(run.name.removeprefix(f"{arm}-seed"))): run
         for arm in arms
@@ -349,29 +354,38 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     }
     if not runs:
         raise FileNotFoundError(f"{folder} has no run of the arms {', '.join(arms)}")
+    settings_with(runs, described)  # all of them before any is probed, which takes a while
     data_seeds: dict[int, int] = {}
-    for (arm, seed), run in runs.items():  # all of them before any is probed, which takes a while
+    for (_, seed), run in runs.items():
         data_seed = json.loads((run / "config.json").read_text())["data_seed"]
         if (of_others := data_seeds.setdefault(seed, data_seed)) != data_seed:
             raise ValueError(
                 f"{run.name} is of --data-seed {data_seed}, another arm of its seed of {of_others}"
             )
-        own = settings_of(run)
-        known = settings.setdefault(arm, own)
-        if unlike := [each for each in own if each in known and own[each] != known[each]]:
-            told = ", ".join(f"{each} {own[each]} (recorded: {known[each]})" for each in unlike)
-            raise ValueError(f"{run.name} is no run of the {arm} of {name}: {told}")
     added: dict[tuple[str, int], dict[str, str]] = {}
     for (arm, seed), run in runs.items():
         if (arm, seed) in rows or (found := run_columns(run, split)) is None:
             continue
         scores = {key: f"{value:.6g}" for key, value in found.items()}
         added[arm, seed] = {"arm": arm, "seed": str(seed), **scores}
-    rows = {**read_rows(target), **added}  # read again: others may have been recorded meanwhile
+    # Read again: others may have been recorded meanwhile.
+    rows, settings = {**read_rows(target), **added}, settings_with(runs, described)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_rows(target, [rows[key] for key in sorted(rows)])
     write_json(described, {arm: settings[arm] for arm in settings if any(arm == each for each, _ in rows)})
     return [runs[key].name for key in added]
+
+
+def settings_with(runs: Mapping[tuple[str, int], Path], described: Path) -> dict[str, dict[str, Any]]:
+    """The recorded settings by arm, and those of these runs, which have to be the same where there are some."""
+    settings: dict[str, dict[str, Any]] = json.loads(described.read_text()) if described.exists() else {}
+    for (arm, _), run in runs.items():
+        own = settings_of(run)
+        known = settings.setdefault(arm, own)
+        if unlike := [each for each in own if each in known and own[each] != known[each]]:
+            told = ", ".join(f"{each} {own[each]} (recorded: {known[each]})" for each in unlike)
+            raise ValueError(f"{run.name} is no run of the {arm} of {described.parent.name}: {told}")
+    return settings
 
 
 def read_rows(path: Path) -> dict[tuple[str, int], dict[str, str]]:

@@ -252,8 +252,9 @@ class MemoryBank(nn.Module):
         if confidence is not None:
             checks.check_weights("confidence", confidence, tuple(labels.shape), embeddings.device)
             confidence = resize_nearest(confidence, size)
+        resized = labels.shape[1:] != size
         labels = pick_labels(labels, size, min_purity, self.ignore_index)
-        if min_purity > 0:
+        if resized:
             check_classes(
                 f"labels, resized to {height}x{width}, ", labels, self.num_classes, self.ignore_index
             )

@@ -317,7 +317,7 @@ class PixelContrastLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        lazy = [name for name, each in (*self.named_parameters(), *self.named_buffers()) if is_lazy(each)]
+        lazy = [name for name, each in self.named_buffers() if is_lazy(each)]
         if lazy:
             raise ValueError(
                 f"{', '.join(lazy)} of the head are made in its first call: call the loss once before"
@@ -358,10 +358,11 @@ class PixelContrastLoss(nn.Module):
 
         - "contrast": the loss, before `weight`.
         - "chance": the loss if all cosines were equal, log(1 + negatives), of which mining then keeps all that it has
-          drawn. An untrained network is near it; with mining by cosine it is above it, as near negatives are kept.
+          drawn. An untrained network is near it; with mining by cosine, which keeps fewer and nearer negatives, it is on
+          either side.
         - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
         - "floor": the loss if each class were a point, and all were equally far from each other: the least that
-          there is where classes have equally many anchors.
+          there is where classes have equally many anchors. Mining by cosine keeps fewer negatives, so it may be below.
         - "positive_cosine", "negative_cosine": the mean over the anchors of their mean cosine to positives, negatives.
         - "anchors", "contrasted": how many anchors, and how many of them have a positive and a negative.
         - "hard_share": the share of anchors that are mispredicted, or `hard`; NaN with anchors="random".

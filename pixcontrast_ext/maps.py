@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pixcontrast_ext.backends.errors import bad_class
 from pixcontrast_ext.ops import checks
@@ -124,7 +125,7 @@ def _under(size: int, target: int, device: torch.device) -> tuple[Tensor, Tensor
 
 def check_classes(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise ValueError on the CPU for a label that is neither a class nor `ignore_index`."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(labels, FakeTensor):
         return
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if wrong.any():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixcontrast_ext import (
     MemoryBank,
@@ -425,6 +426,11 @@ def test_bad_label_of_a_larger_map_is_named_with_its_place_in_the_smaller_one():
         ValueError, match=r"labels, resized to 4x4, \[0, 3, 3\] is 77, expected 0 <= label < num_cl"
     ):
         loss(torch.randn(1, 12, 4, 4), labels, torch.zeros(1, 4, 4).long())
+    with FakeTensorMode():  # whose values nobody knows
+        assert (
+            loss(torch.randn(1, 12, 4, 4), torch.zeros(1, 8, 8).long(), torch.zeros(1, 4, 4).long()).shape
+            == ()
+        )
 
 
 # ProjectionHead

@@ -33,7 +33,8 @@ def full_float32_products() -> Iterator[None]:
     if before in ("none", full):
         yield
         return
-    # A setting that is "none" reads as the one above it: as that, it would no longer follow it.
+    # A setting that is "none" reads as the one above it: put back as that, it would no longer follow it. One that was
+    # set to the same cannot be told apart, and follows it from here on.
     inherits = setting is not None and before == torch.backends.mkldnn.fp32_precision
     put(full)
     try:

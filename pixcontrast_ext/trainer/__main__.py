@@ -148,7 +148,10 @@ def run_train(args: Sequence[str]) -> None:
     options = _options_before(command.config, command.resume, command.run.out)
     if options:
         command = parse_flags(TrainCommand, [*options, *args], prog=_prog("train"))
-    elif command.resume and replace(command.run, out=TrainConfig().out) == TrainConfig():
+    elif command.resume and not {arg.partition("=")[0] for arg in args if arg[:2] == "--"} - {
+        "--resume",
+        "--out",
+    }:
         raise ValueError(
             f"{command.run.out} has no run to resume, which has a config.json, and no option says what to train"
         )

@@ -234,16 +234,9 @@ def fit_linear(rows: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], n
     return predict
 
 
-_PIXELS_OF = (
-    "size",
-    "scale",
-    "short_side",
-    "train_splits",
-    "train_fraction",
-    "data_seed",
-    "synthetic_images",
-)
-"""Options that say which pixels a run is scored with."""
+_PIXELS_OF = ("size", "scale", "short_side", "train_splits", "train_fraction")
+_SCENES_OF = ("data_seed", "synthetic_images")
+"""Options that say which pixels a run is scored with; the second, of generated scenes only."""
 
 
 def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
@@ -275,7 +268,8 @@ def probe(runs: Sequence[Path], config: ProbeConfig) -> dict[str, Probe]:
             if config.split in trained.data.train_splits:
                 raise ValueError(f"--split is {config.split!r}, which {run} was trained on")
             chosen, of_first = flatten(trained.data), flatten(first.data)
-            unlike = [each for each in _PIXELS_OF if chosen[each] != of_first[each]]
+            options = _PIXELS_OF + (_SCENES_OF if first.data.dataset == "synthetic" else ())
+            unlike = [each for each in options if chosen[each] != of_first[each]]
             if unlike:
                 told = ", ".join(f"--{each.replace('_', '-')} {chosen[each]}" for each in unlike)
                 log.warning(

@@ -199,9 +199,9 @@ def test_an_arm_is_judged_when_its_plan_says_so(experiment):
     judged = marks("contrast", {})
     assert "**higher** (12 seeds)" in judged[0]
     assert "" not in judged[1]
-    for looks in ({"12": t["contrast"] * 0.9, "24": 0}, {"6": 0}, {"6": 1e9, "12": 1e9}):
+    for looks in ({"12": t["contrast"] * 0.9, "24": 0}, {"6": 0, "14": 4}, {"6": 1e9, "12": 1e9}):
         assert marks("contrast", {"contrast": looks, "aa": {"24": 0}}) == judged
-    for looks, due in (({"12": t["contrast"] * 1.1, "24": 0}, 24), ({"6": 0, "14": 4, "24": 0}, 14)):
+    for looks, due in (({"12": t["contrast"] * 1.1, "24": 0}, 24), ({"6": 1e9, "14": 4, "24": 0}, 14)):
         assert marks("contrast", {"contrast": looks}) == ({f"not asked before {due} seeds"}, {""})
     assert marks("aa", {"contrast": {"24": 0}}) == marks("aa", {})
     assert marks("aa", {"aa": {"8": 0}}) == ({"not asked before 8 seeds"}, {""})
@@ -258,6 +258,9 @@ def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monk
         shutil.copytree(run.out / "off-seed3", branched / name, dirs_exist_ok=True)
         (branched / name / "config.json").write_text(json.dumps(told | changes))
     with pytest.raises(ValueError, match=r"off-seed6 is no run .* shared_steps 1 \(recorded: 0\)$"):
+        add("toy", branched, "val", arms)
+    shutil.rmtree(branched / "start-seed6")
+    with pytest.raises(ValueError, match=r"off-seed6 goes on from .*start-seed6, which is not there"):
         add("toy", branched, "val", arms)
     (run.out / "bank-seed4" / "config.json").write_text(
         json.dumps(json.loads((run.out / "bank-seed4" / "config.json").read_text()) | {"data_seed": 9})

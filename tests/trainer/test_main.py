@@ -100,6 +100,10 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
             ["train", "--resume", "--out", "absent"],
             "error: absent has no run to resume, which has a config.json,",
         ),
+        (
+            ["train", "--resume", "--out", "absent", "--dataset", "synthetic", "--steps", "0"],
+            "error: --steps is 0",
+        ),
         (["eval", "--checkpoint", "absent.pt"], "error: checkpoint absent.pt does not exist"),
         (["eval", "--checkpoint", "."], "error: run . has no checkpoint"),
         (["eval", "--checkpoint", ".", "--workers", "-1"], "error: --workers is -1, must be at least 0"),
