@@ -358,8 +358,8 @@ class PixelContrastLoss(nn.Module):
 
         - "contrast": the loss, before `weight`.
         - "chance": the loss if all cosines were equal, log(1 + negatives), of which mining then keeps all that it has
-          drawn. An untrained network is near it; with mining by cosine, which keeps fewer and nearer negatives, it is on
-          either side.
+          drawn. An untrained network is near it; with mining by cosine, of fewer and nearer negatives, it is on either
+          side.
         - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
         - "floor": the loss if each class were a point, and all were equally far from each other: the least that
           there is where classes have equally many anchors. Mining by cosine keeps fewer negatives, so it may be below.
