@@ -37,6 +37,8 @@ def network():  # yours goes here: anything that returns logits
 
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     rank, ranks = 0, 1
     if "RANK" in os.environ:
         if DEVICE == "cuda":

@@ -30,6 +30,8 @@ def scenes(step, count):
 
 def main():
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     network = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES)
     # classifier[4] is the last convolution, with every backbone.

@@ -79,17 +79,17 @@ LOOPS = [
 @pytest.mark.parametrize(("example", "package"), LOOPS, ids=[example for example, _ in LOOPS])
 def test_a_loop(example, package, tmp_path):
     need(package)
-    first = run(sys.executable, EXAMPLES / example, tmp_path, cwd=tmp_path)
+    first = run(sys.executable, EXAMPLES / example, tmp_path / "new", cwd=tmp_path)
     assert_learns(first)
     assert numbers(first, "contrast")[0] == 0  # the warm-up
     assert numbers(first, "contrast")[-1] > 0
     assert numbers(first, "anchors")[-1] > 0
     assert numbers(first, "accuracy")[0] > 0.4
-    saved = torch.load(tmp_path / "last.pt")
+    saved = torch.load(tmp_path / "new" / "last.pt")
     assert any(name.startswith("head.") for name in saved["model"])
     keys = keys_of(saved["criterion"])
     assert keys > 100
-    again = run(sys.executable, EXAMPLES / example, tmp_path, cwd=tmp_path)
+    again = run(sys.executable, EXAMPLES / example, tmp_path / "new", cwd=tmp_path)
     assert f"goes on with {keys} keys" in again
     assert numbers(again, "contrast")[0] > 0  # the warm-up is over
     assert numbers(again, "cross_entropy")[0] < numbers(first, "cross_entropy")[0]
