@@ -157,7 +157,15 @@ def payoffs(cases: dict[CaseKey, list[Row]], nearest: dict[CaseKey, Nearest]) ->
             )
     for step in steps(cases):
         text = f"a step of the {step.network} with {step.shape.A:,} anchors takes {step.used:.0%} longer than without"
-        yield text + (f" (by loops and the dense loss {step.loops:.0%})" if step.loops is not None else "")
+        others = [
+            f"{share:.0%} {how}"
+            for how, share in (
+                ("if it projects every pixel", step.all),
+                ("by loops and the dense loss", step.loops),
+            )
+            if share is not None
+        ]
+        yield text + (f" ({', '.join(others)})" if others else "")
 
 
 def loss_table(cases: dict[CaseKey, list[Row]]) -> tuple[list[str], list[list[str]]]:
