@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixcontrast_ext import backends
-from pixcontrast_ext.maps import check_classes, check_map, pick_labels, resize_nearest
+from pixcontrast_ext.maps import check_map, pick_classes, resize_nearest
 from pixcontrast_ext.ops import checks, enqueue, steering
 from pixcontrast_ext.ops.exchange import Exchange
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
@@ -252,12 +252,7 @@ class MemoryBank(nn.Module):
         if confidence is not None:
             checks.check_weights("confidence", confidence, tuple(labels.shape), embeddings.device)
             confidence = resize_nearest(confidence, size)
-        resized = labels.shape[1:] != size
-        labels = pick_labels(labels, size, min_purity, self.ignore_index)
-        if resized:
-            check_classes(
-                f"labels, resized to {height}x{width}, ", labels, self.num_classes, self.ignore_index
-            )
+        labels = pick_classes(labels, size, min_purity, self.num_classes, self.ignore_index)
         if priority is None:
             priority = draw_priority(labels, generator)
         check_priority(priority, labels)

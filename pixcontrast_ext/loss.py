@@ -14,14 +14,7 @@ from pixcontrast_ext import backends, diagnostics
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.batch import Batch, Keys, Outcome, checked_keys, zero_of
 from pixcontrast_ext.head import ProjectionHead
-from pixcontrast_ext.maps import (
-    check_classes,
-    check_map,
-    pick_confidence,
-    pick_labels,
-    pick_predictions,
-    resize_nearest,
-)
+from pixcontrast_ext.maps import check_map, pick_classes, pick_confidence, pick_predictions, resize_nearest
 from pixcontrast_ext.ops import checks, steering
 from pixcontrast_ext.ops.autocast import product_dtype
 from pixcontrast_ext.ops.gather import gather
@@ -136,22 +129,20 @@ class PixelContrastLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.check_at_least(1, max_views=max_views, region_views=region_views)
-        counts = dict(num_classes=num_classes, max_samples=max_samples, bank_samples=bank_samples)
-        checks.check_at_least(1, at_most=INT32_MAX, **counts)
+        checks.check_at_least(1, at_most=INT32_MAX, num_classes=num_classes, max_samples=max_samples)
+        checks.check_at_least(1, max_views=max_views, bank_samples=bank_samples, region_views=region_views)
         head = built("head", ProjectionHead, head)
         if head is not None and not callable(head):
             raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
-        checks.check_at_least(0, warmup_steps=warmup_steps)
-        if min_pixels is not None:
-            checks.check_at_least(0, min_pixels=min_pixels)
+        checks.check_at_least(
+            0, warmup_steps=warmup_steps, min_pixels=0 if min_pixels is None else min_pixels
+        )
         steering.check_anchors(anchors)
         checks.check_share("min_purity", min_purity)
         if max_samples_over not in ("rank", "ranks"):
             raise ValueError(f"max_samples_over must be 'rank' or 'ranks', got {max_samples_over!r}")
         check_temperature("temperature", temperature)
-        if base_temperature is not None:
-            check_temperature("base_temperature", base_temperature)
+        check_temperature("base_temperature", temperature if base_temperature is None else base_temperature)
         checks.check_ignore_index(ignore_index)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
@@ -317,11 +308,8 @@ class PixelContrastLoss(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        lazy = [name for name, each in self.named_buffers() if is_lazy(each)]
-        if lazy:
-            raise ValueError(
-                f"{', '.join(lazy)} of the head are made in its first call: call the loss once before"
-            )
+        if lazy := [name for name, each in self.named_buffers() if is_lazy(each)]:
+            raise ValueError(f"{', '.join(lazy)} are made in the head's first call: call the loss before")
         before = {name: buffer.clone() for name, buffer in self.named_buffers()}
         modes = [(module, module.training) for module in self.modules()]
         watch, self._watch = self._watch, ClassWatch(self.num_classes, self.ignore_index, 0)
@@ -357,9 +345,8 @@ class PixelContrastLoss(nn.Module):
         `mining`. Scalars, NaN where there is nothing to take a mean of:
 
         - "contrast": the loss, before `weight`.
-        - "chance": the loss if all cosines were equal, log(1 + negatives), of which mining then keeps all that it has
-          drawn. An untrained network is near it; with mining by cosine, of fewer and nearer negatives, it is on either
-          side.
+        - "chance": the loss if all cosines were equal, log(1 + negatives). An untrained network is near it; with mining
+          by cosine, which keeps fewer and nearer negatives, on either side.
         - "expected": the loss if every cosine were the mean of its kind, "positive_cosine" or "negative_cosine".
         - "floor": the loss if each class were a point, and all were equally far from each other: the least that
           there is where classes have equally many anchors. Mining by cosine keeps fewer negatives, so it may be below.
@@ -431,15 +418,7 @@ class PixelContrastLoss(nn.Module):
             )
         check_map("labels", labels, 3, embeddings, of)
         size = (embeddings.shape[2], embeddings.shape[3])
-        resized = labels.shape[1:] != size
-        if self.min_purity > 0:
-            labels = pick_labels(labels, size, self.min_purity, self.ignore_index)
-        else:
-            labels = resize_nearest(labels, size).long()
-        if resized:  # else whoever takes the pixels says it, of the place that the caller knows
-            check_classes(
-                f"labels, resized to {size[0]}x{size[1]}, ", labels, self.num_classes, self.ignore_index
-            )
+        labels = pick_classes(labels, size, self.min_purity, self.num_classes, self.ignore_index)
         if confidence is not None:
             confidence = pick_confidence("confidence", confidence, embeddings, of)
             labels = steering.only_drawn(labels, confidence, self.ignore_index)

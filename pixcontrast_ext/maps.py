@@ -100,6 +100,19 @@ def pick_labels(
     return picked.long()
 
 
+def pick_classes(
+    labels: Tensor, size: tuple[int, int], min_purity: float, num_classes: int, ignore_index: int
+) -> Tensor:
+    """As `pick_labels`. Raises ValueError on the CPU for one that is no class, if they had another size.
+
+    Else whoever takes the pixels raises it, of a place that the caller knows.
+    """
+    picked = pick_labels(labels, size, min_purity, ignore_index)
+    if picked.shape != labels.shape:
+        check_classes(f"labels, resized to {size[0]}x{size[1]}, ", picked, num_classes, ignore_index)
+    return picked
+
+
 def _purity(labels: Tensor, picked: Tensor) -> Tensor:
     """Share of the label of each cell, [B, h, w], among the labels under it; fp32."""
     batch, height, width = labels.shape

@@ -283,6 +283,13 @@ def test_the_mixin_on_the_page_is_the_one_of_the_example():
     assert mixin in (ROOT / "docs/guide/mmsegmentation.md").read_text()
 
 
+def test_files_of_the_package_are_short():
+    """Rule 9 of CONTRIBUTING."""
+    lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "pixcontrast_ext").rglob("*.py")}
+    assert len(lines) > 50
+    assert not {path: count for path, count in lines.items() if count > 600}
+
+
 def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120

@@ -354,7 +354,7 @@ def test_a_lazy_head_is_made_by_its_first_call():
     lazy = nn.Sequential(nn.LazyConv2d(WIDTH, 1), nn.LazyBatchNorm2d())
     loss = PixelContrastLoss(4, bank=bank_of(), head=lazy, min_pixels=1)
     with pytest.raises(
-        ValueError, match=r"head\.1\.running_mean, .* are made in its first call: call the loss once"
+        ValueError, match=r"head\.1\.running_mean, .* are made in the head's first call: call the loss"
     ):
         loss.warm_up(*maps())
     for times in (1, 2):

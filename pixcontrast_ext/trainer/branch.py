@@ -11,14 +11,21 @@ from torch import nn
 from pixcontrast_ext.trainer.checkpoints import CheckpointError, CheckpointStore, read_checkpoint
 
 
-def read_start(path: Path) -> dict[str, Any]:
-    """The state of a checkpoint, or of the newest one of a run. Raises CheckpointError if there is none."""
-    if not path.is_dir():
-        return read_checkpoint(path)
-    found = CheckpointStore(path / "checkpoints").load_latest()
-    if found is None:
-        raise CheckpointError(f"run {path} has no checkpoint to branch from")
-    return found[1]
+def read_start(path: Path, optimizer: str) -> dict[str, Any]:
+    """The state of a checkpoint, or of the newest one of a run.
+
+    Raises CheckpointError if there is none, ValueError if it is of another `--optimizer`.
+    """
+    if path.is_dir():
+        found = CheckpointStore(path / "checkpoints").load_latest()
+        if found is None:
+            raise CheckpointError(f"run {path} has no checkpoint to branch from")
+        state = found[1]
+    else:
+        state = read_checkpoint(path)
+    if (before := state["config"].get("optimizer")) != optimizer:
+        raise ValueError(f"--optimizer is {optimizer!r}, but {path} was trained with {before!r}")
+    return state
 
 
 def branch(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], where: Path) -> int:

@@ -277,12 +277,7 @@ class _Run:
         if self.start == 0:
             self._start_from_weights()
         if self.start == 0 and config.branch_from is not None:
-            state = read_start(config.branch_from)
-            before, now = state["config"].get("optimizer"), config.optim.optimizer
-            if before != now:
-                raise ValueError(
-                    f"--optimizer is {now!r}, but {config.branch_from} was trained with {before!r}"
-                )
+            state = read_start(config.branch_from, config.optim.optimizer)
             self.start = branch(self.model, self.optimizer, state, config.branch_from)
             if self.start >= config.last_step:
                 raise ValueError(
