@@ -137,18 +137,18 @@ def find_cuda() -> CudaToolkit | str:
 
     toolkit = Path(top.group(1)).resolve()
     nvcc = str(toolkit / "bin" / "nvcc")
-    archs, ptx = archs_to_compile(nvcc)
-    # NVIDIA's own layout, a Linux distribution's, that of the pip packages.
-    places = ("lib64", "targets/*/lib", "lib")
-    libraries = [path for place in places for path in toolkit.glob(f"{place}/libcudart_static.a")]
-    if not libraries:
-        raise CompileError(f"no libcudart_static.a below {toolkit}; set PIXCONTRAST_CUDA=0")
     version = re.search(r"release (\d+)([\d.]*)", output_of(nvcc, "--version") or "")
     if version and int(version.group(1)) < OLDEST_CUDA:
         reason = f"{nvcc} is of CUDA {version.group(1)}{version.group(2)}, and C++20 needs {OLDEST_CUDA}"
         if wish == "1":
             raise CompileError(f"PIXCONTRAST_CUDA=1, but {reason}")
         return reason
+    archs, ptx = archs_to_compile(nvcc)
+    # NVIDIA's own layout, a Linux distribution's, that of the pip packages.
+    places = ("lib64", "targets/*/lib", "lib")
+    libraries = [path for place in places for path in toolkit.glob(f"{place}/libcudart_static.a")]
+    if not libraries:
+        raise CompileError(f"no libcudart_static.a below {toolkit}; set PIXCONTRAST_CUDA=0")
     return CudaToolkit(
         nvcc, "".join(version.groups()) if version else "unknown", archs, ptx, str(libraries[0].parent)
     )
@@ -332,6 +332,7 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools takes its ba
         if subprocess.run(command, cwd=ROOT).returncode:
             raise CompileError("ninja could not build pixcontrast_ext._C; the compiler's messages are above")
         self.mkpath(os.path.dirname(self.get_ext_fullpath(ext.name)))
+        self.force = True  # whichever is newer: another build folder's may be there
         self.copy_file(str(ROOT / module), self.get_ext_fullpath(ext.name))
 
 

@@ -437,6 +437,34 @@ def test_cuda_sources_are_compiled_for_what_nvcc_lists(toy, nvcc):
     assert "ninja: no work to do." in build(toy, PATH=path).stdout
 
 
+def test_an_nvcc_that_is_too_old_is_left_alone_whatever_else_it_lacks(toy, nvcc, tmp_path):
+    """It lists no architectures and has its runtime elsewhere."""
+    wrapper, _ = nvcc
+    (toy / "csrc/cuda").mkdir()
+    (toy / "csrc/cuda/sampling.cu").write_text("int from_cuda() { return 1; }\n")
+    for script in tmp_path.glob("*/bin/nvcc"):
+        old = script.read_text().replace("release 12.9, V12.9.1", "release 11.0, V11.0.1")
+        script.write_text(old.replace("echo sm_75; echo sm_90; echo sm_90a", "exit 1"))
+    (tmp_path / "toolkit/lib64/libcudart_static.a").unlink()
+    path = f"{wrapper / 'bin'}:{os.environ['PATH']}"
+    built = build(toy, PATH=path)
+    assert built.returncode == 0, built.stdout
+    assert "is of CUDA 11.0, and C++20 needs" in built.stdout
+    built = build(toy, PATH=path, PIXCONTRAST_CUDA="1")
+    assert built.returncode != 0
+    assert "PIXCONTRAST_CUDA=1, but" in built.stdout
+
+
+def test_the_module_is_that_of_the_build_folder_whichever_is_newer(toy):
+    source = toy / "csrc/cpu/sampling.cpp"
+    for folder, answer in (("build/old", 42), ("build/new", 43), ("build/old", 42)):
+        source.write_text(f'#include "../params.h"\nint answer() {{ return {answer}; }}\n')
+        os.utime(source, (1, 1))  # ninja, which goes by times, finds nothing new
+        built = build(toy, PIXCONTRAST_CUDA="0", PIXCONTRAST_BUILD_DIR=folder)
+        assert built.returncode == 0, built.stdout
+        assert config_of(toy)[0] == str(answer)
+
+
 def test_cuda_sources_are_compiled_for_what_is_asked(toy, nvcc):
     wrapper, log = nvcc
     (toy / "csrc/cuda").mkdir()
