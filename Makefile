@@ -32,7 +32,7 @@ OLDEST_SUBSET := any_input or agree or gradient or round$(if $(WIDTHS),, or trit
 .PHONY: help demo quick test test-quick test-rest test-emulator test-apart test-training test-triton test-oldest-triton test-trainers test-examples test-oldest test-bf16 mutants lint docs wheels bench gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(BUILT)  ## train a small model with and without the loss, and draw the result
 	$(BIN)/python -m pixcontrast_ext.trainer demo
