@@ -66,10 +66,10 @@ def interleave(
 ) -> list[list[list[float]]]:
     """Calls each in turn, round after round: milliseconds by call, round and part.
 
-    As many rounds as fit into `seconds`, within the two limits of `rounds`: in between other work comes and goes on a
-    shared machine, and meets all calls alike. The first call of each is not counted: it may compile. Calls that are
-    slow after it sit out once they have been counted as often as the lower limit says, the slowest once they have been
-    counted at all.
+    Each call has an equal part of `seconds` and takes as many rounds as fit into it, within the two limits of `rounds`,
+    spread over all: other work comes and goes on a shared machine, and meets all calls alike. The first call of each is
+    not counted: it may compile. Calls that are slow after it are counted as often as the lower limit says, the slowest
+    once.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     times: list[list[list[float]]] = [[] for _ in calls]
@@ -89,15 +89,22 @@ def interleave(
     for series, parts, is_slow in zip(times, warm, slow, strict=True):
         if is_slow:
             series.append(parts)
-    once = 1e-3 * sum(sum(parts) for parts, is_slow in zip(warm, slow, strict=True) if not is_slow)
-    total = max(least, min(most, int(seconds / once))) if once else least
+
+    def count(parts: list[float]) -> int:
+        """How often a call that takes so long is timed."""
+        once = 1e-3 * sum(parts)
+        if once > SLOW or not once:
+            return 1 if once > SLOWEST else least
+        return max(least, min(most, int(seconds / len(calls) / once)))
+
+    missing = [count(parts) - len(series) for parts, series in zip(warm, times, strict=True)]
+    total = max(missing, default=0)
     gc.collect()
     gc.disable()
     try:
         for done in range(total):
-            for call, series, parts, is_slow in zip(calls, times, warm, slow, strict=True):
-                enough = 1 if sum(parts) > 1e3 * SLOWEST else least
-                if not is_slow or len(series) < enough:
+            for call, series, rounds_of in zip(calls, times, missing, strict=True):
+                if (done + 1) * rounds_of // total > done * rounds_of // total:
                     series.append(run(call))
             after_round(done + 1, total)
     finally:

@@ -1,4 +1,4 @@
-"""Reading the anchors out of the map with the map's dense gradient, beside indexing a copy of the map as [B·H·W, D]."""
+"""Reading the anchors out of the map with the map's dense gradient, beside indexing it, or a copy as [B·H·W, D]."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def case(shape: Maps, dtype: str, device: str, backends: list[str], name: str = 
         f"ours ({backend})": candidate(partial(gather_embeddings, backend=backend)) for backend in backends
     }
     candidates["indexed copy"] = candidate(loops.gather)
+    candidates["indexing"] = candidate(loops.index)
     candidates["zeros of the map's size"] = Candidate(
         lambda: Method(both=lambda: torch.zeros_like(inputs().embeddings))
     )

@@ -170,9 +170,10 @@ Progress = Callable[[str], None]
 
 
 def measure(case: Case, settings: Settings, progress: Progress = lambda text: None) -> list[Row]:
-    """All figures of a case. Raises Incorrect, before anything is timed, if ours is off.
+    """All figures of a case.
 
-    Another method that is off, fails or does not fit into memory has a row that says so, and no times.
+    A method that is off, fails or does not fit into memory has a row that says so, and no times. What fails of ours is
+    "incorrect", whatever the reason: the others may be absent.
     """
     notes = _Notes(case)
     with precision(case.dtype):
@@ -234,15 +235,15 @@ def _verified(case: Case, notes: _Notes, progress: Progress) -> dict[str, Method
         except Unavailable as reason:
             notes.add(name, "", "absent", math.nan, str(reason))
         except Incorrect as reason:
-            if ours:
-                raise
             notes.add(name, "", "incorrect", math.nan, str(reason))
         except Exception as error:
-            if ours:
-                raise
-            # Others' code may fail at a shape or on a device; the times of ours are wanted all the same.
+            # Any code may fail at a shape or on a device; the times of the others are wanted all the same.
             first_line = next(iter(str(error).splitlines()), "")
-            notes.add(name, "", "absent", math.nan, f"{type(error).__name__}: {first_line[:200]}")
+            told = f"{type(error).__name__}: {first_line[:200]}"
+            if ours:
+                notes.add(name, "", "incorrect", math.nan, f"{case.title}: {name}: {told}")
+            else:
+                notes.add(name, "", "absent", math.nan, told)
     return methods
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .harness import Case, Row
-from .results import Figures, is_ours
+from .results import Figures, is_ours, ours_like
 from .terminal import Terminal
 
+UNRATED = ("mining",)
+"""Ops whose methods make products of their own choice, so that a rate, or a share of a floor, would say nothing."""
 PART_NAMES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
 
 
@@ -26,13 +28,13 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
     """
     whole = figures.whole()
     adds = any(metric == "time added" for _, _, metric in figures.values)
-    ours = next(filter(is_ours, figures.methods), None)
-    rate = next((name for name in ("TFLOP/s", "GB/s") if any(key[2] == name for key in figures.values)), None)
+    rates = () if figures.op in UNRATED else ("TFLOP/s", "GB/s")
+    rate = next((name for name in rates if any(key[2] == name for key in figures.values)), None)
     header = ["method"]
     header += [f"{PART_NAMES[part]} ms" for part in figures.parts[:-1]]
-    header += [f"{PART_NAMES[whole]} ms", "p20 - p80", "x ours"]
+    header += [f"{PART_NAMES[whole]} ms", "p20 - p80", "rounds", "x ours"]
     header += [rate] if rate else []
-    header += ["time added", "MiB added"] if adds else ["of the floor"]
+    header += ["time added", "MiB added"] if adds else ["of the floor"] if rates else []
     header += ["extra MiB", "launches", "syncs"]
     lines = []
     for method in figures.methods:
@@ -40,6 +42,7 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
         def value(metric: str, part: str = whole, method: str = method) -> float | None:
             return figures.get(method, part, metric)
 
+        ours = next(iter(ours_like(method, figures.methods)), None)
         own, base = value("min ms"), figures.get(ours, whole, "min ms") if ours else None
         share, added = value("share of the floor"), value("time added")
         p20, rounds = value("p20 ms"), value("rounds") or 0
@@ -48,12 +51,13 @@ def table(figures: Figures) -> tuple[list[str], list[list[str]]]:
         line += [
             digits(value("p50 ms")),
             f"{digits(p20)} - {digits(value('p80 ms'))}" if p20 is not None and rounds >= 5 else "",
+            digits(value("rounds")),
             digits(own / base) if own is not None and base is not None else "",
         ]
         line += [digits(value(rate))] if rate else []
         if adds:
             line += [f"{added:.1%}" if added is not None else "", digits(value("MiB added"))]
-        else:
+        elif rates:
             line += [f"{share:.0%}" if share is not None else ""]
         line += [
             digits(value("extra MiB")),

@@ -138,6 +138,7 @@ class Figures:
     """The rows of one case, by method, pass and metric."""
 
     def __init__(self, rows: list[Row]):
+        self.op = rows[0].op if rows else ""
         self.values = {(row.method, row.part, row.metric): row.value for row in rows}
         self.absent = {row.method: row.note for row in rows if row.metric in ("absent", "incorrect")}
         self.methods = list(dict.fromkeys(row.method for row in rows if row.method not in self.absent))
@@ -154,6 +155,13 @@ class Figures:
 
 def is_ours(method: str) -> bool:
     return method.startswith("ours")
+
+
+def ours_like(method: str, methods: list[str]) -> list[str]:
+    """Those of ours that do what a method does: the same strategy of mining, or the same op beside it; else all."""
+    ours = list(filter(is_ours, methods))
+    found = re.search(r"(?:, (?!torch\.compile)| \+ )[^,+]*$", method)
+    return [each for each in ours if found and each.endswith(found[0])] or ours
 
 
 WORTH_SAVING = 16.0  # MiB; of less, a ratio says nothing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from . import load
 from .harness import Row
 from .report import digits
-from .results import CaseKey, Figures, Record, by_case, is_ours
+from .results import CaseKey, Figures, Record, by_case, is_ours, ours_like
 from .shapes import Images, Rows
 
 OPS = {
@@ -49,10 +49,7 @@ def nearest_rivals(cases: dict[CaseKey, list[Row]]) -> dict[CaseKey, Nearest]:
         figures = Figures(rows)
         times = {method: figures.get(method, figures.whole(), "min ms") for method in figures.methods}
         for rival in filter(lambda method: method.startswith(RIVALS), figures.methods):
-            # A strategy of mining, that ours of the same name is held against.
-            strategy = rival.partition(", ")[2]
-            ours = [method for method in figures.methods if is_ours(method)]
-            ours = [method for method in ours if strategy and method.endswith(f", {strategy}")] or ours
+            ours = ours_like(rival, figures.methods)
             fastest = min((time for method in ours if (time := times[method])), default=None)
             if fastest is not None and (time := times[rival]):
                 ratio = time / fastest
@@ -186,7 +183,7 @@ def loss_table(cases: dict[CaseKey, list[Row]]) -> tuple[list[str], list[list[st
             [
                 f"`{name}`: {sizes_of(key[2])}",
                 dtype,
-                f"{digits(figures.get(ours, 'fwd+bwd', 'p50 ms'))}{ours.removeprefix('ours')}",
+                f"{digits(figures.get(ours, 'fwd+bwd', 'min ms'))}{ours.removeprefix('ours')}",
                 *(f"{digits(times[rival] / times[ours])}x" if rival in times else "-" for rival in rivals),
                 " / ".join(memory),
             ]

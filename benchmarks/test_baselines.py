@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pixcontrast_ext import Mining
+
 from .baselines import chunked, loops
 from .baselines.bare import BareProducts
 from .baselines.dense import dense_infonce
 from .inputs import contrast_inputs, embedding_map, scenes
+from .mining import dense_mined
 
 
 def test_dense_loss_is_the_double_loop() -> None:
@@ -27,6 +30,34 @@ def test_dense_loss_is_the_double_loop() -> None:
     dense = dense_infonce(anchors, anchor_labels, keys, key_labels, temperature=temperature)
     assert len(losses) == 6
     assert math.isclose(dense.item(), sum(losses) / len(losses), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["random", "semi-hard", "hardest"])
+def test_dense_loss_of_mined_pairs_is_that_of_all_if_it_keeps_all(strategy: str) -> None:
+    anchors, anchor_labels, keys, key_labels = contrast_inputs(7, 30, 5, torch.float64, num_classes=3)
+    key_labels[::7] = -1
+    every = Mining(strategy, negatives=30, positives=30, fraction=1.0)
+    found = dense_mined(anchors, anchor_labels, keys, key_labels, temperature=0.3, mining=every)
+    expected = dense_infonce(anchors, anchor_labels, keys, key_labels, temperature=0.3)
+    assert math.isclose(found.item(), expected.item(), rel_tol=1e-5)  # it has the cosines in fp32
+
+
+@pytest.mark.parametrize("strategy", ["semi-hard", "hardest"])
+def test_dense_loss_of_mined_pairs_keeps_the_hardest(strategy: str) -> None:
+    """Three negatives and two positives; or a fifth of each, of which the counts leave all."""
+    anchors, anchor_labels, keys, key_labels = contrast_inputs(7, 60, 5, torch.float64, num_classes=3)
+    losses = []
+    for anchor, label in zip(anchors, anchor_labels, strict=True):
+        own, others = ((keys[key_labels == label] @ anchor), (keys[key_labels != label] @ anchor))
+        counts = (
+            (2, 3) if strategy == "hardest" else (math.ceil(0.2 * len(own)), math.ceil(0.2 * len(others)))
+        )
+        negatives = (others.sort(descending=True).values[: counts[1]] / 0.3).logsumexp(0)
+        losses.append(F.softplus(negatives - own.sort().values[: counts[0]] / 0.3).mean())
+    few = dict(negatives=3, positives=2) if strategy == "hardest" else dict(negatives=60, positives=60)
+    mining = Mining(strategy, fraction=0.2, **few)
+    found = dense_mined(anchors, anchor_labels, keys, key_labels, temperature=0.3, mining=mining)
+    assert math.isclose(found.item(), torch.stack(losses).mean().item(), rel_tol=1e-5)
 
 
 def test_chunked_loss_survives_chunks_of_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +88,7 @@ def test_loops_sample_what_they_say() -> None:
     embeddings = embedding_map(2, 6, 32, 48)
     row = embeddings[indices[5] // (32 * 48), :, indices[5] % (32 * 48) // 48, indices[5] % 48]
     torch.testing.assert_close(loops.gather(embeddings, indices)[5], row)
+    torch.testing.assert_close(loops.index(embeddings, indices)[5], row)
 
 
 def test_loops_enqueue_regions_and_pixels() -> None:

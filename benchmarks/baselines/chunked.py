@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2048
+CHUNK_OF_GPU = 32_768
+"""Keys at a time; on a GPU as many as keep it busy between two launches."""
 
 
 class ChunkedInfoNCE(torch.autograd.Function):
@@ -27,7 +29,8 @@ class ChunkedInfoNCE(torch.autograd.Function):
         with_gradient = grad_enabled and ctx.needs_input_grad[0]
         neg_lse = wide.new_full((len(wide), 1), float("-inf"))
         weighted_negatives = torch.zeros_like(wide)  # sum over negatives of exp(s - neg_lse) k
-        chunks = list(zip(keys.split(CHUNK), key_labels.split(CHUNK), strict=True))
+        size = CHUNK_OF_GPU if keys.is_cuda else CHUNK
+        chunks = list(zip(keys.split(size), key_labels.split(size), strict=True))
 
         for chunk, labels in chunks:
             chunk = chunk.float()
@@ -47,7 +50,7 @@ class ChunkedInfoNCE(torch.autograd.Function):
         weighted_positives = torch.zeros_like(wide)  # sum over positives of sigma k
         for chunk, labels in chunks:
             positives = anchor_labels[:, None] == labels
-            if not positives.any():
+            if not keys.is_cuda and not positives.any():  # a GPU would wait for the answer
                 continue
             chunk = chunk.float()
             gap = neg_lse - wide @ chunk.T / temperature
