@@ -39,7 +39,7 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
 # is run, of the other backends one in twelve, and the newest Triton compiles the kernels for one width and one architecture; the
-# emulated kernels meet the sanitizers under one schedule, ThreadSanitizer without calls like others. SHARE=1 WIDTHS= SCHEDULES=
+# emulated kernels meet the sanitizers under one schedule, ThreadSanitizer in half of those alike. SHARE=1 WIDTHS= SCHEDULES=
 # ARCHS= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
 test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tools.parts \

@@ -66,10 +66,10 @@ def interleave(
 ) -> list[list[list[float]]]:
     """Calls each in turn, round after round: milliseconds by call, round and part.
 
-    Each call has an equal part of `seconds` and takes as many rounds as fit into it, within the two limits of `rounds`,
-    spread over all: other work comes and goes on a shared machine, and meets all calls alike. The first call of each is
-    not counted: it may compile. Calls that are slow after it are counted as often as the lower limit says, the slowest
-    once.
+    As many rounds as fit into `seconds`, and of a call that is faster than the others as many as fit into its part of
+    them, within the two limits of `rounds`. All are spread over the whole: other work comes and goes on a shared
+    machine, and meets all calls alike. The first call of each is not counted: it may compile. Calls that are slow after
+    it are counted as often as the lower limit says, the slowest once.
     """
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     times: list[list[list[float]]] = [[] for _ in calls]
@@ -90,12 +90,14 @@ def interleave(
         if is_slow:
             series.append(parts)
 
+    fast = [1e-3 * sum(parts) for parts, is_slow in zip(warm, slow, strict=True) if not is_slow]
+
     def count(parts: list[float]) -> int:
         """How often a call that takes so long is timed."""
         once = 1e-3 * sum(parts)
         if once > SLOW or not once:
             return 1 if once > SLOWEST else least
-        return max(least, min(most, int(seconds / len(calls) / once)))
+        return max(least, min(most, int(seconds / min(sum(fast), len(fast) * once))))
 
     missing = [count(parts) - len(series) for parts, series in zip(warm, times, strict=True)]
     total = max(missing, default=0)

@@ -1,4 +1,4 @@
-"""Reading the anchors out of the map with the map's dense gradient, beside indexing it, or a copy as [B·H·W, D]."""
+"""Reading the anchors out of the map with the map's dense gradient, beside indexing it or a copy of it."""
 
 from __future__ import annotations
 

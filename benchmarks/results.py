@@ -158,8 +158,10 @@ def is_ours(method: str) -> bool:
 
 
 def ours_like(method: str, methods: list[str]) -> list[str]:
-    """Those of ours that do what a method does: the same strategy of mining, or the same op beside it; else all."""
+    """Those of ours that do what a method does: of the same strategy of mining; with the same op beside it, else all."""
     ours = list(filter(is_ours, methods))
+    if mined := re.search(r", (random|semi-hard|hardest)$", method):
+        return [each for each in ours if each.endswith(mined[0])]
     found = re.search(r"(?:, (?!torch\.compile)| \+ )[^,+]*$", method)
     return [each for each in ours if found and each.endswith(found[0])] or ours
 

@@ -129,8 +129,9 @@ class PixelContrastLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        checks.check_at_least(1, at_most=INT32_MAX, num_classes=num_classes, max_samples=max_samples)
-        checks.check_at_least(1, max_views=max_views, bank_samples=bank_samples, region_views=region_views)
+        counts = dict(num_classes=num_classes, max_samples=max_samples, bank_samples=bank_samples)
+        checks.check_at_least(1, at_most=INT32_MAX, **counts)
+        checks.check_at_least(1, max_views=max_views, region_views=region_views)
         head = built("head", ProjectionHead, head)
         if head is not None and not callable(head):
             raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
@@ -152,8 +153,7 @@ class PixelContrastLoss(nn.Module):
             check_mining(mining)
             if mining.by_cosine and not normalize:
                 raise ValueError(f"mining={mining.strategy!r} ranks by cosine, got normalize={normalize}")
-        self.num_classes, self.warmup_steps = num_classes, warmup_steps
-        self.weight = weight
+        self.num_classes, self.warmup_steps, self.weight = num_classes, warmup_steps, weight
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.min_pixels = max_samples, max_views, min_pixels
         self.hard_fraction, self.anchors, self.min_purity = hard_fraction, anchors, min_purity

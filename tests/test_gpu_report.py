@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks.__main__ import plan
-from tools import processes
+from tools import gpu_report, processes
 from tools.gpu_report import PARTS, TIMINGS, Run, Step, python
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +160,17 @@ def test_a_budget_leaves_out_what_no_longer_fits(tmp_path, capsys):
     assert steps[1].state.startswith("not begun: it needs about 500 s, ")
     assert log.read_text() == "begun\n"
     assert "| device: longer | not begun: it needs about 500 s" in capsys.readouterr().out
+
+
+def test_a_step_that_hangs_is_a_failure_and_the_next_one_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "LONGEST", 3.0)
+    steps = [
+        step("hangs", "print('got here', flush=True); import time; time.sleep(100_000)"),
+        step("next", "print('fine')"),
+    ]
+    Run(steps, tmp_path, {"device": "none"}, budget=None).go()
+    assert (steps[0].state, steps[0].failed, steps[0].detail) == ("cut off after 3 s", 1, "got here\n")
+    assert steps[1].state == "done"
 
 
 def test_steps_run_beside_each_other_where_no_time_is_taken(tmp_path):
