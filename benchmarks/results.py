@@ -158,7 +158,7 @@ def is_ours(method: str) -> bool:
 
 
 def ours_like(method: str, methods: list[str]) -> list[str]:
-    """Those of ours that do what a method does: of the same strategy of mining; with the same op beside it, else all."""
+    """Those of ours that do what a method does: of its strategy of mining; with the same op beside it, else all."""
     ours = list(filter(is_ours, methods))
     if mined := re.search(r", (random|semi-hard|hardest)$", method):
         return [each for each in ours if each.endswith(mined[0])]
