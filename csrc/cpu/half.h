@@ -20,13 +20,14 @@ inline float load(const float* p) { return *p; }
 
 inline float load(const BFloat16* p) { return __builtin_bit_cast(float, uint32_t(p->bits) << 16); }
 
-// Subnormal ones too where the processor is set to take subnormal fp32 numbers for 0, as some threads may be: there is
-// none on the way.
+// Subnormal ones too where the processor is set to take subnormal fp32 numbers for 0, as some threads may be:
+// there is none on the way.
 inline float load(const Half* p) {
   const uint32_t magnitude = p->bits & 0x7fffu;
   const uint32_t subnormal = __builtin_bit_cast(uint32_t, float(int32_t(magnitude)) * 0x1p-24f);
-  uint32_t bits = magnitude < 0x400u ? subnormal : (magnitude << 13) + 0x38000000u;  // exponent bias 15 -> 127
-  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;                                   // inf and NaN
+  uint32_t bits =
+      magnitude < 0x400u ? subnormal : (magnitude << 13) + 0x38000000u;  // exponent bias 15 -> 127
+  bits |= magnitude >= 0x7c00u ? 0x7f800000u : 0u;                       // inf and NaN
   return __builtin_bit_cast(float, bits | uint32_t(p->bits & 0x8000u) << 16);
 }
 
