@@ -164,16 +164,16 @@ def test_one_tensor_with_two_labellings_is_not_symmetric(backend):
 def test_a_precision_that_is_inherited_stays_inherited():
     """Putting back what it read as, the setting of the CPU's products no longer followed the one above it."""
     rows = torch.randn(20, 8, requires_grad=True)
-    labels, of_cpu, before = torch.arange(20) % 3, torch.backends.mkldnn.matmul, torch.backends.fp32_precision
+    labels, of_cpu = torch.arange(20) % 3, torch.backends.mkldnn.matmul
+    before = torch.backends.fp32_precision, of_cpu.fp32_precision
     try:
-        torch.backends.fp32_precision = "bf16"
+        torch.backends.fp32_precision, of_cpu.fp32_precision = "bf16", "none"
         infonce(rows.detach(), labels, rows, labels, temperature=0.1, backend="cpu").backward()
         assert of_cpu.fp32_precision == "bf16"
         torch.backends.fp32_precision = "ieee"
         assert of_cpu.fp32_precision == "ieee"
     finally:
-        torch.backends.fp32_precision = before
-        of_cpu.fp32_precision = "none"
+        torch.backends.fp32_precision, of_cpu.fp32_precision = before
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
