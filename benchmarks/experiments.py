@@ -306,9 +306,7 @@ def settings_of(run: Path) -> dict[str, Any]:
     """
     told, shared = json.loads((run / "config.json").read_text()), 0
     if told["branch_from"] is not None:
-        start = (
-            run.parent / Path(told["branch_from"]).name
-        )  # where a comparison has it, wherever that was moved
+        start = run.parent / Path(told["branch_from"]).name  # beside it, wherever the comparison was moved
         if not (start / "config.json").is_file():
             raise ValueError(
                 f"{run} goes on from {start}, which is not there: nobody knows how many steps it shares"

@@ -16,9 +16,7 @@ from pixcontrast_ext.maps import check_map, pick_classes, resize_nearest
 from pixcontrast_ext.ops import checks, enqueue, steering
 from pixcontrast_ext.ops.exchange import Exchange
 from pixcontrast_ext.ops.priority import check_priority, draw_priority
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
+from pixcontrast_ext.ops.signature import FLOATING
 
 _UNIT = 1e-2
 """How far a stored unit vector's norm may be from 1: more than bf16 rounds, less than an average takes away."""
@@ -92,8 +90,8 @@ class MemoryBank(nn.Module):
             named, dtype = dtype, getattr(torch, dtype.removeprefix("torch."), dtype)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"dtype must be the name of one, as 'bfloat16', got {named!r}")
-        if dtype not in _DTYPES:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {_DTYPES}")
+        if dtype not in FLOATING:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {FLOATING}")
         checks.check_ignore_index(ignore_index)
         outside: Any = dist.GroupMember.NON_GROUP_MEMBER
         if process_group == outside:  # what new_group gives the ranks outside of it

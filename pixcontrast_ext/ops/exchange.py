@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixcontrast_ext.ops import handles, library
+from pixcontrast_ext.ops.signature import FLOATING
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""Of a bank."""
 TIMEOUT_VARIABLE = "PIXCONTRAST_RANK_TIMEOUT"  # seconds
 
 
@@ -172,10 +171,10 @@ class Exchange(handles.Handle):
     def _shapes(self, rows: Tensor, slots: tuple[int, int], group: dist.ProcessGroup) -> list[list[int]]:
         """The shape of what each rank brings."""
         self.calls += 1
-        own = torch.tensor([*rows.shape, DTYPES.index(rows.dtype), *slots])
+        own = torch.tensor([*rows.shape, FLOATING.index(rows.dtype), *slots])
         of_ranks: list[list[int]] = torch.stack(_Control.of(group).all_gather(own, self.calls)).tolist()
         banks = [
-            f"({classes}, {width}, {str(DTYPES[dtype]).removeprefix('torch.')}, {regions}, {pixels})"
+            f"({classes}, {width}, {str(FLOATING[dtype]).removeprefix('torch.')}, {regions}, {pixels})"
             for _, classes, _, width, dtype, regions, pixels in of_ranks
         ]
         if len(set(banks)) > 1:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 INT32_MAX = 2**31 - 1
 
-_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_SUMS = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in _FLOATING}
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SUMS = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in FLOATING}
 
 Limits = tuple[int, int | str | None]
 
@@ -93,7 +93,7 @@ class Signature:
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
                 found = "nothing" if tensor is None else "a sparse or nested one"
                 self._refuse(name, "be a dense tensor", found, TypeError)
-            if isinstance(dtype, str) and dtype.isalpha() and tensor.dtype in _FLOATING:
+            if isinstance(dtype, str) and dtype.isalpha() and tensor.dtype in FLOATING:
                 dtype = dtypes.setdefault(dtype, tensor.dtype)
             if tensor.dtype is not dtype:
                 self._check_dtype(name, dtype, tensor.dtype, dtypes)
@@ -133,7 +133,7 @@ class Signature:
     ) -> None:
         """`dtypes` are those that names stand for so far; a new name stands for `dtype` from now on."""
         if isinstance(expected, str):
-            if dtype not in _FLOATING:
+            if dtype not in FLOATING:
                 self._refuse(name, "be fp32, fp16, bf16 or fp64", dtype, TypeError)
             if expected.startswith("sum("):
                 expected = _SUMS[dtypes[expected[4:-1]]]
