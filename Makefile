@@ -21,7 +21,7 @@ APART         := tests/test_gpu_report.py tests/test_packaging.py tests/test_san
 QUICK         := $(patsubst %,tests/test_%.py,backends sampling gather enqueue infonce bank loss ops emulator)
 PYTHONS       ?= $(PYTHON)
 SHARE         ?= 180
-NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,12)
+NATIVE_SHARE  := $(if $(filter 1,$(SHARE)),1,20)
 WIDTHS        ?= 256
 SCHEDULES     ?= 20210118
 ARCHS         ?= 90
@@ -38,12 +38,12 @@ demo: $(BUILT)  ## train a small model with and without the loss, and draw the r
 	$(BIN)/python -m pixcontrast_ext.trainer demo
 
 # Two parts at a time, the longest first. In Triton's interpreter, newest and oldest, one in SHARE of each test's combinations
-# is run, of the other backends one in twelve, and the newest Triton compiles the kernels for one width and one architecture; the
-# emulated kernels meet the sanitizers under one schedule, ThreadSanitizer in half of those alike. SHARE=1 WIDTHS= SCHEDULES=
+# is run, of the other backends one in twenty, and the newest Triton compiles the kernels for one width and one architecture; the
+# emulated kernels meet the sanitizers under one schedule, ThreadSanitizer in a quarter of those alike. SHARE=1 WIDTHS= SCHEDULES=
 # ARCHS= runs and compiles all. Waiting threads give their core away (OMP_WAIT_POLICY).
-test: $(BUILT) $(OLDEST_TRITON)  ## the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
+test: $(BUILT)  ## lint, and the test suite (SHARE=1 WIDTHS= SCHEDULES= ARCHS= for every combination)
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tools.parts \
-	    test-apart test-rest test-triton test-training test-emulator test-oldest-triton
+	    test-apart test-rest test-triton test-training test-emulator lint test-oldest-triton
 
 # What shows most mistakes soonest: no process but this one, no compiler beyond the emulator's, no interpreter.
 quick: $(BUILT)  ## lint, and a few of the tests of every op: for the time between two edits, two minutes
@@ -72,7 +72,7 @@ test-triton test-oldest-triton: export PIXCONTRAST_TEST_ARCHS = $(filter 80 90,$
 test-triton:
 	PIXCONTRAST_TEST_WIDTHS="$(WIDTHS)" $(BIN)/python -m pytest $(REST) -k triton
 
-test-oldest-triton:
+test-oldest-triton: $(OLDEST_TRITON)
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest $(REST) -k "triton and ($(OLDEST_SUBSET))$(if $(WIDTHS), and not triton_code)"
 
 # An environment of its own, as a user's is: each of the trainers brings fifty packages along. The GPU's kernels have no

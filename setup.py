@@ -271,7 +271,12 @@ class NinjaBuild:
         config.append(string_macro("PXC_COMPILER", compiler))
         includes = [f"-isystem{path}" for path in (self.pybind11_include(), sysconfig.get_path("include"))]
 
-        objects = [self.add_object("cxx", "csrc/bindings.cpp", config + includes)]
+        objects = list[str]()
+        if self.cuda:  # first, because they take longest, and ninja begins at the top
+            flags = self.cuda.gencode + self.cuda.compression
+            longest_first = sorted(self.cuda_sources, key=lambda source: -(ROOT / source).stat().st_size)
+            objects += [self.add_object("nvcc", source, flags) for source in longest_first]
+        objects.append(self.add_object("cxx", "csrc/bindings.cpp", config + includes))
         objects += [self.add_object("cxx", source, features) for source in self.sources("csrc/cpu/*.cpp")]
         for source in self.sources("csrc/cpu/isa/*.cpp"):
             objects += self.add_for_each(fused_isas if source in FUSED_SOURCES else isas, source)
@@ -279,8 +284,6 @@ class NinjaBuild:
             objects += [
                 self.add_object("cxx", source, includes) for source in self.sources("csrc/cuda/*.cpp")
             ]
-            flags = self.cuda.gencode + self.cuda.compression
-            objects += [self.add_object("nvcc", source, flags) for source in self.cuda_sources]
 
         module = f"{self.build_dir}/_C.so"
         libraries = list[str]()

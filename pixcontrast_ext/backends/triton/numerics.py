@@ -13,6 +13,9 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E: tl.constexpr = tl.constexpr(1.442695040888963407)
 LN2: tl.constexpr = tl.constexpr(0.693147180559945309)
 
+# What scores are multiplied by is at least this, in fp32: -inf times 0 would be NaN.
+SMALLEST_SCALE: tl.constexpr = tl.constexpr(1e-37)
+
 # Weights and planes of fp16 are at most 2^HALF_EXPONENT: fp16 overflows at 2^16, and has few numbers below 2^-14.
 HALF_EXPONENT: tl.constexpr = tl.constexpr(15)
 

@@ -33,7 +33,14 @@ from pixcontrast_ext.backends.triton.infonce.operands import (
 from pixcontrast_ext.backends.triton.infonce.plan import plan_contrast
 from pixcontrast_ext.backends.triton.infonce.prepare import prepare_contrast
 from pixcontrast_ext.backends.triton.infonce.tiles import passes, scale_of
-from pixcontrast_ext.backends.triton.numerics import HALF_EXPONENT, LN2, log1p, product, reciprocal
+from pixcontrast_ext.backends.triton.numerics import (
+    HALF_EXPONENT,
+    LN2,
+    SMALLEST_SCALE,
+    log1p,
+    product,
+    reciprocal,
+)
 
 # Tiles, about, in which a program looks for its share of a shift; a quarter of its own at most.
 SAMPLED: tl.constexpr = tl.constexpr(2)
@@ -75,7 +82,7 @@ def scale_of_scores(sides, scale, WALK: tl.constexpr):
     """From a product of operands to log2 units."""
     if WALK.in_planes:
         scale *= tl.load(sides.unscale) * tl.load(sides.unscale + 1)
-        scale = tl.maximum(scale, 1e-37)  # -inf times 0 would be NaN
+        scale = tl.maximum(scale, SMALLEST_SCALE)
     return scale
 
 

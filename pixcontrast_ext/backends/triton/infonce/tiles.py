@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixcontrast_ext.backends import device as devices
 from pixcontrast_ext.backends import precision
-from pixcontrast_ext.backends.triton.numerics import LOG2E
+from pixcontrast_ext.backends.triton.numerics import LOG2E, SMALLEST_SCALE
 
 
 class Tile(NamedTuple):
@@ -176,6 +176,6 @@ def passes(rows: Tensor) -> tuple[Pass, Pass, Pass]:
 
 
 def scale_of(temperature: float) -> float:
-    """log2(e) / temperature, above 0 in fp32 too: -inf times 0 would be NaN."""
+    """log2(e) / temperature, above 0 in fp32 too."""
     scale: float = LOG2E.value / temperature
-    return max(scale, 1e-37)
+    return max(scale, SMALLEST_SCALE.value)
