@@ -4,7 +4,7 @@ benchmarks/results/NAME/ has an experiment's runs.csv, a row for each run, and e
 are called and what was asked. `add NAME FOLDER` takes the finished runs of a comparison into it, and probes their
 features; what is there already stays, so that a long experiment is recorded as it goes. settings.json, which it writes,
 has the settings of each arm, and a run of others is refused. If the plan says after how many seeds it looks at an arm,
-experiment.json has that as "looks", and before them the tables call nothing a difference.
+experiment.json has that as "looks", and before them tables and pictures have its means alone.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Experiment:
     """Whether the times of the arms' steps may be compared: whatever else the machine did, it did beside all alike."""
     looks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """After how many seeds the plan looks at an arm, and how large |t| of its primary outcome has to be then to end the
-    experiment; the last look ends it anyway. An arm without a plan is looked at whenever it is shown."""
+    experiment; the last look ends it anyway. Without a plan arms are looked at whenever they are shown."""
 
     @property
     def baseline(self) -> str:
@@ -130,10 +130,16 @@ class Experiment:
 
     @functools.cached_property
     def answers(self) -> dict[Question, Paired]:
-        """What each arm that has runs shows in each outcome, primary outcomes first."""
+        """What each arm that has runs shows in each outcome, primary outcomes first; before its look the means alone."""
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
         asked = [(arm, PRIMARY) for arm in arms] + [(arm, each) for arm in arms for each in self.outcomes[1:]]
-        return answers({question: self.differences(*question) for question in asked})
+        found = answers({question: self.differences(*question) for question in asked})
+        hidden = dict.fromkeys(("low", "high", "detectable", "p", "p_holm"), math.nan)
+        early = [arm for arm in arms if self.next_look(arm) is not None]
+        return {
+            (arm, outcome): replace(pair, **hidden) if arm in early else pair
+            for (arm, outcome), pair in found.items()
+        }
 
 
 def read(name: str) -> Experiment:
@@ -144,6 +150,11 @@ def read(name: str) -> Experiment:
         for key, row in read_rows(RESULTS / name / "runs.csv").items()
     }
     rare, timed, looks = tuple(told.get("rare", ())), told.get("timed", True), told.get("looks", {})
+    if looks and (unplanned := set(list(told["arms"])[1:]) - set(looks)):
+        raise ValueError(
+            f"{name}: the plan has looks for {', '.join(looks)} and none for {', '.join(sorted(unplanned))}, "
+            "whose questions would count among those of the others"
+        )
     return Experiment(name, told["arms"], told["split"], runs, rare, timed, looks)
 
 
@@ -194,9 +205,9 @@ def tables(experiment: Experiment) -> Iterator[str]:
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
         means = f"{np.mean(base):.4f}, {experiment.values(arm, outcome).mean():.4f}"
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
-        p, told = "" if math.isnan(pair.p_holm) else f"{pair.p_holm:.3f}", verdict(pair)
-        if (due := experiment.next_look(arm)) is not None:
-            p, told = "", f"not asked before {due} seeds"
+        p = "" if math.isnan(pair.p_holm) else f"{pair.p_holm:.3f}"
+        due = experiment.next_look(arm)
+        told = verdict(pair) if due is None else f"not asked before {due} seeds"
         title = f"{arms[arm]}: {PROBED.get(outcome, outcome)}"
         lines.append([title, means, span(pair), detectable, p, told])
     yield from markdown(header, lines)
@@ -341,7 +352,8 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     """Take the finished runs of a comparison into an experiment, if it does not have them; returns which were new.
 
     Raises FileNotFoundError if the folder holds no run of these arms, ValueError if one was trained with other settings
-    than those of its arm that are recorded, or on other generated scenes than one of its seed beside it.
+    than those of its arm that are recorded, on other generated scenes than one of its seed beside it, or if no
+    settings are recorded for runs that are.
     """
     target, described = RESULTS / name / "runs.csv", RESULTS / name / "settings.json"
     rows = read_rows(target)
@@ -352,6 +364,8 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     }
     if not runs:
         raise FileNotFoundError(f"{folder} has no run of the arms {', '.join(arms)}")
+    if rows and not described.exists():
+        raise ValueError(f"{name} has runs and no {described.name}: nobody knows whether these are like them")
     settings_with(runs, described)  # all of them before any is probed, which takes a while
     data_seeds: dict[int, int] = {}
     for (_, seed), run in runs.items():

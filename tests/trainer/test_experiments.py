@@ -203,10 +203,29 @@ def test_an_arm_is_judged_when_its_plan_says_so(experiment):
         assert marks("contrast", {"contrast": looks, "aa": {"24": 0}}) == judged
     for looks, due in (({"12": t["contrast"] * 1.1, "24": 0}, 24), ({"6": 1e9, "14": 4, "24": 0}, 14)):
         assert marks("contrast", {"contrast": looks}) == ({f"not asked before {due} seeds"}, {""})
+    early = replace(experiment, looks={"contrast": {"24": 0}, "aa": {"6": 0}})
+    for (arm, outcome), pair in experiment.answers.items():
+        shown, hidden = early.answers[arm, outcome], arm == "contrast"
+        assert (shown.mean, shown.pairs) == (pair.mean, pair.pairs)
+        assert (math.isnan(shown.low), math.isnan(shown.p)) == (hidden, hidden)
+    assert [each.has_xerr for each in draw(early).axes[1].containers] == [False] * 4 + [True] * 4
     assert marks("aa", {"contrast": {"24": 0}}) == marks("aa", {})
     assert marks("aa", {"aa": {"8": 0}}) == ({"not asked before 8 seeds"}, {""})
     one = {key: run for key, run in experiment.runs.items() if key[1] == 0}
     assert marks("contrast", {"contrast": {"12": 4, "24": 0}}, one)[0] == {"not asked before 12 seeds"}
+
+
+def test_an_arm_that_the_plan_does_not_name_is_an_error(tmp_path, monkeypatch):
+    """Its questions would count among those of the others, and it would be judged at any time."""
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    (tmp_path / "toy").mkdir()
+    told = {"arms": {"off": "off", "bank": "bank", "cold": "cold"}, "split": "val"}
+    for looks in ({}, {"bank": {"12": 0}, "cold": {"12": 0}}):
+        (tmp_path / "toy" / "experiment.json").write_text(json.dumps({**told, "looks": looks}))
+        assert read("toy").looks == looks
+    (tmp_path / "toy" / "experiment.json").write_text(json.dumps({**told, "looks": {"bank": {"12": 0}}}))
+    with pytest.raises(ValueError, match="toy: the plan has looks for bank and none for cold"):
+        read("toy")
 
 
 def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):
@@ -237,7 +256,12 @@ def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monk
             ("off", "3"),
             ("off", "4"),
         ]
-    settings = json.loads((tmp_path / "results" / "toy" / "settings.json").read_text())
+    described = tmp_path / "results" / "toy" / "settings.json"
+    settings = json.loads(described.read_text())
+    described.unlink()
+    with pytest.raises(ValueError, match=r"toy has runs and no settings.json"):
+        add("toy", run.out, "val", arms)
+    described.write_text(json.dumps(settings))
     assert (settings["off"]["contrast"], settings["bank"]["contrast"]) == ("off", "bank")
     assert not [value for arm in settings.values() for value in arm.values() if str(tmp_path) in str(value)]
     longer = tmp_path / "longer"
