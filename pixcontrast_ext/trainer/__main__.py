@@ -201,13 +201,13 @@ def run_eval(args: Sequence[str]) -> None:
                 "class_iou": scores.class_iou,
                 "confusion": scores.confusion.tolist(),
             }
-            write_json(command.out / f"{command.split}.json", record)
-            draw_confusion(scores.confusion, spec.classes, command.out / f"{command.split}-confusion.png")
+            write_json(command.out / f"eval-{command.split}.json", record)
+            draw_confusion(scores.confusion, spec.classes, command.out / f"eval-{command.split}-confusion.png")
             draw_panels(
                 {"prediction": model},
                 dataset,
                 spec,
-                command.out / f"{command.split}.png",
+                command.out / f"eval-{command.split}.png",
                 ranks.device,
                 options=command.inference,
                 amp=config.amp,

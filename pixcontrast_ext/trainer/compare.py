@@ -99,6 +99,8 @@ class CompareConfig:
         spec = dataset_spec(self.run.data.dataset)
         if self.split not in spec.splits:
             raise ValueError(f"--split is {self.split!r}, must be one of {', '.join(spec.splits)}")
+        if self.split in self.run.data.train_splits:
+            raise ValueError(f"--split is {self.split!r}, which --train-splits has too")
         if unknown := [name for name in self.rare if name not in spec.classes]:
             raise ValueError(f"--rare names {', '.join(unknown)}; the classes are {', '.join(spec.classes)}")
         if self.jobs < 1:
@@ -319,6 +321,8 @@ def read_finished(run: TrainConfig, split: str) -> Result | None:
     if not _scores_of(run, split).exists():
         return None
     scored = read_json(_scores_of(run, split))
+    if scored["step"] != run.last_step:
+        return None
     return replace(result, **{name: scored[name] for name in ("miou", "pixel_accuracy", "class_iou")})
 
 

@@ -420,6 +420,7 @@ def test_arms_are_named_with_their_flags(config):
         ({"arm": ("../up --weight 1",)}, "--arm is called '../up'"),
         ({"arm": ("late --steps 9",)}, "--arm late has --steps, which all arms have in common"),
         ({"split": "valid"}, "--split is 'valid', must be one of"),
+        ({"split": "train"}, "--split is 'train', which --train-splits has too"),
         ({"jobs": 0}, "--jobs is 0"),
         ({"shared_steps": 2}, "--shared-steps is 2, must be from 0 to below the last step 2"),
         ({"arm": ("short --stop-after 1",)}, "--arm short has --stop-after, which all arms have in common"),
@@ -439,7 +440,8 @@ def test_bad_options_are_named(config, changes, message):
 
 def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
     out = str(tmp_path / "out")
-    flags = [*FLAGS.split(), "--no-pictures"]
+    flags = [*FLAGS.replace("--synthetic-images 8 3", "--synthetic-images 3 4").split(), "--no-pictures"]
+    flags += ["--train-splits", "val"]
     arms = ["--methods", "off", "--arm", "region", "--pixel-slots 0", "--arm", "plain", "--contrast=batch"]
     assert (
         main(["compare", "--seeds", "1", *arms, "--jobs", "2", "--split", "train", "--out", out, *flags]) == 0
@@ -456,6 +458,15 @@ def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
 
     assert main(["compare", "--resume", "--out", out]) == 0  # with the same arms, split and jobs
     assert capsys.readouterr().out == told
+    # Scores of an earlier step, and of other views, are not taken for those of the comparison.
+    of_plain = tmp_path / "out" / "plain-seed1"
+    (of_plain / "train.json").write_text(json.dumps(scored | {"step": 1, "miou": 0.9}))
+    assert main(["eval", "--checkpoint", str(of_plain), "--split", "train", "--out", str(of_plain)]) == 0
+    capsys.readouterr()
+    assert main(["compare", "--resume", "--out", out]) == 0
+    assert capsys.readouterr().out == told
+    assert json.loads((of_plain / "train.json").read_text()) == scored
+    assert json.loads((of_plain / "eval-train.json").read_text())["split"] == "train"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["_jobs"] == 2
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/checkpoints/*.pt")}
     assert main(["compare", "--resume", "--seeds", "1", "2", "--jobs", "1", "--out", out]) == 0

@@ -52,14 +52,14 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
 
     moved = out.rename(tmp_path / "moved")
     assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "scores")]) == 0
-    scores = json.loads((tmp_path / "scores" / "val.json").read_text())
+    scores = json.loads((tmp_path / "scores" / "eval-val.json").read_text())
     assert scores["step"] == 3
     assert scores["miou"] == pytest.approx(miou, abs=1e-6)
     assert np.sum(scores["confusion"]) == 3 * 32 * 48 - void_pixels(3)
     assert scores["pixel_accuracy"] == pytest.approx(
         np.trace(scores["confusion"]) / np.sum(scores["confusion"])
     )
-    for picture in ("val.png", "val-confusion.png"):
+    for picture in ("eval-val.png", "eval-val-confusion.png"):
         assert (tmp_path / "scores" / picture).stat().st_size > 5_000
     capsys.readouterr()
     seen = []
@@ -72,7 +72,7 @@ def test_train_then_resume_then_eval(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inference, "class_probabilities", watch)
     views = ["--window", "16", "32", "--scales", "0.75", "1", "--flip", "--workers", "1"]
     assert main(["eval", "--checkpoint", str(moved), "--out", str(tmp_path / "views"), *views]) == 0
-    views = json.loads((tmp_path / "views" / "val.json").read_text())
+    views = json.loads((tmp_path / "views" / "eval-val.json").read_text())
     assert views["window"] == [16, 32]
     assert views["stride"] is None
     assert views["scales"] == [0.75, 1]
@@ -127,7 +127,7 @@ def test_a_window_of_eval_is_checked_together_with_the_runs_stride(tiny, tmp_pat
     assert "error: --stride is (33, 3), must be at most the window, (32, 48)" in capsys.readouterr().err
     assert main([*evaluating, "--stride", "10", "10"]) == 0  # of the run's window
     assert main([*evaluating, "--window", "8", "8"]) == 0  # not with the run's stride, which leaves gaps
-    views = json.loads((tmp_path / "scores" / "val.json").read_text())
+    views = json.loads((tmp_path / "scores" / "eval-val.json").read_text())
     assert (views["window"], views["stride"]) == ([8, 8], None)
 
 
