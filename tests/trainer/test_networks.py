@@ -73,6 +73,7 @@ def hrnet():
         ("hrnet_w18", 19, 9_562_260, 9_562_260 + 9 * 270 * 270 + 3 * 270 + 270 * 19),
         ("hrnet_w48", 19, 65_325_120, 65_325_120 + 4_681_440),
         ("hrnet_w18_ocr", 19, 9_562_260, 12_080_036 + 8 * 270 * 270 + 270 + 512),
+        ("hrnet_w48_ocr", 19, 65_325_120, 70.3e6 + 8 * 720 * 720 + 720 + 512),
     ],
 )
 def test_parameters_are_as_many_as_published(name, classes, backbone, whole):
