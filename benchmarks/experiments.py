@@ -130,7 +130,7 @@ class Experiment:
 
     @functools.cached_property
     def answers(self) -> dict[Question, Paired]:
-        """What each arm that has runs shows in each outcome, primary outcomes first; before its look the means alone."""
+        """What each arm that has runs shows in each outcome, primary ones first; before its look the means alone."""
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
         asked = [(arm, PRIMARY) for arm in arms] + [(arm, each) for arm in arms for each in self.outcomes[1:]]
         found = answers({question: self.differences(*question) for question in asked})
