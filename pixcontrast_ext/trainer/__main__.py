@@ -202,7 +202,9 @@ def run_eval(args: Sequence[str]) -> None:
                 "confusion": scores.confusion.tolist(),
             }
             write_json(command.out / f"eval-{command.split}.json", record)
-            draw_confusion(scores.confusion, spec.classes, command.out / f"eval-{command.split}-confusion.png")
+            draw_confusion(
+                scores.confusion, spec.classes, command.out / f"eval-{command.split}-confusion.png"
+            )
             draw_panels(
                 {"prediction": model},
                 dataset,

@@ -193,7 +193,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
         found = dict(zip(runs, finish_all(list(runs.values()), config.split, config.jobs), strict=True))
         results = {arm: [found[arm, seed] for seed in config.seeds] for arm in config.arms()}
         rare = config.rare or rare_classes(config.run)
-        comparison = Comparison(config.seeds, results, config.split, rare)
+        looks = tuple(sorted({*_earlier_looks(config.run.out), len(config.seeds)}))
+        comparison = Comparison(config.seeds, results, config.split, rare, looks)
         if ranks.is_first:
             _leave(config, comparison, ranks.device)
     return comparison
@@ -210,6 +211,15 @@ def _with_saved(config: CompareConfig, saved: dict[str, Any]) -> CompareConfig:
         methods=tuple(dict.fromkeys((*saved["_methods"], *config.methods))),
         arm=tuple(arms.values()),
     )
+
+
+def _earlier_looks(out: Path) -> list[int]:
+    """After how many seeds a comparison has been looked at before."""
+    if not (out / "compare.json").exists():
+        return []
+    told = read_json(out / "compare.json")
+    looks: list[int] = told.get("looks", [len(told["seeds"])])
+    return looks
 
 
 COMPARE_OPTIONS = ("seeds", "methods", "arm", "split", "jobs", "shared_steps", "rare")

@@ -81,6 +81,8 @@ class Comparison:
     """What the scores are of."""
     rare: tuple[str, ...] = ()
     """The rare classes."""
+    looks: tuple[int, ...] = ()
+    """After how many seeds it has been looked at, this time among them."""
 
     @property
     def baseline(self) -> str:
@@ -261,6 +263,7 @@ def record(comparison: Comparison) -> dict[str, object]:
         "split": comparison.split,
         "baseline": comparison.baseline,
         "rare_classes": list(comparison.rare),
+        "looks": list(comparison.looks),
         "arms": arms,
     }
 
@@ -284,6 +287,7 @@ def table(comparison: Comparison) -> str:
         found = [comparison.difference(arm, outcome) for arm in arms[1:]]
         rows.append(["  difference", "", *(f"{each.mean:+.4f}" for each in found)])
         if several:
+            rows.append(["  95 % interval", "", *(f"{each.low:+.4f} to {each.high:+.4f}" for each in found)])
             rows.append(["  p by Holm", "", *(f"{each.p_holm:.3f}" for each in found)])
     base_seconds, base_memory = (
         of(comparison.baseline) for of in (comparison.seconds, comparison.memory_mib)
@@ -309,6 +313,12 @@ def findings(comparison: Comparison) -> list[str]:
     if seeds == 1:
         return ["One seed: how far its difference is to be trusted cannot be told."]
     lines, base = [], name_of(comparison.baseline)
+    answered = [str(each) for each in comparison.looks if each >= fewest_pairs(1)]
+    if len(answered) > 1:
+        lines.append(
+            f"Looked at after {', '.join(answered)} seeds: intervals and p hold for a number that was fixed before. "
+            "Whoever adds seeds until a difference shows finds one where there is none."
+        )
     asked: dict[str, int] = {}
     for (arm, outcome), found in comparison.answers.items():
         what = "the mIoU" if outcome == PRIMARY else "the secondary outcomes"

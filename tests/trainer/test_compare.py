@@ -121,7 +121,9 @@ def test_resume_adds_and_drops_nothing(config):
     grown = compare(replace(config, seeds=(4,), methods=(), arm=("cold --temperature 0.05",)), resume=True)
     assert grown.seeds == (3, 4)
     assert list(grown.results) == ["off", "plain", "cold"]
-    assert list(json.loads((config.run.out / "compare.json").read_text())["arms"]) == ["off", "plain", "cold"]
+    told = json.loads((config.run.out / "compare.json").read_text())
+    assert list(told["arms"]) == ["off", "plain", "cold"]
+    assert told["looks"] == list(grown.looks) == [1, 2]
     with pytest.raises(ValueError, match=r"plain-seed3 was trained with --temperature 0.1, now 0.3"):
         compare(replace(config, arm=("plain --contrast batch --temperature 0.3",)), resume=True)
     with pytest.raises(ValueError, match=r"was trained with no --shared-steps"):
@@ -235,7 +237,10 @@ def test_the_table_says_what_came_out(comparison):
     assert rows["mean"] == ["0.4000", "0.4300"]
     assert rows["paired difference"] == ["+0.0300"]
     # 0.03 -+ 4.3027 * 0.01 / sqrt(3): Student's t for two degrees of freedom
-    assert rows["95 % interval"] == ["+0.0052", "to", "+0.0548"]
+    intervals = [
+        line[20:].split() for line in table(comparison).splitlines() if line.startswith("  95 % interval")
+    ]
+    assert intervals == [["+0.0052", "to", "+0.0548"], ["+0.0000", "to", "+0.0000"]]
     assert rows["ms per step"] == ["500", "(1.00x)", "550", "(1.10x)"]
     assert rows["peak memory, MiB"] == ["1,000", "(+0)", "1,050", "(+50)"]
 
@@ -301,6 +306,13 @@ def test_the_detectable_effect_is_found_four_times_in_five(pairs, questions):
     for _ in range(300):
         found += paired(rng.normal(effect, 1, pairs), questions).is_shown
     assert found / 300 == pytest.approx(0.8, abs=0.07)
+
+
+def test_looking_again_after_more_seeds_is_told(comparison):
+    """Of looks that could not have found anything, nothing."""
+    (told,) = [line for line in findings(replace(comparison, looks=(2, 6, 12))) if "Looked" in line]
+    assert told.startswith("Looked at after 6, 12 seeds: ")
+    assert not [line for line in findings(replace(comparison, looks=(1, 5, 12))) if "Looked" in line]
 
 
 def test_fewer_pairs_than_can_answer_have_nothing_detectable():
