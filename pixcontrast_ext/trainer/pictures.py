@@ -84,28 +84,33 @@ def draw_curves(runs: dict[str, Path], path: Path) -> Path:
 
 
 def draw_diagnostics(run: Path, path: Path) -> Path:
-    """What a run's contrast found: loss beside chance and floor, cosines, gradients, and shares of anchors and bank."""
+    """What a run's contrast found: loss beside chance and floor, cosines, gradients, anchors, positives and the bank.
+
+    Of what there is for each class, the mean over classes, and of anchors and positives the fewest too, dashed.
+    """
     rows = read_rows(run / "diagnostics.csv")
     steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(15, 7), layout="constrained")
     panels = {
         "Contrast": ("contrast", "chance", "expected", "floor"),
         "Mean cosine of an anchor": ("positive_cosine", "negative_cosine"),
         "Contrast beside cross-entropy, on the features": ("gradient_ratio", "gradient_cosine"),
-        "Shares": ("hard_share", "pixel_fill", "region_fill"),
+        "Shares": ("hard_share", "pixel_fill/", "region_fill/"),
+        "Of a class: mean, and dashed the fewest": ("anchors/", "positives/"),
+        "Share of the bank that a batch replaces": ("pixel_turnover/", "region_turnover/"),
     }
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for name in names:
-            columns = [column for column in rows[0] if column.partition("/")[0] == name]
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        for number, name in enumerate(names):
+            columns = [
+                each for each in rows[0] if each == name or (name[-1] == "/" and each.startswith(name))
+            ]
             values = np.array([[row[column] for column in columns] for row in rows])
-            if columns and not np.isnan(values).all():
-                axes.plot(
-                    steps,
-                    values.mean(1),
-                    "o-",
-                    markersize=3,
-                    label=name.replace("_", " "),
-                )
+            if not columns or np.isnan(values).all():
+                continue
+            colour, label = f"C{number}", name.rstrip("/").replace("_", " ")
+            axes.plot(steps, values.mean(1), "o-", color=colour, markersize=3, label=label)
+            if name in ("anchors/", "positives/"):
+                axes.plot(steps, values.min(1), "--", color=colour, linewidth=1)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -8,8 +8,10 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from pixcontrast_ext.tap import FeatureTap
@@ -22,6 +24,7 @@ from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
 from pixcontrast_ext.trainer.logs import read_rows
+from pixcontrast_ext.trainer.pictures import draw_diagnostics
 from pixcontrast_ext.trainer.train import CrossEntropy, learning_rate, train
 from tests.support import forked
 from tools import processes
@@ -233,7 +236,7 @@ def nearly_the_same(one, other):
 
 
 @pytest.mark.parametrize("project", ["all", "used"])
-def test_diagnostics_are_written_and_change_nothing(tiny, project, quick_tsne):
+def test_diagnostics_are_written_and_change_nothing(tiny, project, quick_tsne, monkeypatch):
     plain = tiny("plain")
     plain = replace(plain, loss=replace(plain.loss, project=project))
     train(plain)
@@ -251,6 +254,13 @@ def test_diagnostics_are_written_and_change_nothing(tiny, project, quick_tsne):
         assert sum(row[f"anchors/{name}"] for name in classes) == row["anchors"] > 0
         assert max(row[f"pixel_fill/{name}"] for name in classes) > 0
     assert (watched.out / "pictures" / "diagnostics.png").stat().st_size > 0
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    draw_diagnostics(watched.out, watched.out / "again.png")
+    lines = [[line for line in axes.lines if not line.get_label().startswith("_")] for axes in saved[0].axes]
+    assert [len(each) for each in lines] == [4, 2, 2, 3, 2, 2]
+    means = [np.mean([row[f"anchors/{name}"] for name in classes]) for row in rows]
+    assert list(lines[4][0].get_ydata()) == pytest.approx(means)
 
 
 def test_an_evaluation_leaves_no_features_in_the_tap(tiny, monkeypatch):
