@@ -272,10 +272,12 @@ class NinjaBuild:
         includes = [f"-isystem{path}" for path in (self.pybind11_include(), sysconfig.get_path("include"))]
 
         objects = list[str]()
-        if self.cuda:  # first, because they take longest, and ninja begins at the top
+        if (
+            self.cuda
+        ):  # first, because they take longest, and ninja begins at the top; large files instantiate most
             flags = self.cuda.gencode + self.cuda.compression
-            longest_first = sorted(self.cuda_sources, key=lambda source: -(ROOT / source).stat().st_size)
-            objects += [self.add_object("nvcc", source, flags) for source in longest_first]
+            largest_first = sorted(self.cuda_sources, key=lambda source: -(ROOT / source).stat().st_size)
+            objects += [self.add_object("nvcc", source, flags) for source in largest_first]
         objects.append(self.add_object("cxx", "csrc/bindings.cpp", config + includes))
         objects += [self.add_object("cxx", source, features) for source in self.sources("csrc/cpu/*.cpp")]
         for source in self.sources("csrc/cpu/isa/*.cpp"):

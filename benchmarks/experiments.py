@@ -150,10 +150,11 @@ def read(name: str) -> Experiment:
         for key, row in read_rows(RESULTS / name / "runs.csv").items()
     }
     rare, timed, looks = tuple(told.get("rare", ())), told.get("timed", True), told.get("looks", {})
-    if looks and (unplanned := set(list(told["arms"])[1:]) - set(looks)):
+    compared = set(list(told["arms"])[1:])
+    if looks and (set(looks) != compared or len(compared - {"aa"}) != 1):
         raise ValueError(
-            f"{name}: the plan has looks for {', '.join(looks)} and none for {', '.join(sorted(unplanned))}, "
-            "whose questions would count among those of the others"
+            f"{name} has looks for {', '.join(looks)} and the arms {', '.join(sorted(compared))}: each needs its own, "
+            "and a planned experiment has one besides aa, since the questions of another would count among its own"
         )
     return Experiment(name, told["arms"], told["split"], runs, rare, timed, looks)
 
@@ -352,8 +353,8 @@ def add(name: str, folder: Path, split: str, arms: dict[str, str]) -> list[str]:
     """Take the finished runs of a comparison into an experiment, if it does not have them; returns which were new.
 
     Raises FileNotFoundError if the folder holds no run of these arms, ValueError if one was trained with other settings
-    than those of its arm that are recorded, on other generated scenes than one of its seed beside it, or if no
-    settings are recorded for runs that are.
+    than those of its arm that are recorded, on other generated scenes than one of its seed beside it, or if runs
+    are recorded whose settings are not.
     """
     target, described = RESULTS / name / "runs.csv", RESULTS / name / "settings.json"
     rows = read_rows(target)

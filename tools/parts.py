@@ -1,4 +1,4 @@
-"""Runs targets of the Makefile that call pytest, two at a time, and reports their progress.
+"""Runs targets of the Makefile, most of which call pytest, two at a time, and reports their progress.
 
     python -m tools.parts test-rest test-triton
 

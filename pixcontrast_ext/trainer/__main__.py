@@ -70,8 +70,8 @@ class EvalCommand:
     device: str = "auto"
     """cuda, cpu, or auto for cuda where there is one."""
     out: Path | None = None
-    """Folder for the scores and the confusion matrix (JSON), its picture and panels (PNG); only printed unless
-    given."""
+    """Folder for eval-SPLIT.json with the scores and the confusion matrix, its picture and panels (PNG); only printed
+    unless given."""
     original_size: bool = False
     """Score labels as they are in their files, however the images were resized."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)

@@ -331,7 +331,7 @@ def read_finished(run: TrainConfig, split: str) -> Result | None:
     if not _scores_of(run, split).exists():
         return None
     scored = read_json(_scores_of(run, split))
-    if scored["step"] != run.last_step:
+    if scored["step"] != run.last_step or "confusion" in scored:  # `eval --out` once took this name
         return None
     return replace(result, **{name: scored[name] for name in ("miou", "pixel_accuracy", "class_iou")})
 

@@ -316,7 +316,7 @@ def findings(comparison: Comparison) -> list[str]:
     answered = [str(each) for each in comparison.looks if each >= fewest_pairs(1)]
     if len(answered) > 1:
         lines.append(
-            f"Looked at after {', '.join(answered)} seeds: intervals and p hold for a number that was fixed before. "
+            f"Looked at after {' and '.join(answered)} seeds: intervals and p hold for a number that was fixed before. "
             "Whoever adds seeds until a difference shows finds one where there is none."
         )
     asked: dict[str, int] = {}

@@ -113,7 +113,11 @@ def draw_diagnostics(run: Path, path: Path) -> Path:
                 axes.plot(steps, values.min(1), "--", color=colour, linewidth=1)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
+        else:  # a run without a bank replaces nothing in it
+            axes.set_axis_off()
+            axes.set_title("")
     figure.savefig(path, dpi=110)
     return path
 

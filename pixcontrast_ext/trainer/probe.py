@@ -96,7 +96,8 @@ class ProbeScores:
     linear: float
     """Balanced accuracy of a logistic regression that weighs classes alike."""
     control: float
-    """The same with the training labels permuted: chance, or something is wrong."""
+    """That of a regression to permuted training labels: around chance, and further from it where features lie in tight
+    clusters, each of which goes to one class as a whole."""
     class_recall: dict[str, float]
     """Of the logistic regression."""
 

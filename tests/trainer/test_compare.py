@@ -311,7 +311,7 @@ def test_the_detectable_effect_is_found_four_times_in_five(pairs, questions):
 def test_looking_again_after_more_seeds_is_told(comparison):
     """Of looks that could not have found anything, nothing."""
     (told,) = [line for line in findings(replace(comparison, looks=(2, 6, 12))) if "Looked" in line]
-    assert told.startswith("Looked at after 6, 12 seeds: ")
+    assert told.startswith("Looked at after 6 and 12 seeds: ")
     assert not [line for line in findings(replace(comparison, looks=(1, 5, 12))) if "Looked" in line]
 
 
@@ -470,13 +470,14 @@ def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
 
     assert main(["compare", "--resume", "--out", out]) == 0  # with the same arms, split and jobs
     assert capsys.readouterr().out == told
-    # Scores of an earlier step, and of other views, are not taken for those of the comparison.
+    # Scores of an earlier step, and those that eval once left under this name, are not taken for the comparison's.
     of_plain = tmp_path / "out" / "plain-seed1"
-    (of_plain / "train.json").write_text(json.dumps(scored | {"step": 1, "miou": 0.9}))
+    for other in ({"step": 1}, {"split": "train", "scales": [0.5, 1], "confusion": [[1]]}):
+        (of_plain / "train.json").write_text(json.dumps(scored | {"miou": 0.9} | other))
+        assert main(["compare", "--resume", "--out", out]) == 0
+        assert capsys.readouterr().out == told
     assert main(["eval", "--checkpoint", str(of_plain), "--split", "train", "--out", str(of_plain)]) == 0
     capsys.readouterr()
-    assert main(["compare", "--resume", "--out", out]) == 0
-    assert capsys.readouterr().out == told
     assert json.loads((of_plain / "train.json").read_text()) == scored
     assert json.loads((of_plain / "eval-train.json").read_text())["split"] == "train"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["_jobs"] == 2

@@ -189,7 +189,8 @@ def test_an_arm_is_judged_when_its_plan_says_so(experiment):
     }
 
     def marks(arm, looks, runs=experiment.runs):
-        planned = replace(experiment, looks=looks, runs=runs)
+        plan = {"contrast": {"12": 0}, "aa": {"6": 0}} | looks if looks else {}
+        planned = replace(experiment, looks=plan, runs=runs)
         lines = [line for line in tables(planned) if line.startswith(f"| {experiment.arms[arm]}: ")]
         assert len(lines) == 4
         return {line.split(" | ")[-1].strip(" |") for line in lines}, {
@@ -215,17 +216,28 @@ def test_an_arm_is_judged_when_its_plan_says_so(experiment):
     assert marks("contrast", {"contrast": {"12": 4, "24": 0}}, one)[0] == {"not asked before 12 seeds"}
 
 
-def test_an_arm_that_the_plan_does_not_name_is_an_error(tmp_path, monkeypatch):
-    """Its questions would count among those of the others, and it would be judged at any time."""
+def test_a_planned_experiment_has_one_arm_besides_the_control(tmp_path, monkeypatch):
+    """The questions of another would count among its own, and an arm without looks would be judged at any time."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     (tmp_path / "toy").mkdir()
-    told = {"arms": {"off": "off", "bank": "bank", "cold": "cold"}, "split": "val"}
-    for looks in ({}, {"bank": {"12": 0}, "cold": {"12": 0}}):
-        (tmp_path / "toy" / "experiment.json").write_text(json.dumps({**told, "looks": looks}))
-        assert read("toy").looks == looks
-    (tmp_path / "toy" / "experiment.json").write_text(json.dumps({**told, "looks": {"bank": {"12": 0}}}))
-    with pytest.raises(ValueError, match="toy: the plan has looks for bank and none for cold"):
-        read("toy")
+    once = {"12": 0}
+
+    def write(arms, looks):
+        told = {"arms": dict.fromkeys(("off", *arms), "an arm"), "looks": dict.fromkeys(looks, once)}
+        (tmp_path / "toy" / "experiment.json").write_text(json.dumps(told | {"split": "val"}))
+
+    for arms, looks in ((("bank", "cold"), ()), (("bank",), ("bank",)), (("bank", "aa"), ("bank", "aa"))):
+        write(arms, looks)
+        assert read("toy").looks == dict.fromkeys(looks, once)
+    for arms, looks in (
+        (("bank", "cold"), ("bank", "cold")),
+        (("bank", "cold"), ("bank",)),
+        (("bank", "aa"), ("bank",)),
+        (("bank",), ("bank", "aa")),
+    ):
+        write(arms, looks)
+        with pytest.raises(ValueError, match=f"toy has looks for {', '.join(looks)} and the arms"):
+            read("toy")
 
 
 def test_finished_runs_are_taken_once_and_with_their_scores(tiny, tmp_path, monkeypatch):

@@ -257,10 +257,26 @@ def test_diagnostics_are_written_and_change_nothing(tiny, project, quick_tsne, m
     saved: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
     draw_diagnostics(watched.out, watched.out / "again.png")
-    lines = [[line for line in axes.lines if not line.get_label().startswith("_")] for axes in saved[0].axes]
-    assert [len(each) for each in lines] == [4, 2, 2, 3, 2, 2]
-    means = [np.mean([row[f"anchors/{name}"] for name in classes]) for row in rows]
-    assert list(lines[4][0].get_ydata()) == pytest.approx(means)
+    of_banks = [each for each in rows[0] if "fill" in each or "turnover" in each]
+    (watched.out / "diagnostics.csv").write_text(
+        "\n".join(
+            ",".join(map(str, [row[each] if values else each for each in rows[0] if each not in of_banks]))
+            for row, values in [(rows[0], False), *((row, True) for row in rows)]
+        )
+    )
+    draw_diagnostics(watched.out, watched.out / "again.png")  # as without a bank
+    assert [[len(axes.lines) for axes in each.axes] for each in saved] == [
+        [4, 2, 2, 3, 4, 2],
+        [4, 2, 2, 1, 4, 0],
+    ]
+    assert saved[1].axes[5].axison is False
+    for place, (name, of) in enumerate(
+        (name, of) for name in ("anchors", "positives") for of in (np.mean, min)
+    ):
+        expected = [of([row[f"{name}/{each}"] for each in classes]) for row in rows]
+        assert list(saved[0].axes[4].lines[place].get_ydata()) == pytest.approx(expected)
+    expected = [np.mean([row[f"pixel_turnover/{each}"] for each in classes]) for row in rows]
+    assert list(saved[0].axes[5].lines[0].get_ydata()) == pytest.approx(expected)
 
 
 def test_an_evaluation_leaves_no_features_in_the_tap(tiny, monkeypatch):

@@ -58,8 +58,8 @@ class OCRModel(ProjectingModel):
     Args:
         backbone: the HRNet.
         num_classes, embed_dim, head: of the classifiers and of the `ProjectionHead`.
-        wide: a 3x3 convolution in the auxiliary classifier, as the contrast's authors have it, and biases where they
-            have some; otherwise 1x1, as in the code of OCR's authors.
+        wide: a 3x3 convolution in the auxiliary classifier, as the contrast's authors have it, and their biases in it
+            and in the pixels' representation; otherwise 1x1 and none, as in the code of OCR's authors.
     """
 
     def __init__(
