@@ -35,6 +35,7 @@ from pixcontrast_ext.trainer.comparison import (
     answers,
     mark_of,
     mean_iou,
+    text_of_p,
 )
 from pixcontrast_ext.trainer.files import write_json, write_text
 
@@ -206,7 +207,7 @@ def tables(experiment: Experiment) -> Iterator[str]:
         base = [experiment.value(baseline, seed, outcome) for seed in experiment.seeds_of(arm)]
         means = f"{np.mean(base):.4f}, {experiment.values(arm, outcome).mean():.4f}"
         detectable = "" if math.isnan(pair.detectable) else f"{pair.detectable:.4f}"
-        p = "" if math.isnan(pair.p_holm) else f"{pair.p_holm:.3f}"
+        p = "" if math.isnan(pair.p_holm) else text_of_p(pair.p_holm)
         due = experiment.next_look(arm)
         told = verdict(pair) if due is None else f"not asked before {due} seeds"
         title = f"{arms[arm]}: {PROBED.get(outcome, outcome)}"

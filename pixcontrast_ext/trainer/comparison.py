@@ -230,6 +230,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def text_of_p(p: float) -> str:
+    """With three decimals, or four if it is that small: the fewest choices of signs there are give at least 0.0001."""
+    return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
+
+
 def name_of(arm: str) -> str:
     return NAMES.get(arm, arm)
 
@@ -280,7 +285,7 @@ def table(comparison: Comparison) -> str:
     if several:
         rows.append(["  95 % interval", "", *(f"{each.low:+.4f} to {each.high:+.4f}" for each in found)])
         rows.append(["  detectable", "", *(f"{each.detectable:.4f}" for each in found)])
-        rows.append(["  p by Holm", "", *(f"{each.p_holm:.3f}" for each in found)])
+        rows.append(["  p by Holm", "", *(text_of_p(each.p_holm) for each in found)])
     for outcome in comparison.outcomes[1:]:
         title = f"{outcome} ({len(comparison.rare)})" if outcome == RARE else outcome
         rows.append([title, *(f"{np.mean(comparison.values(arm, outcome)):.4f}" for arm in arms)])
@@ -288,7 +293,7 @@ def table(comparison: Comparison) -> str:
         rows.append(["  difference", "", *(f"{each.mean:+.4f}" for each in found)])
         if several:
             rows.append(["  95 % interval", "", *(f"{each.low:+.4f} to {each.high:+.4f}" for each in found)])
-            rows.append(["  p by Holm", "", *(f"{each.p_holm:.3f}" for each in found)])
+            rows.append(["  p by Holm", "", *(text_of_p(each.p_holm) for each in found)])
     base_seconds, base_memory = (
         of(comparison.baseline) for of in (comparison.seconds, comparison.memory_mib)
     )

@@ -26,7 +26,8 @@ from benchmarks.experiments import (
     verdict,
 )
 from pixcontrast_ext.trainer.compare import CompareConfig, compare
-from pixcontrast_ext.trainer.comparison import ACCURACY, PRIMARY, RARE, holm, paired
+from pixcontrast_ext.trainer.comparison import ACCURACY, PRIMARY, RARE, holm, paired, text_of_p
+from pixcontrast_ext.trainer.demo import ENDING
 
 
 def test_pages_hold_the_tables_of_the_recorded_runs():
@@ -35,6 +36,40 @@ def test_pages_hold_the_tables_of_the_recorded_runs():
         assert experiments.with_tables(page, recorded()) == page, (
             f"{path.name}: run python -m benchmarks.experiments"
         )
+
+
+def test_figures_in_prose_are_those_of_the_runs():
+    """What README and pages tell of an experiment, with the digits that they give."""
+    camvid = read("2026-11-27-camvid")
+    own, common = read("2026-11-28-scenes-own"), read("2026-11-27-scenes")
+
+    def gain(of, arm, outcome=PRIMARY, digits=3):
+        pair = of.answers[arm, outcome]
+        return [f"{each:+.{digits}f}" for each in (pair.mean, pair.low, pair.high)]
+
+    readme, page, settings, start = (
+        " ".join((experiments.ROOT / path).read_text().split())
+        for path in ("README.md", "docs/experiments.md", "docs/settings.md", "docs/getting-started.md")
+    )
+    mean, low, high = gain(camvid, "contrast")
+    assert len(camvid.seeds_of("contrast")) == 12
+    assert f"gained {mean} mIoU on test (95 % interval {low} to {high}; from " in readme
+    assert f"from {camvid.values('off', PRIMARY).mean():.3f})" in readme
+    assert f"show a gain of {mean[1:]}" in page
+    assert f"a gain of {mean[1:]} in mIoU" in settings
+    of_features = sorted(gain(camvid, "contrast", each)[0] for each in experiments.PROBED)
+    assert f"and {of_features[0]} to {of_features[-1]} in what their features are worth" in readme
+    told = [f"{mean} ({low} to {high})" for mean, low, high in (gain(common, "w0.1"), gain(own, "w0.1"))]
+    assert f"gained {' and '.join(told)}." in readme
+    mean, low, high = gain(camvid, "contrast", digits=4)
+    p = text_of_p(camvid.answers["contrast", PRIMARY].p_holm)
+    assert f"by {mean[1:]} on average (95 % interval {low} to {high}, p {p})" in page
+    assert all(camvid.answers["contrast", each].is_shown for each in camvid.outcomes)
+    t = ttest_1samp(camvid.differences("contrast", PRIMARY), 0).statistic
+    assert f"At twelve seeds |t| is {t:.1f}" in page
+    by = gain(own, "w0.1")[0][1:]
+    for text in (page, settings, start, " ".join(ENDING.split())):
+        assert f"a gain of {by}" in text or f"higher by {by}" in text
 
 
 def test_every_recorded_experiment_has_its_table():
