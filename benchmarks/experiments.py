@@ -135,7 +135,7 @@ class Experiment:
         arms = [arm for arm in self.arms if arm != self.baseline and self.seeds_of(arm)]
         asked = [(arm, PRIMARY) for arm in arms] + [(arm, each) for arm in arms for each in self.outcomes[1:]]
         found = answers({question: self.differences(*question) for question in asked})
-        hidden = dict.fromkeys(("low", "high", "detectable", "p", "p_holm"), math.nan)
+        hidden: dict[str, Any] = dict.fromkeys(("low", "high", "detectable", "p", "p_holm"), math.nan)
         early = [arm for arm in arms if self.next_look(arm) is not None]
         return {
             (arm, outcome): replace(pair, **hidden) if arm in early else pair

@@ -177,5 +177,5 @@ def passes(rows: Tensor) -> tuple[Pass, Pass, Pass]:
 
 def scale_of(temperature: float) -> float:
     """log2(e) / temperature, above 0 in fp32 too."""
-    scale: float = LOG2E.value / temperature
-    return max(scale, SMALLEST_SCALE.value)
+    scale: float = max(LOG2E.value / temperature, SMALLEST_SCALE.value)
+    return scale
