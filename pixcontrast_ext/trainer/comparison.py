@@ -231,7 +231,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def text_of_p(p: float) -> str:
-    """With three decimals, or four if it is that small: the fewest choices of signs there are give at least 0.0001."""
+    """With three decimals, or four where these would be zeros; the sign-flip test gives none below 0.0002."""
     return f"{p:.4f}" if p < 0.001 else f"{p:.3f}"
 
 
