@@ -32,6 +32,7 @@ if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
 
 from setuptools import Extension, setup  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
 from setuptools.errors import CompileError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
@@ -341,7 +342,17 @@ class NinjaBuildExt(build_ext):  # type: ignore[misc]  # setuptools takes its ba
         self.copy_file(str(ROOT / module), self.get_ext_fullpath(ext.name))
 
 
+class FreshBuildPy(build_py):  # type: ignore[misc]  # setuptools has no types
+    def run(self) -> None:
+        """Leaves nothing of an earlier build, which would be installed although the source tree has it no more."""
+        super().run()
+        outputs = {Path(path).resolve() for path in self.get_outputs()}
+        for path in (Path(self.build_lib) / "pixcontrast_ext").rglob("*"):
+            if path.suffix in (".py", ".pyi", ".json") and path.resolve() not in outputs:
+                path.unlink()
+
+
 setup(
     ext_modules=[Extension("pixcontrast_ext._C", sources=["csrc/bindings.cpp"])],
-    cmdclass={"build_ext": NinjaBuildExt},
+    cmdclass={"build_ext": NinjaBuildExt, "build_py": FreshBuildPy},
 )

@@ -313,6 +313,24 @@ def test_rebuild_compiles_only_what_changed(toy):
     assert "[3/3]" in build(toy, PIXCONTRAST_CUDA="0").stdout
 
 
+def test_a_module_that_is_gone_is_not_installed(toy):
+    """A tree is built in place by pip, and its build/ has the modules of the last time."""
+    gone = toy / "pixcontrast_ext" / "folder" / "gone.py"
+    gone.parent.mkdir()
+    (gone.parent / "__init__.py").touch()
+
+    def modules():
+        built = run(sys.executable, "setup.py", "build_py", cwd=toy)
+        assert built.returncode == 0, built.stdout
+        return {path.name for path in (toy / "build").rglob("*.py")}
+
+    gone.touch()
+    assert modules() == {"__init__.py", "gone.py"}
+    gone.unlink()
+    assert modules() == {"__init__.py"}
+    assert (toy / "pixcontrast_ext" / "__init__.py").read_text() == '__version__ = "0"\n'
+
+
 def isas_of(build_file):
     """{source: the instruction sets it is compiled for}."""
     found = {}
