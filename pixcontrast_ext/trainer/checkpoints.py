@@ -82,6 +82,12 @@ class CheckpointStore:
         return None
 
 
+def holds_run(out: Path) -> bool:
+    """Whether a folder has anything that a run which starts there would replace."""
+    records = (out / "config.json", out / "train.csv")
+    return any(path.exists() for path in records) or bool(CheckpointStore(out / "checkpoints").paths())
+
+
 def step_of(path: Path) -> int:
     """The step a checkpoint's name tells, 0 for another name."""
     match = _NAME.fullmatch(path.name)

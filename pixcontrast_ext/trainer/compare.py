@@ -30,7 +30,7 @@ from pixcontrast_ext.trainer.config import TrainConfig, flags_of, flatten, load_
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
-from pixcontrast_ext.trainer.files import read_json, write_json
+from pixcontrast_ext.trainer.files import held, read_json, write_json
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.pictures import draw_panels, draw_tsne, pixel_features, spread
 from pixcontrast_ext.trainer.train import Result, read_result, train
@@ -72,6 +72,8 @@ class CompareConfig:
     rare: tuple[str, ...] = ()
     """Classes whose mean IoU is a secondary outcome; those below 2 % of the training pixels unless given."""
     run: TrainConfig = field(default_factory=lambda: TrainConfig(out=Path("runs/compare")))
+    order: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Arms that come before all others: those of the comparison that goes on."""
 
     def arms(self) -> dict[str, list[str]]:
         """The flags of each arm, by its name. Raises ValueError for a name or flags that cannot be."""
@@ -86,7 +88,7 @@ class CompareConfig:
             for flag in ("--seed", "--out", "--steps", "--stop-after", "--branch-from"):
                 if any(each == flag or each.startswith(f"{flag}=") for each in found[name]):
                     raise ValueError(f"--arm {name} has {flag}, which all arms have in common")
-        return found
+        return {name: found[name] for name in dict.fromkeys((*self.order, *found))}
 
     def validate(self) -> None:
         """Raises ValueError that names the first option out of range and its value."""
@@ -165,7 +167,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
 
     Raises:
         ValueError: an option is out of range, or `resume` finds a run that was trained with other options.
-        FileExistsError: the folder holds a comparison or a run already and `resume` is not set.
+        FileExistsError: the folder holds a comparison or a run already and `resume` is not set, or another process
+            is at it.
     """
     saved = config.run.out / "config.json"
     if saved.exists():
@@ -184,19 +187,20 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
             _require_same_options(run)
     with join_ranks(config.run.device) as ranks:
         ranks.wait()  # all have looked at what is there
-        if ranks.is_first:
-            config.run.out.mkdir(parents=True, exist_ok=True)
-            # To go on needs these too; they are no options of a training run, so they stand as comments.
-            chosen = {f"_{name}": getattr(config, name) for name in COMPARE_OPTIONS}
-            write_json(config.run.out / "config.json", {**chosen, **flatten(config.run)})
-        finish_all(list(starts.values()), "val", config.jobs)
-        found = dict(zip(runs, finish_all(list(runs.values()), config.split, config.jobs), strict=True))
-        results = {arm: [found[arm, seed] for seed in config.seeds] for arm in config.arms()}
-        rare = config.rare or rare_classes(config.run)
-        looks = tuple(sorted({*_earlier_looks(config.run.out), len(config.seeds)}))
-        comparison = Comparison(config.seeds, results, config.split, rare, looks)
-        if ranks.is_first:
-            _leave(config, comparison, ranks.device)
+        with held(config.run.out, ranks.is_first):
+            if ranks.is_first:
+                # To go on needs these too; they are no options of a training run, so they stand as comments.
+                chosen = {f"_{name}": getattr(config, name) for name in COMPARE_OPTIONS}
+                chosen["_order"] = list(config.arms())
+                write_json(config.run.out / "config.json", {**chosen, **flatten(config.run)})
+            finish_all(list(starts.values()), "val", config.jobs)
+            found = dict(zip(runs, finish_all(list(runs.values()), config.split, config.jobs), strict=True))
+            results = {arm: [found[arm, seed] for seed in config.seeds] for arm in config.arms()}
+            rare = config.rare or rare_classes(config.run)
+            looks = tuple(sorted({*_earlier_looks(config.run.out), len(config.seeds)}))
+            comparison = Comparison(config.seeds, results, config.split, rare, looks)
+            if ranks.is_first:
+                _leave(config, comparison, ranks.device)
     return comparison
 
 
@@ -204,9 +208,16 @@ def _with_saved(config: CompareConfig, saved: dict[str, Any]) -> CompareConfig:
     """A comparison with the seeds and arms that it had, and those of `config` after them."""
     if "_seeds" not in saved:
         raise FileExistsError(f"{config.run.out} holds a run that is no comparison: choose another --out")
+    before = replace(
+        config,
+        methods=tuple(saved["_methods"]),
+        arm=tuple(saved["_arm"]),
+        order=tuple(saved.get("_order", ())),
+    )
     arms = {text.partition(" ")[0]: text for text in (*saved["_arm"], *config.arm)}
     return replace(
         config,
+        order=tuple(before.arms()),
         seeds=tuple(dict.fromkeys((*saved["_seeds"], *config.seeds))),
         methods=tuple(dict.fromkeys((*saved["_methods"], *config.methods))),
         arm=tuple(arms.values()),
@@ -258,7 +269,7 @@ def finish_all(runs: list[TrainConfig], split: str, jobs: int) -> list[Result]:
         return finished
     if jobs == 1:
         return [finish(run, split) for run in runs]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     # Not a fork: torch's threads do not survive one.
     with (
         _environment(OMP_NUM_THREADS=str(threads), TQDM_DISABLE="1"),

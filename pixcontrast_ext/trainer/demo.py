@@ -10,6 +10,7 @@ from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, 
 from pixcontrast_ext.trainer.data import dataset_spec
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import load_model
+from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.pictures import draw_curves, draw_panels, draw_tsne, pixel_features
 from pixcontrast_ext.trainer.probe import ProbeConfig, probe_model
 from pixcontrast_ext.trainer.probe import table as probe_table
@@ -62,12 +63,25 @@ def run_config(demo: DemoConfig, contrast: str) -> TrainConfig:
 
 
 def demo(config: DemoConfig) -> dict[str, Result]:
-    """Train both, draw the pictures, print the tables. Returns the results by name: "off" and "bank"."""
+    """Train both, draw the pictures, print the tables. Returns the results by name: "off" and "bank".
+
+    An earlier demo's runs are replaced. Raises FileExistsError if the folder has others of these names.
+    """
     configs = {contrast: run_config(config, contrast) for contrast in ("off", "bank")}
+    marker = config.out / "demo.json"
+    for run in configs.values():
+        if run.out.exists() and not marker.exists():
+            raise FileExistsError(
+                f"{run.out} was left by no demo, which would replace it: choose another --out"
+            )
     with join_ranks() as ranks:
-        for run in configs.values():
-            if ranks.is_first and (run.out / "config.json").exists():
-                shutil.rmtree(run.out)
+        ranks.wait()  # all have looked at what is there
+        if ranks.is_first:
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_json(marker, {**vars(config), "out": str(config.out)})
+            for run in configs.values():
+                if run.out.exists():
+                    shutil.rmtree(run.out)
         ranks.wait()
         results = {name: train(run) for name, run in configs.items()}
         if not ranks.is_first:

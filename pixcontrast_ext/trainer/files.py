@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -9,6 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+@contextmanager
+def held(folder: Path, really: bool = True) -> Iterator[None]:
+    """Keep other processes out of a folder for the length of the block, or until this process ends in any way.
+
+    Of the ranks of a run only the first does: `really`. Raises FileExistsError, with the number of the process, if
+    another holds the folder.
+    """
+    if not really:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # Of POSIX's kind, which processes that are forked do not inherit: a run's loaders may outlive it by seconds.
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise FileExistsError(f"{folder} is in use by process {file.read().strip() or '?'}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 @contextmanager

@@ -62,13 +62,16 @@ def predict_folder(
 
     Raises:
         FileNotFoundError: the folder is missing or holds no images.
+        FileExistsError: `out` has masks or overlays that no prediction left, such as the labels of a data set.
         ValueError: two images have one name but for folder and suffix; `ids` of a dataset that has none.
     """
     if ids and spec.ids is None:
         raise ValueError("--ids is given, but the classes of this dataset have no other numbers")
     paths = image_files(images, besides=out)
-    for folder in _FOLDERS:
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    for place in (out / folder for folder in _FOLDERS):
+        if place.is_dir() and any(place.iterdir()) and not (out / "classes.json").exists():
+            raise FileExistsError(f"{place} holds files that no prediction left: choose another --out")
+        place.mkdir(parents=True, exist_ok=True)
     palette, table = colour_table(spec), np.array(spec.ids, np.uint8) if ids else None
     classes = [
         {

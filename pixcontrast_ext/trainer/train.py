@@ -34,7 +34,7 @@ from pixcontrast_ext.tap import FeatureTap
 from pixcontrast_ext.trainer.augment import Augment
 from pixcontrast_ext.trainer.balance import count_classes, median_frequency, read_weights, save_weights
 from pixcontrast_ext.trainer.branch import branch, read_start
-from pixcontrast_ext.trainer.checkpoints import CheckpointStore, read_checkpoint
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore, holds_run, read_checkpoint
 from pixcontrast_ext.trainer.config import LossConfig, OptimConfig, TrainConfig, flatten, save_config
 from pixcontrast_ext.trainer.data import (
     IGNORE,
@@ -46,6 +46,7 @@ from pixcontrast_ext.trainer.data import (
 )
 from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate
+from pixcontrast_ext.trainer.files import held
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
 from pixcontrast_ext.trainer.memory import PeakMemory
 from pixcontrast_ext.trainer.models import build_model, defer_embed_head, drop_embed_head, load_weights
@@ -224,16 +225,17 @@ def train(config: TrainConfig, *, resume: bool = False) -> Result:
 
     Raises:
         ValueError: an option that is out of range or does not fit the data, with its value.
-        FileExistsError: `config.out` holds a run already and `resume` is false.
+        FileExistsError: `config.out` holds a run already and `resume` is false, or another process trains in it.
         CheckpointError: resuming, and every checkpoint is damaged.
         FloatingPointError: the loss or the gradient norm is no longer finite.
     """
     config.validate()
     with join_ranks(config.device) as ranks:
-        if not resume and (config.out / "config.json").exists():
+        if not resume and holds_run(config.out):
             raise FileExistsError(f"{config.out} holds a run already: --resume it or choose another --out")
-        ranks.wait()  # before the first rank makes that very file
-        return _Run(config, ranks, resume).finish()
+        ranks.wait()  # before the first rank makes such a file
+        with held(config.out, ranks.is_first):
+            return _Run(config, ranks, resume).finish()
 
 
 class _Run:

@@ -116,13 +116,16 @@ def test_resume_trains_what_is_missing_and_nothing_else(config):
 
 
 def test_resume_adds_and_drops_nothing(config):
-    config = replace(config, seeds=(3,), methods=("off",), arm=("plain --contrast batch",))
+    config = replace(config, seeds=(3,), methods=(), arm=("none --contrast off", "plain --contrast batch"))
     compare(config)
-    grown = compare(replace(config, seeds=(4,), methods=(), arm=("cold --temperature 0.05",)), resume=True)
+    # What comes later stands behind, so that the differences stay those to the first.
+    compare(replace(config, methods=("off",), arm=()), resume=True)
+    grown = compare(replace(config, seeds=(4,), arm=("cold --temperature 0.05",)), resume=True)
     assert grown.seeds == (3, 4)
-    assert list(grown.results) == ["off", "plain", "cold"]
+    assert grown.baseline == "none"
+    assert list(grown.results) == ["none", "plain", "off", "cold"]
     told = json.loads((config.run.out / "compare.json").read_text())
-    assert list(told["arms"]) == ["off", "plain", "cold"]
+    assert list(told["arms"]) == ["none", "plain", "off", "cold"]
     assert told["looks"] == list(grown.looks) == [1, 2]
     with pytest.raises(ValueError, match=r"plain-seed3 was trained with --temperature 0.1, now 0.3"):
         compare(replace(config, arm=("plain --contrast batch --temperature 0.3",)), resume=True)

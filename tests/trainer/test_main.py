@@ -137,6 +137,7 @@ def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):
         (config.out / name).mkdir(parents=True)
         for left in ("config.json", "train.csv"):
             (config.out / name / left).write_text("no longer there")
+    (config.out / "demo.json").touch()
     results = demo(config)
     assert all(read_rows(config.out / name / "train.csv") for name in results)
     printed = capsys.readouterr().out
@@ -161,6 +162,9 @@ def test_only_the_first_rank_clears_an_earlier_demo(tmp_path, monkeypatch, rank)
     earlier = tmp_path / "off" / "config.json"
     earlier.parent.mkdir()
     earlier.write_text("{}")
+    with pytest.raises(FileExistsError, match="off was left by no demo"):
+        demo(DemoConfig(out=tmp_path))
+    (tmp_path / "demo.json").touch()
     with pytest.raises(KeyboardInterrupt):
         demo(DemoConfig(out=tmp_path))
     assert earlier.exists() == (rank == 1)

@@ -171,6 +171,16 @@ def test_what_was_predicted_is_not_predicted_again(run, photos, tmp_path):
         shutil.rmtree(photos / "predicted", ignore_errors=True)
 
 
+def test_masks_of_a_data_set_are_not_replaced(run, photos, tmp_path, capsys):
+    truth = tmp_path / "data" / "masks" / "one.png"
+    truth.parent.mkdir(parents=True)
+    truth.write_bytes(b"the truth")
+    arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(tmp_path / "data")]
+    assert main(["predict", *arguments]) == 2
+    assert f"error: {truth.parent} holds files that no prediction left" in capsys.readouterr().err
+    assert truth.read_bytes() == b"the truth"
+
+
 def test_folders_within_are_predicted_and_masks_may_hold_the_datasets_ids(run, tmp_path):
     """As for Cityscapes: its test images lie in a folder for each city, and its server takes labelIds."""
     images = tmp_path / "test"
