@@ -268,6 +268,15 @@ def test_object_context_is_the_papers_formulas():
                 torch.testing.assert_close(result[image].flatten(1).T[i], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["compact", "deeplabv3_resnet50", "hrnet_w18_ocr"])
+def test_all_but_the_head_starts_the_same_whatever_the_head(name):
+    starts = []
+    for embed_dim, head in ((16, "convmlp"), (24, "convmlp"), (16, "linear")):
+        torch.manual_seed(0)
+        starts.append(drop_embed_head(build_model(name, 5, embed_dim, head)).state_dict())
+    assert all(torch.equal(start[key], starts[0][key]) for start in starts for key in start)
+
+
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "hrnet_w18", "hrnet_w18_ocr"])
 def test_contrast_leaves_no_trace(name):
     model = build_model(name, 5, 16).eval()

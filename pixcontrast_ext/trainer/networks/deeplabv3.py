@@ -58,6 +58,14 @@ def torchvision_heads(channels: int, middle_channels: int, num_classes: int) -> 
     return DeepLabHead(channels, num_classes, atrous_rates=_RATES), FCNHead(middle_channels, num_classes)
 
 
+def _start_as_authors(*heads: nn.Module) -> None:
+    for module in (module for head in heads for module in head.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class DeepLabV3(ProjectingModel):
     """Atrous spatial pyramid pooling at rates 12, 24 and 36 over the last stage of a ResNet at stride 8.
 
@@ -77,13 +85,12 @@ class DeepLabV3(ProjectingModel):
         heads = wide_heads if wide else torchvision_heads
         self.backbone = backbone
         self.seg_head, self.aux_head = heads(backbone.channels, backbone.middle_channels, num_classes)
+        if wide:
+            _start_as_authors(self.seg_head, self.aux_head)
+        # Last, so that all else starts the same whatever its size.
         self.embed_head = ProjectionHead(backbone.channels, embed_dim, head)
         if wide:
-            for module in (*self.seg_head.modules(), *self.aux_head.modules(), *self.embed_head.modules()):
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+            _start_as_authors(self.embed_head)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits "seg" and, in training, "aux", and embeddings "embed" where there is a head, at stride 8.
