@@ -64,6 +64,7 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        checks.check_at_least(2, num_classes=num_classes)  # a binary mask has two
         self.contrast = PixelContrastLoss(
             num_classes,
             weight=weight,
@@ -90,6 +91,10 @@ class PixelContrastCrossEntropyLoss(nn.Module):
         if class_weights is not None:
             device = class_weights.device if isinstance(class_weights, Tensor) else torch.device("cpu")
             checks.check_weights("class_weights", class_weights, (num_classes,), device)
+            if class_weights.requires_grad:
+                raise ValueError(
+                    "class_weights must not require a gradient: they have none in a cross-entropy"
+                )
         self.align_corners = bool(align_corners)
         self.register_buffer("class_weights", class_weights)
         # A copy, for the case that the buffer is given memory that nobody fills.

@@ -34,8 +34,8 @@ def compare_gradients(loss: Tensor, other: Tensor, shared: Tensor) -> tuple[Tens
         shared: any tensor that both depend on, such as the backbone's feature map.
 
     Returns:
-        |d loss / d shared| / |d other / d shared|, and the cosine of the two gradients: scalars on the device, NaN
-        where the latter, or one of both, is zero.
+        |d loss / d shared| / |d other / d shared|, and the cosine of the two gradients: scalars on the device. Where
+        the latter is zero the ratio is inf, or NaN if both are; the cosine is NaN where one of both is.
 
     Raises:
         RuntimeError: a loss that does not depend on `shared`.

@@ -24,7 +24,7 @@ from pixcontrast_ext.ops.priority import PriorityStream, draw_priority, same_dra
 from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, part_of_samples, sample, share_of
 from pixcontrast_ext.ops.signature import INT32_MAX
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
-from pixcontrast_ext.project import Candidates, Head, Source, draw_candidates, project
+from pixcontrast_ext.project import Candidates, Head, Source, check_head, draw_candidates, project
 from pixcontrast_ext.settings import bank_for, built
 
 
@@ -90,8 +90,8 @@ class PixelContrastLoss(nn.Module):
             anew in every call, and ranked by cosine, which takes `normalize`.
         generator: for the draws of anchors and of the bank's pixels, so that they do not move torch's own; of the
             device of the labels. It is not part of the state dict. None means torch's own.
-        head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1]. Or the settings of a
-            `ProjectionHead`.
+        head: see above; from features [1, C_in, N, 1] to embeddings [1, D, N, 1], each pixel by itself. Or the
+            settings of a `ProjectionHead`.
         bank_samples, region_views: with a head, the most pixels that a call projects for the bank, of all classes in
             all images together and of one class in one image.
         backend: see `available_backends`.
@@ -133,8 +133,8 @@ class PixelContrastLoss(nn.Module):
         checks.check_at_least(1, at_most=INT32_MAX, **counts)
         checks.check_at_least(1, max_views=max_views, region_views=region_views)
         head = built("head", ProjectionHead, head)
-        if head is not None and not callable(head):
-            raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
+        if head is not None:
+            check_head(head)
         checks.check_at_least(
             0, warmup_steps=warmup_steps, min_pixels=0 if min_pixels is None else min_pixels
         )
@@ -144,7 +144,7 @@ class PixelContrastLoss(nn.Module):
             raise ValueError(f"max_samples_over must be 'rank' or 'ranks', got {max_samples_over!r}")
         check_temperature("temperature", temperature)
         check_temperature("base_temperature", temperature if base_temperature is None else base_temperature)
-        checks.check_ignore_index(ignore_index)
+        checks.check_ignore_index(ignore_index, num_classes)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         bank = bank_for(bank, num_classes=num_classes, ignore_index=ignore_index, normalize=normalize)

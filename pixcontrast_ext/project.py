@@ -7,7 +7,7 @@ and in memory, than all that follows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,30 @@ from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, sample
 
 Head = Callable[[Tensor], Tensor]
-"""From features [1, C_in, N, 1] to embeddings [1, D, N, 1]."""
+"""From features [1, C_in, N, 1] to embeddings [1, D, N, 1], each pixel by itself."""
+
+_OF_SEVERAL_PIXELS = (
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+"""Layers that would mix rows, which are pixels of any images. Batch norm does on a map what it does here."""
+
+
+def check_head(head: Any) -> None:
+    """Raise TypeError for a head that cannot be called, ValueError for one with a layer that reads several pixels."""
+    if not callable(head):
+        raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
+    for name, layer in head.named_modules() if isinstance(head, nn.Module) else ():
+        wide = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) != {1}
+        if wide or isinstance(layer, _OF_SEVERAL_PIXELS):
+            raise ValueError(
+                f"head must read each pixel by itself, but its layer {name or 'itself'!r}, {layer}, reads several: "
+                "leave it to the model and give the loss embeddings, or the features behind it"
+            )
 
 
 class Candidates(NamedTuple):

@@ -57,4 +57,8 @@ def bank_for(
         raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
     if bank.normalize != normalize:
         raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
+    if bank.region_slots + bank.pixel_slots == 0:
+        raise ValueError(
+            "the bank has no slots: raise region_slots=0 or pixel_slots=0, or leave the bank out"
+        )
     return bank

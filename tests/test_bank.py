@@ -98,6 +98,11 @@ def test_a_loss_refuses_the_bank_of_another_problem(change, message):
         PixelContrastLoss(**change, bank=make())
 
 
+def test_a_loss_refuses_a_bank_that_never_holds_a_key():
+    with pytest.raises(ValueError, match="the bank has no slots"):
+        PixelContrastLoss(3, bank=dict(embed_dim=5, region_slots=0, pixel_slots=0))
+
+
 # Views, moves, copies
 
 

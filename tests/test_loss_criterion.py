@@ -6,12 +6,13 @@ import copy
 import inspect
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pixcontrast_ext import PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
+from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
 from tests.support.losses import bank_of, batch
 
 
@@ -162,12 +163,28 @@ def test_bf16_autocast(quick_backend):
             dict(class_weights=torch.tensor([1.0, -1.0, 1.0, 1.0])),
             r"class_weights\[1\] is -1.0, expected 0 <= weight < inf",
         ),
+        (dict(class_weights=torch.ones(4, requires_grad=True)), "class_weights must not require a gradient"),
         (dict(temperature=-1), "temperature must be positive and finite, got -1"),
+        (dict(num_classes=1), "num_classes must be at least 2, got 1"),
     ],
 )
 def test_bad_settings_of_the_sum(settings, message):
     with pytest.raises(ValueError, match=message):
-        PixelContrastCrossEntropyLoss(4, **settings)
+        PixelContrastCrossEntropyLoss(**{"num_classes": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignore_index", "warns"),
+    [(256, 255, True), (255, 255, False), (256, -1, False), (256, 0, False)],
+)
+def test_a_class_that_the_default_ignores_is_told(classes, ignore_index, warns):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        PixelContrastCrossEntropyLoss(classes, ignore_index=ignore_index)
+        MemoryBank(classes, 4, ignore_index=ignore_index, region_slots=1, pixel_slots=1)
+    messages = [str(each.message) for each in told if "ignore_index" in str(each.message)]
+    assert len(messages) == 2 * warns
+    assert all(message.startswith("class 255 of 256 is left out") for message in messages)
 
 
 @pytest.mark.parametrize("value", [4, -1, 300])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -97,9 +99,17 @@ def check_at_least(minimum: int, *, at_most: int = _MOST, **values: int | None) 
             raise ValueError(f"{name} must be at most {at_most}, got {value}")
 
 
-def check_ignore_index(value: int) -> None:
-    """Raise TypeError or ValueError unless this may be a label: an integer of 64 bits."""
+def check_ignore_index(value: int, num_classes: int) -> None:
+    """Raise TypeError or ValueError unless this may be a label: an integer of 64 bits.
+
+    Warns where it is 255, which few have chosen, and 255 is a class.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index must be an int, got {value!r}")
     if not -_MOST <= value <= _MOST:
         raise ValueError(f"ignore_index must be from {-_MOST} to {_MOST}, got {value}")
+    if value == 255 < num_classes:
+        warnings.warn(
+            f"class 255 of {num_classes} is left out, since ignore_index is 255: give one that is no class, such as -1",
+            stacklevel=3,
+        )
