@@ -172,7 +172,9 @@ def run_eval(args: Sequence[str]) -> None:
         spec = dataset_spec(config.data.dataset)
         data = replace(config.data, root=command.root or config.data.root)
         dataset = spec.build(data, command.split)
-        if command.original_size and isinstance(dataset, LabelledFiles):
+        if command.original_size:
+            if not isinstance(dataset, LabelledFiles):
+                raise ValueError(f"--original-size is of files, which {config.data.dataset!r} has none of")
             dataset.resize = replace(dataset.resize, labels=False)
         loader = eval_loader(
             dataset,

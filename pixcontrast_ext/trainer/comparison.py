@@ -196,18 +196,18 @@ def paired(differences: np.ndarray, questions: int = 1) -> Paired:
 def _detectable(pairs: int, questions: int) -> float:
     """The difference, in standard deviations of a pair, that `is_shown` finds with `POWER`, of normal differences.
 
-    The other questions of the family are taken to have no answer. By trial for so few pairs that the sign-flip test is
-    coarse; with more it finds what Student's t does.
+    By trial, with the other questions of the family taken to have no answer.
     """
     from scipy.stats import t
 
     if pairs < fewest_pairs(questions):
         return math.nan
-    if pairs > 13:
-        half = t.ppf(1 - LEVEL / (2 * questions), pairs - 1)
-        return float(half + t.ppf(POWER, pairs - 1)) / math.sqrt(pairs)
-    noise = np.random.default_rng(0).standard_normal((1000, pairs))
-    signs = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=pairs - 1)])
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((1000, pairs))
+    if pairs <= 13:
+        signs = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=pairs - 1)])
+    else:
+        signs = np.concatenate([np.ones((1, pairs)), rng.choice((1.0, -1.0), (9999, pairs))])
     sums, shifts = noise @ signs.T, signs.sum(1)
     critical = t.ppf(1 - LEVEL / 2, pairs - 1) * np.std(noise, axis=1, ddof=1) * math.sqrt(pairs)
     low, high = 0.0, 20.0

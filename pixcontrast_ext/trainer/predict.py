@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
 from pixcontrast_ext.trainer.data import DatasetSpec, resize_of
-from pixcontrast_ext.trainer.datasets.labelled import read_image, require_folder
+from pixcontrast_ext.trainer.datasets.labelled import as_rgb, read_image, require_folder
 from pixcontrast_ext.trainer.files import replacing, write_json
 from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.pictures import colour_table
@@ -87,7 +87,7 @@ def predict_folder(
         # None: only a terminal gets a bar.
         for name, path in tqdm(paths.items(), desc="predicting", unit="image", disable=None):
             try:
-                image = _upright(read_image(path)).convert("RGB")
+                image = as_rgb(_upright(read_image(path)), path)
             except ValueError as error:
                 problems.append(str(error))
                 continue

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import ttest_rel
+from scipy.stats import nct, t, ttest_rel
 
 from pixcontrast_ext.trainer import __main__ as entry
 from pixcontrast_ext.trainer.__main__ import main
@@ -309,6 +309,16 @@ def test_the_detectable_effect_is_found_four_times_in_five(pairs, questions):
     for _ in range(300):
         found += paired(rng.normal(effect, 1, pairs), questions).is_shown
     assert found / 300 == pytest.approx(0.8, abs=0.07)
+
+
+@pytest.mark.parametrize(("pairs", "questions"), [(14, 1), (14, 20), (30, 20)])
+def test_of_many_pairs_students_t_would_find_the_detectable_effect_as_often(pairs, questions):
+    """Of normal differences it is the better of the two tests that have to agree."""
+    alternating = np.resize([1.0, -1.0], pairs)
+    effect = paired(alternating, questions).detectable / np.std(alternating, ddof=1)
+    critical = t.ppf(1 - 0.05 / (2 * questions), pairs - 1)
+    power = nct.sf(critical, pairs - 1, effect * math.sqrt(pairs))
+    assert 0.79 < power < 0.86
 
 
 def test_looking_again_after_more_seeds_is_told(comparison):

@@ -162,6 +162,19 @@ def test_camvid_names_an_unreadable_file(camvid):
         CamVid(root, "train")[1]
 
 
+@pytest.mark.parametrize("values", [np.full((36, 48), 40_000, np.uint16), np.full((36, 48), 0.5, np.float32)])
+def test_images_of_more_than_8_bits_are_refused(camvid, tmp_path, values):
+    """Pillow would make all of the first white and of the second black."""
+    root = camvid()
+    path = tmp_path / "deep.tif"
+    Image.fromarray(values).save(path)
+    path.replace(root / "train" / "train1.png")
+    with pytest.raises(
+        ValueError, match=r"train1\.png has 16 or 32 bits a pixel in one channel \(mode (I;16|F)"
+    ):
+        CamVid(root, "train")[1]
+
+
 def test_registry_describes_every_dataset(camvid, cityscapes, pascal_context, coco_stuff, coco_stuff_10k):
     roots = {
         "synthetic": None,

@@ -10,6 +10,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pixcontrast_ext.trainer import train
+from pixcontrast_ext.trainer.__main__ import main
 from pixcontrast_ext.trainer.checkpoints import CheckpointStore
 from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
 from pixcontrast_ext.trainer.data import eval_loader
@@ -99,6 +100,13 @@ def test_an_exported_model_is_that_of_the_run_without_what_only_training_needs(t
     with torch.no_grad():
         assert set(model(torch.rand(1, 3, 32, 48))) == {"seg"}
     assert [each.name for each in path.parent.iterdir()] == ["model.pt"]
+
+
+def test_the_size_of_files_that_there_are_not(tiny, capsys):
+    config = tiny("run", "off", steps=1)
+    train.train(config)
+    assert main(["eval", "--checkpoint", str(config.out), "--original-size"]) == 2
+    assert "--original-size is of files, which 'synthetic' has none of" in capsys.readouterr().err
 
 
 def test_a_run_says_how_it_is_evaluated_and_flags_override_it(tiny, camvid, tmp_path, monkeypatch, capsys):

@@ -87,7 +87,7 @@ class LabelledFiles(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         image_path, label_path = self.pairs[index]
-        image = read_image(image_path).convert("RGB")
+        image = as_rgb(read_image(image_path), image_path)
         values = self._read_label(label_path)
         if values.shape != (image.height, image.width):
             sizes = f"{values.shape[1]}x{values.shape[0]}", f"{image.width}x{image.height}"
@@ -202,6 +202,15 @@ def read_image(path: Path) -> Image.Image:
     ) as error:  # as Pillow's readers do
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     return image
+
+
+def as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """An image in the colours that the networks take. Raises ValueError for one whose channel has more than 8 bits."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{path} has 16 or 32 bits a pixel in one channel (mode {image.mode}), which 8 bits would cut off: scale it"
+        )
+    return image.convert("RGB")
 
 
 def require_folder(folder: Path) -> None:
