@@ -252,6 +252,8 @@ def test_weight_may_be_changed_within_its_limits():
     assert criterion.contrast.warmup_steps == 7
     with pytest.raises(ValueError, match="weight must be finite and not negative, got -3"):
         criterion.weight = -3
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+        criterion.warmup_steps = -1
     with pytest.raises(TypeError, match=r"weight, .* must be a number \(class_weights are .*, got Tensor"):
         PixelContrastLoss(4, weight=torch.tensor(0.1))
 
