@@ -131,6 +131,23 @@ def test_extreme_logits(backend, temperature, scale):
     assert error(found[2], expected[2]) <= 2e-6 + 1e-6 * logit
 
 
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_temperature_beyond_float32(backend, instruction_set, temperature, in_batch):
+    rows, labels = torch.randn(9, 4), torch.arange(9) % 3
+    settings = dict(temperature=temperature, exclude_self=in_batch)
+    losses = []
+    for name in (backend, "reference"):
+        anchors, keys = (rows.clone().requires_grad_() for _ in range(2))
+        losses.append(
+            infonce(anchors, labels, anchors if in_batch else keys, labels, **settings, backend=name)
+        )
+        losses[-1].backward()
+        assert anchors.grad.abs().max() <= 1e-28
+        assert in_batch or keys.grad.abs().max() <= 1e-28
+    torch.testing.assert_close(*losses)
+
+
 def test_in_batch_uses_symmetry(backend):
     for exclude_self in (True, False):
         anchors, anchor_labels, _, _ = draw_rows(261, 1, 40, 6)

@@ -17,12 +17,17 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Of scores: -inf times 0 would be NaN.
+constexpr float kSmallestScale = 1e-37f;
+
 // Anchors that meet the tiles of keys together. More would read a packed tile less often, but their sums
 // would leave the core's cache.
 constexpr int64_t kBlockAnchors = 1024;
 
 // Packed tiles, of which each of so many threads can have its own; 1 MiB each at D = 256 in fp32.
 constexpr int32_t kMostPanels = 4;
+
+float scale_of(double temperature) { return std::max(float(kLog2E / temperature), kSmallestScale); }
 
 template <class T>
 std::unique_ptr<T[]> uninitialised(int64_t size) {
@@ -227,7 +232,7 @@ class Sums {
         pos_counts_(block.size) {}
 
   ForwardSums fields() {
-    return {.scale = float(kLog2E / call_.temperature),
+    return {.scale = scale_of(call_.temperature),
             .neg_min = or_null(neg_min_),
             .pos_max = or_null(pos_max_),
             .shift = shift_.data(),
@@ -253,7 +258,7 @@ class Sums {
                              .loss_sum = loss_sum_.data(),
                              .pos_weight_sum = pos_weight_sum_.data(),
                              .pos_counts = pos_counts_.data(),
-                             .scale = float(kLog2E / call_.temperature),
+                             .scale = scale_of(call_.temperature),
                              .temperature = float(call_.temperature),
                              .loss = call_.loss,
                              .neg_lse = call_.neg_lse,
@@ -329,7 +334,7 @@ void contrast_backward(const ContrastBackwardParams& p) {
       push[i] = alone ? 0.f : per_logit * p.pos_weight[anchor];
     }
     std::vector<float> grad(block.size * p.channels);
-    vector_kernels().symmetric_backward({symmetric.rows(), float(kLog2E / p.temperature), or_null(neg_min),
+    vector_kernels().symmetric_backward({symmetric.rows(), scale_of(p.temperature), or_null(neg_min),
                                          or_null(pos_max), neg_lse_log2.data(), push.data(), pull.data(),
                                          residual.data(), grad.data()});
     for (int64_t i = 0; i < block.size; ++i)

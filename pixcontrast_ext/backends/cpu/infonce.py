@@ -32,6 +32,12 @@ BLOCK_A = 1024
 BLOCK_K = 1024
 
 LOG2_E = math.log2(math.e)
+SMALLEST_SCALE = 1e-37  # -inf times 0 would be NaN
+
+
+def _scale(temperature: float) -> float:
+    """What dot products are multiplied by."""
+    return max(LOG2_E / temperature, SMALLEST_SCALE)
 
 
 def _widen(source: Tensor, indices: Tensor | None, rows: Tensor) -> Tensor:
@@ -216,7 +222,7 @@ def _forward(call: InfonceForward, negatives: _Rows, neg_min: Tensor | None, pos
     for block in _anchor_blocks(call.anchors, call.anchor_labels):
         sums = _Sums(len(block), call.anchors.shape[1], call.anchor_grad is not None)
         thresholds = _Thresholds(block, call) if isinstance(call, MinedForward) else None
-        walk.sum_up(block, LOG2_E / call.temperature, call.exclude_self, sums, thresholds)
+        walk.sum_up(block, _scale(call.temperature), call.exclude_self, sums, thresholds)
         native.launch(
             "infonce_finish",
             num_rows=len(block),
@@ -224,7 +230,7 @@ def _forward(call: InfonceForward, negatives: _Rows, neg_min: Tensor | None, pos
             anchor_index=block.index,
             **vars(sums),
             weight_sum=sums.sum,
-            scale=LOG2_E / call.temperature,
+            scale=_scale(call.temperature),
             temperature=call.temperature,
             **outputs,
             threads=torch.get_num_threads(),
@@ -411,7 +417,7 @@ def _score_gradients(
         pos_max=threshold(factors, "pos_max"),
         row_neg_min=threshold(row_factors, "neg_min"),
         row_pos_max=threshold(row_factors, "pos_max"),
-        scale=LOG2_E / temperature,
+        scale=_scale(temperature),
         threads=torch.get_num_threads(),
     )
 
