@@ -207,6 +207,18 @@ def test_zero_rows_are_not_stored(backend):
     assert bank.pixel_fill.tolist() == [0, 4, 6]
 
 
+@pytest.mark.parametrize("channels", [2, 40, 256])
+def test_opposite_pixels_far_apart_have_no_mean(backend, channels):
+    """64 pixels apart, so that a lane that takes every so many pixels adds one to the other."""
+    embeddings = torch.zeros(5, channels, 1, 65)
+    embeddings[..., 0] = torch.randn(5, channels, 1)
+    embeddings[..., 64] = -embeddings[..., 0]
+    bank, _ = make_bank(1, channels, 9, 9, 2)
+    priority = torch.arange(65, dtype=torch.int32).expand(5, 1, 65)
+    bank.enqueue(embeddings, torch.zeros(5, 1, 65).long(), priority=priority, backend=backend)
+    assert not bank.region_fill.any()
+
+
 def test_refused_rows_leave_no_hole(backend):
     """Rows that are not stored do not advance the pointer, even in the middle of a ring."""
     bank, rings = make_bank(1, 4, 3, 5, 3)

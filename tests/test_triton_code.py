@@ -170,6 +170,24 @@ def test_no_product_in_flight_loses_its_input(found):
         assert not any(loop["overwritten"] for loop in kernel["loops"]), kernel
 
 
+def test_sums_of_regions_are_of_rounded_pixels(tmp_path):
+    """Opposite pixels add up to 0. Of one or two channels the squares are not fused either, so nothing is."""
+    script = """
+from tools import triton_code
+for job in triton_code.smallest_jobs(90, whole=False):
+    if job.kernel == "collect_regions_kernel":
+        print(triton_code.compile_job(job).fused)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["0"] * 4, done.stderr[-3000:]
+
+
 def test_registers_are_those_of_the_table(found):
     path = triton_code.table_path()
     if not path.exists():

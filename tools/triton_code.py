@@ -124,6 +124,7 @@ class Code:
     shared: int
     buffers: int  # fewest buffers of a tile of columns in shared memory; 0: no asynchronous copies
     replicated: bool  # several warps compute the same product
+    fused: int  # products of two fp32 numbers that are added to a third before they are rounded
     loops: tuple[Loop, ...]
     seconds: float  # to compile it, including what Triton then caches for all kernels
 
@@ -440,6 +441,7 @@ def compile_job(job: Job) -> Code:
         compiled.metadata.shared,
         min(buffers, default=0),
         replicated(compiled.asm["ttgir"]),
+        compiled.asm["ptx"].count("fma.rn.f32"),
         loops_of(sass),
         seconds,
     )

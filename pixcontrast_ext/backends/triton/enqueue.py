@@ -16,7 +16,7 @@ import triton.language as tl
 
 from pixcontrast_ext.backends.calls import Collect, Write
 from pixcontrast_ext.backends.triton import launch, pixels
-from pixcontrast_ext.backends.triton.numerics import rounded_to
+from pixcontrast_ext.backends.triton.numerics import product, rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
 from pixcontrast_ext.backends.triton.pools import select_threshold, sort_pools
 
@@ -73,8 +73,8 @@ def collect_regions_kernel(
                 mask=(d < channels)[:, None] & (i < end)[None, :],
                 other=0.0,
             ).to(tl.float32)
-            if NORMALIZE:
-                value *= inverse_norm(tl.sum(value * value, 0))[None, :]
+            if NORMALIZE:  # rounded, so that opposite pixels add up to 0
+                value = product(value, inverse_norm(tl.sum(value * value, 0))[None, :])
             total += value
         place = image * (shares + num_classes) + share + label
         tl.store(sums + place * channels + d, tl.sum(total, 1), mask=d < channels)
