@@ -197,7 +197,8 @@ struct NegativesParams {
 struct PositivesParams {
   float* scores;  // [rows, keys] in: dot products; out: sigma of eq. (4), 0 for the pair (i, i)
   int64_t num_rows, num_keys;
-  const float* neg_lse_log2;    // [rows]
+  const float* shift;           // [rows], of pass 1
+  const float* sum_log2;        // [rows], the logarithm of its sum
   const int64_t* anchor_index;  // [rows], or null without exclude_self
   const int64_t* key_index;     // [keys], or null without exclude_self
   const float* pos_max;         // [rows], dot products from it on take no part; or null
@@ -206,8 +207,8 @@ struct PositivesParams {
   double* pos_weight_sum;  // [rows] in and out: S of eq. (4)
   int64_t* pos_counts;     // [rows] in and out
   int32_t threads;
-  PXC_FIELDS((), scores, num_rows, num_keys, neg_lse_log2, anchor_index, key_index, pos_max, scale, loss_sum,
-             pos_weight_sum, pos_counts, threads)
+  PXC_FIELDS((), scores, num_rows, num_keys, shift, sum_log2, anchor_index, key_index, pos_max, scale,
+             loss_sum, pos_weight_sum, pos_counts, threads)
 };
 
 struct CountScoresParams {

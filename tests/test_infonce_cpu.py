@@ -235,6 +235,19 @@ def test_scores_beyond_all_room_for_a_shift(instruction_set, in_batch):
     torch.testing.assert_close(loss[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 1e-6, 1e-12])
+def test_equal_scores_are_equal_whatever_their_size(instruction_set, temperature):
+    """A positive and n negatives that are one vector give ln(n + 1), however few digits a score has after the point."""
+    if fused_dtype(torch.float32) is None:
+        pytest.skip(f"{instruction_set} leaves the products to torch, where equal rows have unequal ones")
+    anchors, key = F.normalize(torch.randn(64, 32), dim=1), F.normalize(torch.randn(1, 32), dim=1)
+    for n in (1, 3, 100):
+        labels = torch.zeros(64, dtype=torch.int32), (torch.arange(n + 1) > 0).int()
+        settings = dict(temperature=temperature, reduction="none", backend="cpu")
+        loss = infonce(anchors, labels[0], key.repeat(n + 1, 1), labels[1], **settings)
+        torch.testing.assert_close(loss, torch.full((64,), math.log(n + 1)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_anchors_with_each_other_hide_nothing(instruction_set, value):
     """A non-finite anchor in the first and last places of panels and sides must show in the loss of all others."""

@@ -26,8 +26,9 @@ def positives(scores, neg_lse):
     sigma = scores.clone()[:, None]
     loss, weight, count = torch.zeros(n).double(), torch.zeros(n).double(), torch.zeros(n, dtype=torch.int64)
     native.launch(
-        "infonce_positives", scores=sigma, num_rows=n, num_keys=1, neg_lse_log2=neg_lse, anchor_index=None,
-        key_index=None, pos_max=None, scale=1.0, loss_sum=loss, pos_weight_sum=weight, pos_counts=count, threads=1,
+        "infonce_positives", scores=sigma, num_rows=n, num_keys=1, shift=torch.zeros(n), sum_log2=neg_lse,
+        anchor_index=None, key_index=None, pos_max=None, scale=1.0, loss_sum=loss, pos_weight_sum=weight,
+        pos_counts=count, threads=1,
     )  # fmt: skip
     assert (count == 1).all()
     assert torch.equal(weight.nan_to_num(), sigma[:, 0].double().nan_to_num())

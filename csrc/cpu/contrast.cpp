@@ -224,7 +224,7 @@ class Sums {
         shift_(block.size, -kInfinity),
         sum_(block.size),
         weight_sum_(block.dtype == DType::kBFloat16 ? block.size : 0),
-        neg_lse_log2_(block.size),
+        sum_log2_(block.size),
         negatives_(call.anchor_grad ? block.size * call.channels : 0),
         positives_(negatives_.size()),
         loss_sum_(block.size),
@@ -238,7 +238,7 @@ class Sums {
             .shift = shift_.data(),
             .sum = sum_.data(),
             .weight_sum = or_null(weight_sum_),
-            .neg_lse_log2 = neg_lse_log2_.data(),
+            .sum_log2 = sum_log2_.data(),
             .negatives = or_null(negatives_),
             .positives = or_null(positives_),
             .loss_sum = loss_sum_.data(),
@@ -271,7 +271,7 @@ class Sums {
  private:
   const ContrastForwardParams& call_;
   const Block& block_;
-  std::vector<float> neg_min_, pos_max_, shift_, sum_, weight_sum_, neg_lse_log2_, negatives_, positives_;
+  std::vector<float> neg_min_, pos_max_, shift_, sum_, weight_sum_, sum_log2_, negatives_, positives_;
   std::vector<double> loss_sum_, pos_weight_sum_;
   std::vector<int64_t> pos_counts_;
 };

@@ -71,7 +71,7 @@ struct ForwardSums {
   float* shift;            // [rows] in (-inf) and out: running shift, a dot product
   float* sum;              // [rows] in (0) and out: of exp2((dot product - shift) * scale)
   float* weight_sum;       // [rows] in (0) and out: of the bf16 weights that O is made of; unused by fp32
-  float* neg_lse_log2;     // [rows] out
+  float* sum_log2;         // [rows] out: the logarithm of sum
   float* negatives;        // [rows, D] in (0) and out: O of pass 1, times sum; null without gradient
   float* positives;        // [rows, D] in (0) and out: G of pass 2; null without gradient
   double* loss_sum;        // [rows] in (0) and out: sum of eq. (2)

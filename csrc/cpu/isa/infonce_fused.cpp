@@ -371,7 +371,8 @@ class Forward {
     const PositivesParams p{.scores = nullptr,
                             .num_rows = p_.num_rows,
                             .num_keys = num_keys,
-                            .neg_lse_log2 = p_.neg_lse_log2,
+                            .shift = p_.shift,
+                            .sum_log2 = p_.sum_log2,
                             .anchor_index = p_.anchor_index,
                             .key_index = walk_.tile().keys,
                             .pos_max = p_.pos_max,
@@ -415,8 +416,7 @@ void forward(const FusedForwardParams& p) {
     forward.negatives();
 #pragma omp barrier
 #pragma omp for
-    for (int64_t i = 0; i < p.num_rows; ++i)
-      p.neg_lse_log2[i] = float(double(p.shift[i]) * p.scale + std::log2(double(p.sum[i])));
+    for (int64_t i = 0; i < p.num_rows; ++i) p.sum_log2[i] = float(std::log2(double(p.sum[i])));
     forward.positives();
   }
 }

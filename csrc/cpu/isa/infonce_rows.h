@@ -5,7 +5,8 @@
 // kSlack, because every move rescales a row of O. It is a dot product as they are, and subtracted before the
 // scale is applied: of huge products a compiler that fuses the scale with the subtraction would leave
 // rounding errors, and hide an overflow. Any shift gives the same result as long as nothing overflows, and
-// 2^kSlack times the number of keys is far from that.
+// 2^kSlack times the number of keys is far from that. Pass 2 takes the log-sum-exp as the shift and the
+// logarithm of the sum, for the same reason.
 #pragma once
 
 #include <cmath>
@@ -91,13 +92,13 @@ void positives_row(const PositivesParams& p, int64_t i, float* scores) {
   // 32-bit integers have as many lanes as floats.
   const int32_t num_keys = int32_t(p.num_keys);
   const int32_t self = int32_t(find_self(p.anchor_index, i, p.key_index, p.num_keys));
-  const float neg_lse_log2 = p.neg_lse_log2[i], end = Mined ? p.pos_max[i] : INFINITY;
+  const float shift = p.shift[i], sum_log2 = p.sum_log2[i], end = Mined ? p.pos_max[i] : INFINITY;
   float loss = 0.f, weight = 0.f;
   int32_t left_out = 0;
 #pragma omp simd reduction(+ : loss, weight, left_out)
   for (int32_t j = 0; j < num_keys; ++j) {
     float softplus, sigmoid;
-    softplus_sigmoid(neg_lse_log2 - scores[j] * p.scale, &softplus, &sigmoid);
+    softplus_sigmoid((shift - scores[j]) * p.scale + sum_log2, &softplus, &sigmoid);
     const int32_t out = Mined ? (j == self) | (scores[j] >= end) : j == self;
     softplus = out ? 0.f : softplus;
     sigmoid = out ? 0.f : sigmoid;

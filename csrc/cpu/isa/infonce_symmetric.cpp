@@ -214,15 +214,15 @@ void forward(const SymmetricForwardParams& p) {
       });
     });
 #pragma omp for
-    for (int64_t i = 0; i < p.num_rows; ++i)
-      p.neg_lse_log2[i] = float(double(p.shift[i]) * p.scale + std::log2(double(p.sum[i])));
+    for (int64_t i = 0; i < p.num_rows; ++i) p.sum_log2[i] = float(std::log2(double(p.sum[i])));
     tournament.visit(false, [&](const Tile& both) {
       from_both_sides(both, [&](const Tile& tile) {
         each_row_of_class(p, tile, [&](int64_t i, float* scores, Range own) {
           const PositivesParams of_row{.scores = nullptr,
                                        .num_rows = p.num_rows,
                                        .num_keys = own.size(),
-                                       .neg_lse_log2 = p.neg_lse_log2,
+                                       .shift = p.shift,
+                                       .sum_log2 = p.sum_log2,
                                        .anchor_index = p.anchor_index,
                                        .key_index = from(p.anchor_index, own.start),
                                        .pos_max = p.pos_max,

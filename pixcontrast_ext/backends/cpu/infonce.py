@@ -288,7 +288,8 @@ class _Walk:
                 scores=sigma,
                 num_rows=stop - start,
                 num_keys=tile.shape[0],
-                neg_lse_log2=neg_lse_log2[start:stop],
+                shift=sums.shift[start:stop],
+                sum_log2=sum_log2[start:stop],
                 anchor_index=block.index[start:stop] if exclude_self else None,
                 key_index=indices if exclude_self else None,
                 pos_max=None if kept is None else kept.pos_max[start:stop],
@@ -302,7 +303,7 @@ class _Walk:
                 sums.positives[start:stop].addmm_(sigma, tile)
 
         self._each_negative_tile(block, negatives)
-        neg_lse_log2 = sums.shift * scale + sums.sum.log2()
+        sum_log2 = sums.sum.log2()
         self._each_positive_tile(block, positives)
 
     def count(self, block: _AnchorBlock, exclude_self: bool, neg_counts: Tensor, pos_counts: Tensor) -> None:
