@@ -86,6 +86,23 @@ def test_fp32_gradients_where_the_losses_are_small(gpu_backend, poison, distance
         assert error(a, c) <= max(4e-6, 2 * error(b, c))
 
 
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_fp32_gradients_of_two_classes_far_apart(gpu_backend, poison, in_batch):
+    """Opposite clusters have losses of 5e-8, of anchors far from a bound on their gradients."""
+    labels = torch.arange(32) % 2
+    rows = F.normalize(torch.randn(64), dim=0) * (1 - 2.0 * labels[:, None]) + 0.02 * torch.randn(32, 64)
+    inputs = F.normalize(rows, dim=1), labels.int()
+    found, expected = [], []
+    for backend, into, dtype in ((gpu_backend, found, torch.float32), ("reference", expected, torch.float64)):
+        anchors, keys = (inputs[0].to(dtype, copy=True).requires_grad_() for _ in range(2))
+        others = anchors if in_batch else keys
+        settings = dict(temperature=0.1, exclude_self=True, reduction="none", backend=backend)
+        loss = infonce(anchors, inputs[1], others, inputs[1], **settings).sum()
+        into += torch.autograd.grad(loss, (anchors,) if in_batch else (anchors, keys))
+    for ours, truth in zip(found, expected, strict=True):
+        assert error(ours, truth) <= 4e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("order", [BANK, RANDOM])
 def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order):

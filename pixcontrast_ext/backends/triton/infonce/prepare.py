@@ -30,6 +30,7 @@ from pixcontrast_ext.backends.triton.sort import sort
 
 USUAL_EXPONENT: tl.constexpr = tl.constexpr(8)
 SMALLEST_USUAL: tl.constexpr = tl.constexpr(-8)
+SMALLEST_SUM: tl.constexpr = tl.constexpr(2.0**-10)  # of sigmas, that weights are scaled by
 # Rows and channels that a block copies at a time, and tiles of whose labels it finds the ranges.
 LINES: tl.constexpr = tl.constexpr(32)
 STRIP: tl.constexpr = tl.constexpr(64)
@@ -110,8 +111,11 @@ def prepare_factors(source, terms, kept, factors, count, block, blocks, inv_temp
         # Without negatives exp2(score - neg_lse_log2) has to be 0, and sigma as well.
         alone = (neg_lse_log2 == float("-inf")) | (label < 0)
         pull = tl.where(alone, 0.0, tl.load(terms.grad_scale + index) * inv_temperature)
-        push = tl.where(alone, 0.0, tl.load(terms.pos_weight + index) * pull)
-        peak = tl.maximum(peak, tl.max(tl.maximum(tl.abs(pull), tl.abs(push)), 0))
+        pos_weight = tl.load(terms.pos_weight + index)
+        push = tl.where(alone, 0.0, pos_weight * pull)
+        # No sigma is larger than their sum S. Of an S far from the others' the weights may as well underflow.
+        largest = tl.where(pos_weight > 0, tl.abs(pull) * tl.maximum(pos_weight, SMALLEST_SUM), 0.0)
+        peak = tl.maximum(peak, tl.max(largest, 0))
         tl.store(
             factors.neg_lse_log2 + place, tl.where(alone, float("inf"), neg_lse_log2), mask=place < count
         )
