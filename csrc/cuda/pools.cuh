@@ -132,10 +132,11 @@ struct SelectMemory {
       : histogram(shared.take<int>(kBins)), found(shared.take<int>(3)), sums(shared.take<int>(kMaxWarps)) {}
 };
 
-// A bound that exactly the `keep` smallest keys do not exceed; 0 < keep <= number of keys, no two of which
-// are equal. A radix select from the highest digit down, which ends as soon as all keys that share a digit
-// are wanted. for_each_key(visit) calls visit with this thread's share of the keys. The whole block, of at
-// least kBins threads, calls it.
+// A bound that exactly the `keep` smallest keys do not exceed; 0 < keep <= number of keys. The next one has
+// to be larger, so keys may be equal where none of them is wanted: those of pairs that are not eligible. A
+// radix select from the highest digit down, which ends as soon as all keys that share a digit are wanted.
+// for_each_key(visit) calls visit with this thread's share of the keys. The whole block, of at least kBins
+// threads, calls it.
 template <class ForEachKey>
 __device__ __forceinline__ uint64_t select_threshold(int keep, const SelectMemory& memory,
                                                      const ForEachKey& for_each_key) {

@@ -1,4 +1,7 @@
-"""The C++ backend for CPU tensors: sampling, gather and enqueue are one native call each, InfoNCE a loop over tiles."""
+"""The C++ backend for CPU tensors: sampling, gather and enqueue are one native call each, and so is most of InfoNCE.
+
+What has no products of its own is a loop over tiles: the backward of keys, and all of it without AVX2.
+"""
 
 from __future__ import annotations
 

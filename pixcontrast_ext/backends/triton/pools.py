@@ -121,8 +121,9 @@ def pool_scatter_kernel(
 
 @triton.jit
 def select_threshold(keys, count, keep, BLOCK: tl.constexpr):
-    """What the `keep` smallest of `count` distinct keys do not exceed and the others do; 0 < keep <= count.
+    """What the `keep` smallest of `count` keys do not exceed and the others do; 0 < keep <= count.
 
+    The next one has to be larger, so keys may be equal where none is wanted: those of pairs that are not eligible.
     A radix select from the highest digit down, which ends as soon as all keys that share a digit are wanted.
     """
     flip = tl.full([], 1, tl.int64) << 63  # so that the order of the bits is that of signed keys
