@@ -174,7 +174,9 @@ def run_eval(args: Sequence[str]) -> None:
         dataset = spec.build(data, command.split)
         if command.original_size:
             if not isinstance(dataset, LabelledFiles):
-                raise ValueError(f"--original-size is of files, which {config.data.dataset!r} has none of")
+                raise ValueError(
+                    f"--original-size needs labels in files, and {config.data.dataset!r} has none"
+                )
             dataset.resize = replace(dataset.resize, labels=False)
         loader = eval_loader(
             dataset,

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 from pixcontrast_ext.trainer.balance import read_weights
-from pixcontrast_ext.trainer.checkpoints import CheckpointStore, step_of
+from pixcontrast_ext.trainer.checkpoints import CheckpointStore, holds_run, step_of
 from pixcontrast_ext.trainer.comparison import Comparison, draw_comparison, name_of, record
 from pixcontrast_ext.trainer.config import TrainConfig, flags_of, flatten, load_config, parse_flags
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
@@ -310,7 +310,7 @@ def finish(run: TrainConfig, split: str) -> Result:
     """The result of a run, trained to its end if it is not yet, with the scores of `split`."""
     spec = dataset_spec(run.data.dataset)
     if not _is_trained(run):
-        train(run, resume=(run.out / "config.json").exists())
+        train(run, resume=holds_run(run.out))
     with join_ranks(run.device) as ranks:
         if read_finished(run, split) is None:
             model, _, step = load_model(run.out, ranks.device)

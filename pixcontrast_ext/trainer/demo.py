@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pixcontrast_ext.trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from pixcontrast_ext.trainer.data import dataset_spec
-from pixcontrast_ext.trainer.distributed import join_ranks
+from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import load_model
-from pixcontrast_ext.trainer.files import write_json
+from pixcontrast_ext.trainer.files import held, write_json
 from pixcontrast_ext.trainer.pictures import draw_curves, draw_panels, draw_tsne, pixel_features
 from pixcontrast_ext.trainer.probe import ProbeConfig, probe_model
 from pixcontrast_ext.trainer.probe import table as probe_table
@@ -32,6 +32,9 @@ class DemoConfig:
     synthetic_images: tuple[int, int] = (40, 96)
     """How many synthetic scenes to train and to validate on."""
 
+
+_MARKER = "demo.json"
+"""Says that a folder's runs are a demo's, and may be replaced by the next."""
 
 ENDING = """\
 off is the network without the contrast, bank the same with it: same weights at the start, same scenes, same order.
@@ -68,45 +71,47 @@ def demo(config: DemoConfig) -> dict[str, Result]:
     An earlier demo's runs are replaced. Raises FileExistsError if the folder has others of these names.
     """
     configs = {contrast: run_config(config, contrast) for contrast in ("off", "bank")}
-    marker = config.out / "demo.json"
     for run in configs.values():
-        if run.out.exists() and not marker.exists():
+        if run.out.exists() and not (config.out / _MARKER).exists():
             raise FileExistsError(
-                f"{run.out} was left by no demo, which would replace it: choose another --out"
+                f"{run.out} was not left by a demo, which would replace it: choose another --out"
             )
     with join_ranks() as ranks:
         ranks.wait()  # all have looked at what is there
-        if ranks.is_first:
-            config.out.mkdir(parents=True, exist_ok=True)
-            write_json(marker, {**vars(config), "out": str(config.out)})
-            for run in configs.values():
-                if run.out.exists():
+        with held(config.out, ranks.is_first):
+            return _train_and_show(config, configs, ranks)
+
+
+def _train_and_show(config: DemoConfig, configs: dict[str, TrainConfig], ranks: Ranks) -> dict[str, Result]:
+    if ranks.is_first:
+        write_json(config.out / _MARKER, {**vars(config), "out": str(config.out)})
+        for run in configs.values():
+            if run.out.exists():
+                with held(run.out):  # nobody trains in it
                     shutil.rmtree(run.out)
-        ranks.wait()
-        results = {name: train(run) for name, run in configs.items()}
-        if not ranks.is_first:
-            return results
-        spec = dataset_spec("synthetic")
-        scenes = spec.build(configs["off"].data, "val")
-        models = {
-            name: load_model(run.out, ranks.device, with_embed_head=True)[0] for name, run in configs.items()
-        }
-        clouds = {
-            "off: features": pixel_features(models["off"], scenes, ranks.device),
-            "bank: features": pixel_features(models["bank"], scenes, ranks.device),
-            "bank: embeddings": pixel_features(models["bank"], scenes, ranks.device, embeddings=True),
-        }
-        probes = {
-            name: probe_model(model, configs[name].data, ProbeConfig(images=60), ranks.device, config.steps)[
-                0
-            ]
-            for name, model in models.items()
-        }
-        pictures = [
-            draw_curves({name: run.out for name, run in configs.items()}, config.out / "curves.png"),
-            draw_panels(models, scenes, spec, config.out / "panels.png", ranks.device),
-            draw_tsne(clouds, spec, config.out / "tsne.png"),
-        ]
+    ranks.wait()
+    results = {name: train(run) for name, run in configs.items()}
+    if not ranks.is_first:
+        return results
+    spec = dataset_spec("synthetic")
+    scenes = spec.build(configs["off"].data, "val")
+    models = {
+        name: load_model(run.out, ranks.device, with_embed_head=True)[0] for name, run in configs.items()
+    }
+    clouds = {
+        "off: features": pixel_features(models["off"], scenes, ranks.device),
+        "bank: features": pixel_features(models["bank"], scenes, ranks.device),
+        "bank: embeddings": pixel_features(models["bank"], scenes, ranks.device, embeddings=True),
+    }
+    probes = {
+        name: probe_model(model, configs[name].data, ProbeConfig(images=60), ranks.device, config.steps)[0]
+        for name, model in models.items()
+    }
+    pictures = [
+        draw_curves({name: run.out for name, run in configs.items()}, config.out / "curves.png"),
+        draw_panels(models, scenes, spec, config.out / "panels.png", ranks.device),
+        draw_tsne(clouds, spec, config.out / "tsne.png"),
+    ]
     print(table(results), probe_table(probes), ENDING, sep="\n\n")
     print("\nPictures:", *pictures, sep="\n  ")
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -16,8 +17,8 @@ from typing import Any, BinaryIO
 def held(folder: Path, really: bool = True) -> Iterator[None]:
     """Keep other processes out of a folder for the length of the block, or until this process ends in any way.
 
-    Of the ranks of a run only the first does: `really`. Raises FileExistsError, with the number of the process, if
-    another holds the folder.
+    Of the ranks of a run only the first does: `really`. A process holds a folder once. Where the file system knows no
+    locks nothing is kept out. Raises FileExistsError, with the number of the process, if another holds the folder.
     """
     if not really:
         yield
@@ -30,6 +31,9 @@ def held(folder: Path, really: bool = True) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             raise FileExistsError(f"{folder} is in use by process {file.read().strip() or '?'}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pixcontrast_ext.trainer.config import DataConfig, InferenceConfig
 from pixcontrast_ext.trainer.data import DatasetSpec, resize_of
 from pixcontrast_ext.trainer.datasets.labelled import as_rgb, read_image, require_folder
-from pixcontrast_ext.trainer.files import replacing, write_json
+from pixcontrast_ext.trainer.files import read_json, replacing, write_json
 from pixcontrast_ext.trainer.inference import evaluating, predict
 from pixcontrast_ext.trainer.pictures import colour_table
 
@@ -68,10 +68,11 @@ def predict_folder(
     if ids and spec.ids is None:
         raise ValueError("--ids is given, but the classes of this dataset have no other numbers")
     paths = image_files(images, besides=out)
-    for place in (out / folder for folder in _FOLDERS):
-        if place.is_dir() and any(place.iterdir()) and not (out / "classes.json").exists():
-            raise FileExistsError(f"{place} holds files that no prediction left: choose another --out")
-        place.mkdir(parents=True, exist_ok=True)
+    for place in (out / name for name in (*_FOLDERS, "classes.json")):
+        if (place.is_file() or (place.is_dir() and any(place.iterdir()))) and not _is_of_predictions(out):
+            raise FileExistsError(f"{place} is there already, and was not predicted: choose another --out")
+    for folder in _FOLDERS:
+        (out / folder).mkdir(parents=True, exist_ok=True)
     palette, table = colour_table(spec), np.array(spec.ids, np.uint8) if ids else None
     classes = [
         {
@@ -105,6 +106,17 @@ def predict_folder(
                 with replacing(out / folder / f"{name}.png") as file:
                     picture.save(file, format="PNG")
     return Predicted(len(paths) - len(problems), problems)
+
+
+def _is_of_predictions(out: Path) -> bool:
+    """Whether a folder has the classes.json of an earlier prediction; data sets have files of that name too."""
+    try:
+        told = read_json(out / "classes.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, list) and all(
+        isinstance(each, dict) and set(each) == {"value", "name", "colour"} for each in told
+    )
 
 
 def image_files(folder: Path, besides: Path | None = None) -> dict[str, Path]:

@@ -106,7 +106,7 @@ def test_the_size_of_files_that_there_are_not(tiny, capsys):
     config = tiny("run", "off", steps=1)
     train.train(config)
     assert main(["eval", "--checkpoint", str(config.out), "--original-size"]) == 2
-    assert "--original-size is of files, which 'synthetic' has none of" in capsys.readouterr().err
+    assert "--original-size needs labels in files, and 'synthetic' has none" in capsys.readouterr().err
 
 
 def test_a_run_says_how_it_is_evaluated_and_flags_override_it(tiny, camvid, tmp_path, monkeypatch, capsys):

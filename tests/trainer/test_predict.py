@@ -171,14 +171,18 @@ def test_what_was_predicted_is_not_predicted_again(run, photos, tmp_path):
         shutil.rmtree(photos / "predicted", ignore_errors=True)
 
 
-def test_masks_of_a_data_set_are_not_replaced(run, photos, tmp_path, capsys):
-    truth = tmp_path / "data" / "masks" / "one.png"
+@pytest.mark.parametrize("name", ["masks/one.png", "overlays/one.png", "classes.json"])
+def test_files_of_a_data_set_are_not_replaced(run, photos, tmp_path, capsys, name):
+    out = tmp_path / "data"
+    truth = out / name
     truth.parent.mkdir(parents=True)
-    truth.write_bytes(b"the truth")
-    arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(tmp_path / "data")]
+    (out / "classes.json").write_text('["road", "sky"]')
+    truth.write_text('["the", "truth"]')
+    arguments = ["--checkpoint", str(run), "--images", str(photos), "--out", str(out)]
     assert main(["predict", *arguments]) == 2
-    assert f"error: {truth.parent} holds files that no prediction left" in capsys.readouterr().err
-    assert truth.read_bytes() == b"the truth"
+    assert "is there already, and was not predicted: choose another --out" in capsys.readouterr().err
+    assert truth.read_text() == '["the", "truth"]'
+    assert len([path for path in out.rglob("*") if path.is_file()]) == len({name, "classes.json"})
 
 
 def test_folders_within_are_predicted_and_masks_may_hold_the_datasets_ids(run, tmp_path):

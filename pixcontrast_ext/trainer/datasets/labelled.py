@@ -208,7 +208,7 @@ def as_rgb(image: Image.Image, path: Path) -> Image.Image:
     """An image in the colours that the networks take. Raises ValueError for one whose channel has more than 8 bits."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"{path} has 16 or 32 bits a pixel in one channel (mode {image.mode}), which 8 bits would cut off: scale it"
+            f"{path} has 16 or 32 bits a pixel in one channel (mode {image.mode}), and images have 8: convert it"
         )
     return image.convert("RGB")
 
