@@ -20,25 +20,32 @@ Head = Callable[[Tensor], Tensor]
 
 _OF_SEVERAL_PIXELS = (
     nn.GroupNorm,
-    nn.InstanceNorm2d,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 """Layers that would mix rows, which are pixels of any images. Batch norm does on a map what it does here."""
 
 
+def _reads_several(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return isinstance(layer, _OF_SEVERAL_PIXELS)
+    padded = not isinstance(layer.padding, str) and any(layer.padding)
+    return padded or {*layer.kernel_size, *layer.stride} != {1}
+
+
 def check_head(head: Any) -> None:
-    """Raise TypeError for a head that cannot be called, ValueError for one with a layer that reads several pixels."""
+    """Raise TypeError for a head that cannot be called, ValueError for a layer of torch that reads several pixels."""
     if not callable(head):
         raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
     for name, layer in head.named_modules() if isinstance(head, nn.Module) else ():
-        wide = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) != {1}
-        if wide or isinstance(layer, _OF_SEVERAL_PIXELS):
+        if _reads_several(layer):
             raise ValueError(
-                f"head must read each pixel by itself, but its layer {name or 'itself'!r}, {layer}, reads several: "
-                "leave it to the model and give the loss embeddings, or the features behind it"
+                f"head must read each pixel by itself, but {f'its layer {name!r}' if name else 'it'} is {layer}: "
+                "leave it to the model, and give the loss what comes out of it"
             )
 
 

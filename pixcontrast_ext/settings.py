@@ -59,6 +59,6 @@ def bank_for(
         raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
     if bank.region_slots + bank.pixel_slots == 0:
         raise ValueError(
-            "the bank has no slots: raise region_slots=0 or pixel_slots=0, or leave the bank out"
+            "the bank has no slots: region_slots and pixel_slots are both 0; without a bank give bank=None"
         )
     return bank

@@ -499,14 +499,17 @@ def test_a_bad_head(head, error, message):
         nn.GroupNorm(2, 6),
         nn.InstanceNorm2d(6),
         nn.AvgPool2d(3, 1, 1),
+        nn.ConvTranspose2d(6, 6, 3, padding=1),
+        nn.Conv2d(6, 6, 1, stride=2),
+        nn.Conv2d(6, 6, 1, padding=1),
     ],
 )
 def test_a_head_that_reads_several_pixels_is_refused(layer):
     """Rows of pixels that lie anywhere are no neighbours, and no image of their own."""
     head = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), layer)
-    with pytest.raises(ValueError, match=f"by itself, but its layer '2', {layer._get_name()}"):
+    with pytest.raises(ValueError, match=f"by itself, but its layer '2' is {layer._get_name()}"):
         PixelContrastLoss(4, bank=bank_of(), head=head)
-    with pytest.raises(ValueError, match="its layer 'itself'"):
+    with pytest.raises(ValueError, match=f"but it is {layer._get_name()}"):
         PixelContrastLoss(4, bank=bank_of(), head=layer)
 
 
