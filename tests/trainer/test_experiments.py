@@ -172,12 +172,19 @@ def test_an_outcome_that_some_runs_lack_is_an_error(experiment):
 
 
 def test_the_picture_shows_what_there_is(experiment):
-    """Of the seeds that all arms have, the means; and an interval only where there is one."""
-    runs, differences = draw(experiment).axes
-    assert runs.get_title().endswith("bars the means of 6")
-    bars = [line.get_ydata()[0] for line in runs.lines if line.get_color() == "C3"]
-    means = [np.mean([experiment.value(arm, seed, PRIMARY) for seed in range(6)]) for arm in experiment.arms]
-    assert bars == pytest.approx(means)
+    """Of the seeds that all arms but the control have, the means; and an interval only where there is one."""
+    seven = {key: run for key, run in experiment.runs.items() if key[0] != "contrast" or key[1] < 7}
+    for shown, count, title in (
+        (experiment, 12, "bars the means"),
+        (replace(experiment, runs=seven), 7, "bars the means of 7"),
+    ):
+        runs, differences = draw(shown).axes
+        assert runs.get_title().endswith(title)
+        bars = [line.get_ydata()[0] for line in runs.lines if line.get_color() == "C3"]
+        means = [
+            np.mean([shown.value(arm, seed, PRIMARY) for seed in range(count)]) for arm in ("off", "contrast")
+        ]
+        assert bars == pytest.approx(means)
     assert len(differences.containers) == 2 * 4
     assert all(each.has_xerr for each in differences.containers)
 
