@@ -246,7 +246,8 @@ def draw(experiment: Experiment) -> Figure:
         runs.plot(places, values, "o-", color="0.6", markersize=4, linewidth=1)
     barred = [arm for arm in arms if arm != "aa"]  # the control's seeds may be fewer
     have_all = [seed for seed in experiment.seeds if all((arm, seed) in experiment.runs for arm in barred)]
-    for place, arm in enumerate(barred if len(have_all) > 1 else []):
+    for arm in barred if len(have_all) > 1 else []:
+        place = arms.index(arm)
         mean = np.mean([experiment.value(arm, seed, PRIMARY) for seed in have_all])
         runs.plot([place - 0.15, place + 0.15], [mean] * 2, color="C3", linewidth=3)
     runs.set_xticks(range(len(arms)), [textwrap.fill(title, 14) for title in experiment.arms.values()])
