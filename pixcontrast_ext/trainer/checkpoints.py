@@ -84,8 +84,10 @@ class CheckpointStore:
 
 def holds_run(out: Path) -> bool:
     """Whether a folder has anything that a run which starts there would replace."""
-    records = (out / "config.json", out / "train.csv")
-    return any(path.exists() for path in records) or bool(CheckpointStore(out / "checkpoints").paths())
+    records = ("config.json", "train.csv", "val.csv", "diagnostics.csv", "best.pt")
+    return any((out / name).exists() for name in records) or bool(
+        CheckpointStore(out / "checkpoints").paths()
+    )
 
 
 def step_of(path: Path) -> int:

@@ -78,7 +78,7 @@ def demo(config: DemoConfig) -> dict[str, Result]:
             )
     with join_ranks() as ranks:
         ranks.wait()  # all have looked at what is there
-        with held(config.out, ranks.is_first):
+        with ranks.hold(config.out):
             return _train_and_show(config, configs, ranks)
 
 
@@ -87,8 +87,9 @@ def _train_and_show(config: DemoConfig, configs: dict[str, TrainConfig], ranks: 
         write_json(config.out / _MARKER, {**vars(config), "out": str(config.out)})
         for run in configs.values():
             if run.out.exists():
-                with held(run.out):  # nobody trains in it
-                    shutil.rmtree(run.out)
+                with held(run.out):
+                    pass  # nobody trains in it
+                shutil.rmtree(run.out)
     ranks.wait()
     results = {name: train(run) for name, run in configs.items()}
     if not ranks.is_first:

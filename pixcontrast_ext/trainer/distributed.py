@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from pixcontrast_ext.trainer.files import held
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,22 @@ class Ranks:
         """Return when every rank has come here."""
         if self.world > 1:
             dist.barrier()
+
+    @contextmanager
+    def hold(self, folder: Path) -> Iterator[None]:
+        """Keep other processes out of a folder, as `held` by the first rank; what that raises, all of them raise."""
+        with ExitStack() as stack:
+            refused: list[OSError | None] = [None]
+            if self.is_first:
+                try:
+                    stack.enter_context(held(folder))
+                except OSError as error:
+                    refused = [error]
+            if self.world > 1:
+                dist.broadcast_object_list(refused, src=0, device=self.device)
+            if refused[0] is not None:
+                raise refused[0]
+            yield
 
 
 @contextmanager

@@ -14,15 +14,12 @@ from typing import Any, BinaryIO
 
 
 @contextmanager
-def held(folder: Path, really: bool = True) -> Iterator[None]:
+def held(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder for the length of the block, or until this process ends in any way.
 
-    Of the ranks of a run only the first does: `really`. A process holds a folder once. Where the file system knows no
-    locks nothing is kept out. Raises FileExistsError, with the number of the process, if another holds the folder.
+    Not within another such block for the same folder: the end of either would let the others in. Where the file system
+    knows no locks nothing is kept out. Raises FileExistsError, with the number of the process, if another holds it.
     """
-    if not really:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     # Of POSIX's kind, which processes that are forked do not inherit: a run's loaders may outlive it by seconds.
     with (folder / ".lock").open("a+") as file:

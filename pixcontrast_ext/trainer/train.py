@@ -46,7 +46,6 @@ from pixcontrast_ext.trainer.data import (
 )
 from pixcontrast_ext.trainer.distributed import Ranks, join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate
-from pixcontrast_ext.trainer.files import held
 from pixcontrast_ext.trainer.logs import RunLog, read_rows
 from pixcontrast_ext.trainer.memory import PeakMemory
 from pixcontrast_ext.trainer.models import build_model, defer_embed_head, drop_embed_head, load_weights
@@ -234,7 +233,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Result:
         if not resume and holds_run(config.out):
             raise FileExistsError(f"{config.out} holds a run already: --resume it or choose another --out")
         ranks.wait()  # before the first rank makes such a file
-        with held(config.out, ranks.is_first):
+        with ranks.hold(config.out):
             return _Run(config, ranks, resume).finish()
 
 

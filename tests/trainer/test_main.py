@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shlex
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -22,9 +20,10 @@ from pixcontrast_ext.trainer.config import InferenceConfig
 from pixcontrast_ext.trainer.data import IGNORE, Synthetic
 from pixcontrast_ext.trainer.demo import DemoConfig, demo
 from pixcontrast_ext.trainer.distributed import Ranks
-from pixcontrast_ext.trainer.files import held, write_json
+from pixcontrast_ext.trainer.files import write_json
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.train import train
+from tests.support import forked
 
 TINY = shlex.split("--size 32 48 --synthetic-images 8 3 --batch-size 4 --embed-dim 8 --no-pictures")
 
@@ -153,12 +152,6 @@ def test_demo_draws_and_prints(tmp_path, capsys, quick_tsne):
         assert (config.out / f"{name}.png").stat().st_size > 20_000
 
 
-def hold(folder, begun):
-    with held(folder):
-        begun.set()
-        time.sleep(600)
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_the_first_rank_clears_an_earlier_demo(tmp_path, monkeypatch, rank):
     def stop(config):
@@ -173,16 +166,12 @@ def test_only_the_first_rank_clears_an_earlier_demo(tmp_path, monkeypatch, rank)
     with pytest.raises(FileExistsError, match="off was not left by a demo"):
         demo(DemoConfig(out=tmp_path))
     (tmp_path / "demo.json").touch()
-    fork = multiprocessing.get_context("fork")
-    begun = fork.Event()
-    other = fork.Process(target=hold, args=(tmp_path / "off", begun), daemon=True)
-    other.start()
-    assert begun.wait(60)
-    if rank == 0:  # somebody goes on training there
-        with pytest.raises(FileExistsError, match=f"off is in use by process {other.pid}"):
-            demo(DemoConfig(out=tmp_path))
-    other.kill()
-    other.join()
+    if rank == 0:
+        for folder in (tmp_path / "off", tmp_path):  # somebody goes on training there, or is at a demo
+            in_use = pytest.raises(FileExistsError, match=f"{folder.name} is in use by process")
+            with forked.holding(folder), in_use:
+                demo(DemoConfig(out=tmp_path))
+        assert earlier.exists()
     with pytest.raises(KeyboardInterrupt):
         demo(DemoConfig(out=tmp_path))
     assert earlier.exists() == (rank == 1)

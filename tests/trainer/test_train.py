@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import signal
 import sys
@@ -24,7 +23,6 @@ from pixcontrast_ext.trainer.config import DataConfig, ModelConfig, OptimConfig,
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import Ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
-from pixcontrast_ext.trainer.files import held
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.pictures import draw_diagnostics
 from pixcontrast_ext.trainer.train import CrossEntropy, learning_rate, train
@@ -499,7 +497,9 @@ def test_a_run_is_not_overwritten(tiny):
         train(config)
 
 
-@pytest.mark.parametrize("left", ["train.csv", "checkpoints/step-00000004-0123456789abcdef.pt"])
+@pytest.mark.parametrize(
+    "left", ["train.csv", "val.csv", "best.pt", "checkpoints/step-00000004-0123456789abcdef.pt"]
+)
 def test_what_a_run_has_left_is_not_overwritten_without_its_config(tiny, left):
     path = tiny().out / left
     path.parent.mkdir(parents=True)
@@ -511,22 +511,23 @@ def test_what_a_run_has_left_is_not_overwritten_without_its_config(tiny, left):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_two_processes_do_not_train_in_one_folder(tiny, resume):
-    config, fork = tiny(steps=1, pictures=False), multiprocessing.get_context("fork")
-    begun = fork.Event()
-
-    def hold():
-        with held(config.out):
-            begun.set()
-            time.sleep(600)
-
-    other = fork.Process(target=hold, daemon=True)
-    other.start()
-    assert begun.wait(60)
-    with pytest.raises(FileExistsError, match=f"run is in use by process {other.pid}"):
+    config = tiny(steps=1, pictures=False)
+    with (
+        forked.holding(config.out) as process,
+        pytest.raises(FileExistsError, match=f"run is in use by process {process}"),
+    ):
         train(config, resume=resume)
-    other.kill()
-    other.join()
     train(config, resume=resume)
+
+
+def test_every_rank_tells_that_the_folder_is_in_use(tmp_path):
+    """None is left to wait in a collective for a first rank that has ended."""
+    with forked.holding(tmp_path / "run") as process:
+        running = forked.start_ranks(tmp_path, 2, "train", "--out", tmp_path / "run")
+        for rank, output in running:
+            rank.join(processes.LIMIT)
+            assert rank.exitcode == 2
+            assert f"run is in use by process {process}" in forked.errors_of(output).read_text()
 
 
 def test_resume_before_the_first_checkpoint_starts(tiny, caplog):
