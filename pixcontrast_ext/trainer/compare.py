@@ -30,7 +30,7 @@ from pixcontrast_ext.trainer.config import TrainConfig, flags_of, flatten, load_
 from pixcontrast_ext.trainer.data import IGNORE, dataset_spec, eval_loader
 from pixcontrast_ext.trainer.distributed import join_ranks
 from pixcontrast_ext.trainer.evaluate import evaluate, load_model
-from pixcontrast_ext.trainer.files import held, read_json, write_json
+from pixcontrast_ext.trainer.files import read_json, write_json
 from pixcontrast_ext.trainer.logs import read_rows
 from pixcontrast_ext.trainer.pictures import draw_panels, draw_tsne, pixel_features, spread
 from pixcontrast_ext.trainer.train import Result, read_result, train
@@ -181,13 +181,13 @@ def compare(config: CompareConfig, *, resume: bool = False) -> Comparison:
     runs, starts = config.runs(), config.starts()
     for run in (*starts.values(), *runs.values()):
         run.validate()
-        if (run.out / "config.json").exists():
+        if holds_run(run.out):
             if not resume:
                 raise FileExistsError(f"{run.out} holds a run already: --resume or choose another --out")
             _require_same_options(run)
     with join_ranks(config.run.device) as ranks:
         ranks.wait()  # all have looked at what is there
-        with held(config.run.out, ranks.is_first):
+        with ranks.hold(config.run.out):
             if ranks.is_first:
                 # To go on needs these too; they are no options of a training run, so they stand as comments.
                 chosen = {f"_{name}": getattr(config, name) for name in COMPARE_OPTIONS}
@@ -357,7 +357,12 @@ def _scores_of(run: TrainConfig, split: str) -> Path:
 
 
 def _require_same_options(run: TrainConfig) -> None:
-    """Raises ValueError if the run in the folder of `run` was trained with options that might change its result."""
+    """Raises ValueError unless the run in the folder of `run` has the options of that which might change its result."""
+    if not (run.out / "config.json").exists():
+        raise ValueError(
+            f"{run.out} has what is left of a run, and no config.json that tells its options: remove it or choose "
+            "another --out"
+        )
     before, now = flatten(load_config(run.out / "config.json")), flatten(run)
     changed = [
         f"--{name.replace('_', '-')} {before[name]!r}, now {now[name]!r}"

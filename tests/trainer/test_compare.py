@@ -141,6 +141,28 @@ def test_a_comparison_does_not_take_the_folder_of_a_run(tiny, config):
     assert json.loads((config.run.out / "config.json").read_text())["steps"] == 1
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_is_left_of_a_run_becomes_none_of_the_comparisons(config, resume):
+    path = config.runs()["batch", 3].out / "checkpoints" / "step-00000004-0123456789abcdef.pt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    kind, told = (
+        (ValueError, "no config.json that tells its options") if resume else (FileExistsError, "--resume or")
+    )
+    with pytest.raises(kind, match=f"batch-seed3 .*{told}"):
+        compare(config, resume=resume)
+    assert not (config.run.out / "config.json").exists()
+
+
+def test_two_processes_do_not_compare_in_one_folder(config):
+    with (
+        forked.holding(config.run.out) as process,
+        pytest.raises(FileExistsError, match=f"is in use by process {process}"),
+    ):
+        compare(config)
+    assert not (config.run.out / "config.json").exists()
+
+
 def test_jobs_end_with_the_comparison(environment, tmp_path):
     flags = FLAGS.replace("--steps 2", "--steps 100000 --checkpoint-every 100000 --eval-every 100000").split()
     command = [
@@ -506,6 +528,18 @@ def test_from_the_command_line_with_arms_jobs_and_a_split(tmp_path, capsys):
 def test_an_arm_needs_a_name_and_flags(capsys):
     assert main(["compare", "--arm", "region"]) == 2
     assert "--arm takes a name and flags" in capsys.readouterr().err
+
+
+def test_jobs_share_the_cores_that_this_process_may_use(config, monkeypatch):
+    def look(*arguments, **options):
+        raise KeyboardInterrupt(os.environ["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr(sys.modules[compare.__module__], "ProcessPoolExecutor", look)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for cores, threads in ((6, "3"), (1, "1")):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        with pytest.raises(KeyboardInterrupt, match=f"^{threads}$"):
+            finish_all(list(config.runs().values()), "val", jobs=2)
 
 
 def test_a_run_that_fails_in_a_job_is_an_error(config, tmp_path):
