@@ -98,9 +98,10 @@ def test_a_loss_refuses_the_bank_of_another_problem(change, message):
         PixelContrastLoss(**change, bank=make())
 
 
-def test_a_loss_refuses_a_bank_that_never_holds_a_key():
-    with pytest.raises(ValueError, match="the bank has no slots"):
-        PixelContrastLoss(3, bank=dict(embed_dim=5, region_slots=0, pixel_slots=0))
+@pytest.mark.parametrize("settings", [dict(pixel_slots=0), dict(pixel_slots=4, pixels_per_image=0)])
+def test_a_loss_refuses_a_bank_that_never_holds_a_key(settings):
+    with pytest.raises(ValueError, match="the bank would stay empty: region_slots is 0, and pixel_slots="):
+        PixelContrastLoss(3, bank=dict(embed_dim=5, region_slots=0, **settings))
 
 
 # Views, moves, copies

@@ -267,7 +267,8 @@ class TrainConfig:
             "seed": self.seed, "diagnose-every": self.diagnose_every,
             "data-seed": data.data_seed, "workers": data.workers, "rotate": data.rotate,
             "jitter": data.jitter, "weight": loss.weight, "aux-weight": loss.aux_weight,
-            "warmup-steps": loss.warmup_steps,
+            "warmup-steps": loss.warmup_steps, "region-slots": loss.region_slots,
+            "pixel-slots": loss.pixel_slots, "pixels-per-image": loss.pixels_per_image,
             "lr-warmup": optim.lr_warmup, "power": optim.power, "momentum": optim.momentum,
             "weight-decay": optim.weight_decay, "clip": optim.clip,
         }  # fmt: skip
@@ -279,6 +280,10 @@ class TrainConfig:
             _require(value >= 1, name, value, "at least 1")
         for name, number in not_negative.items():
             _require(math.isfinite(number) and number >= 0, name, number, "finite and not negative")
+        _require(
+            loss.contrast != "bank" or loss.region_slots + min(loss.pixel_slots, loss.pixels_per_image) > 0,
+            "region-slots", loss.region_slots, "above 0 where the bank keeps no pixels",
+        )  # fmt: skip
         for name, share in (("hard-fraction", loss.hard_fraction), ("min-purity", loss.min_purity)):
             _require(0 <= share <= 1, name, share, "from 0 to 1")
         _require(

@@ -110,6 +110,15 @@ def test_a_value_of_the_wrong_kind_is_refused(tmp_path, capsys):
         (["--crop", "0", "5"], r"--crop is \(0, 5\), must be at least 1 by 1"),
         (["--size", "50", "50", "--scale", "0.5"], "--scale is 0.5, must be left out where --size is given"),
         (["--hard-fraction", "1.5"], "--hard-fraction is 1.5, must be from 0 to 1"),
+        (["--region-slots", "-1"], "--region-slots is -1, must be finite and not negative"),
+        (
+            ["--contrast", "bank", "--region-slots", "0", "--pixel-slots", "0"],
+            "--region-slots is 0, must be above 0 where the bank keeps no pixels",
+        ),
+        (
+            ["--contrast", "bank", "--region-slots", "0", "--pixels-per-image", "0"],
+            "--region-slots is 0, must be above 0 where the bank keeps no pixels",
+        ),
         (["--mining-fraction", "0"], "--mining-fraction is 0.0, must be above 0 and at most 1"),
         (["--mining-negatives", "0"], "--mining-negatives is 0, must be at least 1"),
         (["--bank-samples", "0"], "--bank-samples is 0, must be at least 1"),
