@@ -92,7 +92,7 @@ class MemoryBank(nn.Module):
                 raise ValueError(f"dtype must be the name of one, as 'bfloat16', got {named!r}")
         if dtype not in FLOATING:
             raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}; one of {FLOATING}")
-        checks.check_ignore_index(ignore_index, num_classes)
+        checks.check_ignore_index(ignore_index)
         outside: Any = dist.GroupMember.NON_GROUP_MEMBER
         if process_group == outside:  # what new_group gives the ranks outside of it
             process_group = None

@@ -127,7 +127,6 @@ class PixelContrastCrossEntropyLoss(nn.Module):
 
     @warmup_steps.setter
     def warmup_steps(self, value: int) -> None:
-        checks.check_at_least(0, warmup_steps=value)
         self.contrast.warmup_steps = value
 
     def reset_parameters(self) -> None:

@@ -13,19 +13,18 @@ from torch.nn.parameter import is_lazy
 from pixcontrast_ext import backends, diagnostics
 from pixcontrast_ext.bank import MemoryBank
 from pixcontrast_ext.batch import Batch, Keys, Outcome, checked_keys, zero_of
-from pixcontrast_ext.head import ProjectionHead
 from pixcontrast_ext.maps import check_map, pick_classes, pick_confidence, pick_predictions, resize_nearest
 from pixcontrast_ext.ops import checks, steering
 from pixcontrast_ext.ops.autocast import product_dtype
 from pixcontrast_ext.ops.gather import gather
 from pixcontrast_ext.ops.infonce import check_temperature, contrast_rows, draw_and_contrast, mean_of
-from pixcontrast_ext.ops.mining import Mining, check_mining
+from pixcontrast_ext.ops.mining import Mining
 from pixcontrast_ext.ops.priority import PriorityStream, draw_priority, same_draws
 from pixcontrast_ext.ops.sampling import AnchorSample, SamplingRule, part_of_samples, sample, share_of
 from pixcontrast_ext.ops.signature import INT32_MAX
 from pixcontrast_ext.ops.watch import ClassWatch, watch_classes
-from pixcontrast_ext.project import Candidates, Head, Source, check_head, draw_candidates, project
-from pixcontrast_ext.settings import bank_for, built
+from pixcontrast_ext.project import Candidates, Head, Source, draw_candidates, project
+from pixcontrast_ext.settings import bank_for, head_for, mining_for
 
 
 class PixelContrastLoss(nn.Module):
@@ -132,27 +131,20 @@ class PixelContrastLoss(nn.Module):
         counts = dict(num_classes=num_classes, max_samples=max_samples, bank_samples=bank_samples)
         checks.check_at_least(1, at_most=INT32_MAX, **counts)
         checks.check_at_least(1, max_views=max_views, region_views=region_views)
-        head = built("head", ProjectionHead, head)
-        if head is not None:
-            check_head(head)
-        checks.check_at_least(
-            0, warmup_steps=warmup_steps, min_pixels=0 if min_pixels is None else min_pixels
-        )
+        head = head_for(head)
+        checks.check_at_least(0, min_pixels=0 if min_pixels is None else min_pixels)
         steering.check_anchors(anchors)
         checks.check_share("min_purity", min_purity)
         if max_samples_over not in ("rank", "ranks"):
             raise ValueError(f"max_samples_over must be 'rank' or 'ranks', got {max_samples_over!r}")
         check_temperature("temperature", temperature)
         check_temperature("base_temperature", temperature if base_temperature is None else base_temperature)
-        checks.check_ignore_index(ignore_index, num_classes)
+        checks.check_ignore_index(ignore_index)
+        checks.warn_of_class_255(ignore_index, num_classes)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         bank = bank_for(bank, num_classes=num_classes, ignore_index=ignore_index, normalize=normalize)
-        mining = built("mining", Mining, dict(strategy=mining) if isinstance(mining, str) else mining)
-        if mining is not None:
-            check_mining(mining)
-            if mining.by_cosine and not normalize:
-                raise ValueError(f"mining={mining.strategy!r} ranks by cosine, got normalize={normalize}")
+        mining = mining_for(mining, normalize=normalize)
         self.num_classes, self.warmup_steps, self.weight = num_classes, warmup_steps, weight
         self.temperature, self.base_temperature = temperature, base_temperature
         self.max_samples, self.max_views, self.min_pixels = max_samples, max_views, min_pixels
@@ -175,12 +167,18 @@ class PixelContrastLoss(nn.Module):
 
     @weight.setter
     def weight(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            what = "weight, the factor of the contrast, must be a number (class_weights are those of classes)"
-            raise TypeError(f"{what}, got {type(value).__name__}")
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"weight must be finite and not negative, got {value!r}")
+        checks.check_weight(value)
         self._weight = value
+
+    @property
+    def warmup_steps(self) -> int:
+        """How many training calls do without contrast."""
+        return self._warmup_steps
+
+    @warmup_steps.setter
+    def warmup_steps(self, value: int) -> None:
+        checks.check_at_least(0, warmup_steps=value)
+        self._warmup_steps = value
 
     @property
     def hard_fraction(self) -> float:
@@ -476,7 +474,7 @@ class PixelContrastLoss(nn.Module):
         parts = {"contrast": outcome.contrast.detach(), "anchors": (outcome.anchor_labels >= 0).sum()}
         if self.bank is not None:
             filled = self.bank.region_fill.sum() + self.bank.pixel_fill.sum()
-            parts["bank_fill"] = filled / max(1, self.bank.key_labels.numel())
+            parts["bank_fill"] = filled / self.bank.key_labels.numel()
         return parts
 
     def _backend_of_maps(self, embeddings: Tensor) -> str:

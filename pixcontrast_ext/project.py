@@ -38,7 +38,7 @@ def _reads_several(layer: nn.Module) -> bool:
 
 
 def check_head(head: Any) -> None:
-    """Raise TypeError for a head that cannot be called, ValueError for a layer of torch that reads several pixels."""
+    """Raise TypeError for a head that cannot be called, ValueError for a usual layer that reads several pixels."""
     if not callable(head):
         raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
     for name, layer in head.named_modules() if isinstance(head, nn.Module) else ():

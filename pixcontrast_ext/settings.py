@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pixcontrast_ext.bank import MemoryBank
+from pixcontrast_ext.head import ProjectionHead
+from pixcontrast_ext.ops.mining import Mining, check_mining
+from pixcontrast_ext.project import Head, check_head
 
 Part = TypeVar("Part")
 Other = TypeVar("Other")
@@ -57,8 +60,37 @@ def bank_for(
         raise ValueError(f"the bank ignores label {bank.ignore_index}, the loss {ignore_index}")
     if bank.normalize != normalize:
         raise ValueError(f"the bank has normalize={bank.normalize}, the loss normalize={normalize}")
-    if bank.region_slots + bank.pixel_slots == 0:
+    if bank.region_slots + min(bank.pixel_slots, bank.pixels_per_image) == 0:
         raise ValueError(
-            "the bank has no slots: region_slots and pixel_slots are both 0; without a bank give bank=None"
+            f"the bank would stay empty: region_slots is 0, and pixel_slots={bank.pixel_slots} get "
+            f"pixels_per_image={bank.pixels_per_image}; without a bank give bank=None"
         )
     return bank
+
+
+def head_for(head: Head | Mapping[str, Any] | None) -> Head | None:
+    """The head of a loss, from one or from its settings.
+
+    Raises:
+        TypeError, ValueError: it cannot be called, or a layer reads several pixels; and as `built`.
+    """
+    head = built("head", ProjectionHead, head)
+    if head is not None:
+        check_head(head)
+    return head
+
+
+def mining_for(mining: Mining | Mapping[str, Any] | str | None, *, normalize: bool) -> Mining | None:
+    """The mining of a loss, from one, its strategy, or its settings.
+
+    Raises:
+        TypeError, ValueError: a setting out of range, or ranking by a cosine where rows are not normalised; and as
+            `built`.
+    """
+    mining = built("mining", Mining, dict(strategy=mining) if isinstance(mining, str) else mining)
+    if mining is None:
+        return None
+    check_mining(mining)
+    if mining.by_cosine and not normalize:
+        raise ValueError(f"mining={mining.strategy!r} ranks by cosine, got normalize={normalize}")
+    return mining

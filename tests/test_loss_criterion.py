@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixcontrast_ext import MemoryBank, PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
+from pixcontrast_ext import PixelContrastCrossEntropyLoss, PixelContrastLoss, ProjectionHead
 from tests.support.losses import bank_of, batch
 
 
@@ -180,10 +180,10 @@ def test_bad_settings_of_the_sum(settings, message):
 def test_a_class_that_the_default_ignores_is_told(classes, ignore_index, warns):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        PixelContrastCrossEntropyLoss(classes, ignore_index=ignore_index)
-        MemoryBank(classes, 4, ignore_index=ignore_index, region_slots=1, pixel_slots=1)
+        bank = dict(embed_dim=4, region_slots=1, pixel_slots=1)
+        PixelContrastCrossEntropyLoss(classes, ignore_index=ignore_index, bank=bank)
     messages = [str(each.message) for each in told if "ignore_index" in str(each.message)]
-    assert len(messages) == 2 * warns
+    assert len(messages) == warns
     assert all(message.startswith("class 255 of 256 is left out") for message in messages)
 
 
@@ -252,8 +252,11 @@ def test_weight_may_be_changed_within_its_limits():
     assert criterion.contrast.warmup_steps == 7
     with pytest.raises(ValueError, match="weight must be finite and not negative, got -3"):
         criterion.weight = -3
-    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
-        criterion.warmup_steps = -1
+    for loss in (criterion, criterion.contrast):
+        with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+            loss.warmup_steps = -1
+        with pytest.raises(TypeError, match=r"warmup_steps must be an int, got 2\.5"):
+            loss.warmup_steps = 2.5
     with pytest.raises(TypeError, match=r"weight, .* must be a number \(class_weights are .*, got Tensor"):
         PixelContrastLoss(4, weight=torch.tensor(0.1))
 

@@ -99,16 +99,26 @@ def check_at_least(minimum: int, *, at_most: int = _MOST, **values: int | None) 
             raise ValueError(f"{name} must be at most {at_most}, got {value}")
 
 
-def check_ignore_index(value: int, num_classes: int) -> None:
-    """Raise TypeError or ValueError unless this may be a label: an integer of 64 bits.
+def check_weight(value: float) -> None:
+    """Raise TypeError or ValueError unless this may be the factor of a loss."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        what = "weight, the factor of the contrast, must be a number (class_weights are those of classes)"
+        raise TypeError(f"{what}, got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"weight must be finite and not negative, got {value!r}")
 
-    Warns where it is 255, which few have chosen, and 255 is a class.
-    """
+
+def check_ignore_index(value: int) -> None:
+    """Raise TypeError or ValueError unless this may be a label: an integer of 64 bits."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index must be an int, got {value!r}")
     if not -_MOST <= value <= _MOST:
         raise ValueError(f"ignore_index must be from {-_MOST} to {_MOST}, got {value}")
-    if value == 255 < num_classes:
+
+
+def warn_of_class_255(ignore_index: int, num_classes: int) -> None:
+    """Warn if the ignored label is 255, which few have chosen, and 255 is a class."""
+    if ignore_index == 255 < num_classes:
         warnings.warn(
             f"class 255 of {num_classes} is left out, since ignore_index is 255: give one that is no class, such as -1",
             stacklevel=3,
