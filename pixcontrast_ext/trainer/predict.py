@@ -114,8 +114,10 @@ def _is_of_predictions(out: Path) -> bool:
         told = read_json(out / "classes.json")
     except (OSError, ValueError):
         return False
-    return isinstance(told, list) and all(
-        isinstance(each, dict) and set(each) == {"value", "name", "colour"} for each in told
+    return (
+        isinstance(told, list)
+        and bool(told)
+        and all(isinstance(each, dict) and set(each) == {"value", "name", "colour"} for each in told)
     )
 
 

@@ -205,7 +205,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image, path: Path) -> Image.Image:
-    """An image in the colours that the networks take. Raises ValueError for one whose channel has more than 8 bits."""
+    """An image in the colours that the networks take. Raises ValueError for a single channel of more than 8 bits."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"{path} has 16 or 32 bits a pixel in one channel (mode {image.mode}), and images have 8: convert it"
