@@ -17,7 +17,7 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Of scores: -inf times 0 would be NaN.
+// The least that scores are multiplied by: -inf times 0 would be NaN.
 constexpr float kSmallestScale = 1e-37f;
 
 // Anchors that meet the tiles of keys together. More would read a packed tile less often, but their sums

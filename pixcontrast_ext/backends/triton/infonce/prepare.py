@@ -113,7 +113,7 @@ def prepare_factors(source, terms, kept, factors, count, block, blocks, inv_temp
         pull = tl.where(alone, 0.0, tl.load(terms.grad_scale + index) * inv_temperature)
         pos_weight = tl.load(terms.pos_weight + index)
         push = tl.where(alone, 0.0, pos_weight * pull)
-        # No sigma is larger than their sum S. Of an S far from the others' the weights may as well underflow.
+        # No sigma is larger than their sum S, except with a log-sum-exp that is of other keys: so from below.
         largest = tl.where(pos_weight > 0, tl.abs(pull) * tl.maximum(pos_weight, SMALLEST_SUM), 0.0)
         peak = tl.maximum(peak, tl.max(largest, 0))
         tl.store(
