@@ -216,7 +216,7 @@ def _detectable(pairs: int, questions: int) -> float:
         for differences, least in trials:  # a few at a time: all signs of all of them are 80 MB
             sums = np.abs((differences + effect) @ signs.T)  # column 0 is of the signs as they are
             p = (sums >= sums[:, :1] * (1 - 1e-12)).mean(1)
-            found += np.count_nonzero((sums[:, 0] > least) & (p * questions < LEVEL))
+            found += int(np.count_nonzero((sums[:, 0] > least) & (p * questions < LEVEL)))
         return found / len(noise)
 
     low, high = 0.0, 20.0
