@@ -1,4 +1,5 @@
-// Launchers of the gather and of its backward, which sorts the rows by pixel before it writes the map.
+// Launchers of the gather and of its backward, which sorts the rows by pixel and writes them to a map of
+// zeros.
 #include <type_traits>
 
 #include "cuda.h"
@@ -20,8 +21,6 @@ void gather(const GatherParams& p) {
 
 void gather_backward(const GatherBackwardParams& p) {
   const dim3 row_blocks(unsigned((p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock));
-  const int64_t slices = (p.channels + kSpreadChannels - 1) / kSpreadChannels;
-  const int64_t tiles = (p.batch * p.height * p.width + kSpreadThreads - 1) / kSpreadThreads;
   with_dtype(p.map_dtype, [&](auto* in) {
     using In = std::remove_pointer_t<decltype(in)>;
     with_dtype(p.grad_rows.dtype, [&](auto* row) {
@@ -34,8 +33,7 @@ void gather_backward(const GatherBackwardParams& p) {
     if (sort_tiles > 1) {
       launch(p, "gather_backward, rank", gather_bwd_rank_kernel, row_blocks, kRowThreads, 0, p, sort_tiles);
     }
-    launch(p, "gather_backward, map", gather_bwd_map_kernel<In>, dim3(unsigned(tiles * slices)),
-           kSpreadThreads, 0, p, slices);
+    launch(p, "gather_backward, map", gather_bwd_map_kernel<In>, row_blocks, kRowThreads, 0, p);
   });
 }
 

@@ -1,5 +1,5 @@
-// Gathering chosen pixels from the strided map, a warp per row, and the dense gradient of the map. Each of
-// its elements is written exactly once: the sum of the rows that name its pixel, in row order, or zero.
+// Gathering chosen pixels from the strided map, a warp per row, and the dense gradient of the map: zeros,
+// over which the sum of the rows that name a pixel is written, in row order, once.
 #pragma once
 
 #include "pixels.cuh"
@@ -10,8 +10,6 @@ namespace {
 
 constexpr int kRowThreads = 256;
 constexpr int kRowsPerBlock = kRowThreads / kWarp;
-constexpr int kSpreadThreads = 256;
-constexpr int kSpreadChannels = 64;  // of a warp's tile, whose other side is kWarp pixels
 
 __device__ __forceinline__ int64_t num_pixels(const EmbeddingMap& m) { return m.batch * m.height * m.width; }
 
@@ -91,44 +89,26 @@ __global__ void __launch_bounds__(kRowThreads) gather_bwd_rank_kernel(GatherBack
   if (place < p.num_rows) emit_ranked(p.sort_keys, tiles, place, put_in_order(p));
 }
 
-// A tile of kWarp pixels and some channels per warp. Each lane looks up one pixel; then the lanes write
-// neighbours in memory, be those pixels or channels.
+// A warp per row: that of the first one to name a pixel adds up all that do.
 template <class In>
-__global__ void __launch_bounds__(kSpreadThreads)
-    gather_bwd_map_kernel(GatherBackwardParams p, int64_t slices) {
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int64_t tile = blockIdx.x / slices * (kSpreadThreads / kWarp) + warp;
-  const int64_t first_channel = blockIdx.x % slices * kSpreadChannels;
-  const int64_t last_channel = min(first_channel + kSpreadChannels, p.channels);
-  const int64_t first_pixel = tile * kWarp, pixel = first_pixel + lane;
-  if (first_pixel >= num_pixels(p)) return;
+__global__ void __launch_bounds__(kRowThreads) gather_bwd_map_kernel(GatherBackwardParams p) {
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t first = int64_t(blockIdx.x) * kRowsPerBlock + int(threadIdx.x) / kWarp;
+  if (first >= p.num_rows) return;
+  const int64_t pixel = p.sorted_pixels[first];
+  if (pixel < 0 || (first > 0 && p.sorted_pixels[first - 1] == pixel)) return;
+  int64_t last = first + 1;
+  while (last < p.num_rows && p.sorted_pixels[last] == pixel) ++last;
 
   EmbeddingMap target = p;
   target.stride_batch = p.grad_stride_batch;
   target.stride_row = p.grad_stride_row;
   target.stride_column = p.grad_stride_column;
-  const int64_t stride = p.grad_stride_channel;
-  In* map = static_cast<In*>(p.grad_map);
-  const bool inside = pixel < num_pixels(p);
-  const int64_t offset = inside ? pixel_offset(target, pixel) : 0;
-  int64_t first = lower_bound(p.sorted_pixels, int64_t(0), p.num_rows, pixel), last = first;
-  if (inside && first < p.num_rows && p.sorted_pixels[first] == pixel) {
-    last = lower_bound(p.sorted_pixels, first, p.num_rows, pixel + 1);
-  }
-  const auto sum = [&](int64_t from, int64_t to, int64_t d) {
-    float total = 0.f;
-    for (int64_t i = from; i < to; ++i) total += p.wide[p.sorted_rows[i] * p.channels + d];
-    return from_float<In>(total);
-  };
-  if (!lanes_take_channels(stride, p.grad_stride_column)) {
-    for (int64_t d = first_channel; inside && d < last_channel; ++d) {
-      map[offset + d * stride] = sum(first, last, d);
-    }
-    return;
-  }
-  for (int i = 0; i < int(min(int64_t(kWarp), num_pixels(p) - first_pixel)); ++i) {
-    const int64_t from = shuffle(first, i), to = shuffle(last, i), start = shuffle(offset, i);
-    for (int64_t d = first_channel + lane; d < last_channel; d += kWarp) map[start + d] = sum(from, to, d);
+  In* to = static_cast<In*>(p.grad_map) + pixel_offset(target, pixel);
+  for (int64_t d = lane; d < p.channels; d += kWarp) {
+    float sum = 0.f;
+    for (int64_t i = first; i < last; ++i) sum += p.wide[p.sorted_rows[i] * p.channels + d];
+    to[d * p.grad_stride_channel] = from_float<In>(sum);
   }
 }
 

@@ -230,9 +230,10 @@ def write_kernel(
                 tl.store(keys + slot[:, None] * channels + d[None, :], row, mask=inside)
             tl.store(key_labels + slot, tl.full([CANDIDATES], 0, tl.int32) + label.to(tl.int32), mask=stays)
             before += tl.sum(offered.to(tl.int32), 0)
-        tl.debug_barrier()  # everybody has read the pointer
+        filled = tl.minimum(tl.load(fill) + written, slots)
+        tl.debug_barrier()  # everybody has read both
         tl.store(ptr, ((start + written) % slots).to(tl.int64))
-        tl.store(fill, tl.minimum(tl.load(fill) + written, slots))
+        tl.store(fill, filled)
 
 
 @triton.jit

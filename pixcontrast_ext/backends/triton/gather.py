@@ -1,6 +1,6 @@
 """Gathering chosen pixels from a strided map, and the dense gradient of the map.
 
-Every element of the gradient is written exactly once: the sum of the rows that name its pixel, in row order, or zero.
+The gradient is zeros, over which the sum of the rows that name a pixel is written, in row order, once.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pixcontrast_ext.backends.calls import Gather, GatherBackward
 from pixcontrast_ext.backends.triton import launch, pixels
 from pixcontrast_ext.backends.triton.numerics import rounded_to
 from pixcontrast_ext.backends.triton.pixels import inverse_norm, pixel_offset
-from pixcontrast_ext.backends.triton.sort import first_not_below, sort
+from pixcontrast_ext.backends.triton.sort import sort
 
 _ELEMENTS = 1024  # of a program's rows
-_MAP = dict(BLOCK_PIXELS=128, BLOCK_D=64, num_warps=4)
 
 
 @triton.jit
@@ -114,7 +113,6 @@ def gather_bwd_map_kernel(
     sorted_pixels,  # [A] int64
     sorted_rows,  # [A] int32
     num_rows,
-    num_pixels,
     channels,
     height,
     width,
@@ -122,28 +120,26 @@ def gather_bwd_map_kernel(
     stride_channel,
     stride_row,
     stride_column,
-    grad_map,  # [B, D, H, W] out, dense
+    grad_map,  # [B, D, H, W] in (0) and out
     WIDE: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A strip of pixels and a slice of their channels."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_PIXELS
-    pixel = first + tl.arange(0, BLOCK_PIXELS)
-    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D, BLOCK_PIXELS], tl.float32)
-    begin = first_not_below(sorted_pixels, num_rows, first)
-    end = first_not_below(sorted_pixels, num_rows, first + BLOCK_PIXELS)
-    for i in range(begin, end):
-        row = tl.load(sorted_rows + i).to(tl.int64)
-        grad = tl.load(wide + row * channels + d, mask=d < channels, other=0.0)
-        total += tl.where((pixel == tl.load(sorted_pixels + i))[None, :], grad[:, None], 0.0)
-    offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column, WIDE)
-    tl.store(
-        grad_map + d[:, None] * stride_channel + offset[None, :],
-        rounded_to(total, grad_map.dtype.element_ty),
-        mask=(d < channels)[:, None] & (pixel < num_pixels)[None, :],
-    )
+    """A row per program: that of the first one to name a pixel adds up all that do."""
+    i = tl.program_id(0)
+    pixel = tl.load(sorted_pixels + i)
+    before = tl.load(sorted_pixels + tl.maximum(i - 1, 0))
+    if (pixel >= 0) & ((i == 0) | (before != pixel)):
+        d = tl.arange(0, BLOCK_D).to(tl.int64)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        named = pixel
+        while named == pixel:
+            row = tl.load(sorted_rows + i).to(tl.int64)
+            total += tl.load(wide + row * channels + d, mask=d < channels, other=0.0)
+            i += 1
+            named = tl.load(sorted_pixels + i, mask=i < num_rows, other=-1)
+        offset = pixel_offset(pixel, height, width, stride_batch, stride_row, stride_column, WIDE)
+        value = rounded_to(total, grad_map.dtype.element_ty)
+        tl.store(grad_map + offset + d * stride_channel, value, mask=d < channels)
 
 
 def _num_pixels(embeddings: Tensor) -> int:
@@ -203,14 +199,14 @@ def gather_backward(call: GatherBackward) -> None:
     sorted_rows, sorted_pixels = sort(row_pixels)
     launch.start(
         gather_bwd_map_kernel,
-        (triton.cdiv(num_pixels, _MAP["BLOCK_PIXELS"]), triton.cdiv(channels, _MAP["BLOCK_D"])),
+        (num_rows,),
         wide,
         sorted_pixels,
         sorted_rows,
         num_rows,
-        num_pixels,
         *pixels.sizes(call.grad_embeddings),
-        call.grad_embeddings,
+        call.grad_embeddings.zero_(),
         WIDE=_wide(embeddings),
-        **_MAP,
+        BLOCK_D=tile["BLOCK_D"],
+        num_warps=1,
     )
