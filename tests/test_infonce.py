@@ -278,7 +278,7 @@ _LABELS = torch.zeros(3, dtype=torch.int64)
         (dict(temperature=-0.1), ValueError, "temperature must be positive and finite, got -0.1"),
         (dict(temperature=math.nan), ValueError, "temperature must be positive and finite, got nan"),
         (dict(temperature=math.inf), ValueError, "temperature must be positive and finite, got inf"),
-        (dict(temperature="hot"), ValueError, "temperature must be positive and finite, got 'hot'"),
+        (dict(temperature="hot"), TypeError, "temperature must be an int or a float, got 'hot'"),
         (dict(reduction="sum"), ValueError, "reduction must be 'mean' or 'none', got 'sum'"),
     ],
 )
