@@ -340,7 +340,7 @@ struct Launch {
 namespace cuda {
 
 // Keys that a block sorts: 10 bits number them. Of pixels they are a chunk.
-constexpr int kTileBits = 10, kTileKeys = 1 << kTileBits;
+constexpr int kTileBits = 10, kTileKeys = 1 << kTileBits, kSortThreads = kTileKeys / 2;
 
 // A key of a pixel is its place in the chunk, its priority above, and (class, hard or easy) in the bits from
 // here on; all ones are neither.
@@ -389,6 +389,7 @@ struct WriteParams : Launch, Write {
 
 struct InfonceRows {
   int32_t full_float32;  // of fp32 rows, two planes are multiplied and fp32's accuracy kept; else one
+  int64_t row_channels;  // D, of a row as the caller has it
   int64_t channels;      // of a row or plane as it is multiplied, padding included
   float temperature;
   int32_t exclude_self;
@@ -403,15 +404,16 @@ struct InfonceRows {
   Float16* anchor_planes;  // of fp32 rows [A, planes, channels] scratch; else null
   float* peaks;            // likewise [2, plane_blocks] scratch
   int64_t plane_blocks;    // of either side
-  float* unscale;          // likewise [2] scratch: anchors, and keys, are their planes' sum times this
-  PXC_FIELDS((), full_float32, channels, temperature, exclude_self, splits, anchors, anchor_labels,
-             num_anchors, order, sorted_labels, sort_keys, score_scale, anchor_planes, peaks, plane_blocks,
-             unscale)
+  float* anchor_unscale;   // likewise [] scratch: anchors are their planes' sum times this
+  PXC_FIELDS((), full_float32, row_channels, channels, temperature, exclude_self, splits, anchors,
+             anchor_labels, num_anchors, order, sorted_labels, sort_keys, score_scale, anchor_planes, peaks,
+             plane_blocks, anchor_unscale)
 };
 
 struct InfonceForwardParams : Launch, InfonceRows {
   ConstRows keys;       // as the anchors [K, channels], or null: the anchors are the keys, in their order
   Float16* key_planes;  // as the anchors'
+  float* key_unscale;   // likewise
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   int32_t* label_ranges;     // [pieces of keys, 2] scratch: smallest and largest label
@@ -430,30 +432,29 @@ struct InfonceForwardParams : Launch, InfonceRows {
   float* neg_lse;            // [A] out, eq. (1)
   float* pos_weight;         // [A] out, eq. (4)
   int32_t* pos_count;        // [A] out
-  float* anchor_grad;        // [A, grad_channels] out, eq. (6) for g = 1; null without gradient
-  int64_t grad_channels;     // D
-  PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_labels, num_keys, label_ranges, shift_parts,
-             sum_parts, negative_parts, fewest_splits, positive_blocks, positive_splits, loss_parts,
-             pos_weight_parts, pos_count_parts, positive_parts, part_channels, loss, neg_lse, pos_weight,
-             pos_count, anchor_grad, grad_channels)
+  float* anchor_grad;        // [A, D] out, eq. (6) for g = 1; null without gradient
+  PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_unscale, key_labels, num_keys, label_ranges,
+             shift_parts, sum_parts, negative_parts, fewest_splits, positive_blocks, positive_splits,
+             loss_parts, pos_weight_parts, pos_count_parts, positive_parts, part_channels, loss, neg_lse,
+             pos_weight, pos_count, anchor_grad)
 };
 
 struct InfonceBackwardParams : Launch, InfonceRows {
   ConstRows keys;             // as the anchors, or null: the symmetric backward of anchors that are the keys
   Float16* key_planes;        // as the anchors'
+  float* key_unscale;         // likewise
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   const float* neg_lse;     // [A], from the forward, as is
   const float* pos_weight;  // [A]
   const float* grad_scale;  // [A], g / |P|
-  const float* peak;        // [] of the largest weight: fp16 ones are scaled by it; or null
+  float* weight_peaks;      // [A / kSortThreads] scratch: fp16 weights are scaled by the largest; or null
   float* factors;           // [A, 4] scratch: neg_lse_log2, push g S / |P|, pull g / |P|, the label
   int32_t* label_ranges;    // [anchor tiles, 2] scratch: smallest and largest label
-  float* grad_parts;        // [splits, K, grad_channels] scratch; null with one split
-  float* grad;              // [K, grad_channels] out, of the keys; of the anchors if they are the keys
-  int64_t grad_channels;    // D
-  PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_labels, num_keys, neg_lse, pos_weight, grad_scale,
-             peak, factors, label_ranges, grad_parts, grad, grad_channels)
+  float* grad_parts;        // [splits, K, D] scratch; null with one split
+  float* grad;              // [K, D] out, of the keys; of the anchors if they are the keys
+  PXC_FIELDS((Launch, InfonceRows), keys, key_planes, key_unscale, key_labels, num_keys, neg_lse, pos_weight,
+             grad_scale, weight_peaks, factors, label_ranges, grad_parts, grad)
 };
 
 // --- example mining ---
@@ -474,7 +475,7 @@ struct NegativeRows {
   int64_t num_negatives;
   int32_t* negative_ranges;  // [pieces of negatives, 2] scratch
   float* negative_scale;     // [] scratch
-  float* negative_unscale;   // [2] scratch
+  float* negative_unscale;   // [] scratch
   PXC_FIELDS((), negatives, negative_planes, negative_labels, num_negatives, negative_ranges, negative_scale,
              negative_unscale)
 };
@@ -491,15 +492,15 @@ struct MinedBackwardParams : InfonceBackwardParams, MinedRange {
 struct ScoreCountsParams : Launch, InfonceRows, NegativeRows {
   ConstRows keys;             // as the anchors, or null: the anchors are the keys
   Float16* key_planes;        // as the anchors'
+  float* key_unscale;         // likewise
   const int32_t* key_labels;  // [K], or null
   int64_t num_keys;
   int32_t* label_ranges;    // [pieces of keys, 2] scratch
   int64_t positive_splits;  // of the walk over the keys; `splits` are those of the walk over the negatives
-  int64_t grad_channels;    // D
   int32_t* neg_counts;      // [A, kScoreBins] in (0) and out
   int32_t* pos_counts;      // [A, kScoreBins] in (0) and out
-  PXC_FIELDS((Launch, InfonceRows, NegativeRows), keys, key_planes, key_labels, num_keys, label_ranges,
-             positive_splits, grad_channels, neg_counts, pos_counts)
+  PXC_FIELDS((Launch, InfonceRows, NegativeRows), keys, key_planes, key_unscale, key_labels, num_keys,
+             label_ranges, positive_splits, neg_counts, pos_counts)
 };
 
 }  // namespace cuda

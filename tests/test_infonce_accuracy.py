@@ -122,6 +122,16 @@ def test_half_precision_accuracy(backend, instruction_set, poison, dtype, order)
         assert error(grad, truth) <= error(truth.to(dtype), truth) * 1.01 + rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("loudest", [0, 2])
+def test_gradients_of_keys_where_a_class_weighs_a_million_times_as_much(gpu_backend, poison, dtype, loudest):
+    """fp16 weights are scaled by the largest, wherever it stands among more anchors than one block looks at."""
+    inputs = draw_rows(1100, 90, 24, 3, dtype=dtype)
+    weights = torch.where(inputs[1] == loudest, 4.0, 2.0**-18)
+    found, expected = run(inputs, gpu_backend, weights=weights), exact(inputs, weights=weights)
+    assert error(found[2], expected[2]) <= (4e-6 if dtype == torch.float32 else 2e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradient_before_rounding(backend, dtype):
     anchors, anchor_labels, keys, key_labels = draw_rows(200, 900, 64, 5, dtype=dtype)

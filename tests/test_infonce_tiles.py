@@ -156,9 +156,10 @@ def test_both_passes_know_labels_by_the_same_pieces(monkeypatch, shared):
     for dtype, full_float32 in ((0, False), (0, True), (1, True), (2, True)):
         for channels in range(64 if dtype == 0 else 8, 513, 64 if dtype == 0 else 8):
             for num_anchors in (64, 65):
+                how = 0, dtype, full_float32, channels
                 tiles = [
-                    of(0, dtype, full_float32, channels, num_anchors, 1000)
-                    for of in (kernels.infonce_negatives_tile, kernels.infonce_positives_tile)
+                    kernels.infonce_negatives_tile(*how, num_anchors, 1000),
+                    kernels.infonce_positives_tile(*how),
                 ]
                 assert tiles[0].piece == tiles[1].piece
                 assert all(tile.columns % tile.piece == 0 for tile in tiles)

@@ -8,6 +8,7 @@ namespace pxc::cuda {
 void def_kernels(pybind11::module_& m) {
   using seam::def;
   m.attr("SORT_TILE") = kTileKeys;
+  m.attr("SORT_THREADS") = kSortThreads;
   m.attr("MAX_CLASSES") = kMaxClasses;
   m.attr("MAX_CHANNELS") = kMaxChannels;
   def<SamplingParams>(m, "sampling", sampling);

@@ -32,8 +32,7 @@ struct InfonceTile {
 };
 InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
                                    int64_t num_anchors, int64_t num_keys);
-InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
-                                   int64_t num_anchors, int64_t num_keys);
+InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
 InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
 InfonceTile mined_negatives_tile(int device, int32_t dtype, bool full_float32, int64_t channels);
 InfonceTile mined_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels);

@@ -72,9 +72,8 @@ InfonceTile infonce_negatives_tile(int device, int32_t dtype, bool full_float32,
   return forward_tile<Pass::kNegatives>(device, dtype, full_float32, channels, num_anchors, num_keys);
 }
 
-InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels,
-                                   int64_t num_anchors, int64_t num_keys) {
-  return forward_tile<Pass::kPositives>(device, dtype, full_float32, channels, num_anchors, num_keys);
+InfonceTile infonce_positives_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {
+  return forward_tile<Pass::kPositives>(device, dtype, full_float32, channels, 0, 0);
 }
 
 InfonceTile infonce_backward_tile(int device, int32_t dtype, bool full_float32, int64_t channels) {

@@ -5,14 +5,16 @@
 
 namespace pxc::cuda {
 
-// A power of two that takes weights of at most `peak` to 2^10 or less. That leaves fp16 room above, as a
-// log-sum-exp of other rows than these may make weights larger, and precision below, for weights a thousandth
-// as large.
-__device__ __forceinline__ float weight_scale(const float* peak) {
-  if (peak == nullptr) return 1.f;
+// A power of two that takes the largest weight to 2^10 or less. That leaves fp16 room above, as a log-sum-exp
+// of other rows than these may make weights larger, and precision below, for weights a thousandth as large.
+// The whole warp calls it.
+__device__ __forceinline__ float weight_scale(const InfonceBackwardParams& p, int lane) {
+  if (p.weight_peaks == nullptr) return 1.f;
   constexpr int kLargestExponent = 9, kSmallestPeak = -110;
   static_assert(kLargestExponent - kSmallestPeak <= 127, "the power of two is a float");
-  const int exponent = max(int(float_bits(*peak) >> 23 & 255) - 127, kSmallestPeak);
+  float peak = 0.f;
+  for (int64_t i = lane; i * kOrderThreads < p.num_anchors; i += kWarp) peak = fmaxf(peak, p.weight_peaks[i]);
+  const int exponent = max(int(float_bits(warp_max(peak)) >> 23) - 127, kSmallestPeak);
   return power_of_two(kLargestExponent - exponent);
 }
 
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_bwd_k
   Factors* own_factors = memory.take<Factors>(Tile::kBlockA);  // their labels at least
   const BoundsOfTile<Tile, Params> bounds(memory, p);
   const Factors* all_factors = reinterpret_cast<const Factors*>(p.factors);
-  const float scale = *p.score_scale, peak_scale = weight_scale(p.peak);
+  const float scale = *p.score_scale, peak_scale = weight_scale(p, engine.lane);
   const bool symmetric = p.keys.data == nullptr;
 
   if (int(threadIdx.x) < Tile::kBlockA) {
@@ -148,17 +150,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) infonce_bwd_k
         engine.accumulate(output, stage);
       });
 
-  const float unscale = (p.unscale == nullptr ? 1.f : p.unscale[0]) / (peak_scale * p.temperature);
+  const float unscale = unscale_of_anchors(p) / (peak_scale * p.temperature);
   each_output<Tile>(
       [&](int f, int n, int i) {  // a row without a label takes no part, whatever the anchors hold
         const int own_label = own_factors[engine.local_row(f, i / 2)].label();
         output[f][n][i] = own_label < 0 ? 0.f : output[f][n][i] * unscale;
       });
   if (p.grad_parts == nullptr) {
-    engine.write(output, p.grad, keys.order, p.grad_channels, p.grad_channels);
+    engine.write(output, p.grad, keys.order, p.row_channels, p.row_channels);
   } else {
-    float* to = p.grad_parts + int64_t(blockIdx.y) * keys.count * p.grad_channels;
-    engine.write(output, to, nullptr, p.grad_channels, p.grad_channels);
+    float* to = p.grad_parts + int64_t(blockIdx.y) * keys.count * p.row_channels;
+    engine.write(output, to, nullptr, p.row_channels, p.row_channels);
   }
 }
 
@@ -167,13 +169,13 @@ constexpr int kBackwardFinishThreads = 64;
 // The second stage of the backward, a thread for each element: adds the splits in order.
 template <class Params>
 __global__ void __launch_bounds__(kBackwardFinishThreads) infonce_bwd_finish_kernel(Params p) {
-  const int64_t count = (p.keys.data == nullptr ? p.num_anchors : p.num_keys) * p.grad_channels;
+  const int64_t count = (p.keys.data == nullptr ? p.num_anchors : p.num_keys) * p.row_channels;
   const int64_t element = int64_t(blockIdx.x) * kBackwardFinishThreads + threadIdx.x;
   if (element >= count) return;
   float sum = 0.f;
   for (int64_t split = 0; split < p.splits; ++split) sum += p.grad_parts[split * count + element];
-  const int64_t row = element / p.grad_channels, channel = element % p.grad_channels;
-  p.grad[(p.keys.data == nullptr ? p.order[row] : row) * p.grad_channels + channel] = sum;
+  const int64_t row = element / p.row_channels, channel = element % p.row_channels;
+  p.grad[(p.keys.data == nullptr ? p.order[row] : row) * p.row_channels + channel] = sum;
 }
 
 }  // namespace pxc::cuda

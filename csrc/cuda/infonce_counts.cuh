@@ -37,7 +37,8 @@ __device__ __forceinline__ int bin_of(float place) {
 }
 
 // Rows are anchors and columns are keys, whose counts are those of positives or of negatives, by kPass. Where
-// a block's do not fit into shared memory (kInShared), the second-level cache adds up the scores one by one.
+// a block's do not fit into shared memory (not kInShared), the second-level cache adds up the scores one by
+// one.
 template <class Tile, Pass kPass, bool kInShared>
 __global__ void __launch_bounds__(Tile::kThreads)
     infonce_counts_kernel(ScoreCountsParams p, int32_t* counts) {
@@ -48,8 +49,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const Engine engine(memory, anchors, keys, int(blockIdx.x) * Tile::kBlockA);
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   int* words = memory.take<int>(kInShared ? kWords : 0);
-  const float per_score =
-      (p.unscale == nullptr ? 1.f : p.unscale[0] * unscale_of_keys(p)) * float(kScoreBins / 2);
+  const float per_score = unscale_of_anchors(p) * unscale_of_keys(p) * float(kScoreBins / 2);
   const auto counts_of = [&](int row) {
     return counts + int64_t(anchors.order[engine.first_row + row]) * kScoreBins;
   };

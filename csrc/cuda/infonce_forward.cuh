@@ -144,19 +144,27 @@ struct Negatives {
   }
 };
 
-__device__ __forceinline__ Negatives combine_negatives(const InfonceForwardParams& p, int64_t row) {
+// kLanes neighbours share the splits of a row, and all get the result. The whole warp calls it.
+template <int kLanes>
+__device__ __forceinline__ Negatives combine_negatives(const InfonceForwardParams& p, int64_t row, int lane) {
   Negatives all{-INFINITY, 0.f};
-#pragma unroll 8
-  for (int64_t split = 0; split < p.splits; ++split) {
+#pragma unroll 4
+  for (int64_t split = lane; split < p.splits; split += kLanes) {
     all.shift = fmaxf(all.shift, p.shift_parts[split * p.num_anchors + row]);
   }
-#pragma unroll 8
-  for (int64_t split = 0; split < p.splits; ++split) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    all.shift = fmaxf(all.shift, shuffle_xor(all.shift, lanes));
+  }
+#pragma unroll 4
+  for (int64_t split = lane; split < p.splits; split += kLanes) {
     const float shift = p.shift_parts[split * p.num_anchors + row];
     const float sum = p.sum_parts[split * p.num_anchors + row];
     // A maximum ignores NaN: a split without a shift has met no negative, or only NaN, which its sum then is.
     all.sum += shift == -INFINITY ? sum : sum * exp2_approx(shift - all.shift);
   }
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) all.sum += shuffle_xor(all.sum, lanes);
   return all;
 }
 
@@ -183,18 +191,24 @@ size_t positives_bytes(int64_t row_stride) {
          shared_bytes<float>(Tile::kBlockA);  // the last for a bound of each row
 }
 
+// Finds those of the anchors of a block; the whole block calls it, with some threads for each row.
 template <class Tile>
-__device__ __forceinline__ RowOfPositives row_of_positives(const InfonceForwardParams& p, const Side& anchors,
-                                                           int64_t row) {
+__device__ __forceinline__ void find_rows_of_positives(const InfonceForwardParams& p, const Side& anchors,
+                                                       int first_row, RowOfPositives* rows) {
+  constexpr int kLanes = Tile::kThreads / Tile::kBlockA;
+  static_assert(kLanes >= 1 && kLanes <= kWarp && (kLanes & (kLanes - 1)) == 0, "they are lanes of one warp");
+  const int local = int(threadIdx.x) / kLanes, lane = int(threadIdx.x) % kLanes;
+  const int row = first_row + local;
   const int label = label_at(anchors, row);
   int excluded = -1;
-  if (p.exclude_self && label >= 0) excluded = p.keys.data == nullptr ? int(row) : p.order[row];
-  const float neg_lse_log2 =
-      row < anchors.count ? combine_negatives(p, row).lse_log2(kWeightBias<Tile>) : 0.f;
-  return {
+  if (p.exclude_self && label >= 0) excluded = p.keys.data == nullptr ? row : p.order[row];
+  // Of a row past the last nobody uses it; the other lanes need its threads all the same.
+  const Negatives negatives = combine_negatives<kLanes>(p, min(row, anchors.count - 1), lane);
+  if (lane > 0) return;
+  rows[local] = {
       .label = label < 0 ? INT32_MIN : label,
       .excluded = excluded,
-      .neg_lse_log2 = neg_lse_log2,
+      .neg_lse_log2 = negatives.lse_log2(kWeightBias<Tile>),
       .scale = *p.score_scale,
   };
 }
@@ -211,16 +225,14 @@ __device__ __forceinline__ void add_positives(const Params& p, const ClassTile& 
   int* key_labels = memory.take<int>(2 * Tile::kBlockK);
   RowOfPositives* own_rows = memory.take<RowOfPositives>(Tile::kBlockA);
   const bool with_grad = p.positive_parts != nullptr;
-  if (int(threadIdx.x) < Tile::kBlockA) {  // the engine's first barrier shows them to all
-    own_rows[threadIdx.x] = row_of_positives<Tile>(p, anchors, engine.first_row + threadIdx.x);
-  }
+  find_rows_of_positives<Tile>(p, anchors, engine.first_row, own_rows);
   [[maybe_unused]] float* highest = nullptr;  // the score of each row below which a positive takes part
   if constexpr (kMined<Params>) {
     highest = memory.take<float>(Tile::kBlockA);
     if (int(threadIdx.x) < min(anchors.count - engine.first_row, Tile::kBlockA)) {
       highest[threadIdx.x] = as_score(p, p.pos_max[anchors.order[engine.first_row + threadIdx.x]]);
     }
-  }
+  }  // the engine's first barrier shows both to all
 
   typename PositivesEngine<Tile>::PerRow loss = {}, pos_weight = {};
   int count[Tile::kFragments][2] = {};
@@ -363,13 +375,13 @@ __global__ void __launch_bounds__(kFinishThreads)
       p.pos_count[anchor] = 0;
     }
     if (p.anchor_grad == nullptr) return;
-    for (int64_t d = threadIdx.x; d < p.grad_channels; d += blockDim.x) {
-      p.anchor_grad[anchor * p.grad_channels + d] = 0.f;
+    for (int64_t d = threadIdx.x; d < p.row_channels; d += blockDim.x) {
+      p.anchor_grad[anchor * p.row_channels + d] = 0.f;
     }
     return;
   }
   const int positive_splits = *p.positive_splits;
-  const Negatives negatives = combine_negatives(p, row);
+  const Negatives negatives = combine_negatives<kWarp>(p, row, lane);
   float loss = 0.f, pos_weight = 0.f;
   int pos_count = 0;
   for (int split = lane; split < positive_splits; split += kWarp) {
@@ -402,9 +414,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int64_t stride = p.num_anchors * p.part_channels;
   const int team = int(threadIdx.x) / kFinishTeam, member = int(threadIdx.x) % kFinishTeam,
             teams = int(blockDim.x) / kFinishTeam;
-  for (int64_t first = 0; first < p.grad_channels; first += 4 * kFinishTeam) {
+  for (int64_t first = 0; first < p.row_channels; first += 4 * kFinishTeam) {
     const int64_t d = first + 4 * member, place = row * p.part_channels + d;
-    const bool inside = d < p.grad_channels;
+    const bool inside = d < p.row_channels;
     if (inside) {
       const float4 negative_sum = sum_of_parts(p.negative_parts + place, stride, negative_factors, team,
                                                int(p.splits), teams),
@@ -422,10 +434,10 @@ __global__ void __launch_bounds__(kFinishThreads)
         const float4 share = shares[other * kFinishTeam + member];
         grad[0] += share.x, grad[1] += share.y, grad[2] += share.z, grad[3] += share.w;
       }
-      float* to = p.anchor_grad + anchor * p.grad_channels + d;
+      float* to = p.anchor_grad + anchor * p.row_channels + d;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (d + i < p.grad_channels) to[i] = contrasts ? scale * grad[i] : 0.f;
+        if (d + i < p.row_channels) to[i] = contrasts ? scale * grad[i] : 0.f;
       }
     }
     sync_block();  // nobody reads these shares any more

@@ -54,20 +54,20 @@ auto with_math(DType dtype, bool full_float32, Visit visit) {
 
 constexpr int64_t kPlaneUnit = 64;  // the engine reads planes in pieces of so many
 
-// Splits fp32 rows into planes, which then take the place of the rows.
+// Splits fp32 rows, of both sides or of the keys alone, into planes, which then take the place of the rows.
 template <class Math, class Params>
-Params with_planes(Params p) {
+Params with_planes(Params p, bool only_keys = false) {
   if (p.anchors.dtype != DType::kFloat32) return p;
   if (p.channels % kPlaneUnit != 0) {
     throw std::invalid_argument("a plane has a multiple of " + std::to_string(kPlaneUnit) +
                                 " channels, got " + std::to_string(p.channels));
   }
-  const dim3 grid(unsigned(p.plane_blocks), p.keys.data == nullptr ? 1 : 2);
+  const dim3 grid(unsigned(p.plane_blocks), only_keys || p.keys.data == nullptr ? 1 : 2);
   for (const bool again : {false, true}) {
     launch(p, "infonce_planes_kernel", infonce_planes_kernel<Math::kPlanes, Params>, grid, kPlaneThreads,
-           shared_bytes<float>(kPlaneThreads / kWarp), p, again);
+           shared_bytes<float>(kPlaneThreads / kWarp), p, only_keys, again);
   }
-  p.anchors.data = p.anchor_planes;
+  if (!only_keys) p.anchors.data = p.anchor_planes;
   if (p.keys.data != nullptr) p.keys.data = p.key_planes;
   return p;
 }
@@ -85,9 +85,9 @@ void order_anchors(const Params& p, bool columns_are_keys) {
            dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads / kWarp))), kOrderThreads, 0, p, tiles);
   }
   if (columns_are_keys) return;
-  launch(p, "infonce_label_ranges_kernel", infonce_label_ranges_kernel<kPiece>,
-         dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads))), kOrderThreads, 0, p.sorted_labels,
-         p.num_anchors, p.label_ranges);
+  launch(p, "infonce_anchors_kernel", infonce_anchors_kernel<Params, kPiece>,
+         dim3(unsigned(blocks_of(p.num_anchors, kOrderThreads))), kOrderThreads,
+         shared_bytes<float>(kOrderThreads / kWarp), p);
 }
 
 template <class Tile, class Kernel>
@@ -128,7 +128,7 @@ void launch_backward(const Params& given) {
   });
   if (given.grad_parts == nullptr) return;  // else blocks have shared a walk
   launch(given, "infonce_bwd_finish_kernel", infonce_bwd_finish_kernel<Params>,
-         dim3(unsigned(blocks_of(num_rows * given.grad_channels, kBackwardFinishThreads))),
+         dim3(unsigned(blocks_of(num_rows * given.row_channels, kBackwardFinishThreads))),
          kBackwardFinishThreads, 0, given);
 }
 

@@ -53,10 +53,14 @@ __device__ __forceinline__ int plane_exponent(float peak) {
   return min(kHalfExponent - 1 - exponent, 126);
 }
 
-// The factor that undoes the scaling of the keys' planes.
+// The factors that undo the scaling of either side's planes.
+__device__ __forceinline__ float unscale_of_anchors(const InfonceRows& p) {
+  return p.anchor_unscale == nullptr ? 1.f : *p.anchor_unscale;
+}
 template <class Params>
 __device__ __forceinline__ float unscale_of_keys(const Params& p) {
-  return p.unscale == nullptr ? 1.f : p.unscale[p.keys.data == nullptr ? 0 : 1];
+  if (p.keys.data == nullptr) return unscale_of_anchors(p);
+  return p.key_unscale == nullptr ? 1.f : *p.key_unscale;
 }
 
 // Likewise of the negatives', which are the keys unless mining has drawn them.
@@ -65,37 +69,32 @@ __device__ __forceinline__ float unscale_of_negatives(const InfonceForwardParams
 }
 __device__ __forceinline__ float unscale_of_negatives(const MinedForwardParams& p) {
   if (p.negatives.data == nullptr) return unscale_of_keys(p);
-  return p.negative_unscale == nullptr ? 1.f : p.negative_unscale[1];
+  return p.negative_unscale == nullptr ? 1.f : *p.negative_unscale;
 }
 
-// A cosine in the units of scores, which sums of planes are. It is exact: these are powers of two apart.
+// A cosine in the units of scores, which sums of planes are: powers of two apart, so exact within fp32's
+// range.
 template <class Params>
 __device__ __forceinline__ float as_score(const Params& p, float cosine) {
-  return p.unscale == nullptr ? cosine : cosine / p.unscale[0] / unscale_of_keys(p);
+  return p.anchor_unscale == nullptr ? cosine : cosine / *p.anchor_unscale / unscale_of_keys(p);
 }
 
-// A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1. The first launch takes
-// the usual power of two, and leaves each block's largest finite number of a labelled row; the second redoes
-// the sides that this power does not fit.
+// A warp per row: of the anchors in blocks with y 0, of the keys in those with y 1, or in all if `only_keys`.
+// The first launch takes the usual power of two, and leaves each block's largest finite number; the second
+// redoes the sides that this power does not fit. Rows without a label are nobody's to read, so they get no
+// planes.
 template <int kPlanes, class Params>
-__global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p, bool again) {
+__global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p, bool only_keys, bool again) {
   constexpr int kWarps = kPlaneThreads / kWarp;
   SharedMemory memory;
   float* warps = memory.take<float>(kWarps);
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const bool of_keys = blockIdx.y == 1;
+  const bool of_keys = only_keys || blockIdx.y == 1;
   const float* rows = static_cast<const float*>((of_keys ? p.keys : p.anchors).data);
   const int32_t* labels = of_keys ? p.key_labels : p.anchor_labels;
   Half* planes = reinterpret_cast<Half*>(of_keys ? p.key_planes : p.anchor_planes);
   const int64_t count = of_keys ? p.num_keys : p.num_anchors;
   float* peaks = p.peaks + int64_t(blockIdx.y) * gridDim.x;
-  const auto largest_of_block = [&](float value) {
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = fmaxf(value, shuffle_xor(value, lanes));
-    if (lane == 0) warps[warp] = value;
-    sync_block();  // those of all warps are there
-    for (int other = 0; other < kWarps; ++other) value = fmaxf(value, warps[other]);
-    return value;
-  };
 
   int exponent = kUsualExponent;
   float peak = 0.f;
@@ -103,22 +102,24 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
     for (int block = int(threadIdx.x); block < int(gridDim.x); block += kPlaneThreads) {
       peak = fmaxf(peak, peaks[block]);
     }
-    exponent = plane_exponent(largest_of_block(peak));
-    if (blockIdx.x == 0 && threadIdx.x == 0) p.unscale[blockIdx.y] = power_of_two(-exponent);
+    exponent = plane_exponent(block_max<kPlaneThreads>(peak, warps));
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      *(of_keys ? p.key_unscale : p.anchor_unscale) = power_of_two(-exponent);
+    }
     if (exponent == kUsualExponent) return;
   }
   const float scale = power_of_two(exponent);
   for (int64_t row = int64_t(blockIdx.x) * kWarps + warp; row < count; row += int64_t(gridDim.x) * kWarps) {
-    const float* from = rows + row * p.grad_channels;
+    if (labels[row] < 0) continue;
+    const float* from = rows + row * p.row_channels;
     Half* to = planes + row * kPlanes * p.channels;
-    const bool labelled = labels[row] >= 0;
     for (int64_t first = lane * kPlaneChannels; first < p.channels; first += kWarp * kPlaneChannels) {
       float values[kPlaneChannels];
-      if (p.grad_channels % 4 == 0 && reinterpret_cast<uint64_t>(rows) % 16 == 0) {
+      if (p.row_channels % 4 == 0 && reinterpret_cast<uint64_t>(rows) % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kPlaneChannels; i += 4) {
-          const float4 four = first + i < p.grad_channels ? *reinterpret_cast<const float4*>(from + first + i)
-                                                          : make_float4(0.f, 0.f, 0.f, 0.f);
+          const float4 four = first + i < p.row_channels ? *reinterpret_cast<const float4*>(from + first + i)
+                                                         : make_float4(0.f, 0.f, 0.f, 0.f);
           values[i] = four.x;
           values[i + 1] = four.y;
           values[i + 2] = four.z;
@@ -127,15 +128,15 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
       } else {
 #pragma unroll
         for (int i = 0; i < kPlaneChannels; ++i) {
-          values[i] = first + i < p.grad_channels ? from[first + i] : 0.f;
+          values[i] = first + i < p.row_channels ? from[first + i] : 0.f;
         }
       }
       uint32_t words[kPlanes][kPlaneChannels / 2];
 #pragma unroll
       for (int i = 0; i < kPlaneChannels; i += 2) {
         float low = values[i], high = values[i + 1];
-        if (labelled && fabsf(low) < INFINITY) peak = fmaxf(peak, fabsf(low));
-        if (labelled && fabsf(high) < INFINITY) peak = fmaxf(peak, fabsf(high));
+        if (fabsf(low) < INFINITY) peak = fmaxf(peak, fabsf(low));
+        if (fabsf(high) < INFINITY) peak = fmaxf(peak, fabsf(high));
         low *= scale;
         high *= scale;
         words[0][i / 2] = pack<Half>(low, high);
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kPlaneThreads) infonce_planes_kernel(Params p,
     }
   }
   if (again) return;
-  peak = largest_of_block(peak);
+  peak = block_max<kPlaneThreads>(peak, warps);
   if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
 }
 

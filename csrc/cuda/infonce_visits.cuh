@@ -129,12 +129,6 @@ __device__ __forceinline__ void find_ranges(const int32_t* labels, int64_t count
   }
 }
 
-template <int kPiece>
-__global__ void __launch_bounds__(kOrderThreads)
-    infonce_label_ranges_kernel(const int32_t* labels, int64_t count, int32_t* ranges) {
-  find_ranges<kPiece>(labels, count, ranges, blockIdx.x);
-}
-
 // An anchor's part of ds, eq. (5): push exp2(score - neg_lse_log2) for negatives, -pull sigma for positives.
 struct alignas(16) Factors {
   float neg_lse_log2, push, pull;
@@ -148,13 +142,16 @@ struct alignas(8) Bounds {
   float neg_min, pos_max;
 };
 
+template <class Params>
+constexpr bool kBackward = std::is_base_of_v<InfonceBackwardParams, Params>;
+
 // Records that an anchor is the `place`-th to be visited, and for the backward its factors.
 template <class Params>
 __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int64_t anchor) {
   const int label = max(p.anchor_labels[anchor], -1);
   p.order[place] = int32_t(anchor);
   p.sorted_labels[place] = label;
-  if constexpr (std::is_base_of_v<InfonceBackwardParams, Params>) {
+  if constexpr (kBackward<Params>) {
     // Without negatives sigma is 0: a log-sum-exp of +inf and factors of 0 give that without a special case.
     const bool alone = label < 0 || p.neg_lse[anchor] == -INFINITY;
     const float pull = alone ? 0.f : p.grad_scale[anchor];
@@ -177,8 +174,7 @@ __device__ __forceinline__ void visit_anchor(const Params& p, int64_t place, int
 template <class Params>
 __device__ __forceinline__ void find_scale(const Params& p) {
   const float scale = kLog2E / p.temperature;
-  *p.score_scale =
-      fmaxf(p.unscale == nullptr ? scale : scale * p.unscale[0] * unscale_of_keys(p), kSmallestScale);
+  *p.score_scale = fmaxf(scale * unscale_of_anchors(p) * unscale_of_keys(p), kSmallestScale);
 }
 
 // What the sort of the anchors finds of the keys as well, for keys that only one pass meets.
@@ -214,6 +210,30 @@ __global__ void __launch_bounds__(kOrderThreads) infonce_rank_kernel(Params p, i
   if (place >= p.num_anchors) return;
   emit_ranked(p.sort_keys, tiles, place,
               [&p](int64_t rank, uint64_t, int64_t anchor) { visit_anchor(p, rank, anchor); });
+}
+
+// The largest weight that an anchor may have in the backward. No sigma is larger than their sum S, except
+// with a log-sum-exp that is of other keys: so from below.
+__device__ __forceinline__ float largest_weight(const Factors& anchor) {
+  constexpr float kSmallestSum = 0x1p-10f;
+  return anchor.push == 0.f ? 0.f : fmaxf(fabsf(anchor.push), fabsf(anchor.pull) * kSmallestSum);
+}
+
+// What is known of the anchors once they are in order: the ranges of their labels as columns, and for the
+// backward each block's largest weight.
+template <class Params, int kPiece>
+__global__ void __launch_bounds__(kOrderThreads) infonce_anchors_kernel(Params p) {
+  find_ranges<kPiece>(p.sorted_labels, p.num_anchors, p.label_ranges, blockIdx.x);
+  if constexpr (kBackward<Params>) {
+    if (p.weight_peaks == nullptr) return;
+    SharedMemory memory;
+    float* warps = memory.take<float>(kOrderThreads / kWarp);
+    const int64_t place = int64_t(blockIdx.x) * kOrderThreads + threadIdx.x;
+    const Factors* factors = reinterpret_cast<const Factors*>(p.factors);
+    const float largest =
+        block_max<kOrderThreads>(place < p.num_anchors ? largest_weight(factors[place]) : 0.f, warps);
+    if (threadIdx.x == 0) p.weight_peaks[blockIdx.x] = largest;
+  }
 }
 
 // Scratch of the two functions below, in ints: 128 bytes, so that the arrays after it stay aligned. Each

@@ -50,7 +50,7 @@ Params with_negatives(Params p) {
   p.num_keys = p.num_negatives;
   p.label_ranges = p.negative_ranges;
   p.score_scale = p.negative_scale;
-  p.unscale = p.negative_unscale;
+  p.key_unscale = p.negative_unscale;
   return p;
 }
 
@@ -63,7 +63,7 @@ template <class Math, int kPiece, class Params>
 Passes<Params> prepare(const Params& given) {
   const bool apart = given.negatives.data != nullptr;
   const Params positives = with_planes<Math>(given);
-  const Params negatives = apart ? with_planes<Math>(with_negatives(given)) : positives;
+  const Params negatives = apart ? with_planes<Math>(with_negatives(positives), true) : positives;
   order_anchors<kPiece>(positives, positives.keys.data != nullptr);
   if (apart) {
     const int64_t blocks = std::max<int64_t>(blocks_of(negatives.num_keys, kOrderThreads), 1);

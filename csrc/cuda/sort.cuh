@@ -7,8 +7,6 @@
 
 namespace pxc::cuda {
 
-constexpr int kSortThreads = kTileKeys / 2;
-
 // Sorts `size` keys in shared memory, a power of two above kWarp, in a bitonic network: one compare per
 // thread and step, whatever the data. A block of kSortThreads calls it, and needs no barrier before or after.
 __device__ __forceinline__ void sort_tile(uint64_t* keys, int size) {

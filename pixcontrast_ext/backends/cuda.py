@@ -139,6 +139,7 @@ def gather(call: Gather) -> None:
 
 def gather_backward(call: GatherBackward) -> None:
     indices = call.indices
+    call.grad_embeddings.zero_()
     launch(
         "gather_backward",
         call,
@@ -175,7 +176,7 @@ def _cut(
 ) -> tuple[Any, int]:
     """The tile of an InfoNCE pass on a device, and how many blocks run at a time.
 
-    "infonce_negatives" and "infonce_positives" depend on `counts`, the numbers of anchors and keys.
+    "infonce_negatives" depends on `counts`, the numbers of anchors and keys.
     """
     tile_of = getattr(devices.gpu.kernels, f"{of}_tile")
     number, _ = devices.gpu.number_and_stream(device)
@@ -202,44 +203,52 @@ def _aligned(rows: Tensor) -> Tensor:
     return rows if rows.data_ptr() % unit == 0 else rows.clone()
 
 
-def _rows(anchors: Tensor, keys: Tensor | None, full_float32: bool) -> dict[str, Any]:
-    """The fields of rows and how they are multiplied: 16-bit ones as they are, fp32 ones as planes of fp16."""
-    score_scale = anchors.new_empty((), dtype=torch.float32)
-    fields: dict[str, Any] = dict(full_float32=full_float32, score_scale=score_scale)
-    if anchors.dtype != torch.float32:
-        anchors = _aligned(anchors)
-        fields |= dict(
-            anchors=anchors, keys=None if keys is None else _aligned(keys), channels=anchors.shape[1]
-        )
-        return fields | dict(anchor_planes=None, key_planes=None, peaks=None, plane_blocks=0, unscale=None)
-    channels = -(-anchors.shape[1] // PLANE_CHANNELS) * PLANE_CHANNELS
-    longest = max(anchors.shape[0], 0 if keys is None else keys.shape[0])
-    blocks = max(1, min(PLANE_BLOCKS, -(-longest // 8)))
+def _scalar(anchors: Tensor) -> Tensor:
+    return anchors.new_empty((), dtype=torch.float32)
 
-    def planes_of(rows: Tensor) -> Tensor:
-        return rows.new_empty(rows.shape[0], 2 if full_float32 else 1, channels, dtype=torch.float16)
 
+def _side(name: str, rows: Tensor, full_float32: bool) -> dict[str, Any]:
+    """The fields of the anchors, the keys or the negatives: 16-bit rows as they are, fp32 ones as planes of fp16."""
+    of_rows, of_planes, of_unscale = f"{name}s", f"{name}_planes", f"{name}_unscale"
+    if rows.dtype != torch.float32:
+        return {of_rows: _aligned(rows), of_planes: None, of_unscale: None}
+    channels = -(-rows.shape[1] // PLANE_CHANNELS) * PLANE_CHANNELS
+    planes = rows.new_empty(rows.shape[0], 2 if full_float32 else 1, channels, dtype=torch.float16)
+    return {of_rows: rows, of_planes: planes, of_unscale: _scalar(rows)}
+
+
+def _rows(anchors: Tensor, keys: Tensor | None, full_float32: bool, longest: int = 0) -> dict[str, Any]:
+    """The fields of both sides; of keys that are the anchors all are null. `longest`: how many other rows there are."""
+    fields = _side("anchor", anchors, full_float32)
+    if keys is None:
+        fields |= dict(keys=None, key_planes=None, key_unscale=None)
+    else:
+        fields |= _side("key", keys, full_float32)
+        longest = max(longest, keys.shape[0])
+    planes, blocks, peaks = fields["anchor_planes"], 0, None
+    if planes is not None:
+        blocks = max(1, min(PLANE_BLOCKS, -(-max(longest, anchors.shape[0]) // 8)))
+        peaks = anchors.new_empty(2, blocks)
     return fields | dict(
-        anchors=anchors,
-        keys=keys,
-        channels=channels,
-        anchor_planes=planes_of(anchors),
-        key_planes=None if keys is None else planes_of(keys),
-        peaks=anchors.new_empty(2, blocks),
+        full_float32=full_float32,
+        row_channels=anchors.shape[1],
+        channels=(fields["anchors"] if planes is None else planes).shape[-1],
+        score_scale=_scalar(anchors),
+        peaks=peaks,
         plane_blocks=blocks,
-        unscale=anchors.new_empty(2),
     )
 
 
-def _negatives(call: MinedForward | ScoreCounts, rows: dict[str, Any], full_float32: bool) -> dict[str, Any]:
+def _negatives(call: MinedForward | ScoreCounts, full_float32: bool) -> dict[str, Any]:
     """The fields of negatives that are other rows than the keys; of the keys themselves all are null."""
-    names = ("negatives", "negative_planes", "negative_labels", "negative_scale", "negative_unscale")
+    names = ("negatives", "negative_planes", "negative_unscale", "negative_labels", "negative_scale")
     if same((call.negatives, call.negative_labels), (call.keys, call.key_labels)):
         return dict.fromkeys(names) | dict(num_negatives=0)
     count = call.negatives.shape[0]
-    own = _rows(rows["anchors"], call.negatives if count else rows["anchors"][:1], full_float32)
-    found = own["keys"], own["key_planes"], call.negative_labels, own["score_scale"], own["unscale"]
-    return dict(zip(names, found, strict=True)) | dict(num_negatives=count)
+    rows = call.negatives if count else call.anchors[:1]
+    return _side("negative", rows, full_float32) | dict(
+        negative_labels=call.negative_labels, negative_scale=_scalar(rows), num_negatives=count
+    )
 
 
 class _Contrast:
@@ -252,7 +261,10 @@ class _Contrast:
         self.full_float32 = precision.full_float32(anchors.dtype)
         # A null pointer says "in batch"; no keys at all have a pointer as well.
         self.rows = _rows(
-            anchors, None if in_batch else keys if self.num_keys else anchors[:1], self.full_float32
+            anchors,
+            None if in_batch else keys if self.num_keys else anchors[:1],
+            self.full_float32,
+            longest=call.negatives.shape[0] if isinstance(call, MinedForward | ScoreCounts) else 0,
         )
         self.how = native.DTYPE_CODES[anchors.dtype], self.full_float32, self.rows["channels"]
         self.fields = self.rows | dict(
@@ -260,7 +272,6 @@ class _Contrast:
             sorted_labels=anchors.new_empty(self.num_anchors, dtype=torch.int32),
             sort_keys=_sort_keys(self.num_anchors, anchors.device),
             key_labels=None if in_batch else call.key_labels,
-            grad_channels=self.channels,
         )
 
     def shares(self, tile: Any, slots: int, num_columns: int) -> int:
@@ -303,8 +314,8 @@ def _forward(call: InfonceForward, of: _Contrast, passes: tuple[Any, Any], share
 
 def infonce_forward(call: InfonceForward) -> None:
     of = _Contrast(call)
-    sizes = *of.how, of.num_anchors, of.num_keys
-    negatives, positives = (_cut(of.device, f"infonce_{name}", *sizes) for name in ("negatives", "positives"))
+    negatives = _cut(of.device, "infonce_negatives", *of.how, of.num_anchors, of.num_keys)
+    positives = _cut(of.device, "infonce_positives", *of.how)
     shares = of.shares(*negatives, of.num_keys)
     launch("infonce_forward", call, **_forward(call, of, (negatives, positives), shares))
 
@@ -319,7 +330,7 @@ def mined_forward(call: MinedForward) -> None:
         "mined_forward",
         call,
         **_forward(call, of, (negatives, positives), shares),
-        **_negatives(call, of.rows, of.full_float32),
+        **_negatives(call, of.full_float32),
         negative_ranges=of.ranges(negatives[0], drawn),
     )
 
@@ -334,7 +345,7 @@ def score_counts(call: ScoreCounts) -> None:
         "score_counts",
         call,
         **of.fields,
-        **_negatives(call, of.rows, of.full_float32),
+        **_negatives(call, of.full_float32),
         temperature=1.0,  # of no account
         label_ranges=of.ranges(tile, of.num_keys),
         negative_ranges=of.ranges(tile, drawn),
@@ -363,19 +374,17 @@ def _backward(call: InfonceBackward, kernel: str) -> dict[str, Any]:
     tile, slots = _cut(anchors.device, kernel, *how)
     anchor_tiles = -(-num_anchors // tile.columns)
     shares = splits.choose(-(-num_rows // tile.rows), anchor_tiles, slots, tile.columns)
-    peak = None
-    if anchors.dtype != torch.bfloat16 and num_anchors:
-        # Of the weights of anchors that have a part in it; from below, for a log-sum-exp that is of other keys.
-        weights = call.grad_scale.abs() * call.pos_weight.clamp(min=2**-10)
-        peak = torch.where(call.pos_weight > 0, weights, 0).amax()
+    weight_peaks = None
+    if anchors.dtype != torch.bfloat16:
+        blocks = -(-num_anchors // devices.gpu.kernels.SORT_THREADS)
+        weight_peaks = anchors.new_empty(blocks, dtype=torch.float32)
     return rows | dict(
         splits=shares,
         order=anchors.new_empty(num_anchors, dtype=torch.int32),
         sorted_labels=anchors.new_empty(num_anchors, dtype=torch.int32),
         sort_keys=_sort_keys(num_anchors, anchors.device),
-        peak=peak,
+        weight_peaks=weight_peaks,
         factors=anchors.new_empty(num_anchors, 4, dtype=torch.float32),
         label_ranges=anchors.new_empty(anchor_tiles, 2, dtype=torch.int32),
         grad_parts=grad.new_empty(shares, *grad.shape) if shares > 1 else None,
-        grad_channels=grad.shape[1],
     )

@@ -47,8 +47,14 @@ MUTANTS = [
     ),
     Mutant(
         "largest number of a block read before its warps have written theirs",
-        "infonce_rows.cuh",
+        "warp.cuh",
         "sync_block();  // those of all warps are there",
+        "",
+    ),
+    Mutant(
+        "a row's splits not all combined",
+        "infonce_forward.cuh",
+        "all.sum += shuffle_xor(all.sum, lanes);",
         "",
     ),
     Mutant("wait for all groups but one", "engine.cuh", "cp_async_wait<0>();", "cp_async_wait<1>();"),
@@ -116,8 +122,8 @@ MUTANTS = [
     Mutant(
         "rows without a label have a part in the scale",
         "infonce_rows.cuh",
-        "if (labelled && fabsf(low) < INFINITY)",
-        "if (fabsf(low) < INFINITY)",
+        "if (labels[row] < 0) continue;",
+        "",
     ),
     Mutant(
         "rows of any length times the usual power of two",
@@ -147,8 +153,8 @@ MUTANTS = [
     Mutant(
         "one part of the negatives too many",
         "infonce_forward.cuh",
-        "for (int64_t split = 0; split < p.splits; ++split) {\n    all.shift",
-        "for (int64_t split = 0; split <= p.splits; ++split) {\n    all.shift",
+        "for (int64_t split = lane; split < p.splits; split += kLanes) {\n    all.shift",
+        "for (int64_t split = lane; split <= p.splits; split += kLanes) {\n    all.shift",
     ),
     Mutant(
         "group barrier of too many threads",
@@ -196,7 +202,7 @@ MUTANTS = [
     Mutant(
         "threshold in cosines where scores are sums of planes",
         "infonce_rows.cuh",
-        "cosine / p.unscale[0] / unscale_of_keys(p);",
+        "cosine / *p.anchor_unscale / unscale_of_keys(p);",
         "cosine;",
     ),
     Mutant(
@@ -287,8 +293,8 @@ MUTANTS = [
     Mutant(
         "all splits write one part",
         "infonce_backward.cuh",
-        "p.grad_parts + int64_t(blockIdx.y) * keys.count * p.grad_channels;",
-        "p.grad_parts + int64_t(0) * keys.count * p.grad_channels;",
+        "p.grad_parts + int64_t(blockIdx.y) * keys.count * p.row_channels;",
+        "p.grad_parts + int64_t(0) * keys.count * p.row_channels;",
     ),
     Mutant(
         "channels behind the last are not zero",
@@ -311,8 +317,8 @@ MUTANTS = [
     Mutant(
         "self excluded by the sorted place",
         "infonce_forward.cuh",
-        "excluded = p.keys.data == nullptr ? int(row) : p.order[row];",
-        "excluded = int(row);",
+        "excluded = p.keys.data == nullptr ? row : p.order[row];",
+        "excluded = row;",
     ),
     Mutant(
         "fragment's second half a row below",
@@ -379,12 +385,7 @@ MUTANTS = [
     ),
     # gather
     Mutant("index used unchecked", "gather.cuh", "if (!is_pixel(p, index)) {", "if (false) {"),
-    Mutant(
-        "pixels behind the last written",
-        "gather.cuh",
-        "for (int64_t d = first_channel; inside && d < last_channel; ++d) {",
-        "for (int64_t d = first_channel; d < last_channel; ++d) {",
-    ),
+    Mutant("rows of no pixel written", "gather.cuh", "if (pixel < 0 || (first", "if ((first"),
     Mutant(
         "index in 32 bits",
         "pixels.cuh",
@@ -392,16 +393,16 @@ MUTANTS = [
         "if (true) {",
     ),
     Mutant(
-        "every slice starts at channel 0",
+        "every row that names a pixel writes it",
         "gather.cuh",
-        "const int64_t first_channel = blockIdx.x % slices * kSpreadChannels;",
-        "const int64_t first_channel = 0;",
+        "if (pixel < 0 || (first > 0 && p.sorted_pixels[first - 1] == pixel)) return;",
+        "if (pixel < 0) return;",
     ),
     Mutant(
-        "slices overlap, and write the same",
+        "the sum ends before the last row of a pixel",
         "gather.cuh",
-        "min(first_channel + kSpreadChannels, p.channels);",
-        "min(first_channel + 2 * kSpreadChannels, p.channels);",
+        "while (last < p.num_rows && p",
+        "while (last + 1 < p.num_rows && p",
     ),
     # enqueue
     Mutant("stage read before it is there", "enqueue.cuh", "cp_async_wait<1>();", "cp_async_wait<2>();"),
